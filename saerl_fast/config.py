@@ -1,0 +1,308 @@
+"""The one configuration tree: dataclasses, read from YAML, overridden by ``key.sub=value``.
+
+The paper (arXiv 2605.27354) does not publish its hyper-parameters. Every default below is this
+project's own choice, tested where ``benchmarks/`` says so, and none should be read as the paper's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from saerl_fast.errors import SaerlError
+
+Schedule = Literal["vanilla", "literal", "global", "medium", "adaptive"]
+
+
+@dataclass
+class ModelConfig:
+    path: str = ""  # hub id, local folder, or a .gguf file
+    gguf_file: str | None = None  # name of the GGUF inside the folder or hub repository `path`
+    dtype: str = "auto"  # auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16, float16
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    trust_remote_code: bool = False
+    attn: str | None = None  # transformers' attn_implementation; None leaves its default
+
+
+@dataclass
+class DataConfig:
+    train: str = ""  # hub id, local .parquet/.jsonl/.json/.csv, or "reasoning-gym:NAME[@LEVEL],..."
+    eval: str | None = None  # the same; None holds out `eval_size` rows of `train`
+    eval_size: int = 64
+    limit: int | None = None  # keep the first N training rows
+    eval_limit: int | None = None
+    size: int = 512  # rows to generate for a reasoning-gym spec
+    split: str = "train"  # of a hub dataset
+    prompt_column: str = "prompt"  # text, or a list of chat messages
+    answer_column: str = "answer"
+    id_column: str | None = None  # None numbers the rows
+    template: str = "{prompt}"  # wrapped around every prompt text
+    chat: str = "auto"  # auto (when the tokenizer has a chat template), always, never
+    max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
+
+
+@dataclass
+class SAEConfig:
+    path: str | None = None  # SAELens or sparsify folder; None uses <run_dir>/sae, training it if absent
+    layer: int | None = None  # hidden state after this many blocks; None: the SAE's own, else the middle
+    d_sae: int = 1024
+    k: int = 16
+    steps: int = 1000  # training steps
+    batch_size: int = 1024  # tokens a step
+    lr: float = 1e-3
+    aux_k: int = 32  # dead features that also explain the residual; 0 turns this off
+    dead_after: int = 200  # steps without firing after which a feature counts as dead
+    max_tokens: int = 200_000  # activations kept in memory for training
+    seed: int = 0
+
+
+@dataclass
+class ScoreConfig:
+    reduce: str = "max"  # max or mean over a sequence's tokens
+    batch_tokens: int = 8192  # tokens in one prefill
+    include_answer: bool = True  # quality also reads the features of the reference answer
+    backend: str = "auto"  # of saerl_kernels: auto, triton, torch, numba
+
+
+@dataclass
+class QualityConfig:
+    head: str = "logistic"  # logistic (labels 0/1), ridge (a score), none
+    label_column: str = "quality_label"  # null where a row is unlabelled; absent column: no filter
+    filter_ratio: float | None = None  # drop this share with the lowest quality; None: below `threshold`
+    threshold: float = 0.5
+    c: float = 1.0  # inverse regularisation, both heads
+    folds: int = 5  # of the held-out figures
+
+
+@dataclass
+class DifficultyConfig:
+    label_column: str | None = None  # pass rate in [0, 1], null where unknown; None rolls out a subset
+    n_labels: int = 128  # prompts rolled out for labels; 0: no difficulty
+    rollouts: int = 4  # per labelled prompt
+    alpha: float = 0.01  # ElasticNet penalty
+    l1_ratio: float = 0.2
+    folds: int = 5
+
+
+@dataclass
+class DiversityConfig:
+    n_clusters: int = 16
+    svd: int = 64  # dense dimensions for k-means; 0 clusters the sparse rows themselves
+    polish: int = 3  # exact sparse spherical iterations after it
+    n_init: int = 4
+    seed: int = 0
+    null_rounds: int = 3  # feature permutations behind the reported null
+
+
+@dataclass
+class AdaptiveConfig:
+    svd: int = 96  # components of the pooled features the online regressor sees
+    forgetting: float = 0.995  # of the recursive least squares
+    ridge: float = 1.0
+    target_start: float = 0.75  # predicted pass rate aimed at first ...
+    target_end: float = 0.40  # ... and at the end of the run
+    noise: float = 0.1  # Gumbel scale on the distance to the target
+    cooldown: int = 60  # steps before a prompt may return (shortened when the pool is small)
+    refresh_features: bool = False  # replace a prompt's features by those captured during its rollouts
+
+
+@dataclass
+class PlanConfig:
+    schedule: Schedule = "adaptive"
+    mix: float = 0.25  # literal: share of a batch exchanged with its neighbours; global: share drawn anywhere
+    medium_keep: float = 0.6  # medium: share of prompts kept around the middle of predicted difficulty
+    filter: bool | None = None  # apply the quality filter; None: yes, except for vanilla
+    seed: int | None = None  # None: the run's seed
+    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
+
+
+@dataclass
+class RolloutConfig:
+    prompts_per_step: int = 16
+    group_size: int = 8  # rollouts per prompt
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    engine: str = "auto"  # auto, transformers
+    batch_size: int | None = None  # sequences generated at once; None: all of a step
+
+
+@dataclass
+class LossConfig:
+    kind: str = "dapo"  # dapo (token mean over the batch), grpo (mean of sequence means), dr_grpo
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    beta: float = 0.0  # KL to the starting model; 0 keeps no reference model
+    scale_rewards: bool = True  # divide advantages by the group's standard deviation (not in dr_grpo)
+
+
+@dataclass
+class WarmupConfig:
+    steps: int = 0  # supervised steps on `prompt -> answer` before GRPO
+    batch_size: int = 16
+    lr: float = 1e-5
+    rows: int | None = None  # how many training rows it may see
+
+
+@dataclass
+class EvalConfig:
+    every: int = 10  # steps; 0: only at the end
+    mode: str = "sample"  # sample (avg@k), greedy, prob (teacher-forced probability of the answer)
+    samples: int = 4  # k of avg@k
+    temperature: float = 1.0
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 100
+    lr: float = 1e-6
+    warmup_steps: int = 10  # of the learning rate
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_norm: float = 1.0
+    micro_tokens: int = 16384  # tokens of a forward/backward
+    gradient_checkpointing: bool = False
+    reward: str = "exact"  # exact, numeric, maths, reasoning-gym, or module:function (TRL's signature)
+    capture: bool = True  # hidden states -> SAE -> pooled features during rollouts
+    save_every: int = 20  # steps between checkpoints; 0: only at the end
+    keep: int = 2  # checkpoints kept
+    rollout_log: int = 2  # prompts whose rollouts are saved each step
+    tensorboard: bool = False
+    loss: LossConfig = field(default_factory=LossConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+@dataclass
+class CompareConfig:
+    arms: list[str] = field(default_factory=lambda: ["vanilla", "adaptive"])
+    seeds: list[int] = field(default_factory=lambda: [0])
+    targets: list[float] = field(default_factory=lambda: [0.6, 0.8])  # shares of the first arm's gain
+    smooth: int = 3  # evaluations in the running mean that is tested against a target
+    bootstrap: int = 2000
+
+
+@dataclass
+class Config:
+    run_dir: str = "runs/default"
+    seed: int = 0
+    threads: int | None = None  # CPU threads; None leaves torch's choice
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sae: SAEConfig = field(default_factory=SAEConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    difficulty: DifficultyConfig = field(default_factory=DifficultyConfig)
+    diversity: DiversityConfig = field(default_factory=DiversityConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file (or none) and apply ``key.sub=value`` overrides, in order.
+
+    Raises SaerlError on a missing file, an unknown key or a value of the wrong type.
+    """
+    import yaml
+
+    tree: dict[str, Any] = {}
+    if path is not None:
+        file = Path(path)
+        if not file.is_file():
+            raise SaerlError(f"config file {file} does not exist; pass an existing YAML file to --config")
+        try:
+            loaded = yaml.safe_load(file.read_text())
+        except yaml.YAMLError as err:
+            raise SaerlError(f"config file {file} is not valid YAML: {' '.join(str(err).split())}") from None
+        if loaded is not None and not isinstance(loaded, dict):
+            raise SaerlError(f"config file {file} must hold sections, not a {type(loaded).__name__}")
+        tree = loaded or {}
+    for item in overrides:
+        key, sep, text = item.partition("=")
+        if not sep or not key:
+            raise SaerlError(f"override {item!r} is not of the form key.sub=value")
+        *parents, leaf = key.split(".")
+        node = tree
+        for name in parents:
+            child = node.setdefault(name, {})
+            if not isinstance(child, dict):
+                raise SaerlError(f"override {item!r}: {name!r} is a value, not a section")
+            node = child
+        try:
+            node[leaf] = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError:
+            node[leaf] = text
+    return _build(Config, tree, "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config (or a section) as plain values, as written beside a run's results."""
+    return dataclasses.asdict(config)
+
+
+def _build(cls: type, tree: Any, where: str) -> Any:
+    if not isinstance(tree, dict):
+        raise SaerlError(f"config section {where.rstrip('.')!r} must be a mapping, got {tree!r}")
+    hints = typing.get_type_hints(cls)
+    unknown = [key for key in tree if key not in hints]
+    if unknown:
+        import difflib
+
+        close = difflib.get_close_matches(str(unknown[0]), hints, n=1)
+        hint = f"did you mean {where}{close[0]}?" if close else f"known keys: {', '.join(hints)}"
+        raise SaerlError(f"unknown config key {where}{unknown[0]}; {hint}")
+    values = {}
+    for key, value in tree.items():
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            values[key] = _build(typing.cast(type, hint), value, f"{where}{key}.")
+        else:
+            values[key] = _coerce(value, hint, f"{where}{key}")
+    return cls(**values)
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """``value`` as the field's type; PyYAML reads 3e-6 as a string, so numbers are parsed here too."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None or (value == "" and type(None) in args):
+            return None
+        return _coerce(value, next(a for a in args if a is not type(None)), where)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise SaerlError(f"{where}={value!r} is unknown; choose one of {', '.join(map(str, args))}")
+    try:
+        if origin in (list, tuple):
+            items = value.split(",") if isinstance(value, str) else value
+            items = items if isinstance(items, (list, tuple)) else [items]
+            parsed = [_coerce(item, args[min(i, len(args) - 1)], where) for i, item in enumerate(items)]
+            if origin is tuple and len(parsed) != len(args):
+                raise ValueError
+            return origin(parsed)
+        if hint is bool:
+            if isinstance(value, bool):
+                return value
+            raise ValueError
+        if hint is int:
+            if isinstance(value, bool) or float(value) != int(float(value)):
+                raise ValueError
+            return int(float(value)) if isinstance(value, str) else int(value)
+        if hint is float:
+            if isinstance(value, bool):
+                raise ValueError
+            return float(value)
+        if hint is str:
+            if value is None or isinstance(value, (dict, list)):
+                raise ValueError
+            return str(value)
+    except (ValueError, TypeError):
+        wanted = getattr(hint, "__name__", None) if origin is None else str(hint)
+        raise SaerlError(f"{where}={value!r} is not a valid {wanted}") from None
+    return value
