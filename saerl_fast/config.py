@@ -183,6 +183,7 @@ class CompareConfig:
     arms: list[str] = field(default_factory=lambda: ["vanilla", "adaptive"])
     seeds: list[int] = field(default_factory=lambda: [0])
     targets: list[float] = field(default_factory=lambda: [0.6, 0.8])  # shares of the first arm's gain
+    target_values: list[float] | None = None  # accuracies registered beforehand; replace `targets`
     smooth: int = 3  # evaluations in the running mean that is tested against a target
     bootstrap: int = 2000
 
