@@ -124,9 +124,9 @@ def paired_table(runs: list[RunRecord], targets: dict[str, float], settings: Com
             ]
             rows.append(row)
     note = (
-        "Geometric mean over paired seeds; the interval resamples seeds (2,000 rounds by default). Pairs in "
-        "brackets never arrived in at least one arm and are not in the mean. One or two pairs prove nothing: with "
-        "no effect at all, about one pair in seven shows a 20% saving."
+        f"Geometric mean over paired seeds; the interval resamples seeds ({settings.bootstrap:,} rounds). Pairs "
+        "in brackets never arrived in at least one arm and are not in the mean. One or two pairs prove nothing: "
+        "the same order run twice with other seeds differs by as much."
     )
     header = [
         "arm",
@@ -254,16 +254,17 @@ def _text(table: Table) -> str:
 
 def _html(title: str, tables: list[Table], figures: list[Path]) -> str:
     style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#1a202c}"
-        "table{border-collapse:collapse;margin:.5rem 0;font-size:14px}td,th{padding:.3rem .7rem;text-align:left;"
-        "border-bottom:1px solid #e2e8f0}th{background:#f7fafc}img{max-width:100%}p{color:#4a5568}"
-        ".scroll{overflow-x:auto}"
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem}"
+        "table{border-collapse:collapse;margin:.5rem 0;font-size:14px}th{background:#f7fafc}"
+        "td,th{padding:.3rem .7rem;text-align:left;border-bottom:1px solid #e2e8f0}"
+        "img{max-width:100%}p{color:#4a5568}.scroll{overflow-x:auto}"
     )
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"]
     parts += [f"<style>{style}</style><h1>{html.escape(title)}</h1>"]
+    encoded = [base64.b64encode(figure.read_bytes()).decode() for figure in figures]
     pictures = [
-        f'<img alt="{figure.stem}" src="data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode()}">'
-        for figure in figures
+        f'<img alt="{figure.stem}" src="data:image/png;base64,{data}">'
+        for figure, data in zip(figures, encoded, strict=True)
     ]
     for i, (name, header, rows, note) in enumerate(tables):
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
