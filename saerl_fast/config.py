@@ -116,7 +116,7 @@ class PlanConfig:
     mix: float = 0.25  # literal: share of a batch exchanged with its neighbours; global: share drawn anywhere
     medium_keep: float = 0.6  # medium: share of prompts kept around the middle of predicted difficulty
     filter: bool | None = None  # apply the quality filter; None: yes, except for vanilla
-    seed: int | None = None  # None: the run's seed
+    seed: int | None = None  # of the order; None: the training run's seed
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
 
 
@@ -159,6 +159,7 @@ class EvalConfig:
 @dataclass
 class TrainConfig:
     steps: int = 100
+    seed: int | None = None  # of sampling and order; None: the run's seed. The data split keeps the latter
     lr: float = 1e-6
     warmup_steps: int = 10  # of the learning rate
     weight_decay: float = 0.0
@@ -224,6 +225,22 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
         if loaded is not None and not isinstance(loaded, dict):
             raise SaerlError(f"config file {file} must hold sections, not a {type(loaded).__name__}")
         tree = loaded or {}
+    return _build(Config, _override(tree, overrides), "")
+
+
+def apply_overrides(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
+    """A copy of ``config`` with ``key.sub=value`` items applied in order; errors as in `load_config`."""
+    return _build(Config, _override(to_dict(config), overrides), "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config (or a section) as plain values, as written beside a run's results."""
+    return dataclasses.asdict(config)
+
+
+def _override(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    import yaml
+
     for item in overrides:
         key, sep, text = item.partition("=")
         if not sep or not key:
@@ -239,12 +256,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
             node[leaf] = yaml.safe_load(text) if text else ""
         except yaml.YAMLError:
             node[leaf] = text
-    return _build(Config, tree, "")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config (or a section) as plain values, as written beside a run's results."""
-    return dataclasses.asdict(config)
+    return tree
 
 
 def _build(cls: type, tree: Any, where: str) -> Any:

@@ -124,9 +124,9 @@ def paired_table(runs: list[RunRecord], targets: dict[str, float], settings: Com
             ]
             rows.append(row)
     note = (
-        f"Geometric mean over paired seeds; the interval resamples seeds ({settings.bootstrap:,} rounds). Pairs "
-        "in brackets never arrived in at least one arm and are not in the mean. One or two pairs prove nothing: "
-        "the same order run twice with other seeds differs by as much."
+        f"Geometric mean over paired seeds; the interval resamples seeds ({settings.bootstrap:,} rounds). "
+        "Pairs in brackets never arrived in at least one arm and are not in the mean. One or two pairs prove "
+        "nothing: the same order run twice with other seeds differs by as much."
     )
     header = [
         "arm",
