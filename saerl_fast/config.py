@@ -32,16 +32,19 @@ class ModelConfig:
 class DataConfig:
     train: str = ""  # hub id, local .parquet/.jsonl/.json/.csv, or "reasoning-gym:NAME[@LEVEL],..."
     eval: str | None = None  # the same; None holds out `eval_size` rows of `train`
-    eval_size: int = 64
+    eval_size: int = 64  # rows held out, or generated for a reasoning-gym evaluation
+    eval_filter: str | None = None  # hold out only rows where this column is true or above 0 (null: no)
     limit: int | None = None  # keep the first N training rows
     eval_limit: int | None = None
     size: int = 512  # rows to generate for a reasoning-gym spec
+    hub_config: str | None = None  # configuration name of a hub dataset (gsm8k has "main")
     split: str = "train"  # of a hub dataset
+    eval_split: str = "test"  # of `eval` when it is a hub dataset
     prompt_column: str = "prompt"  # text, or a list of chat messages
-    answer_column: str = "answer"
+    answer_column: str | None = "answer"  # None for rewards that need no answer
     id_column: str | None = None  # None numbers the rows
     template: str = "{prompt}"  # wrapped around every prompt text
-    chat: str = "auto"  # auto (when the tokenizer has a chat template), always, never
+    chat: Literal["auto", "always", "never"] = "auto"  # auto: when the tokenizer has a chat template
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
 
 
