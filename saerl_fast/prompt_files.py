@@ -33,7 +33,7 @@ def read_rows(spec: str, *, split: str, hub_config: str | None, text_columns: se
     if path.is_dir() or _HUB_ID.match(spec):
         return _read_hub(spec, split, hub_config)
     raise SaerlError(
-        f"data source {spec!r} is no {'/'.join(SUFFIXES)} file, hub dataset id or reasoning-gym:NAME; name one"
+        f"data source {spec!r} is no {'/'.join(SUFFIXES)} file, hub id or reasoning-gym:NAME; name one"
     )
 
 

@@ -149,21 +149,20 @@ def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> list[str]:
     return texts
 
 
-def fit_context(pool: Pool, tokenizer: Any, cfg: DataConfig) -> tuple[Pool, list[str]]:
-    """The rows whose rendered prompt has at most `max_prompt_tokens` tokens, and the ids dropped."""
+def fit_context(pool: Pool, tokenizer: Any, cfg: DataConfig) -> Pool:
+    """The rows whose rendered prompt has at most `max_prompt_tokens` tokens; the others are logged."""
     texts = render(pool, tokenizer, cfg)
     lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
     keep = [i for i, length in enumerate(lengths) if length <= cfg.max_prompt_tokens]
-    kept = set(keep)
-    dropped = [name for i, name in enumerate(pool.column("prompt_id")) if i not in kept]
     if not keep:
         raise SaerlError(
             f"all {len(pool)} prompts are longer than data.max_prompt_tokens={cfg.max_prompt_tokens} "
             f"(the shortest has {min(lengths)}); raise it"
         )
-    if dropped:
-        log.warning("dropped %d of %d prompts over %d tokens", len(dropped), len(pool), cfg.max_prompt_tokens)
-    return pool.select(keep), dropped
+    if len(keep) < len(pool):
+        dropped = len(pool) - len(keep)
+        log.warning("dropped %d of %d prompts over %d tokens", dropped, len(pool), cfg.max_prompt_tokens)
+    return pool.select(keep)
 
 
 def _canonical(columns: prompt_files.Columns, spec: str, cfg: DataConfig, role: Role) -> dict[str, list[Any]]:
