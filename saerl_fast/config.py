@@ -32,16 +32,19 @@ class ModelConfig:
 class DataConfig:
     train: str = ""  # hub id, local .parquet/.jsonl/.json/.csv, or "reasoning-gym:NAME[@LEVEL],..."
     eval: str | None = None  # the same; None holds out `eval_size` rows of `train`
-    eval_size: int = 64
+    eval_size: int = 64  # rows held out, or generated for a reasoning-gym evaluation
+    eval_filter: str | None = None  # hold out only rows where this column is true or above 0 (null: no)
     limit: int | None = None  # keep the first N training rows
     eval_limit: int | None = None
     size: int = 512  # rows to generate for a reasoning-gym spec
+    hub_config: str | None = None  # configuration name of a hub dataset (gsm8k has "main")
     split: str = "train"  # of a hub dataset
+    eval_split: str = "test"  # of `eval` when it is a hub dataset
     prompt_column: str = "prompt"  # text, or a list of chat messages
-    answer_column: str = "answer"
+    answer_column: str | None = "answer"  # None for rewards that need no answer
     id_column: str | None = None  # None numbers the rows
     template: str = "{prompt}"  # wrapped around every prompt text
-    chat: str = "auto"  # auto (when the tokenizer has a chat template), always, never
+    chat: Literal["auto", "always", "never"] = "auto"  # auto: when the tokenizer has a chat template
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
 
 
@@ -239,8 +242,6 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _override(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    import yaml
-
     for item in overrides:
         key, sep, text = item.partition("=")
         if not sep or not key:
@@ -248,18 +249,32 @@ def _override(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> d
         *parents, leaf = key.split(".")
         node = tree
         for name in parents:
-            child = node.setdefault(name, {})
+            if node.get(name) is None:  # absent, or an empty section of the file
+                node[name] = {}
+            child = node[name]
             if not isinstance(child, dict):
                 raise SaerlError(f"override {item!r}: {name!r} is a value, not a section")
             node = child
-        try:
-            node[leaf] = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError:
-            node[leaf] = text
+        node[leaf] = _Override(text)
     return tree
 
 
+class _Override(str):
+    """The text of a ``key=value`` argument, read as YAML only where the field is not plain text."""
+
+    def parsed(self) -> Any:
+        import yaml
+
+        try:
+            return yaml.safe_load(self) if self else ""
+        except yaml.YAMLError:
+            return str(self)
+
+
 def _build(cls: type, tree: Any, where: str) -> Any:
+    tree = tree.parsed() if isinstance(tree, _Override) else tree
+    if tree is None:  # a section without keys
+        return cls()
     if not isinstance(tree, dict):
         raise SaerlError(f"config section {where.rstrip('.')!r} must be a mapping, got {tree!r}")
     hints = typing.get_type_hints(cls)
@@ -283,6 +298,12 @@ def _build(cls: type, tree: Any, where: str) -> Any:
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     """``value`` as the field's type; PyYAML reads 3e-6 as a string, so numbers are parsed here too."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, _Override):
+        parsed = value.parsed()
+        # A template such as {prompt}, or "Question: {prompt}", is valid YAML for a mapping: keep the text.
+        optional = origin in (Union, types.UnionType) and str in args
+        keep = hint is str or (optional and parsed is not None)
+        value = str(value) if keep and not isinstance(parsed, str) else parsed
     if origin in (Union, types.UnionType):
         if value is None or (value == "" and type(None) in args):
             return None
@@ -315,7 +336,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             if value is None or isinstance(value, (dict, list)):
                 raise ValueError
             return str(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         wanted = getattr(hint, "__name__", None) if origin is None else str(hint)
         raise SaerlError(f"{where}={value!r} is not a valid {wanted}") from None
     return value
