@@ -1,0 +1,71 @@
+"""encode_topk and encode_threshold: sparse codes of rows, never holding all of [n, d_sae]."""
+
+from __future__ import annotations
+
+from typing import Any, Union
+
+from torch import Tensor
+
+from . import reference
+from ._check import check_finite, check_k, check_threshold
+from .dispatch import implementation, resolve
+from .pack import PackedEncoder
+from .types import CSR, TopK
+
+
+def encode_topk(
+    x: Tensor, encoder: PackedEncoder, k: int, *, backend: str = "auto", check: bool = False
+) -> TopK:
+    """The exact top-k of ReLU(pre-activations), ranked in float32.
+
+    Args:
+        x: [..., d_in], float32, bfloat16 or float16, any strides and leading shape, empty allowed; it is
+            cast to the encoder's dtype.
+        encoder: from ``pack_encoder``, on x's device.
+        k: 1 .. d_sae.
+        backend: "auto", "triton", "torch", "numba" or "reference" (see ``dispatch.resolve``).
+        check: raise ValueError when x is not finite; costs a pass and a synchronisation.
+
+    Returns values float32 [..., k], descending, and indices int32 [..., k] in the original numbering. Equal
+    values are ordered by index. NaN pre-activations count as 0, +inf ranks first; a row with fewer than k
+    positive ones ends in value 0.0 at the lowest indices whose activation is 0.
+
+    Not differentiable. Raises ValueError for a shape, dtype, device or k that does not fit.
+    """
+    check_k(k, encoder.d_sae)
+    name = resolve(backend, encoder.device)
+    if check:
+        check_finite(x)
+    if name == "reference":
+        return reference.encode_topk(x, encoder, k)
+    rows = encoder.prepare(x)
+    kept = implementation(name).encode_topk(rows, encoder, k)
+    shape = (*x.shape[:-1], k)
+    return TopK(kept.values.reshape(shape), kept.indices.reshape(shape))
+
+
+def encode_threshold(
+    x: Tensor,
+    encoder: PackedEncoder,
+    *,
+    threshold: Union[Tensor, float, None] = None,
+    backend: str = "auto",
+    check: bool = False,
+) -> CSR:
+    """Positive pre-activations above a threshold (JumpReLU, or BatchTopK at inference).
+
+    Args:
+        x: [..., d_in]; leading dimensions are flattened into the rows of the result.
+        threshold: one number or [d_sae] in the original numbering; None uses the encoder's own.
+        check: raise ValueError when x is not finite.
+
+    Returns CSR [n_rows, d_sae]. An entry is kept when it is > threshold and > 0; NaN never is. The number
+    of entries depends on the data, so on a GPU the call synchronises once to allocate them.
+    """
+    name = resolve(backend, encoder.device)
+    limit: Any = check_threshold(encoder.natural() if threshold is None else encoder, threshold)
+    if check:
+        check_finite(x)
+    if name == "reference":
+        return reference.encode_threshold(x, encoder, threshold=limit)
+    return implementation(name).encode_threshold(encoder.prepare(x), encoder, limit)

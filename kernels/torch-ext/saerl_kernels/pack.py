@@ -1,0 +1,230 @@
+"""One-time packing: every affine step of an SAE's encoder folded into one weight and one bias."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor
+
+RUNTIME_NORMS = ("none", "layer_norm", "constant_norm_rescale")
+ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "relu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedEncoder:
+    """An encoder ready to run: pre-activations are ``prepare(x) @ weight.T + bias``.
+
+    Column j of the packed weight is feature ``permutation[j]`` (j itself without a permutation);
+    every op returns the original numbering.
+    """
+
+    weight: Tensor  # [d_sae, d_in], one feature a row, contiguous
+    bias: Tensor  # float32 [d_sae]
+    threshold: Optional[Tensor] = None  # float32 [d_sae]
+    normalize_input: str = "none"  # what is left to do to x at run time
+    activation: str = "topk"
+    permutation: Optional[Tensor] = None  # int32 [d_sae]
+    permute: Union[bool, str] = "auto"
+    seed: int = 0
+    _cache: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def d_in(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def to(self, *args: Any, device: Any = None, dtype: Optional[torch.dtype] = None) -> PackedEncoder:
+        """On another device and/or with another weight dtype; bias and threshold stay float32."""
+        for arg in args:
+            if isinstance(arg, torch.dtype):
+                dtype = arg
+            else:
+                device = arg
+        target = self.device if device is None else torch.device(device)
+        dtype = self.dtype if dtype is None else dtype
+        _check_dtype(dtype)
+        natural = self.natural()
+        moved = replace(
+            natural,
+            weight=natural.weight.to(target, dtype),
+            bias=natural.bias.to(target),
+            threshold=None if natural.threshold is None else natural.threshold.to(target),
+            _cache={},
+        )
+        return moved._permuted()
+
+    def natural(self) -> PackedEncoder:
+        """The same encoder with its features in their original order (itself when they are)."""
+        if self.permutation is None:
+            return self
+        if "natural" not in self._cache:
+            order = torch.argsort(self.permutation)
+            self._cache["natural"] = replace(
+                self,
+                weight=self.weight[order],
+                bias=self.bias[order],
+                threshold=None if self.threshold is None else self.threshold[order],
+                permutation=None,
+                _cache={},
+            )
+        return self._cache["natural"]
+
+    def _permuted(self) -> PackedEncoder:
+        wanted = self.permute is True or (self.permute == "auto" and self.device.type == "cuda")
+        if not wanted or self.permutation is not None:
+            return self
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(self.d_sae, generator=generator).to(self.device)
+        return replace(
+            self,
+            weight=self.weight[order],
+            bias=self.bias[order],
+            threshold=None if self.threshold is None else self.threshold[order],
+            permutation=order.int(),
+            _cache={},
+        )
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """``x`` [..., d_in] as the matrix product takes it: [n, d_in], normalised, in the weight's dtype.
+
+        The normalisations are SAELens' run-time ones, computed in float32 (``sae_lens/saes/sae.py``).
+        """
+        if x.dim() == 0 or x.shape[-1] != self.d_in:
+            raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be d_in={self.d_in}")
+        if not x.is_floating_point():
+            raise ValueError(f"x must be floating point, got {x.dtype}")
+        if x.device != self.device:
+            raise ValueError(f"x is on {x.device} but the encoder is on {self.device}; move one of them")
+        x = x.detach().reshape(-1, self.d_in)
+        if self.normalize_input == "layer_norm":
+            x = x.float()
+            x = x - x.mean(-1, keepdim=True)
+            x = x / (x.std(-1, keepdim=True) + 1e-5)
+        elif self.normalize_input == "constant_norm_rescale":
+            x = x.float()
+            x = x * (self.d_in**0.5 / x.norm(dim=-1, keepdim=True))
+        return x.to(self.dtype).contiguous()
+
+
+def pack_encoder(
+    W_enc: Tensor,
+    b_enc: Optional[Tensor] = None,
+    *,
+    W_dec: Optional[Tensor] = None,
+    b_dec: Optional[Tensor] = None,
+    apply_b_dec_to_input: bool = False,
+    rescale_acts_by_decoder_norm: bool = False,
+    normalize_input: str = "none",
+    input_scale: float = 1.0,
+    threshold: Union[Tensor, float, None] = None,
+    activation: str = "topk",
+    dtype: Optional[torch.dtype] = None,
+    permute: Union[bool, str] = "auto",
+    seed: int = 0,
+) -> PackedEncoder:
+    """Fold an SAE encoder into one weight and one bias.
+
+    The encoder packed is, for a row x,
+    ``norm * ((input_scale * normalize(x) - b_dec) @ W_enc + b_enc)`` with ``b_dec`` only under
+    ``apply_b_dec_to_input`` and ``norm`` (the decoder's row norms) only under
+    ``rescale_acts_by_decoder_norm``.
+
+    Args:
+        W_enc: [d_in, d_sae], as SAELens stores it (sparsify keeps its transpose).
+        b_enc: [d_sae], or None for no bias.
+        W_dec: [d_sae, d_in]; needed for ``rescale_acts_by_decoder_norm``.
+        b_dec: [d_in]; needed for ``apply_b_dec_to_input``.
+        normalize_input: "none", "layer_norm", "constant_norm_rescale" (both run on x at each call), or
+            "expected_average_only_in" (its scale belongs in ``input_scale``, as SAELens folds it).
+        input_scale: a constant factor on x.
+        threshold: per-feature [d_sae] or one number, compared with the final pre-activation; for
+            ``encode_threshold`` (JumpReLU, BatchTopK at inference).
+        activation: "topk", "batchtopk", "jumprelu" or "relu"; kept as a label, all of them end in a ReLU.
+        dtype: of the packed weight (float32, bfloat16, float16); None keeps W_enc's (float64: float32).
+        permute: store the features in a seeded random order, which makes the statistics behind the fused
+            GPU encoder hold for any dictionary. "auto" does so on CUDA devices.
+
+    Folding is done in float64 against the rounded weight, so a 16-bit encoder has no second rounding.
+    Raises ValueError for shapes that do not fit or an unknown option.
+    """
+    if W_enc.dim() != 2:
+        raise ValueError(f"W_enc must be [d_in, d_sae], got shape {tuple(W_enc.shape)}")
+    d_in, d_sae = W_enc.shape
+    if d_in == 0 or d_sae == 0:
+        raise ValueError(f"W_enc has shape {(d_in, d_sae)}; both sizes must be at least 1")
+    if normalize_input == "expected_average_only_in":
+        normalize_input = "none"
+    if normalize_input not in RUNTIME_NORMS:
+        raise ValueError(
+            f"normalize_input={normalize_input!r} is unknown; choose one of {', '.join(RUNTIME_NORMS)}, "
+            "expected_average_only_in (fold covariance whitening into W_enc first)"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+    if permute not in (True, False, "auto"):
+        raise ValueError(f"permute={permute!r} is unknown; choose True, False or 'auto'")
+    dtype = (torch.float32 if W_enc.dtype == torch.float64 else W_enc.dtype) if dtype is None else dtype
+    _check_dtype(dtype)
+    device = W_enc.device
+    _check_shape("b_enc", b_enc, (d_sae,))
+    _check_shape("W_dec", W_dec, (d_sae, d_in))
+    _check_shape("b_dec", b_dec, (d_in,))
+
+    norms = None
+    if rescale_acts_by_decoder_norm:
+        if W_dec is None:
+            raise ValueError("rescale_acts_by_decoder_norm=True needs W_dec [d_sae, d_in]")
+        norms = W_dec.detach().to(device, torch.float64).norm(dim=-1)
+    weight = W_enc.detach().t()
+    if norms is not None or input_scale != 1.0:
+        scale = torch.full((d_sae, 1), float(input_scale), dtype=torch.float64, device=device)
+        weight = weight.double() * (scale if norms is None else scale * norms[:, None])
+    weight = weight.to(dtype).contiguous()
+    if weight.data_ptr() == W_enc.data_ptr():  # a packed encoder must not change when training goes on
+        weight = weight.clone()
+    bias = torch.zeros(d_sae, dtype=torch.float64, device=device)
+    if b_enc is not None:
+        bias += b_enc.detach().to(device, torch.float64)
+    if norms is not None:
+        bias *= norms
+    if apply_b_dec_to_input:
+        if b_dec is None:
+            raise ValueError("apply_b_dec_to_input=True needs b_dec [d_in]")
+        shift = b_dec.detach().to(device, torch.float64) / float(input_scale)
+        for start in range(0, d_sae, 4096):  # a float64 copy of a whole large dictionary would not fit
+            stop = start + 4096
+            bias[start:stop] -= weight[start:stop].double() @ shift
+    packed_threshold = None
+    if threshold is not None:
+        given = torch.as_tensor(threshold, dtype=torch.float32, device=device).detach()
+        if given.dim() > 0:
+            _check_shape("threshold", given, (d_sae,))
+        packed_threshold = given.expand(d_sae).clone()
+    packed = PackedEncoder(
+        weight, bias.float(), packed_threshold, normalize_input, activation, None, permute, seed
+    )
+    return packed._permuted()
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype} is not supported; choose float32, bfloat16 or float16")
+
+
+def _check_shape(name: str, tensor: Optional[Tensor], shape: tuple) -> None:
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")

@@ -1,0 +1,27 @@
+"""Exact top-k of materialised rows."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import reference
+from ._check import check_k
+from .dispatch import implementation, resolve
+from .types import TopK
+
+
+def topk(scores: Tensor, k: int, *, backend: str = "auto") -> TopK:
+    """The k largest entries of each row of ``scores`` [..., n], any sign, compared in float32.
+
+    Returns values float32 [..., k], descending, and indices int32 [..., k]; equal values (0.0 and -0.0
+    are equal) are ordered by index, which torch.topk does not promise. NaN counts as -inf.
+    Raises ValueError unless 1 <= k <= n.
+    """
+    check_k(k, scores.shape[-1] if scores.dim() else 0, "the row length")
+    name = resolve(backend, scores.device)
+    if name == "reference":
+        return reference.topk(scores, k)
+    rows = scores.detach().reshape(-1, scores.shape[-1])
+    kept = implementation(name).topk(rows, k)
+    shape = (*scores.shape[:-1], k)
+    return TopK(kept.values.reshape(shape), kept.indices.reshape(shape))

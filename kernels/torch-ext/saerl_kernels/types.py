@@ -1,0 +1,132 @@
+"""What the ops return: a fixed-width top-k and a compressed-sparse-row matrix."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Sequence, Union
+
+import torch
+from torch import Tensor
+
+
+class TopK(NamedTuple):
+    """The k largest entries of each row, descending by value; equal values: lower index first."""
+
+    values: Tensor  # float32 [..., k]
+    indices: Tensor  # int32 [..., k]
+
+    def to(self, device: Union[str, torch.device]) -> TopK:
+        return TopK(self.values.to(device), self.indices.to(device))
+
+    def to_dense(self, n_cols: int) -> Tensor:
+        """float32 [..., n_cols], zero where nothing was kept."""
+        dense = self.values.new_zeros((*self.values.shape[:-1], n_cols))
+        return dense.scatter_(-1, self.indices.long(), self.values)
+
+
+class CSR(NamedTuple):
+    """Sparse rows. Column indices ascend within a row; explicit zeros are never stored by the ops."""
+
+    indptr: Tensor  # int64 [n_rows + 1]
+    indices: Tensor  # int32 [nnz]
+    values: Tensor  # float32 [nnz]
+    n_cols: int
+
+    @property
+    def n_rows(self) -> int:
+        return self.indptr.shape[0] - 1
+
+    @property
+    def nnz(self) -> int:
+        return self.indices.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.indptr.device
+
+    def to(self, device: Union[str, torch.device]) -> CSR:
+        return CSR(self.indptr.to(device), self.indices.to(device), self.values.to(device), self.n_cols)
+
+    def row_ids(self) -> Tensor:
+        """int64 [nnz]: the row of every stored entry."""
+        rows = torch.arange(self.n_rows, device=self.device)
+        return torch.repeat_interleave(rows, self.indptr.diff(), output_size=self.nnz)
+
+    def to_dense(self) -> Tensor:
+        """float32 [n_rows, n_cols]."""
+        dense = self.values.new_zeros((self.n_rows, self.n_cols))
+        dense[self.row_ids(), self.indices.long()] = self.values
+        return dense
+
+    @classmethod
+    def from_dense(cls, dense: Tensor) -> CSR:
+        """Keep the non-zero entries of ``dense`` [n_rows, n_cols]."""
+        if dense.dim() != 2:
+            raise ValueError(f"dense must have two dimensions, got shape {tuple(dense.shape)}")
+        rows, cols = dense.nonzero(as_tuple=True)
+        indptr = _indptr(torch.bincount(rows, minlength=dense.shape[0]))
+        return cls(indptr, cols.int(), dense[rows, cols].float(), dense.shape[1])
+
+    def to_scipy(self) -> Any:
+        """A ``scipy.sparse.csr_matrix`` of the same rows (on the CPU)."""
+        from scipy.sparse import csr_matrix
+
+        parts = (self.values.cpu().numpy(), self.indices.cpu().numpy(), self.indptr.cpu().numpy())
+        return csr_matrix(parts, shape=(self.n_rows, self.n_cols))
+
+    @classmethod
+    def from_scipy(cls, matrix: Any) -> CSR:
+        """From any ``scipy.sparse`` matrix; duplicates are summed, zeros dropped."""
+        matrix = matrix.tocsr().copy()
+        matrix.sum_duplicates()
+        matrix.eliminate_zeros()
+        return cls(
+            torch.as_tensor(matrix.indptr).long(),
+            torch.as_tensor(matrix.indices).int(),
+            torch.as_tensor(matrix.data).float(),
+            int(matrix.shape[1]),
+        )
+
+    def select_rows(self, index: Union[Tensor, Sequence[int]]) -> CSR:
+        """The rows at ``index`` (integers, repeats allowed, or a boolean mask [n_rows]), in that order."""
+        picked = torch.as_tensor(index, device=self.device)
+        if picked.dtype == torch.bool:
+            picked = picked.nonzero().squeeze(-1)
+        picked = picked.long().reshape(-1)
+        if picked.numel() and not (-self.n_rows <= int(picked.min()) and int(picked.max()) < self.n_rows):
+            raise ValueError(f"row index outside 0..{self.n_rows - 1}")
+        picked = torch.where(picked < 0, picked + self.n_rows, picked)
+        indptr = _indptr(self.indptr.diff()[picked])
+        nnz = int(indptr[-1])
+        shift = torch.repeat_interleave(self.indptr[picked] - indptr[:-1], indptr.diff(), output_size=nnz)
+        source = torch.arange(nnz, device=self.device) + shift
+        return CSR(indptr, self.indices[source], self.values[source], self.n_cols)
+
+    @classmethod
+    def concat(cls, parts: Sequence[CSR]) -> CSR:
+        """Stack the rows of one or more matrices of equal width."""
+        if not parts:
+            raise ValueError("concat needs at least one CSR")
+        widths = {part.n_cols for part in parts}
+        if len(widths) > 1:
+            raise ValueError(f"cannot stack CSR matrices of widths {sorted(widths)}")
+        counts = torch.cat([part.indptr.diff() for part in parts])
+        indices = torch.cat([part.indices for part in parts])
+        values = torch.cat([part.values for part in parts])
+        return cls(_indptr(counts), indices, values, parts[0].n_cols)
+
+    @classmethod
+    def empty(cls, n_rows: int, n_cols: int, device: Union[str, torch.device, None] = None) -> CSR:
+        """A matrix of ``n_rows`` empty rows."""
+        return cls(
+            torch.zeros(n_rows + 1, dtype=torch.int64, device=device),
+            torch.empty(0, dtype=torch.int32, device=device),
+            torch.empty(0, dtype=torch.float32, device=device),
+            n_cols,
+        )
+
+
+def _indptr(counts: Tensor) -> Tensor:
+    """Row starts, int64 [n + 1], of rows that hold ``counts`` [n] entries."""
+    indptr = torch.zeros(counts.shape[0] + 1, dtype=torch.int64, device=counts.device)
+    torch.cumsum(counts, 0, out=indptr[1:])
+    return indptr
