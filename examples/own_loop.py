@@ -20,7 +20,9 @@ from saerl_fast.data.score import Scores
 def main(run_dir: str, steps: int = 5, batch_size: int = 8) -> list[list[str]]:
     """Draw ``steps`` adaptive batches and pretend that every second prompt was solved."""
     scores = Scores.load(run_dir)
-    plan = build_plan(scores, PlanConfig(schedule="adaptive"), batch_size=batch_size, total_steps=steps, seed=0)
+    plan = build_plan(
+        scores, PlanConfig(schedule="adaptive"), batch_size=batch_size, total_steps=steps, seed=0
+    )
     rows = [{"prompt_id": p, "prompt": text} for p, text in zip(scores.prompt_ids, scores.column("prompt"))]
     loader = DataLoader(rows, batch_size=batch_size, sampler=PlanSampler(plan, scores.prompt_ids))
     seen = []

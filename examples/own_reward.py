@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 
-def close_enough(prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+def close_enough(
+    prompts: list[str], completions: list[str], answer: list[str], **columns: Any
+) -> list[float]:
     """1 for the exact answer, 0.2 for a number of the right length, 0 otherwise."""
     rewards = []
     for completion, wanted in zip(completions, answer, strict=True):

@@ -114,7 +114,9 @@ class Capture:
         mask, hidden = self._mask, hidden.detach()
         if self.every > 1:
             if hidden.shape[0] % self.every:
-                raise SaerlError(f"a batch of {hidden.shape[0]} rows is no multiple of every={self.every} copies")
+                raise SaerlError(
+                    f"a batch of {hidden.shape[0]} rows is no multiple of every={self.every} copies"
+                )
             # a copy, so that the other rows' memory is freed
             hidden = hidden[:: self.every].clone()
             mask = None if mask is None else mask[:: self.every]
