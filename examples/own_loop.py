@@ -23,7 +23,10 @@ def main(run_dir: str, steps: int = 5, batch_size: int = 8) -> list[list[str]]:
     plan = build_plan(
         scores, PlanConfig(schedule="adaptive"), batch_size=batch_size, total_steps=steps, seed=0
     )
-    rows = [{"prompt_id": p, "prompt": text} for p, text in zip(scores.prompt_ids, scores.column("prompt"))]
+    rows = [
+        {"prompt_id": p, "prompt": text}
+        for p, text in zip(scores.prompt_ids, scores.columns["prompt"], strict=True)
+    ]
     loader = DataLoader(rows, batch_size=batch_size, sampler=PlanSampler(plan, scores.prompt_ids))
     seen = []
     for step, batch in enumerate(loader):
