@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from saerl_kernels import CSR
+
 from saerl_fast.config import AdaptiveConfig, PlanConfig, QualityConfig
 from saerl_fast.data.plan import SCHEDULES, build_plan
 from saerl_fast.data.score import Scores
 from saerl_fast.errors import SaerlError
-from saerl_kernels import CSR
 
 
 def make_scores(n: int = 120, clusters: int = 4, seed: int = 0, **drop) -> Scores:
@@ -213,11 +214,7 @@ def test_vanilla_needs_nothing_but_ids():
     [
         ({}, {"schedule": "random"}, "choose one of vanilla"),
         ({}, {"schedule": "global", "mix": 1.5}, "plan.mix=1.5"),
-        (
-            {},
-            {"schedule": "vanilla", "filter": True, "quality": QualityConfig(threshold=2.0)},
-            "quality.threshold=2",
-        ),
+        ({}, {"schedule": "global", "quality": QualityConfig(threshold=2.0)}, "quality.threshold=2"),
         ({}, {"schedule": "medium", "quality": QualityConfig(filter_ratio=1.0)}, "quality.filter_ratio"),
         ({"saerl_difficulty": 1}, {"schedule": "global"}, "needs difficulty scores"),
         ({"saerl_cluster": 1}, {"schedule": "literal"}, "needs clusters"),
@@ -251,7 +248,7 @@ def test_empty_pool_and_missing_quality_note():
     "ids, rates, words",
     [
         (["p1", "nobody"], [0, 1], "'nobody'"),
-        (["p1"], [0, 1], "one pass rate per id"),
+        (["p1"], [0, 1], "one pass rate"),
         (["p1"], [1.5], "1.5"),
     ],
 )

@@ -1,12 +1,13 @@
 """The plan as torch samplers: dataset rows in plan order, lazily, resumable in the middle of a batch."""
 
 import pytest
+from torch.utils.data import DataLoader
+
 from saerl_fast.config import PlanConfig
 from saerl_fast.data.plan import build_plan
 from saerl_fast.data.sampler import PlanBatchSampler, PlanSampler
 from saerl_fast.data.score import Scores
 from saerl_fast.errors import SaerlError
-from torch.utils.data import DataLoader
 
 IDS = [f"p{i}" for i in range(20)]
 DATASET = [f"p{i}" for i in reversed(range(25))]  # another order, and rows the plan does not know

@@ -90,20 +90,17 @@ class AdaptivePlan(Plan):
         self.embedding = embedding
         self._z = np.concatenate([embedding.rows, np.ones((n_rows, 1), dtype=np.float32)], axis=1)
         width = self._z.shape[1]
-        self._gram = np.eye(width) * settings.ridge  # [d + 1, d + 1] float64
-        self._moment = np.zeros(width)  # [d + 1] float64
-        self._last_seen = np.full(n_rows, NEVER, dtype=np.int64)  # step of the last draw
+        self._gram: np.ndarray = np.eye(width) * settings.ridge  # [d + 1, d + 1] float64
+        self._moment: np.ndarray = np.zeros(width)  # [d + 1] float64
+        self._last_seen: np.ndarray = np.full(n_rows, NEVER, dtype=np.int64)  # step of the last draw
         self._refreshed = np.zeros(n_rows, dtype=bool)
         self._figures: dict[str, float] = {}
         # Enough prompts must stay eligible for a batch, and half the pool for there to be a choice.
         room = (n_rows - max(self.batch_size, n_rows // 2)) // self.batch_size
         self.cooldown = max(0, min(settings.cooldown, room))
         if self.cooldown < settings.cooldown:
-            note = (
-                f"cooldown shortened from {settings.cooldown} to {self.cooldown} steps for {n_rows} prompts"
-            )
-            if note not in self.notes:
-                self.notes.append(note)
+            change = f"from {settings.cooldown} to {self.cooldown} steps"
+            self.note(f"cooldown shortened {change}: the pool has {n_rows} prompts")
         rates = self.table.get("pass_rate")
         if rates is not None and settings.use_labels:
             known = np.isfinite(rates)
@@ -137,12 +134,8 @@ class AdaptivePlan(Plan):
             rows = rows[np.lexsort((rows, -utility[rows]))]
         self._last_seen[rows] = self.step
         self.step += 1
-        self._figures.update(
-            target=target,
-            predicted=float(predicted[rows].mean()),
-            eligible=float(eligible),
-            **self._mean_of(rows),
-        )
+        self._figures.update(target=target, predicted=float(predicted[rows].mean()), eligible=float(eligible))
+        self._figures.update(self._mean_of(rows))
         return [self.prompt_ids[i] for i in rows]
 
     def observe(self, prompt_ids: list[str], pass_rates: Any, features: CSR | None = None) -> None:
@@ -178,7 +171,7 @@ class AdaptivePlan(Plan):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._check_state(state)
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         for name, shape, dtype in (
             ("gram", self._gram.shape, np.float64),
             ("moment", self._moment.shape, np.float64),

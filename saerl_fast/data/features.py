@@ -18,9 +18,8 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import atomic_path
 
 if TYPE_CHECKING:
-    from scipy.sparse import csr_matrix
-
     from saerl_kernels import CSR
+    from scipy.sparse import csr_matrix
 
 FORMAT = "saerl-features-1"
 
@@ -91,9 +90,7 @@ def svd_reduce(X: CSR | csr_matrix, dim: int, seed: int) -> tuple[np.ndarray, np
     matrix = as_scipy(X)
     d = min(dim, *matrix.shape)
     if d == 0:
-        raise SaerlError(
-            f"features of shape {list(matrix.shape)} cannot be reduced; score a pool with prompts"
-        )
+        raise SaerlError(f"features of shape {list(matrix.shape)} cannot be reduced; score some prompts")
     components = randomized_svd(matrix, d, n_iter=4, random_state=seed)[2]
     components = np.ascontiguousarray(components, dtype=np.float32)
     return np.asarray(matrix @ components.T, dtype=np.float32), components

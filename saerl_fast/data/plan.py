@@ -19,8 +19,9 @@ from saerl_fast.data import orders
 from saerl_fast.errors import SaerlError
 
 if TYPE_CHECKING:
-    from saerl_fast.data.score import Scores
     from saerl_kernels import CSR
+
+    from saerl_fast.data.score import Scores
 
 log = logging.getLogger(__name__)
 SCHEDULES = ("vanilla", "literal", "global", "medium", "adaptive")
@@ -67,12 +68,8 @@ class Plan(ABC):
         if len(self._row) != len(self.prompt_ids):
             raise SaerlError("prompt ids are not unique; choose another data.id_column")
         if len(self.prompt_ids) < batch_size:
-            note = (
-                f"{len(self.prompt_ids)} prompts for batches of {batch_size}: prompts repeat inside a batch"
-            )
-            if note not in self.notes:
-                self.notes.append(note)
-                log.warning(note)
+            count = len(self.prompt_ids)
+            self.note(f"{count} prompts for batches of {batch_size}: prompts repeat inside a batch")
 
     @abstractmethod
     def next_batch(self) -> list[str]:
@@ -97,6 +94,12 @@ class Plan(ABC):
     def metrics(self) -> dict[str, float]:
         """Figures about the last batch for a log line."""
         return {}
+
+    def note(self, sentence: str) -> None:
+        """Add to ``notes`` what the user should know, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+            log.info(sentence)
 
     def _check(self, prompt_ids: list[str], pass_rates: Any) -> tuple[np.ndarray, np.ndarray]:
         rates = np.asarray(pass_rates, dtype=np.float64)
