@@ -1,4 +1,4 @@
-"""A reward of your own: ``saerl train ... train.reward=examples.own_reward:close_enough``, from the root folder.
+"""A reward of your own: ``saerl train ... train.reward=examples.own_reward:close_enough`` from the root.
 
 The signature is TRL's: lists of prompts and completions, every other column of the pool as a keyword.
 """
