@@ -64,7 +64,8 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     _check_embeddings(model, tokenizer, cfg.path)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device).eval(), tokenizer
+    nn.Module.to(model, device)  # in place; transformers' own `to` is a wrapper typed otherwise
+    return model.eval(), tokenizer
 
 
 def resolve_device(name: str) -> torch.device:
@@ -208,7 +209,9 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
 
 def _check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     """A tokenizer with more ids than embedding rows would index out of bounds in the middle of a run."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, torch.Tensor)
+    rows = embeddings.shape[0]
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows:
         raise SaerlError(
@@ -217,5 +220,5 @@ def _check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         )
     output = model.get_output_embeddings()
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if tied and output is not None and output.weight is not model.get_input_embeddings().weight:
+    if tied and output is not None and output.weight is not embeddings:
         model.tie_weights()

@@ -186,7 +186,7 @@ def _build(
 ) -> TopKSAE:
     if cfg.get("normalize_activations", "none") not in NORMALISATIONS:
         raise SaerlError(
-            f"SAE {folder} has normalize_activations={cfg['normalize_activations']!r}, which is not supported; "
+            f"SAE {folder}: normalize_activations={cfg['normalize_activations']!r} is not supported; "
             f"use one of {', '.join(NORMALISATIONS)}"
         )
     for name, size, axis in (("d_in", W_enc.shape[0], "inputs"), ("d_sae", W_enc.shape[-1], "features")):
