@@ -358,3 +358,15 @@ def test_long_prompts_are_dropped_and_counted(chat_tokenizer, caplog):
     assert len(fit_context(small_pool(), chat_tokenizer, DataConfig(max_prompt_tokens=9))) == 2
     message = message_of(fit_context, small_pool(), chat_tokenizer, DataConfig(max_prompt_tokens=2))
     assert "all 2 prompts" in message and "max_prompt_tokens=2" in message and "has 6" in message
+
+
+@pytest.mark.slow
+def test_a_real_chat_template(smollm2):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    plain, chat = render(small_pool(), tokenizer, DataConfig())
+    assert plain.endswith("<|im_start|>user\na {b}<|im_end|>\n<|im_start|>assistant\n")
+    assert chat.startswith("<|im_start|>system\nshort<|im_end|>\n") and "SmolLM" not in chat
+    ids = tokenizer(chat)["input_ids"]
+    assert tokenizer.decode(ids) == chat and ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
