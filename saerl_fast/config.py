@@ -60,6 +60,7 @@ class SAEConfig:
     aux_k: int = 32  # dead features that also explain the residual; 0 turns this off
     dead_after: int = 200  # steps without firing after which a feature counts as dead
     max_tokens: int = 200_000  # activations kept in memory for training
+    sink_ratio: float = 10.0  # tokens of more than this times the median norm are left out; 0 keeps all
     seed: int = 0
 
 

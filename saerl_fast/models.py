@@ -64,7 +64,7 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     _check_embeddings(model, tokenizer, cfg.path)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    nn.Module.to(model, device)  # in place; transformers' own `to` is a wrapper typed otherwise
+    model.to(device)  # type: ignore[arg-type]  # the stub of this method is wrong
     return model.eval(), tokenizer
 
 
