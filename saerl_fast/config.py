@@ -111,12 +111,14 @@ class AdaptiveConfig:
     noise: float = 0.1  # Gumbel scale on the distance to the target
     cooldown: int = 60  # steps before a prompt may return (shortened when the pool is small)
     refresh_features: bool = False  # replace a prompt's features by those captured during its rollouts
+    use_labels: bool = True  # start from the pass rates known at scoring time; false starts cold
 
 
 @dataclass
 class PlanConfig:
     schedule: Schedule = "adaptive"
     mix: float = 0.25  # literal: share of a batch exchanged with its neighbours; global: share drawn anywhere
+    window: int = 4  # global: batches among which clusters are balanced
     medium_keep: float = 0.6  # medium: share of prompts kept around the middle of predicted difficulty
     filter: bool | None = None  # apply the quality filter; None: yes, except for vanilla
     seed: int | None = None  # of the order; None: the training run's seed
@@ -341,3 +343,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         wanted = getattr(hint, "__name__", None) if origin is None else str(hint)
         raise SaerlError(f"{where}={value!r} is not a valid {wanted}") from None
     return value
+
+
+def from_dict(cls: type, tree: Any, where: str = "") -> Any:
+    """The inverse of :func:`to_dict` for the config class ``cls``; SaerlError on unknown or wrong values."""
+    return _build(cls, tree, where)
