@@ -178,6 +178,7 @@ class TrainConfig:
     save_every: int = 20  # steps between checkpoints; 0: only at the end
     keep: int = 2  # checkpoints kept
     rollout_log: int = 2  # prompts whose rollouts are saved each step
+    save_model: bool = True  # write the final model to <out_dir>/model, for from_pretrained
     tensorboard: bool = False
     loss: LossConfig = field(default_factory=LossConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
