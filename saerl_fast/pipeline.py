@@ -72,13 +72,17 @@ class Session:
 
 
 def set_up(config: Config) -> None:
-    """Process-wide settings: CPU threads and seeds."""
+    """Process-wide settings: CPU threads, and a quiet transformers."""
     if config.threads is not None:
         if config.threads < 1:
             raise SaerlError(f"threads={config.threads} must be at least 1")
         import torch
 
         torch.set_num_threads(config.threads)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def open_session(config: Config, echo: Callable[[str], None]) -> Session:
@@ -130,21 +134,25 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> Top
         on_progress=echo.bar("activations"),
     )
     captured = time.perf_counter()
-    sae, metrics = train_sae(activations, config.sae, on_step=echo.bar("sae"))
-    sae.cfg.update(hook_layer=layer, model_name=config.model.path)
+    bar = echo.bar("sae")
+    sae, metrics = train_sae(
+        activations,
+        replace(config.sae, layer=layer),
+        on_step=lambda step, shown: bar(step, int(shown["steps"])),
+        model_name=config.model.path,
+        device=session.model.device,
+    )
     save_sae(sae, folder)
     record = {
         "layer": layer,
-        "tokens": len(activations),
         **metrics,
         "seconds_capture": captured - started,
-        "seconds_training": time.perf_counter() - captured,
         "fingerprint": fingerprint(config, SAE_SECTIONS),
     }
     write_json(folder / "train.json", record)
     echo(
-        f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.k}, held-out unexplained variance "
-        f"{metrics['fvu']:.3f}, dead {metrics['dead']:.1%}"
+        f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.k}, unexplained variance "
+        f"{metrics['fvu']:.3f} on held-out tokens, {metrics['dead_fraction']:.1%} dead features"
     )
     echo(f"wrote {folder}")
     return sae
