@@ -19,9 +19,8 @@ from saerl_fast.data import orders
 from saerl_fast.errors import SaerlError
 
 if TYPE_CHECKING:
-    from saerl_kernels import CSR
-
     from saerl_fast.data.score import Scores
+    from saerl_kernels import CSR
 
 log = logging.getLogger(__name__)
 SCHEDULES = ("vanilla", "literal", "global", "medium", "adaptive")
@@ -166,9 +165,7 @@ class StaticPlan(Plan):
         if schedule in ("literal", "global") and n_rows >= self.batch_size:
             short = self.total_steps % (n_rows // self.batch_size)
             if short:
-                self.note(
-                    f"the last pass is {short} batches long: it takes a sample of {n_rows} prompts"
-                )
+                self.note(f"the last pass is {short} batches long: it takes a sample of {n_rows} prompts")
 
     def batch_rows(self, index: int) -> np.ndarray:
         """Rows [batch_size] of the batch with this index, which may lie beyond ``total_steps``."""
