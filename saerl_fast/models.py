@@ -1,0 +1,224 @@
+"""Loading a causal language model, and the few facts about its layout that the rest needs.
+
+Everything that reads a model's insides (hidden-state capture, SAE training, rollouts) goes through
+:func:`decoder` and :func:`blocks`, so a new architecture is supported in one place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from saerl_fast.config import ModelConfig
+from saerl_fast.errors import SaerlError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_BLOCK_LISTS = ("layers", "h", "blocks", "block")  # Llama/Qwen/Gemma/NeoX; GPT-2; others
+
+
+def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in ``eval()`` mode on its device, and its tokenizer, ready for batched generation.
+
+    ``cfg.path`` is a hub id, a folder in transformers format, a ``.gguf`` file, or a folder (or hub id)
+    whose GGUF is named by ``cfg.gguf_file``; a folder with one GGUF and no ``config.json`` needs no name.
+    The tokenizer pads on the left and has a pad token (its end-of-sequence token where it had none).
+    Raises SaerlError when nothing loadable is found or the tokenizer does not fit the model.
+    """
+    source, gguf_file = _locate(cfg)
+    device = resolve_device(cfg.device)
+    dtype = resolve_dtype(cfg.dtype, device)
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise SaerlError(
+            "transformers is not installed; install it with `pip install saerl-fast[rl]`"
+        ) from None
+    if gguf_file is not None:
+        try:
+            import gguf  # noqa: F401
+        except ImportError:
+            raise SaerlError(f"reading {gguf_file} needs the gguf package; run `pip install gguf`") from None
+
+    common: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
+    if gguf_file is not None:
+        common["gguf_file"] = gguf_file
+    extra = {} if cfg.attn is None else {"attn_implementation": cfg.attn}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **extra)
+    except SaerlError:
+        raise
+    except Exception as err:  # transformers raises OSError, ValueError, KeyError, ImportError, hub errors ...
+        raise SaerlError(_load_failure(cfg.path, source, err)) from err
+
+    _prepare_tokenizer(tokenizer, cfg.path)
+    _check_embeddings(model, tokenizer, cfg.path)
+    if model.generation_config is not None and model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.to(device)  # type: ignore[arg-type]  # the stub of this method is wrong
+    return model.eval(), tokenizer
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N`` as a device that exists."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SaerlError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise SaerlError(f"device {name!r} does not exist here ({found} CUDA devices found); use auto or cpu")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is float32 on a CPU and bfloat16 on a GPU; the other names are torch's."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in _DTYPES:
+        raise SaerlError(f"dtype {name!r} is unknown; use auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks in order: hidden state L is the output of ``blocks(model)[L - 1]``."""
+    return decoder(model)[1]
+
+
+def decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that embeds ids and runs the blocks (no language-model head), and its blocks."""
+    n_layers = n_blocks(model)
+    for module in model.modules():
+        for name in _BLOCK_LISTS:
+            found = getattr(module, name, None)
+            if isinstance(found, nn.ModuleList) and len(found) == n_layers:
+                return module, found
+    raise SaerlError(
+        f"{type(model).__name__} has no list of {n_layers} decoder blocks named {', '.join(_BLOCK_LISTS)}; "
+        "use a decoder-only transformers model"
+    )
+
+
+def n_blocks(model: nn.Module) -> int:
+    """Number of decoder blocks, from the model's text configuration."""
+    return int(_text_config(model).num_hidden_layers)
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Width of the residual stream, the ``d_in`` an SAE must have."""
+    return int(_text_config(model).hidden_size)
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """Longest sequence the model has position embeddings for; None where it has no such limit."""
+    limit = getattr(_text_config(model), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool = True
+) -> list[list[int]]:
+    """Token ids of each text, unpadded.
+
+    ``special`` adds the tokenizer's own special tokens (such as a beginning-of-sequence token), except
+    to a text that already starts with one because a chat template wrote it.
+    """
+    if not texts:
+        return []
+    ids = [list(row) for row in tokenizer(list(texts), add_special_tokens=special)["input_ids"]]
+    bos = tokenizer.bos_token_id
+    if special and bos is not None:
+        ids = [row[1:] if len(row) > 1 and row[0] == bos and row[1] == bos else row for row in ids]
+    return ids
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    if config is None:
+        raise SaerlError(f"{type(model).__name__} has no config; pass a transformers model")
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
+    """(folder or hub id, GGUF file name or None), checked as far as the local disk allows."""
+    if not cfg.path:
+        raise SaerlError("model.path is empty; set it to a hub id, a folder or a .gguf file")
+    path = Path(cfg.path).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise SaerlError(
+                f"model file {path} is not a .gguf; pass the folder that holds config.json instead"
+            )
+        return str(path.parent), path.name
+    if path.is_dir():
+        if cfg.gguf_file is not None:
+            if not (path / cfg.gguf_file).is_file():
+                raise SaerlError(f"model folder {path} holds no {cfg.gguf_file}; correct model.gguf_file")
+            return str(path), cfg.gguf_file
+        if (path / "config.json").is_file():
+            return str(path), None
+        files = sorted(p.name for p in path.glob("*.gguf"))
+        if len(files) == 1:
+            return str(path), files[0]
+        if files:
+            raise SaerlError(
+                f"model folder {path} holds {len(files)} GGUF files; set model.gguf_file={files[0]}"
+            )
+        raise SaerlError(
+            f"model folder {path} holds neither config.json nor a .gguf file; pass a model's folder"
+        )
+    if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(cfg.path) or cfg.path.count("/") > 1:
+        raise SaerlError(
+            f"model {cfg.path} does not exist; pass an existing folder, a .gguf file or a hub id"
+        )
+    return cfg.path, cfg.gguf_file
+
+
+def _load_failure(path: str, source: str, err: Exception) -> str:
+    first = " ".join(str(err).split())[:200] or type(err).__name__
+    if "trust_remote_code" in first:
+        return f"model {path} runs its own code; set model.trust_remote_code=true if you trust it"
+    if Path(source).is_dir():
+        return f"model {path} could not be loaded ({first}); check that its files are complete"
+    return (
+        f"model {path} is no local folder and could not be fetched from the hub ({first}); "
+        "check the spelling and the network, or pass a folder"
+    )
+
+
+def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise SaerlError(
+                f"the tokenizer of {path} has neither a pad nor an end token; give it one of them"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+
+
+def _check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """A tokenizer with more ids than embedding rows would index out of bounds in the middle of a run."""
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, torch.Tensor)
+    rows = embeddings.shape[0]
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= rows:
+        raise SaerlError(
+            f"the tokenizer of {path} has ids up to {largest} but the model embeds {rows}; "
+            "use the tokenizer the model was trained with, or resize the embeddings and save the model again"
+        )
+    output = model.get_output_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and output is not None and output.weight is not embeddings:
+        model.tie_weights()

@@ -1,0 +1,365 @@
+"""Hidden states of a causal language model: for scoring (the forward stops early) and during rollouts.
+
+Layer L is the residual stream after L blocks: L = 0 is what enters the first block (the embeddings),
+L = n is what leaves the last one. This is transformers' ``hidden_states[L]``, except that transformers
+shows the last entry after the final norm and this module never does (SAEs are trained without it).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from saerl_fast.errors import SaerlError
+from saerl_fast.models import decoder, hidden_size, max_positions, n_blocks, token_ids
+
+if TYPE_CHECKING:
+    from saerl_kernels import CSR
+    from transformers import PreTrainedTokenizerBase
+
+    from saerl_fast.sae.model import TopKSAE
+
+Progress = Callable[[int, int], None]  # (rows done, rows in all)
+
+
+class _LayerReached(Exception):
+    """Ends a forward pass whose remaining blocks nobody needs."""
+
+
+class Capture:
+    """Records the hidden states of each prefill that runs inside its ``with`` block.
+
+    A prefill is a forward pass on an empty cache: the first one of ``model.generate`` or of a
+    hand-written loop. Decoding steps pass through untouched, and nothing here waits for the device
+    before :meth:`take`. Several prefills (a batch generated in chunks) are recorded one after the other.
+
+    model: a transformers decoder-only model; layer: 0 to the number of blocks; every: keep each
+    ``every``-th row only, for batches holding ``every`` adjacent copies of a prompt.
+    """
+
+    def __init__(self, model: nn.Module, layer: int, *, every: int = 1) -> None:
+        if every < 1:
+            raise SaerlError(f"every={every} must be at least 1")
+        self.model, self.layer, self.every = model, check_layer(model, layer), every
+        self.seconds = 0.0  # spent in take() and in the hooks since the last reset_timings()
+        self._records: list[tuple[Tensor, Tensor | None]] = []
+        self._mask: Tensor | None = None
+        self._armed = False
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Capture:
+        if self._handles:
+            raise SaerlError("this capture is already active; leave its with-block before entering it again")
+        body, layers = decoder(self.model)
+        self._records.clear()
+        self._handles = [
+            body.register_forward_pre_hook(self._before, with_kwargs=True),
+            _on_layer(layers, self.layer, self._record),
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._armed = False
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """(x [n_tokens, d_in] in the model's dtype, offsets int64 [n_rows + 1]), padding removed.
+
+        Rows are those of the prefills since the block was entered, in order; taking them forgets them.
+        Raises SaerlError when nothing was recorded or a value is not finite.
+        """
+        start = time.perf_counter()
+        if not self._records:
+            raise SaerlError("nothing was captured; run the model inside the capture's with-block first")
+        parts = [_remove_padding(x, mask) for x, mask in self._records]
+        self._records.clear()
+        x = torch.cat([part[0] for part in parts])
+        lengths = torch.cat([part[1] for part in parts])
+        check_finite(x, self.layer)
+        self.seconds += time.perf_counter() - start
+        return x, _offsets(lengths)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = kwargs.get("inputs_embeds") if ids is None else ids
+        self._armed = ids is not None and self._is_prefill(ids, kwargs)
+        if self._armed:
+            assert ids is not None
+            self._mask = _padding_mask(ids, kwargs)
+
+    def _is_prefill(self, ids: Tensor, kwargs: dict[str, Any]) -> bool:
+        # shapes and host integers only: reading a device tensor here would stall every decoding step
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return mask.shape[1] == ids.shape[1]
+        if cache is None:
+            return True
+        past = cache.get_seq_length()
+        return past == 0 if isinstance(past, int) else ids.shape[1] > 1
+
+    def _record(self, hidden: Tensor) -> None:
+        if not self._armed:
+            return
+        start = time.perf_counter()
+        self._armed = False
+        mask, hidden = self._mask, hidden.detach()
+        if self.every > 1:
+            if hidden.shape[0] % self.every:
+                raise SaerlError(
+                    f"a batch of {hidden.shape[0]} rows is no multiple of every={self.every} copies"
+                )
+            # a copy, so that the other rows' memory is freed
+            hidden = hidden[:: self.every].clone()
+            mask = None if mask is None else mask[:: self.every]
+        self._records.append((hidden, mask))
+        self.seconds += time.perf_counter() - start
+
+
+class FeatureCapture:
+    """Pooled SAE features of the prompts whose rollouts are generated inside its ``with`` block.
+
+    ``with fc: model.generate(...)`` then ``fc.features()``: one CSR row per prompt row of the batch
+    (each ``every``-th row), from the prefill that generation ran anyway. ``timings`` holds the seconds
+    spent since the last ``reset_timings()``: "capture" (hooks, padding removal) and "encode".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sae: TopKSAE,
+        reduce: str = "max",
+        backend: str = "auto",
+        *,
+        layer: int | None = None,
+        every: int = 1,
+    ) -> None:
+        check_width(model, sae)
+        self.sae, self.reduce, self.backend = sae, reduce, backend
+        self.capture = Capture(model, resolve_layer(model, sae, layer), every=every)
+        self._encode_seconds = 0.0
+
+    @property
+    def every(self) -> int:
+        """Adjacent copies of a prompt in a batch; may be changed between batches."""
+        return self.capture.every
+
+    @every.setter
+    def every(self, value: int) -> None:
+        if value < 1:
+            raise SaerlError(f"every={value} must be at least 1")
+        self.capture.every = value
+
+    @property
+    def timings(self) -> dict[str, float]:
+        return {"capture": self.capture.seconds, "encode": self._encode_seconds}
+
+    def reset_timings(self) -> None:
+        self.capture.seconds = self._encode_seconds = 0.0
+
+    def __enter__(self) -> FeatureCapture:
+        self.capture.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.capture.__exit__(kind, error, trace)
+
+    def features(self) -> CSR:
+        """CSR [n prompts, d_sae] on the CPU; forgets the batch it came from."""
+        x, offsets = self.capture.take()
+        start = time.perf_counter()
+        pooled = self.sae.pool(x, offsets, reduce=self.reduce, backend=self.backend).to("cpu")
+        self._encode_seconds += time.perf_counter() - start
+        return pooled
+
+
+@torch.no_grad()
+def hidden_states(
+    model: nn.Module, layer: int, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(x [n_tokens, d_in], offsets int64 [n_rows + 1]) of a padded batch; later blocks never run.
+
+    input_ids int64 [B, T]; attention_mask [B, T], 0 on padding at either end (None: no padding).
+    Raises SaerlError on a layer the model lacks and on values that are not finite.
+    """
+    hidden = _forward_to(model, check_layer(model, layer), input_ids, attention_mask)
+    x, lengths = _remove_padding(hidden, attention_mask)
+    check_finite(x, layer)
+    return x, _offsets(lengths)
+
+
+def iter_hidden(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    layer: int,
+    batch_tokens: int = 8192,
+    on_progress: Progress | None = None,
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Stream the hidden states of many texts: (row numbers, x [n_tokens, d_in], offsets [n_rows + 1]).
+
+    Batches hold texts of similar length, longest first, at most ``batch_tokens`` tokens with padding
+    (a longer text is a batch by itself); the row numbers tell where each belongs in ``texts``.
+    """
+    yield from iter_hidden_ids(model, token_ids(tokenizer, texts), layer, batch_tokens, on_progress)
+
+
+@torch.no_grad()
+def iter_hidden_ids(
+    model: nn.Module,
+    rows: Sequence[Sequence[int]],
+    layer: int,
+    batch_tokens: int = 8192,
+    on_progress: Progress | None = None,
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """:func:`iter_hidden` for texts that are token ids already; an empty row raises SaerlError."""
+    check_layer(model, layer)
+    limit = max_positions(model)
+    for number, row in enumerate(rows):
+        if not row:
+            raise SaerlError(f"text {number} has no tokens; drop empty prompts from the pool")
+        if limit is not None and len(row) > limit:
+            raise SaerlError(
+                f"text {number} has {len(row)} tokens, the model reads {limit}; lower data.max_prompt_tokens"
+            )
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+    done = 0
+    while done < len(order):
+        width = len(rows[order[done]])
+        chosen = order[done : done + max(1, batch_tokens // width)]
+        lengths = torch.tensor([len(rows[i]) for i in chosen])
+        # right padding needs no mask: in a causal model no real token sees what follows it
+        ids = torch.zeros(len(chosen), width, dtype=torch.long)
+        for at, i in enumerate(chosen):
+            ids[at, : len(rows[i])] = torch.tensor(rows[i])
+        hidden = _forward_to(model, layer, ids.to(device), None).flatten(0, 1)
+        if int(lengths[-1]) < width:
+            real = (torch.arange(width) < lengths[:, None]).flatten().nonzero().squeeze(1)
+            hidden = hidden[real.to(device)]
+        check_finite(hidden, layer)
+        done += len(chosen)
+        yield chosen, hidden, _offsets(lengths).to(device)
+        if on_progress is not None:
+            on_progress(done, len(order))
+
+
+def check_layer(model: nn.Module, layer: int) -> int:
+    """``layer`` if the model has it, else SaerlError."""
+    blocks = n_blocks(model)
+    if not 0 <= layer <= blocks:
+        raise SaerlError(f"layer {layer} does not exist in a model of {blocks} blocks; use 0 to {blocks}")
+    return layer
+
+
+def resolve_layer(model: nn.Module, sae: TopKSAE | None = None, layer: int | None = None) -> int:
+    """The layer asked for, else the SAE's own, else the middle one (checked against the model)."""
+    if layer is not None:
+        return check_layer(model, layer)
+    if sae is not None:
+        if sae.layer is not None:
+            return check_layer(model, sae.layer)
+        if sae.hook_name:
+            raise SaerlError(
+                f"the SAE reads {sae.hook_name!r}, which is no residual stream; set sae.layer if you mean to"
+            )
+    return n_blocks(model) // 2
+
+
+def check_width(model: nn.Module, sae: TopKSAE) -> None:
+    """SaerlError naming both widths when the SAE was made for another model."""
+    width = hidden_size(model)
+    if sae.d_in != width:
+        raise SaerlError(
+            f"the SAE reads activations of width {sae.d_in} but the model's hidden size is {width}; "
+            "use an SAE trained on this model's width"
+        )
+
+
+def check_finite(x: Tensor, layer: int) -> None:
+    """SaerlError when an activation is NaN or infinite (waits for the device)."""
+    if not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).any(dim=-1).sum())
+        raise SaerlError(
+            f"the hidden states of layer {layer} are not finite at {bad} of {x.shape[0]} tokens; "
+            "try model.dtype=float32 or bfloat16, and check the checkpoint"
+        )
+
+
+def _forward_to(model: nn.Module, layer: int, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Hidden states [B, T, d_in] of a layer, by leaving the forward pass as soon as they exist."""
+    body, layers = decoder(model)
+    kept: list[Tensor] = []
+
+    def stop(hidden: Tensor) -> None:
+        kept.append(hidden)
+        raise _LayerReached
+
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if mask is not None:
+        # left padding shifts positions; with rotary embeddings that is harmless, with learned ones it is not
+        inputs |= {"attention_mask": mask, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
+    handle = _on_layer(layers, layer, stop)
+    try:
+        body(**inputs)
+    except _LayerReached:
+        pass
+    finally:
+        handle.remove()
+    return kept[0]
+
+
+def _on_layer(layers: nn.ModuleList, layer: int, use: Callable[[Tensor], None]) -> Any:
+    """Call ``use`` with the hidden states of a layer whenever a forward pass makes them."""
+    if layer == 0:
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            use(args[0] if args else kwargs["hidden_states"])
+
+        return layers[0].register_forward_pre_hook(before, with_kwargs=True)
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        use(output[0] if isinstance(output, tuple) else output)  # older blocks return tuples
+
+    return layers[layer - 1].register_forward_hook(after)
+
+
+def _padding_mask(ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """Which tokens of a prefill are real, bool [B, T], from whatever form the mask arrives in."""
+    rows, width = ids.shape[:2]
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask[:, :width] != 0
+    if isinstance(positions, Tensor) and positions.ndim == 2:
+        # generate() pads on the left and counts positions from each row's first real token
+        lengths = positions[:, -1:].expand(rows, 1) + 1
+        return torch.arange(width, device=ids.device) >= width - lengths
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        diagonal = mask[:, 0, :, :width].diagonal(dim1=1, dim2=2)  # a real token attends to itself
+        return diagonal if diagonal.dtype == torch.bool else diagonal == 0
+    return None
+
+
+def _remove_padding(hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[B, T, d] and bool [B, T] to ([n_tokens, d], lengths [B])."""
+    if mask is None:
+        rows, width = hidden.shape[:2]
+        return hidden.flatten(0, 1), torch.full((rows,), width, device=hidden.device)
+    mask = mask.to(hidden.device) != 0
+    return hidden[mask], mask.sum(dim=1)
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).long()
