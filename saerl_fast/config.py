@@ -32,16 +32,19 @@ class ModelConfig:
 class DataConfig:
     train: str = ""  # hub id, local .parquet/.jsonl/.json/.csv, or "reasoning-gym:NAME[@LEVEL],..."
     eval: str | None = None  # the same; None holds out `eval_size` rows of `train`
-    eval_size: int = 64
+    eval_size: int = 64  # rows held out, or generated for a reasoning-gym evaluation
+    eval_filter: str | None = None  # hold out only rows where this column is true or above 0 (null: no)
     limit: int | None = None  # keep the first N training rows
     eval_limit: int | None = None
     size: int = 512  # rows to generate for a reasoning-gym spec
+    hub_config: str | None = None  # configuration name of a hub dataset (gsm8k has "main")
     split: str = "train"  # of a hub dataset
+    eval_split: str = "test"  # of `eval` when it is a hub dataset
     prompt_column: str = "prompt"  # text, or a list of chat messages
-    answer_column: str = "answer"
+    answer_column: str | None = "answer"  # None for rewards that need no answer
     id_column: str | None = None  # None numbers the rows
     template: str = "{prompt}"  # wrapped around every prompt text
-    chat: str = "auto"  # auto (when the tokenizer has a chat template), always, never
+    chat: Literal["auto", "always", "never"] = "auto"  # auto: when the tokenizer has a chat template
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
 
 
@@ -75,7 +78,7 @@ class QualityConfig:
     label_column: str = "quality_label"  # null where a row is unlabelled; absent column: no filter
     filter_ratio: float | None = None  # drop this share with the lowest quality; None: below `threshold`
     threshold: float = 0.5
-    c: float = 1.0  # inverse regularisation, both heads
+    c: float = 10.0  # inverse regularisation, both heads
     folds: int = 5  # of the held-out figures
 
 
@@ -84,7 +87,7 @@ class DifficultyConfig:
     label_column: str | None = None  # pass rate in [0, 1], null where unknown; None rolls out a subset
     n_labels: int = 128  # prompts rolled out for labels; 0: no difficulty
     rollouts: int = 4  # per labelled prompt
-    alpha: float = 0.01  # ElasticNet penalty
+    alpha: float = 0.02  # ElasticNet penalty, as a share of the smallest that leaves no coefficient
     l1_ratio: float = 0.2
     folds: int = 5
 
@@ -109,15 +112,17 @@ class AdaptiveConfig:
     noise: float = 0.1  # Gumbel scale on the distance to the target
     cooldown: int = 60  # steps before a prompt may return (shortened when the pool is small)
     refresh_features: bool = False  # replace a prompt's features by those captured during its rollouts
+    use_labels: bool = True  # start from the pass rates known at scoring time; false starts cold
 
 
 @dataclass
 class PlanConfig:
     schedule: Schedule = "adaptive"
     mix: float = 0.25  # literal: share of a batch exchanged with its neighbours; global: share drawn anywhere
+    window: int = 4  # global: batches among which clusters are balanced
     medium_keep: float = 0.6  # medium: share of prompts kept around the middle of predicted difficulty
     filter: bool | None = None  # apply the quality filter; None: yes, except for vanilla
-    seed: int | None = None  # None: the run's seed
+    seed: int | None = None  # of the order; None: the training run's seed
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
 
 
@@ -160,6 +165,7 @@ class EvalConfig:
 @dataclass
 class TrainConfig:
     steps: int = 100
+    seed: int | None = None  # of sampling and order; None: the run's seed. The data split keeps the latter
     lr: float = 1e-6
     warmup_steps: int = 10  # of the learning rate
     weight_decay: float = 0.0
@@ -172,6 +178,7 @@ class TrainConfig:
     save_every: int = 20  # steps between checkpoints; 0: only at the end
     keep: int = 2  # checkpoints kept
     rollout_log: int = 2  # prompts whose rollouts are saved each step
+    save_model: bool = True  # write the final model to <out_dir>/model, for from_pretrained
     tensorboard: bool = False
     loss: LossConfig = field(default_factory=LossConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -184,6 +191,7 @@ class CompareConfig:
     arms: list[str] = field(default_factory=lambda: ["vanilla", "adaptive"])
     seeds: list[int] = field(default_factory=lambda: [0])
     targets: list[float] = field(default_factory=lambda: [0.6, 0.8])  # shares of the first arm's gain
+    target_values: list[float] | None = None  # accuracies registered beforehand; replace `targets`
     smooth: int = 3  # evaluations in the running mean that is tested against a target
     bootstrap: int = 2000
 
@@ -224,22 +232,12 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
         if loaded is not None and not isinstance(loaded, dict):
             raise SaerlError(f"config file {file} must hold sections, not a {type(loaded).__name__}")
         tree = loaded or {}
-    for item in overrides:
-        key, sep, text = item.partition("=")
-        if not sep or not key:
-            raise SaerlError(f"override {item!r} is not of the form key.sub=value")
-        *parents, leaf = key.split(".")
-        node = tree
-        for name in parents:
-            child = node.setdefault(name, {})
-            if not isinstance(child, dict):
-                raise SaerlError(f"override {item!r}: {name!r} is a value, not a section")
-            node = child
-        try:
-            node[leaf] = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError:
-            node[leaf] = text
-    return _build(Config, tree, "")
+    return _build(Config, _override(tree, overrides), "")
+
+
+def apply_overrides(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
+    """A copy of ``config`` with ``key.sub=value`` items applied in order; errors as in `load_config`."""
+    return _build(Config, _override(to_dict(config), overrides), "")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -247,7 +245,40 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def _override(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    for item in overrides:
+        key, sep, text = item.partition("=")
+        if not sep or not key:
+            raise SaerlError(f"override {item!r} is not of the form key.sub=value")
+        *parents, leaf = key.split(".")
+        node = tree
+        for name in parents:
+            if node.get(name) is None:  # absent, or an empty section of the file
+                node[name] = {}
+            child = node[name]
+            if not isinstance(child, dict):
+                raise SaerlError(f"override {item!r}: {name!r} is a value, not a section")
+            node = child
+        node[leaf] = _Override(text)
+    return tree
+
+
+class _Override(str):
+    """The text of a ``key=value`` argument, read as YAML only where the field is not plain text."""
+
+    def parsed(self) -> Any:
+        import yaml
+
+        try:
+            return yaml.safe_load(self) if self else ""
+        except yaml.YAMLError:
+            return str(self)
+
+
 def _build(cls: type, tree: Any, where: str) -> Any:
+    tree = tree.parsed() if isinstance(tree, _Override) else tree
+    if tree is None:  # a section without keys
+        return cls()
     if not isinstance(tree, dict):
         raise SaerlError(f"config section {where.rstrip('.')!r} must be a mapping, got {tree!r}")
     hints = typing.get_type_hints(cls)
@@ -271,6 +302,12 @@ def _build(cls: type, tree: Any, where: str) -> Any:
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     """``value`` as the field's type; PyYAML reads 3e-6 as a string, so numbers are parsed here too."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, _Override):
+        parsed = value.parsed()
+        # A template such as {prompt}, or "Question: {prompt}", is valid YAML for a mapping: keep the text.
+        optional = origin in (Union, types.UnionType) and str in args
+        keep = hint is str or (optional and parsed is not None)
+        value = str(value) if keep and not isinstance(parsed, str) else parsed
     if origin in (Union, types.UnionType):
         if value is None or (value == "" and type(None) in args):
             return None
@@ -303,7 +340,12 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             if value is None or isinstance(value, (dict, list)):
                 raise ValueError
             return str(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         wanted = getattr(hint, "__name__", None) if origin is None else str(hint)
         raise SaerlError(f"{where}={value!r} is not a valid {wanted}") from None
     return value
+
+
+def from_dict(cls: type, tree: Any, where: str = "") -> Any:
+    """The inverse of :func:`to_dict` for the config class ``cls``; SaerlError on unknown or wrong values."""
+    return _build(cls, tree, where)

@@ -1,0 +1,142 @@
+"""The ``saerl`` command. Nothing heavy is imported before a subcommand is chosen."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from saerl_fast import __version__
+from saerl_fast.config import Config, load_config
+from saerl_fast.errors import SaerlError
+
+SHORTCUTS = {  # flag -> config key: what most people set on the command line
+    "model": "model.path",
+    "gguf-file": "model.gguf_file",
+    "data": "data.train",
+    "eval-data": "data.eval",
+    "sae": "sae.path",
+    "run-dir": "run_dir",
+    "seed": "seed",
+}
+OVERRIDES_HELP = "settings as key.sub=value, e.g. train.lr=3e-6 (see saerl_fast/config.py for all keys)"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", metavar="FILE", help="YAML file with settings")
+    for flag, key in SHORTCUTS.items():
+        common.add_argument(f"--{flag}", metavar="VALUE", help=f"short for {key}=VALUE")
+    common.add_argument("--quiet", action="store_true", help="only errors and the final table")
+    common.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES_HELP)
+
+    top = argparse.ArgumentParser(
+        prog="saerl",
+        description="Sparse-autoencoder signals for RL post-training: score, plan, train, compare.",
+    )
+    top.add_argument("--version", action="version", version=f"saerl {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    sae = commands.add_parser("sae", help="train a TopK SAE on a model's hidden states, or describe one")
+    sae_commands = sae.add_subparsers(dest="sae_command", required=True, metavar="train|info")
+    sae_commands.add_parser("train", parents=[common], help="train on the prompts' activations")
+    info = sae_commands.add_parser("info", help="describe a SAELens or sparsify checkpoint")
+    info.add_argument("path", help="folder with the SAE")
+
+    commands.add_parser(
+        "score", parents=[common], help="prompts x model x SAE -> scores.parquet and features"
+    )
+    plan = commands.add_parser("plan", parents=[common], help="scores -> plan.json")
+    train = commands.add_parser("train", parents=[common], help="one GRPO run under a plan")
+    for command in (plan, train):
+        command.add_argument(
+            "--schedule", metavar="NAME", help="vanilla, literal, global, medium or adaptive (plan.schedule)"
+        )
+    train.add_argument("--plan", metavar="FILE", help="follow this plan.json instead of building one")
+    train.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint")
+    train.add_argument("--overwrite", action="store_true", help="replace a finished or interrupted run")
+    compare = commands.add_parser(
+        "compare", parents=[common], help="arms x seeds -> report; resumes by itself"
+    )
+    compare.add_argument("--arms", metavar="A,B", help="short for compare.arms=A,B")
+    compare.add_argument("--seeds", metavar="0,1", help="short for compare.seeds=0,1")
+    report = commands.add_parser("report", help="tables and plots again from what a run recorded")
+    report.add_argument("run", help="folder of a run or a comparison")
+    return top
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """The config tree that the parsed arguments ask for; later settings win over earlier ones."""
+    shortcuts = dict(SHORTCUTS, schedule="plan.schedule", arms="compare.arms", seeds="compare.seeds")
+    given = ((key, getattr(args, flag.replace("-", "_"), None)) for flag, key in shortcuts.items())
+    return load_config(
+        args.config, [f"{key}={value}" for key, value in given if value is not None] + args.overrides
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Dispatch to the pipeline; imports happen here."""
+    if args.command == "report":
+        from saerl_fast.report import write_report
+
+        for path in write_report(Path(args.run), echo=print):
+            print(f"wrote {path}")
+        return
+    if args.command == "sae" and args.sae_command == "info":
+        from saerl_fast.pipeline import describe_sae
+
+        print(describe_sae(args.path))
+        return
+
+    config = read_config(args)
+    from saerl_fast import compare, pipeline
+
+    echo = pipeline.Echo(quiet=args.quiet)
+    pipeline.set_up(config)
+    if args.command == "sae":
+        pipeline.sae_stage(config, echo)
+    elif args.command == "score":
+        pipeline.score_stage(config, echo)
+    elif args.command == "plan":
+        pipeline.plan_stage(config, echo)
+    elif args.command == "train":
+        pipeline.train_stage(
+            config, echo, plan_file=args.plan, resume=args.resume, overwrite=args.overwrite, with_report=True
+        )
+    elif args.command == "compare":
+        compare.compare(config, echo)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: 0 when done, 2 for bad input (one sentence, no traceback), 130 when interrupted."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("saerl_fast").setLevel(logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    top = parser()
+    args, extra = top.parse_known_args(argv)  # argparse takes settings in one place only; users mix them
+    if any(item.startswith("-") or "=" not in item for item in extra):
+        top.error(f"unrecognized arguments: {' '.join(extra)}")
+    if extra and not hasattr(args, "overrides"):
+        top.error(f"`saerl {args.command}` takes no settings, got {' '.join(extra)}")
+    if extra:
+        args.overrides += extra
+    try:
+        run(args)
+    except SaerlError as err:
+        print(f"saerl: {err}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("saerl: interrupted; what was written stays, and `--resume` goes on from it", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

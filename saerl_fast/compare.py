@@ -1,0 +1,78 @@
+"""Arms x seeds under one config: same model, data and evaluation, only the order differs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from saerl_fast.config import Config, apply_overrides, to_dict
+from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import write_json
+from saerl_fast.pipeline import RUN_SECTIONS, Echo, fingerprint, train_stage
+from saerl_fast.report import write_report
+
+
+def parse_arm(text: str) -> tuple[str, list[str]]:
+    """``NAME`` (a schedule) or ``NAME:key=value;key=value`` -> the arm's name and its overrides.
+
+    Overrides reach ``plan`` and ``train`` only: what an arm changes must not touch data or scores.
+    """
+    name, _, rest = text.partition(":")
+    overrides = [item.strip() for item in rest.split(";") if item.strip()]
+    for item in overrides:
+        if not item.startswith(("plan.", "train.")):
+            raise SaerlError(f"arm {text!r} sets {item!r}; an arm may set plan.* and train.* only")
+    if not any(item.startswith("plan.schedule=") for item in overrides):
+        overrides.insert(0, f"plan.schedule={name}")
+    if not name.replace("-", "_").isidentifier():
+        raise SaerlError(f"arm name {name!r} must be letters, digits, '-' or '_'; it becomes a folder")
+    return name, overrides
+
+
+def compare(config: Config, echo: Echo) -> list[Path]:
+    """Run every arm with every seed and write the report; finished runs are kept, broken ones resumed.
+
+    Raises SaerlError before anything runs when an arm or the list of seeds is wrong.
+    """
+    arms = [parse_arm(text) for text in config.compare.arms]
+    names = [name for name, _ in arms]
+    if not arms or len(set(names)) != len(names):
+        raise SaerlError(f"compare.arms={','.join(names)!r} must name one or more different arms")
+    seeds = config.compare.seeds
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise SaerlError(f"compare.seeds={seeds} must hold one or more different seeds")
+    jobs = []
+    root = Path(config.run_dir)
+    for seed in seeds:
+        for name, overrides in arms:
+            mine = apply_overrides(config, [*overrides, f"train.seed={seed}"])
+            jobs.append((name, mine, root / name if len(seeds) == 1 else root / name / f"seed-{seed}"))
+    write_json(root / "compare.json", to_dict(config.compare))
+    for i, (name, mine, out) in enumerate(jobs, 1):
+        echo(f"[{i}/{len(jobs)}] {name}, seed {mine.train.seed}")
+        started, finished = _state(mine, out)
+        if finished:
+            echo(f"{out} is finished already; kept")
+            continue
+        train_stage(mine, echo, out=out, arm=name, resume=started, overwrite=not started)
+    paths = write_report(root, echo=print_table)
+    for path in paths:
+        echo(f"wrote {path}")
+    return paths
+
+
+def print_table(line: str) -> None:
+    """The result is printed even under --quiet."""
+    print(line, flush=True)  # noqa: T201
+
+
+def _state(config: Config, out: Path) -> tuple[bool, bool]:
+    """Whether a run with exactly these settings has started in ``out``, and whether it has finished."""
+    described = out / "run.json"
+    if not described.is_file():
+        return False, False
+    record: dict[str, Any] = json.loads(described.read_text())
+    if record.get("fingerprint") != fingerprint(config, RUN_SECTIONS):
+        raise SaerlError(f"{out} holds a run with other settings; remove it or choose another run_dir")
+    return True, (out / "summary.json").is_file()

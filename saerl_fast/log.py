@@ -1,0 +1,178 @@
+"""Metrics of a run: JSON lines on disk, one console line a step, TensorBoard when asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import atomic_path
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+_SHOWN = ("reward", "pass_rate", "accuracy", "loss", "entropy", "lr", "tokens", "n")  # console order
+
+
+class JsonlLog:
+    """An append-only file of JSON objects, one a line, flushed after every write.
+
+    A fresh log (``resume_step=None``) moves an older file of the same name aside, to ``*.previous``.
+    A resumed one drops the rows whose ``step`` is later than ``resume_step``, atomically, since a run that
+    stopped after its last checkpoint will write those steps again.
+    """
+
+    def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                if resume_step is None:
+                    self.path.replace(self.path.with_name(self.path.name + ".previous"))
+                else:
+                    keep_until(self.path, resume_step)
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as err:
+            raise SaerlError(f"cannot write {self.path}: {err.strerror}; choose another run_dir") from None
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows. NumPy and torch scalars become numbers, NaN and infinity null."""
+        text = "".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows)
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except OSError as err:
+            raise SaerlError(
+                f"cannot write {self.path}: {err.strerror}; free some space and resume"
+            ) from None
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class MetricsLog:
+    """The log of one training run: ``<out_dir>/metrics.jsonl``.
+
+    ``echo`` receives one line of text per row (by default it goes to `logging` at level INFO).
+    ``resume_step`` is the step of the checkpoint that training continues from; None starts afresh.
+    Raises SaerlError when the folder cannot be written or TensorBoard is asked for and missing.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | Path,
+        resume_step: int | None = None,
+        *,
+        echo: Callable[[str], None] | None = None,
+        tensorboard: bool = False,
+    ) -> None:
+        self._echo = echo if echo is not None else log.info
+        self._board = _open_board(Path(out_dir) / "tensorboard", resume_step) if tensorboard else None
+        self._lines = JsonlLog(Path(out_dir) / "metrics.jsonl", resume_step)
+        self.path = self._lines.path
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Record one row; it must hold ``step`` (int) and ``kind`` ("train", "eval", ...)."""
+        missing = [key for key in ("step", "kind") if key not in row]
+        if missing:
+            raise SaerlError(f"a metrics row needs the key {missing[0]!r}; it has {', '.join(row)}")
+        plain = _plain(row)
+        self._lines.write([plain])
+        self._echo(format_row(plain))
+        if self._board is not None:
+            for name, value in _flat(plain):
+                self._board.add_scalar(f"{plain['kind']}/{name}", value, plain["step"])
+            self._board.flush()
+
+    def close(self) -> None:
+        self._lines.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def format_row(row: Mapping[str, Any]) -> str:
+    """One console line: step and kind, the usual figures, seconds in all."""
+    parts = [f"step {row['step']:>5} {row['kind']:<5}"]
+    parts += [f"{name} {_short(row[name])}" for name in _SHOWN if row.get(name) is not None]
+    seconds = row.get("time")
+    if isinstance(seconds, Mapping) and seconds:
+        parts.append(f"{sum(v for v in seconds.values() if isinstance(v, (int, float))):.1f} s")
+    return "  ".join(parts)
+
+
+def read_jsonl(path: str | Path) -> list[Row]:
+    """The rows of a JSON-lines file. A torn last line (the writer was killed) is left out."""
+    path = Path(path)
+    if not path.is_file():
+        raise SaerlError(f"{path} does not exist; make it with `saerl train`")
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+        except ValueError as err:
+            if number == len(lines):
+                break
+            raise SaerlError(f"{path} line {number} is damaged ({err}); remove that line") from None
+        rows.append(row)
+    return rows
+
+
+def read_metrics(path: str | Path) -> list[Row]:
+    """Rows of a metrics.jsonl, or of the one in the folder ``path``."""
+    path = Path(path)
+    return read_jsonl(path / "metrics.jsonl" if path.is_dir() else path)
+
+
+def keep_until(path: str | Path, step: int) -> None:
+    """Rewrite a JSON-lines file without the rows later than ``step`` and without a torn last line."""
+    rows = [row for row in read_jsonl(path) if row.get("step", 0) <= step]
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with only what JSON knows."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # NumPy and torch scalars and arrays
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (str, int, bool, type(None))) else str(value)
+
+
+def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and name != "step":
+            yield prefix + name, value
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _open_board(folder: Path, resume_step: int | None) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise SaerlError("train.tensorboard=true needs TensorBoard; pip install tensorboard") from None
+    return SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)

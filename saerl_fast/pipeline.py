@@ -1,0 +1,391 @@
+"""The stages behind the commands: SAE, scores, plan, training. Each writes what the next one reads.
+
+A stage that finds its input missing makes it; one that finds it made with other settings says so and
+stops, because silently mixing the two would make every figure after it wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from saerl_fast.config import Config, to_dict
+from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import read_json, write_json
+
+if TYPE_CHECKING:
+    from saerl_fast.data.plan import Plan
+    from saerl_fast.data.score import Scores
+    from saerl_fast.prompts import Pool
+    from saerl_fast.sae.model import TopKSAE
+
+SAE_SECTIONS = ("model", "data", "sae")  # what a trained SAE depends on
+SCORE_SECTIONS = (*SAE_SECTIONS, "score", "quality", "difficulty", "diversity")
+RUN_SECTIONS = (*SCORE_SECTIONS, "plan", "train")
+NOT_RESULTS = ("device", "dtype", "attn", "trust_remote_code")  # where and how fast, not what
+
+
+@dataclass
+class Echo:
+    """Where progress goes: lines on stdout, and a bar on stderr while something long runs."""
+
+    quiet: bool = False
+
+    def __call__(self, line: str) -> None:
+        if not self.quiet:
+            print(line, flush=True)  # noqa: T201 - the command line's own voice
+
+    def bar(self, label: str) -> Callable[[int, int], None]:
+        """A callback ``(done, total)`` that keeps a progress bar up to date."""
+        from tqdm import tqdm
+
+        shown: list[Any] = []
+
+        def update(done: int, total: int) -> None:
+            if not shown:
+                interval = 0.2 if sys.stderr.isatty() else 10.0
+                shown.append(tqdm(total=total, desc=label, disable=self.quiet, mininterval=interval))
+            shown[0].update(done - shown[0].n)
+            if done >= total:
+                shown[0].close()
+
+        return update
+
+
+@dataclass
+class Session:
+    """A loaded model with its tokenizer, and the pools rendered for it."""
+
+    model: Any
+    tokenizer: Any
+    train: Pool
+    eval: Pool
+    notes: list[str] = field(default_factory=list)
+
+
+def set_up(config: Config) -> None:
+    """Process-wide settings: CPU threads, and a quiet transformers."""
+    if config.threads is not None:
+        if config.threads < 1:
+            raise SaerlError(f"threads={config.threads} must be at least 1")
+        import torch
+
+        torch.set_num_threads(config.threads)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def open_session(config: Config, echo: Callable[[str], None]) -> Session:
+    """Load model, tokenizer and prompts; prompts that do not fit the context are dropped and counted."""
+    from saerl_fast.models import load_model
+    from saerl_fast.prompts import fit_context, load_split
+
+    train, evaluation = load_split(config.data, config.seed)
+    model, tokenizer = load_model(config.model)
+    train, evaluation = (fit_context(pool, tokenizer, config.data) for pool in (train, evaluation))
+    parameters = sum(p.numel() for p in model.parameters())
+    echo(f"model {config.model.path}: {parameters / 1e6:.1f}M parameters on {model.device}, {model.dtype}")
+    echo(f"prompts: {len(train)} to train on, {len(evaluation)} held out")
+    return Session(model, tokenizer, train, evaluation)
+
+
+def fingerprint(config: Config, sections: tuple[str, ...]) -> str:
+    """A short hash of the settings that a stage's output depends on."""
+    tree = {name: to_dict(getattr(config, name)) for name in sections}
+    tree["model"] = {key: value for key, value in tree["model"].items() if key not in NOT_RESULTS}
+    tree["seed"] = {"seed": config.seed if "score" in sections else 0}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# --- SAE -------------------------------------------------------------------------------------------
+
+
+def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> TopKSAE:
+    """Train a TopK SAE on the training prompts' (and answers') activations into ``<run_dir>/sae``."""
+    from saerl_fast.prompts import render
+    from saerl_fast.sae.capture import resolve_layer
+    from saerl_fast.sae.files import save_sae
+    from saerl_fast.sae.train import collect_activations, train_sae
+
+    folder = Path(config.run_dir) / "sae"
+    session = session or open_session(config, echo)
+    layer = resolve_layer(session.model, None, config.sae.layer)
+    texts = render(session.train, session.tokenizer, config.data)
+    if config.score.include_answer:
+        texts = [text + answer for text, answer in zip(texts, session.train.column("answer"), strict=True)]
+    started = time.perf_counter()
+    activations = collect_activations(
+        session.model,
+        session.tokenizer,
+        texts,
+        layer,
+        config.sae.max_tokens,
+        seed=config.sae.seed,
+        on_progress=echo.bar("activations"),
+    )
+    captured = time.perf_counter()
+    bar = echo.bar("sae")
+    sae, metrics = train_sae(
+        activations,
+        replace(config.sae, layer=layer),
+        on_step=lambda step, shown: bar(step, int(shown["steps"])),
+        model_name=config.model.path,
+        device=session.model.device,
+    )
+    save_sae(sae, folder)
+    record = {
+        "layer": layer,
+        **metrics,
+        "seconds_capture": captured - started,
+        "fingerprint": fingerprint(config, SAE_SECTIONS),
+    }
+    write_json(folder / "train.json", record)
+    echo(
+        f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.k}, unexplained variance "
+        f"{metrics['fvu']:.3f} on held-out tokens, {metrics['dead_fraction']:.1%} dead features"
+    )
+    echo(f"wrote {folder}")
+    return sae
+
+
+def find_sae(config: Config, echo: Echo, session: Session) -> TopKSAE:
+    """The SAE that the config names, the one trained for this run, or a newly trained one."""
+    from saerl_fast.sae.files import load_sae
+
+    if config.sae.path is not None:
+        return load_sae(config.sae.path).to(session.model.device)
+    folder = Path(config.run_dir) / "sae"
+    if not folder.is_dir():
+        return sae_stage(config, echo, session)
+    record = read_json(folder / "train.json", "saerl sae train")
+    _same_settings(record.get("fingerprint"), config, SAE_SECTIONS, folder, "saerl sae train")
+    return load_sae(folder).to(session.model.device)
+
+
+def describe_sae(path: str) -> str:
+    """What ``saerl sae info`` prints: the shape and flags of a checkpoint, and how it was trained here."""
+    from saerl_fast.sae.files import load_sae
+
+    sae = load_sae(path)
+    lines = [
+        f"{path}: {sae.cfg.get('architecture', 'topk')} SAE, d_in={sae.d_in}, d_sae={sae.d_sae}, k={sae.k}"
+    ]
+    lines += [f"  {key}: {value}" for key, value in sorted(sae.cfg.items()) if value is not None]
+    trained = Path(path) / "train.json"
+    if trained.is_file():
+        lines += [f"  {key}: {value}" for key, value in read_json(trained, "saerl sae train").items()]
+    return "\n".join(lines)
+
+
+# --- scores ----------------------------------------------------------------------------------------
+
+
+def score_stage(config: Config, echo: Echo, session: Session | None = None) -> Scores:
+    """Score every training prompt; writes scores.parquet, scores.json and features.safetensors."""
+    from saerl_fast.data.score import score_pool
+    from saerl_fast.prompts import render
+
+    session = session or open_session(config, echo)
+    sae = find_sae(config, echo, session)
+    labels, label_costs = difficulty_labels(config, echo, session)
+    scores = score_pool(
+        session.train,
+        render(session.train, session.tokenizer, config.data),
+        session.model,
+        session.tokenizer,
+        sae,
+        config,
+        layer=config.sae.layer,
+        pass_rates=labels,
+        on_progress=echo.bar("features"),
+    )
+    scores.metadata["difficulty_labels"] = label_costs
+    scores.metadata["fingerprint"] = fingerprint(config, SCORE_SECTIONS)
+    folder = scores.save(config.run_dir)
+    echo(f"wrote {folder / 'scores.parquet'}, scores.json and features.safetensors")
+    return scores
+
+
+def find_scores(config: Config, echo: Echo, session: Session | None = None) -> Scores:
+    """The scores of this run, made now when they are missing."""
+    from saerl_fast.data.score import Scores
+
+    if not (Path(config.run_dir) / "scores.parquet").is_file():
+        return score_stage(config, echo, session)
+    scores = Scores.load(config.run_dir)
+    found = scores.metadata.get("fingerprint")
+    _same_settings(found, config, SCORE_SECTIONS, Path(config.run_dir) / "scores.parquet", "saerl score")
+    return scores
+
+
+def difficulty_labels(
+    config: Config, echo: Echo, session: Session
+) -> tuple[np.ndarray | None, dict[str, float]]:
+    """Pass rates [n_prompts] (NaN where unlabelled) for the difficulty regressor, and what they cost.
+
+    Labels are the column the config names, else the mean reward of a few rollouts on a seeded subset.
+    Rollouts are made in chunks, each with its own seed and saved at once, so an interrupted labelling
+    goes on where it stopped and ends with the same labels.
+    """
+    pool, settings = session.train, config.difficulty
+    if settings.label_column is not None:
+        values = pool.column(settings.label_column)
+        rates = np.array([np.nan if value is None else float(value) for value in values])
+        return rates, {"labelled": float(np.isfinite(rates).sum()), "rollouts": 0.0}
+    if settings.n_labels < 1:
+        return None, {"labelled": 0.0, "rollouts": 0.0}
+    from saerl_fast.prompts import render
+    from saerl_fast.rl.rewards import get_reward
+    from saerl_fast.rl.trainer import sample_pass_rates
+
+    chosen = np.random.default_rng([config.seed, 1]).permutation(len(pool))[: settings.n_labels]
+    file = Path(config.run_dir) / "labels.json"
+    mark = fingerprint(config, ("model", "data", "difficulty")) + f"-{config.train.reward}"
+    record: dict[str, Any] = {"fingerprint": mark, "rates": {}, "tokens": 0, "seconds": 0.0}
+    if file.is_file():
+        saved = read_json(file, "saerl score")
+        record = saved if saved.get("fingerprint") == mark else record
+    reward, ids = get_reward(config.train.reward), pool.column("prompt_id")
+    rollout = replace(config.train.rollout, group_size=settings.rollouts)
+    bar, width = echo.bar("difficulty labels"), max(config.train.rollout.prompts_per_step, 1)
+    for start in range(0, len(chosen), width):
+        part = [int(i) for i in chosen[start : start + width]]
+        if not all(ids[i] in record["rates"] for i in part):
+            began = time.perf_counter()
+            rows = pool.select(part)
+            texts = render(rows, session.tokenizer, config.data)
+            seed = int(np.random.SeedSequence([config.seed, 2, start]).generate_state(1)[0])
+            rates, tokens = sample_pass_rates(
+                session.model, session.tokenizer, rows, texts, reward, rollout, seed=seed
+            )
+            record["rates"].update({ids[i]: float(rate) for i, rate in zip(part, rates, strict=True)})
+            record["tokens"] += tokens
+            record["seconds"] += time.perf_counter() - began
+            write_json(file, record)
+        bar(min(start + width, len(chosen)), len(chosen))
+    rates = np.full(len(pool), np.nan)
+    rates[chosen] = [record["rates"][ids[i]] for i in chosen]
+    costs = {"labelled": len(chosen), "rollouts": len(chosen) * settings.rollouts, "tokens": record["tokens"]}
+    return rates, {key: float(value) for key, value in costs.items()} | {"seconds": record["seconds"]}
+
+
+# --- plan and training -------------------------------------------------------------------------------
+
+
+def make_plan(config: Config, echo: Echo, session: Session | None = None) -> Plan:
+    """The plan that the config asks for; ``vanilla`` needs no SAE and no scores."""
+    from saerl_fast.data.plan import build_plan
+    from saerl_fast.data.score import Scores
+
+    if config.plan.schedule == "vanilla" and not config.plan.filter:
+        session = session or open_session(config, echo)
+        scores = Scores({"prompt_id": session.train.column("prompt_id")})
+    else:
+        scores = find_scores(config, echo, session)
+    plan = build_plan(
+        scores,
+        config.plan,
+        batch_size=config.train.rollout.prompts_per_step,
+        total_steps=config.train.steps,
+        seed=training_seed(config) if config.plan.seed is None else config.plan.seed,
+    )
+    echo(f"plan: {config.plan.schedule}, {len(plan.prompt_ids)} prompts kept, {len(plan.dropped)} dropped")
+    for note in plan.notes:
+        echo(f"  note: {note}")
+    return plan
+
+
+def plan_stage(config: Config, echo: Echo) -> Path:
+    """Write ``<run_dir>/plan.json``: the order for this loop, TRL or verl."""
+    from saerl_fast.data.plan import save_plan
+
+    path = Path(config.run_dir) / "plan.json"
+    save_plan(make_plan(config, echo), path)
+    echo(f"wrote {path}")
+    return path
+
+
+def training_seed(config: Config) -> int:
+    """The seed of sampling and order."""
+    return config.seed if config.train.seed is None else config.train.seed
+
+
+def train_stage(
+    config: Config,
+    echo: Echo,
+    *,
+    plan_file: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    out: Path | None = None,
+    arm: str | None = None,
+    with_report: bool = False,
+) -> dict[str, Any]:
+    """One GRPO run into ``<run_dir>/<schedule>``; returns its summary."""
+    import shutil
+
+    from saerl_fast.data.plan import load_plan, save_plan
+    from saerl_fast.report import write_report
+    from saerl_fast.rl.rewards import get_reward
+    from saerl_fast.rl.trainer import train
+    from saerl_fast.sae.capture import FeatureCapture
+
+    arm = arm or config.plan.schedule
+    out = out or Path(config.run_dir) / arm
+    if (out / "metrics.jsonl").is_file() and not resume and not overwrite:
+        raise SaerlError(f"{out} holds a run already; add --resume to go on, or --overwrite to replace it")
+    reward = get_reward(config.train.reward)
+    session = open_session(config, echo)
+    plan = load_plan(plan_file) if plan_file else make_plan(config, echo, session)
+    capture = None
+    if config.train.capture and plan.schedule != "vanilla":
+        sae = find_sae(config, echo, session)
+        capture = FeatureCapture(
+            session.model, sae, config.score.reduce, config.score.backend, layer=config.sae.layer
+        )
+    if overwrite and out.exists() and not resume:
+        shutil.rmtree(out)
+    described = {"arm": arm, "seed": training_seed(config), "fingerprint": fingerprint(config, RUN_SECTIONS)}
+    write_json(out / "run.json", described | {"config": to_dict(config)})
+    save_plan(plan, out / "plan.json")
+    echo(f"training into {out}")
+    summary = train(
+        session.model,
+        session.tokenizer,
+        session.train,
+        session.eval,
+        plan,
+        reward,
+        config.train,
+        out,
+        data=config.data,
+        capture=capture,
+        resume=resume,
+        seed=training_seed(config),
+        echo=echo,
+    )
+    echo(f"wrote {out}")
+    if with_report:
+        for path in write_report(out, echo=echo):
+            echo(f"wrote {path}")
+    return summary
+
+
+def _same_settings(
+    found: str | None, config: Config, sections: tuple[str, ...], what: Path, command: str
+) -> None:
+    if found != fingerprint(config, sections):
+        raise SaerlError(
+            f"{what} was made with other settings in {', '.join(sections)}; run `{command}` again with this "
+            "config, or choose another run_dir"
+        )

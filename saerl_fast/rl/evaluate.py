@@ -1,0 +1,148 @@
+"""Held-out accuracy with a record per item, and pass rates of prompts for the difficulty signal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from saerl_fast.config import EvalConfig, RolloutConfig
+from saerl_fast.errors import SaerlError
+from saerl_fast.prompts import Pool
+from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
+from saerl_fast.rl.rewards import score_rewards
+from saerl_fast.rl.rollouts import Rollouts, generate
+from saerl_fast.rl.warmup import answer_rows
+
+MODES = ("sample", "greedy", "prob")
+Reward = Callable[..., Any]
+
+
+@dataclass
+class EvalResult:
+    """``mean`` over items, and per item: prompt_id, score, completion (its first sample, or None)."""
+
+    mean: float
+    items: list[dict[str, Any]]
+    mode: str
+    tokens: int  # generated
+
+
+def check_eval(cfg: EvalConfig) -> None:
+    """SaerlError on an unknown mode or a number out of range."""
+    if cfg.mode not in MODES:
+        raise SaerlError(f"train.eval.mode={cfg.mode!r} is unknown; choose one of {', '.join(MODES)}")
+    if cfg.samples < 1 or cfg.temperature <= 0 or cfg.every < 0:
+        raise SaerlError(
+            f"train.eval: samples={cfg.samples} must be at least 1, temperature={cfg.temperature} above 0 "
+            f"and every={cfg.every} not negative"
+        )
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    pool: Pool,
+    prompts: Sequence[str],
+    reward: Reward,
+    cfg: EvalConfig,
+    rollout: RolloutConfig,
+    *,
+    seed: int = 0,
+    max_tokens: int = 16384,
+) -> EvalResult:
+    """Score every row of ``pool``, whose final prompt texts are ``prompts``.
+
+    sample: mean reward of ``cfg.samples`` completions (avg@k), the same seed every time, so that two
+    evaluations differ by the weights and not by luck; greedy: reward of the likeliest completion; prob:
+    probability that the model samples exactly the reference answer and then ends, exp of the sum of
+    teacher-forced log-probabilities at ``cfg.temperature``, which has no sampling noise at all.
+    ``max_tokens`` bounds a forward pass in prob mode; ``rollout`` bounds one in the others.
+    """
+    check_eval(cfg)
+    if len(pool) == 0:
+        raise SaerlError("the evaluation pool is empty; check data.eval and data.eval_size")
+    ids = pool.column("prompt_id")
+    if cfg.mode == "prob":
+        scores = answer_probabilities(
+            model, tokenizer, prompts, pool.column("answer"), cfg.temperature, max_tokens
+        )
+        completions: list[str | None] = [None] * len(pool)
+        tokens = 0
+    else:
+        greedy = cfg.mode == "greedy"
+        settings = replace(
+            rollout,
+            group_size=1 if greedy else cfg.samples,
+            temperature=0.0 if greedy else cfg.temperature,
+            batch_size=rollout.batch_size or max(1, rollout.prompts_per_step * rollout.group_size),
+        )
+        made = generate(model, tokenizer, list(prompts), settings, seed=seed)
+        scores = score_rollouts(made, pool.columns, prompts, reward).mean(1)
+        completions = list(made.texts[:: made.group_size])
+        tokens = int(made.lengths.sum())
+    items = [
+        {"prompt_id": name, "score": float(score), "completion": text}
+        for name, score, text in zip(ids, scores, completions, strict=True)
+    ]
+    return EvalResult(float(np.mean(scores)), items, cfg.mode, tokens)
+
+
+def score_rollouts(
+    rollouts: Rollouts, columns: Mapping[str, Sequence[Any]], prompts: Sequence[str], reward: Reward
+) -> np.ndarray:
+    """Rewards float64 [P, G] of the rollouts of P prompts; ``columns`` are the pool's for these P rows."""
+    group = rollouts.group_size
+    repeated = {name: [v for v in column for _ in range(group)] for name, column in columns.items()}
+    texts = [text for text in prompts for _ in range(group)]
+    return score_rewards(reward, texts, rollouts.texts, repeated).reshape(-1, group)
+
+
+def pass_rates(rewards: np.ndarray) -> np.ndarray:
+    """Share of passes [P] of rewards [P, G]: their mean after clipping each to [0, 1].
+
+    For 0/1 rewards this is the pass rate; graded rewards in [0, 1] count by their grade.
+    """
+    return np.clip(rewards, 0.0, 1.0).mean(1)
+
+
+def sample_pass_rates(
+    model: Any,
+    tokenizer: Any,
+    pool: Pool,
+    prompts: Sequence[str],
+    reward: Reward,
+    cfg: RolloutConfig,
+    *,
+    seed: int = 0,
+) -> tuple[np.ndarray, int]:
+    """Pass rates [len(pool)] from ``cfg.group_size`` rollouts each, and the tokens that took."""
+    made = generate(model, tokenizer, list(prompts), cfg, seed=seed)
+    return pass_rates(score_rollouts(made, pool.columns, prompts, reward)), int(made.lengths.sum())
+
+
+@torch.no_grad()
+def answer_probabilities(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    temperature: float = 1.0,
+    max_tokens: int = 16384,
+) -> np.ndarray:
+    """Probability float64 [n] that a completion is exactly the answer followed by the end token."""
+    ids, starts, lengths = answer_rows(model, tokenizer, prompts, answers)
+    found = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
+    was_training = model.training
+    model.eval()
+    for part in micro_batches(starts + lengths, max_tokens):
+        logprobs, _ = completion_logprobs(
+            model, ids[part], starts[part], lengths[part], temperature=temperature, with_entropy=False
+        )
+        owner = part.repeat_interleave(lengths[part])
+        found.index_add_(0, owner, logprobs.double())
+    model.train(was_training)
+    return found.exp().cpu().numpy()

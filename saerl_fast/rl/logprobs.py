@@ -1,0 +1,161 @@
+"""Log-probabilities and entropies of completion tokens, without the [B, T, V] logits.
+
+The decoder runs on whole sequences; only hidden states that predict a completion token go through the
+output head, a chunk at a time, and the chunk's logits are computed again in the backward pass. Peak
+memory is one chunk of logits (`CHUNK_ELEMENTS`), whatever the batch and the vocabulary.
+
+Sequences are padded on the right and prompt and completion are adjacent, so causal attention needs no
+padding mask: padding comes after everything that is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+CHUNK_ELEMENTS = 1 << 25  # logits in memory at once: 128 MiB in float32
+_plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def micro_batches(lengths: Tensor, max_tokens: int) -> Iterator[Tensor]:
+    """Row indices of consecutive micro-batches: rows of similar length, at most ``max_tokens`` with padding.
+
+    ``lengths``: tokens of each sequence [N]. Longest first, so that running out of memory shows at once.
+    A row longer than the budget gets a micro-batch of its own.
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    sizes = lengths[order].tolist()
+    start = 0
+    while start < len(sizes):
+        count = max(1, max_tokens // max(sizes[start], 1))
+        yield order[start : start + count]
+        start += count
+
+
+def completion_logprobs(
+    model: Any,
+    ids: Tensor,
+    prompt_lens: Tensor,
+    completion_lens: Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every completion token at this temperature, both float32 [M].
+
+    ``ids`` [N, L] padded on the right, ``prompt_lens`` and ``completion_lens`` [N]. M is the sum of
+    ``completion_lens``: row 0's tokens come first, then row 1's. Log-probabilities carry gradients,
+    entropies (zeros when not asked for) do not.
+    """
+    ends = prompt_lens + completion_lens
+    ids = ids[:, : int(ends.max())]
+    column = torch.arange(ids.shape[1], device=ids.device)
+    rows, columns = ((column >= prompt_lens[:, None]) & (column < ends[:, None])).nonzero(as_tuple=True)
+    targets = ids[rows, columns]
+    temperature = temperature or 1.0
+    if not plain_head(model):
+        logits = model(input_ids=ids, use_cache=False).logits[rows, columns - 1].float() / temperature
+        logprobs = logits.log_softmax(-1)
+        entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
+        return logprobs.gather(1, targets[:, None])[:, 0], entropy
+    core, head = _parts(model)
+    hidden = core(input_ids=ids, use_cache=False).last_hidden_state[rows, columns - 1]
+    return _HeadLogProbs.apply(hidden, head.weight, head.bias, targets, temperature, with_entropy)
+
+
+def plain_head(model: Any) -> bool:
+    """Whether the model's logits are just its output layer applied to the last hidden state.
+
+    Models that cap or scale logits (Gemma 2, Cohere, Granite) are told by their configuration, and any
+    other by comparing once on a few tokens; they take the full forward pass instead.
+    """
+    if model not in _plain_heads:
+        config = model.config.get_text_config()
+        scales = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+        capped = getattr(config, "final_logit_softcapping", None) is not None
+        scaled = any(getattr(config, name, None) not in (None, 1, 1.0) for name in scales)
+        core, head = _parts(model)
+        plain = type(head) is nn.Linear and not capped and not scaled
+        if plain:
+            ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
+            was_training = model.training
+            with torch.no_grad():
+                model.eval()
+                full = model(input_ids=ids, use_cache=False).logits
+                ours = head(core(input_ids=ids, use_cache=False).last_hidden_state)
+                model.train(was_training)
+            plain = full.shape == ours.shape and torch.allclose(full, ours, rtol=1e-3, atol=1e-3)
+        _plain_heads[model] = plain
+    return _plain_heads[model]
+
+
+def _parts(model: Any) -> tuple[Any, Any]:
+    """The decoder without its head, and the head; adapters of peft live inside both."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.base_model, inner.get_output_embeddings()
+
+
+class _HeadLogProbs(torch.autograd.Function):
+    """log softmax(h W^T + b over T) at the target, chunk by chunk; d logits = (onehot - softmax) g / T."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [M, D]
+        weight: Tensor,  # [V, D]
+        bias: Tensor | None,  # [V]
+        targets: Tensor,  # [M]
+        temperature: float,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        logprobs = torch.empty(len(hidden), device=hidden.device)
+        entropy = torch.zeros_like(logprobs)
+        normalisers = torch.empty_like(logprobs)
+        for part in _chunks(hidden, weight):
+            logits = _logits(hidden[part], weight, bias, temperature)
+            normalisers[part] = logits.logsumexp(-1)
+            logprobs[part] = logits.gather(1, targets[part, None])[:, 0] - normalisers[part]
+            if with_entropy:
+                probs = (logits - normalisers[part, None]).exp_()
+                entropy[part] = normalisers[part] - torch.einsum("mv,mv->m", probs, logits)
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        for part in _chunks(hidden, weight):
+            scale = grads[0][part, None] / ctx.temperature
+            d_logits = _logits(hidden[part], weight, bias, ctx.temperature)
+            d_logits = d_logits.sub_(normalisers[part, None]).exp_().mul_(-scale)
+            d_logits.scatter_add_(1, targets[part, None], scale)
+            low = d_logits.to(weight.dtype)
+            if d_hidden is not None:
+                d_hidden[part] = low @ weight
+            if d_weight is not None:
+                d_weight += low.t() @ hidden[part]
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        d_bias = None if d_bias is None else d_bias.to(bias.dtype)
+        return d_hidden, d_weight, d_bias, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    logits = nn.functional.linear(hidden, weight, bias).float()
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    return (slice(start, start + rows) for start in range(0, len(hidden), rows))

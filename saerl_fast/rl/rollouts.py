@@ -1,0 +1,349 @@
+"""Batched, KV-cached sampling that keeps what training needs: token ids, masks and log-probabilities.
+
+The loop is our own rather than ``model.generate`` because a GRPO step wants four things together: each
+prompt is prefetched once and its cache expanded to the group, a capture object sees exactly that
+prefill, every sampled token's log-probability is recorded, and finished rows leave the batch.
+
+Randomness: one uniform number per (row, position), drawn up front from a CPU generator. A row's tokens
+therefore do not depend on chunking, on when other rows finish, or on the device's own generator.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from saerl_fast.config import RolloutConfig
+from saerl_fast.errors import SaerlError
+from saerl_fast.models import max_positions, token_ids
+
+if TYPE_CHECKING:
+    from saerl_kernels import CSR
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Rollouts:
+    """Completions of P prompts, G each: row ``p * G + g`` holds sample g of prompt p (N = P * G rows).
+
+    Log-probabilities are those of the distribution at temperature T (logits / T), before top-p, so that
+    recomputing them takes nothing but the same division. They are 0 where the mask is False.
+    """
+
+    prompt_ids: Tensor  # int64 [P, S], left-padded
+    prompt_lens: Tensor  # int64 [P]
+    completion_ids: Tensor  # int64 [N, C], right-padded; the end token is part of a completion
+    completion_mask: Tensor  # bool [N, C]
+    logprobs: Tensor  # float32 [N, C]
+    texts: list[str]  # decoded, without special tokens
+    finished: Tensor  # bool [N]: ended with an end token rather than at max_new_tokens
+    group_size: int
+    features: CSR | None = None  # one row per prompt, when a capture object was given
+    timings: dict[str, float] = field(default_factory=dict)  # seconds: generate, capture, encode
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens in each completion, int64 [N]."""
+        return self.completion_mask.sum(1)
+
+    def sequences(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Prompt and completion joined without a gap, for training.
+
+        Returns ids int64 [N, L] padded on the right, prompt lengths [N], completion lengths [N].
+        """
+        prompts = self.prompt_ids.repeat_interleave(self.group_size, 0)
+        starts, lengths = self.prompt_lens.repeat_interleave(self.group_size), self.lengths
+        joined = torch.cat([prompts, self.completion_ids], 1)
+        width = int((starts + lengths).max())
+        # shift every row left by its padding, and fill what lies beyond its end with its first column
+        index = torch.arange(width, device=joined.device) + (prompts.shape[1] - starts)[:, None]
+        return joined.gather(1, index.clamp(max=joined.shape[1] - 1)), starts, lengths
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that end a completion: the generation config's end token(s) and the tokenizer's."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = list(found) if isinstance(found, (list, tuple)) else [found]
+    return sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def left_pad(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids int64 [n, longest] padded on the left, and the rows' lengths int64 [n]."""
+    lengths = torch.tensor([len(row) for row in rows])
+    width = int(lengths.max())
+    padded = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    return padded.to(device), lengths.to(device)
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    cfg: RolloutConfig,
+    *,
+    seed: int = 0,
+    capture: Any | None = None,
+) -> Rollouts:
+    """Sample ``cfg.group_size`` completions of every prompt; temperature 0 takes the likeliest token.
+
+    ``capture`` is entered around each prefill and then asked for ``features()``, a CSR with one row per
+    prompt of that prefill, or None. The model is put into eval mode and back.
+    Raises SaerlError on an empty batch, an empty prompt or one that does not fit the model's context.
+    """
+    _check(cfg)
+    if not prompts:
+        raise SaerlError("there are no prompts to generate from; pass at least one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    ids, lens = left_pad(_encode(model, tokenizer, prompts, cfg), tokenizer.pad_token_id or 0, model.device)
+    group, n_rows = cfg.group_size, len(prompts) * cfg.group_size
+    uniforms = torch.rand(n_rows, cfg.max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    uniforms = uniforms.to(model.device)
+    stops = torch.tensor(stop_tokens(model, tokenizer), device=model.device, dtype=torch.long)
+
+    width = max(1, (cfg.batch_size or n_rows) // group)
+    todo = [(start, min(start + width, len(prompts))) for start in range(0, len(prompts), width)]
+    parts: list[tuple[Tensor, Tensor, Tensor, Any]] = []
+    timings = {"generate": 0.0, "capture": 0.0, "encode": 0.0}
+    was_training = model.training
+    model.eval()
+    try:
+        while todo:
+            first, last = todo.pop(0)
+            try:
+                rows = slice(first * group, last * group)
+                part = _decode(
+                    model, ids[first:last], lens[first:last], uniforms[rows], stops, cfg, capture, timings
+                )
+            except torch.OutOfMemoryError:
+                if last - first == 1:
+                    raise
+                middle = (first + last) // 2
+                log.warning(
+                    "out of memory generating for %d prompts; trying %d", last - first, middle - first
+                )
+                todo[:0] = [(first, middle), (middle, last)]
+                continue
+            parts.append(part)
+    finally:
+        model.train(was_training)
+    longest = max(part[0].shape[1] for part in parts)
+    tokens, logprobs, mask = (
+        torch.cat([torch.nn.functional.pad(part[i], (0, longest - part[i].shape[1])) for part in parts])
+        for i in range(3)
+    )
+    finished = torch.isin(tokens, stops).logical_and(mask).any(1)
+    kept = (mask & ~torch.isin(tokens, stops)).tolist()
+    plain = [[t for t, k in zip(*row, strict=True) if k] for row in zip(tokens.tolist(), kept, strict=True)]
+    texts = tokenizer.batch_decode(plain, skip_special_tokens=True)
+    features = _join([part[3] for part in parts])
+    return Rollouts(ids, lens, tokens, mask, logprobs, texts, finished, group, features, timings)
+
+
+def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """One token per row of ``logits`` [n, V] by inverting the distribution function at ``uniforms`` [n].
+
+    Returns tokens int64 [n] and their log-probabilities float32 [n] at this temperature (before top-p;
+    temperature 0: the likeliest token, and its log-probability at temperature 1).
+    """
+    scaled = logits.float() / (temperature or 1.0)
+    total = scaled.logsumexp(-1, keepdim=True)
+    if temperature == 0:
+        token = scaled.argmax(-1, keepdim=True)
+    else:
+        probs = (scaled - total).exp_()
+        order = None
+        if top_p < 1:
+            probs, order = probs.sort(-1, descending=True)
+        reach = probs.cumsum(-1)
+        mass = reach[:, -1:]
+        if top_p < 1:  # the smallest set of likeliest tokens that holds top_p of the mass
+            mass = reach.gather(1, (reach < top_p).sum(-1, keepdim=True).clamp_(max=reach.shape[1] - 1))
+        # strictly below the mass, so a token of probability 0 can never be picked
+        point = torch.minimum(uniforms[:, None] * mass, mass.nextafter(torch.zeros_like(mass)))
+        token = torch.searchsorted(reach, point, right=True)
+        if order is not None:
+            token = order.gather(1, token)
+    return token[:, 0], (scaled.gather(1, token) - total)[:, 0]
+
+
+def _decode(
+    model: Any,
+    ids: Tensor,
+    lens: Tensor,
+    uniforms: Tensor,
+    stops: Tensor,
+    cfg: RolloutConfig,
+    capture: Any | None,
+    timings: dict[str, float],
+) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """Prefill P prompts, expand them to N rows, decode. Returns tokens, log-probs, mask [N, C], features."""
+    from transformers import DynamicCache
+
+    device, width = ids.device, ids.shape[1]
+    n_rows, limit = uniforms.shape
+    columns = torch.arange(width + limit, device=device)
+    seen = columns >= (width - lens)[:, None]  # [P, S + limit]: False on the left padding
+    padded = bool((lens < width).any())
+    positions = (columns[:width] - (width - lens)[:, None]).clamp_(min=0)
+    cache = DynamicCache(config=model.config)
+    if capture is not None and hasattr(capture, "reset_timings"):
+        capture.reset_timings()
+    started = time.perf_counter()
+    with capture if capture is not None else nullcontext():
+        output = model(
+            input_ids=ids,
+            attention_mask=seen[:, :width].long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    features = None
+    if capture is not None:
+        features = capture.features()
+        spent = getattr(capture, "timings", {})
+        for name, seconds in spent.items():
+            timings[name] = timings.get(name, 0.0) + seconds
+        started += sum(spent.values())  # not generation
+    _expand(cache, cfg.group_size, limit)
+    logits = output.logits[:, -1].repeat_interleave(cfg.group_size, 0)
+    next_position = lens.repeat_interleave(cfg.group_size)[:, None]
+    mask = seen.repeat_interleave(cfg.group_size, 0) if padded else None
+    if mask is not None and _takes_4d(model, cache):
+        mask = mask[:, None, None, :]  # used as it is, so no mask is built from it in every step
+
+    tokens = torch.zeros(n_rows, limit, dtype=torch.long, device=device)
+    logprobs = torch.zeros(n_rows, limit, device=device)
+    kept = torch.zeros(n_rows, limit, dtype=torch.bool, device=device)
+    alive = torch.arange(n_rows, device=device)  # rows still in the batch ...
+    done = torch.zeros(n_rows, dtype=torch.bool, device=device)  # ... and which of those have ended
+    sync_every = 1 if device.type == "cpu" else 8  # asking whether all have ended waits for a GPU
+    for step in range(limit):
+        token, logprob = sample(logits, uniforms[alive, step], cfg.temperature, cfg.top_p)
+        tokens[alive, step] = token.masked_fill(done, 0)
+        logprobs[alive, step] = logprob.masked_fill(done, 0.0)
+        kept[alive, step] = ~done
+        done |= torch.isin(token, stops)
+        if step + 1 == limit:
+            break
+        if (step + 1) % sync_every == 0:
+            left = len(alive) - int(done.sum())
+            if left == 0:
+                break
+            if 2 * left <= len(alive):
+                stay = (~done).nonzero()[:, 0]
+                cache.batch_select_indices(stay)
+                alive, done, token, next_position = alive[stay], done[stay], token[stay], next_position[stay]
+                mask = None if mask is None else mask[stay]
+        output = model(
+            input_ids=token[:, None],
+            attention_mask=None if mask is None else mask[..., : width + step + 1],
+            position_ids=next_position + step,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits = output.logits[:, -1]
+    used = max(int(kept.any(0).sum()), 1)
+    timings["generate"] += time.perf_counter() - started
+    return tokens[:, :used], logprobs[:, :used], kept[:, :used], features
+
+
+@lru_cache(maxsize=1)
+def _growing_layer() -> type:
+    """A cache layer with room for the whole completion, so that a step writes one column, not all."""
+    from transformers.cache_utils import DynamicLayer
+
+    class Growing(DynamicLayer):
+        def __init__(self, source: Any, repeats: int, room: int) -> None:
+            super().__init__()
+            self.dtype, self.device, self.is_initialized = source.dtype, source.device, True
+            self.buffers: list[Tensor] = []
+            for tensor in (source.keys, source.values):
+                batch, heads, length, dim = tensor.shape
+                buffer = tensor.new_zeros(batch * repeats, heads, length + room, dim)
+                buffer[:, :, :length] = tensor.repeat_interleave(repeats, 0)
+                self.buffers.append(buffer)
+            self.length = source.keys.shape[-2]
+            self._view()
+
+        def _view(self) -> None:
+            self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
+
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+            start, self.length = self.length, self.length + key_states.shape[-2]
+            for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+                buffer[:, :, start : self.length] = new
+            self._view()
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            self.buffers = [buffer[indices] for buffer in self.buffers]
+            self._view()
+
+    return Growing
+
+
+def _expand(cache: Any, repeats: int, room: int) -> None:
+    """Give every prompt's cache to its group; plain layers also get room for ``room`` more tokens."""
+    from transformers.cache_utils import DynamicLayer
+
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = _growing_layer()(layer, repeats, room)
+        else:
+            layer.batch_repeat_interleave(repeats)
+
+
+def _takes_4d(model: Any, cache: Any) -> bool:
+    """Whether a ready-made boolean mask [N, 1, 1, T] is right for every layer of this model."""
+    plain = all(type(layer) is _growing_layer() for layer in cache.layers)
+    return plain and getattr(model.config, "_attn_implementation", None) == "sdpa"
+
+
+def _encode(model: Any, tokenizer: Any, prompts: list[str], cfg: RolloutConfig) -> list[list[int]]:
+    rows = token_ids(tokenizer, prompts)
+    limit = max_positions(model)
+    for prompt, row in zip(prompts, rows, strict=True):
+        if not row:
+            raise SaerlError(f"prompt {prompt[:40]!r} has no tokens; remove it from the pool")
+        if limit is not None and len(row) + cfg.max_new_tokens > limit:
+            raise SaerlError(
+                f"prompt {prompt[:40]!r} has {len(row)} tokens, which with "
+                f"rollout.max_new_tokens={cfg.max_new_tokens} exceeds the model's {limit} positions; "
+                "lower data.max_prompt_tokens or rollout.max_new_tokens"
+            )
+    return rows
+
+
+def _check(cfg: RolloutConfig) -> None:
+    if cfg.group_size < 1 or cfg.max_new_tokens < 1:
+        name = "group_size" if cfg.group_size < 1 else "max_new_tokens"
+        raise SaerlError(f"rollout.{name}={getattr(cfg, name)} must be at least 1")
+    if cfg.temperature < 0 or not 0 < cfg.top_p <= 1:
+        raise SaerlError(
+            f"rollout.temperature={cfg.temperature}, top_p={cfg.top_p}: the temperature must not be negative "
+            "and top_p must lie in (0, 1]"
+        )
+    if cfg.engine not in ("auto", "transformers"):
+        raise SaerlError(f"rollout.engine={cfg.engine!r} is unknown; use auto or transformers")
+
+
+def _join(parts: list[Any]) -> Any:
+    if any(part is None for part in parts):
+        return None
+    if len(parts) == 1:
+        return parts[0]
+    from saerl_kernels import CSR
+
+    return CSR.concat(parts)

@@ -1,0 +1,467 @@
+"""GRPO under a plan: one optimizer step per batch of rollouts.
+
+A step: the plan names the prompts; each is prefetched once and sampled G times (a capture object sees
+that prefill); rewards become pass rates, which the plan is told, and advantages; one clipped
+policy-gradient step is made from micro-batches. As there is exactly one step per batch, the sampled
+log-probabilities are those of the policy being updated, so they serve as the old ones and no forward
+pass is spent on recomputing them. What the two engines (cached decoding, full forward) disagree by is
+logged as ``mismatch``, the mean absolute difference per token.
+
+Groups whose rewards are all equal have zero advantages: they are left out of the forward and backward
+passes but counted in the rollouts, in the loss's normaliser and in every figure of the log except
+``loss``, ``entropy``, ``clipped``, ``kl`` and ``mismatch``, which are about the groups used.
+
+All randomness comes from (seed, purpose, step), so a resumed run needs no generator state to go on.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saerl_fast.config import DataConfig, TrainConfig
+from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import write_json
+from saerl_fast.log import JsonlLog, MetricsLog
+from saerl_fast.prompts import Pool, render
+from saerl_fast.rl import checkpoint as ckpt
+from saerl_fast.rl.evaluate import check_eval, evaluate, pass_rates, sample_pass_rates, score_rollouts
+from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
+from saerl_fast.rl.loss import BatchSize, advantages, check_loss, policy_loss
+from saerl_fast.rl.optimizer import Optimizer, training_mode
+from saerl_fast.rl.rollouts import Rollouts, generate
+from saerl_fast.rl.warmup import warm_up
+
+if TYPE_CHECKING:
+    from saerl_fast.data.plan import Plan
+
+__all__ = ["sample_pass_rates", "train"]
+log = logging.getLogger(__name__)
+ROLLOUT_SEED, EVAL_SEED = 1, 2  # purposes of a derived seed
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    train_pool: Pool,
+    eval_pool: Pool,
+    plan: Plan,
+    reward: Callable[..., Any],
+    cfg: TrainConfig,
+    out_dir: str | Path,
+    *,
+    data: DataConfig | None = None,
+    capture: Any | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    echo: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Train ``model`` in place for ``cfg.steps`` steps; returns (and writes) the summary.
+
+    ``data`` says how prompts are rendered. ``capture``: a context manager around each prefill with
+    ``features()`` -> CSR, one row per prompt, handed to ``plan.observe``. ``echo`` gets a line of text per
+    row of the log, ``progress`` (step, steps). Files in ``out_dir``: metrics.jsonl, eval_items.jsonl,
+    rollouts.jsonl, checkpoints/, summary.json and model/.
+
+    With ``resume`` the run goes on from its latest intact checkpoint, bit for bit on a CPU; without any
+    checkpoint it starts afresh. The first interrupt (Ctrl-C) finishes the step, saves and raises
+    KeyboardInterrupt; a second one stops at once.
+    """
+    run = _Run(
+        model, tokenizer, train_pool, eval_pool, plan, reward, cfg, Path(out_dir), data, capture, seed, echo
+    )
+    start = run.open(resume)
+    try:
+        with _graceful_interrupt() as interrupted:
+            if start == 0:
+                run.begin()
+                if interrupted():
+                    run.stop(0)
+            for step in range(start + 1, cfg.steps + 1):
+                run.step(step)
+                last = step == cfg.steps
+                if last or (cfg.eval.every and step % cfg.eval.every == 0):
+                    run.evaluate(step)
+                if last or (cfg.save_every and step % cfg.save_every == 0):
+                    run.save(step)
+                if progress is not None:
+                    progress(step, cfg.steps)
+                if interrupted() and not last:
+                    run.stop(step)
+        return run.finish()
+    finally:
+        run.close()
+
+
+class Clock:
+    """Seconds per phase; waits for the device at a phase's end, so that phases get their own work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._cuda = device.type == "cuda"
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._cuda:
+                torch.cuda.synchronize()
+            self.add(phase, time.perf_counter() - started)
+
+    def add(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+
+class _Run:
+    """The state of a run between steps: model, optimizer, plan, counters, logs."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        train_pool: Pool,
+        eval_pool: Pool,
+        plan: Plan,
+        reward: Callable[..., Any],
+        cfg: TrainConfig,
+        out_dir: Path,
+        data: DataConfig | None,
+        capture: Any | None,
+        seed: int,
+        echo: Callable[[str], None] | None,
+    ) -> None:
+        check_loss(cfg.loss)
+        check_eval(cfg.eval)
+        if cfg.steps < 0 or cfg.micro_tokens < 1 or cfg.keep < 1 or cfg.lr < 0:
+            raise SaerlError(
+                f"train.steps={cfg.steps}, micro_tokens={cfg.micro_tokens}, keep={cfg.keep}, lr={cfg.lr}: "
+                "steps and lr must not be negative, the others at least 1"
+            )
+        self.model, self.tokenizer, self.plan, self.reward = model, tokenizer, plan, reward
+        self.cfg, self.out_dir, self.capture, self.seed, self.echo = cfg, out_dir, capture, seed, echo
+        self.pools = {"train": train_pool, "eval": eval_pool}
+        self.texts = {
+            name: render(pool, tokenizer, data or DataConfig()) for name, pool in self.pools.items()
+        }
+        self.row = {name: i for i, name in enumerate(train_pool.column("prompt_id"))}
+        unknown = [name for name in plan.prompt_ids if name not in self.row]
+        if unknown:
+            raise SaerlError(f"the plan has prompt {unknown[0]!r}, which the pool lacks; make the plan again")
+        self.micro_tokens = cfg.micro_tokens
+        self.reference: Any | None = None
+        self.counters: dict[str, Any] = {
+            "rollouts": 0,
+            "tokens": 0,
+            "groups": 0,
+            "groups_used": 0,
+            "seconds": {},
+        }
+
+    def say(self, line: str) -> None:
+        (self.echo or log.info)(line)
+
+    # --- life of a run -----------------------------------------------------------------------------
+
+    def open(self, resume: bool) -> int:
+        """Restore the latest checkpoint when resuming, open the logs; returns the steps done already."""
+        found = ckpt.load_latest(self.out_dir) if resume else None
+        if found is not None:
+            if self.cfg.loss.beta > 0:
+                self.reference = copy.deepcopy(self.model).requires_grad_(False)
+                ckpt.load_reference(self.out_dir, self.reference)
+            ckpt.load_model_tensors(self.model, found.model)
+            self._make_optimizer()
+            self.optimizer.load_state_dict(found.optimizer)
+            self.plan.load_state_dict(found.plan)
+            ckpt.restore_rng(found.rng)
+            self.counters = found.counters
+            self.micro_tokens = min(self.micro_tokens, self.counters.pop("micro_tokens"))
+            self.say(f"resuming after step {found.step} from {found.path}")
+        elif resume:
+            self.say(f"no checkpoint in {self.out_dir}: starting at step 0")
+        at = found.step if found is not None else None
+        self.metrics = MetricsLog(self.out_dir, at, echo=self.echo, tensorboard=self.cfg.tensorboard)
+        self.eval_items = JsonlLog(self.out_dir / "eval_items.jsonl", at)
+        self.rollout_log = JsonlLog(self.out_dir / "rollouts.jsonl", at)
+        return at or 0
+
+    def begin(self) -> None:
+        """Warm-up, the frozen reference, the first evaluation, and a checkpoint of what training changed."""
+        cfg = self.cfg
+        if cfg.warmup.steps > 0:
+            answers = self.pools["train"].column("answer")
+            row = warm_up(
+                self.model,
+                self.tokenizer,
+                self.texts["train"],
+                answers,
+                cfg.warmup,
+                seed=self.seed,
+                max_tokens=cfg.micro_tokens,
+                gradient_checkpointing=cfg.gradient_checkpointing,
+            )
+            self._count_seconds({"warmup": row["seconds"]})
+            timing = {"warmup": row.pop("seconds")}
+            self.metrics.log({"step": 0, "kind": "warmup", **row, "time": timing})
+        self._make_optimizer()
+        if cfg.loss.beta > 0:
+            self.reference = copy.deepcopy(self.model).requires_grad_(False)
+            ckpt.save_reference(self.out_dir, self.model)
+        if cfg.eval.every > 0 or cfg.steps == 0:
+            self.evaluate(0)
+        if cfg.warmup.steps > 0 or cfg.steps == 0:
+            self.save(0)
+
+    def save(self, step: int) -> None:
+        started = time.perf_counter()
+        ckpt.save_checkpoint(
+            self.out_dir,
+            step,
+            model=self.model,
+            optimizer=self.optimizer.state_dict(),
+            plan=self.plan.state_dict(),
+            counters=self.counters | {"micro_tokens": self.micro_tokens},
+            keep=self.cfg.keep,
+        )
+        self._count_seconds({"save": time.perf_counter() - started})
+
+    def stop(self, step: int) -> None:
+        """End an interrupted run with everything saved."""
+        self.save(step)
+        self.say(f"interrupted: step {step} is saved in {self.out_dir}; go on with --resume")
+        raise KeyboardInterrupt
+
+    def finish(self) -> dict[str, Any]:
+        """Write the final model and the summary."""
+        if self.cfg.save_model:
+            target = self.out_dir / "model"
+            try:
+                self.model.save_pretrained(target)
+                self.tokenizer.save_pretrained(target)
+            except OSError as err:
+                raise SaerlError(f"cannot write {target}: {err.strerror or err}; free some space") from err
+        summary = {
+            "schedule": self.plan.schedule,
+            "seed": self.seed,
+            "steps": self.cfg.steps,
+            "mode": self.cfg.eval.mode,
+            **self.counters,
+        }
+        write_json(self.out_dir / "summary.json", summary)
+        return summary
+
+    def close(self) -> None:
+        for file in (self.metrics, self.eval_items, self.rollout_log):
+            file.close()
+
+    def _make_optimizer(self) -> None:
+        cfg = self.cfg
+        self.optimizer = Optimizer(self.model, cfg.lr, weight_decay=cfg.weight_decay, betas=cfg.betas)
+
+    def _count_seconds(self, seconds: Mapping[str, float]) -> None:
+        total = self.counters["seconds"]
+        for phase, value in seconds.items():
+            total[phase] = total.get(phase, 0.0) + value
+
+    # --- one step ----------------------------------------------------------------------------------
+
+    def step(self, step: int) -> None:
+        cfg, clock = self.cfg, Clock(self.model.device)
+        with clock("plan"):
+            ids = self.plan.next_batch()
+        rows = [self.row[name] for name in ids]
+        prompts = [self.texts["train"][i] for i in rows]
+        # not Pool.select: a small pool may repeat a prompt inside a batch
+        columns = {name: [column[i] for i in rows] for name, column in self.pools["train"].columns.items()}
+        rollouts = generate(
+            self.model,
+            self.tokenizer,
+            prompts,
+            cfg.rollout,
+            seed=derived_seed(self.seed, ROLLOUT_SEED, step),
+            capture=self.capture,
+        )
+        for phase, seconds in rollouts.timings.items():
+            clock.add(phase, seconds)
+        with clock("reward"):
+            rewards = score_rollouts(rollouts, columns, prompts, self.reward)
+        rates = pass_rates(rewards)
+        with clock("plan"):
+            self.plan.observe(ids, rates, rollouts.features)
+        advantage, used = advantages(torch.from_numpy(rewards), cfg.loss)
+        lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
+        update = self._update(rollouts, advantage, used, lr, clock)
+        lengths = rollouts.lengths
+        counts = {
+            "rollouts": len(lengths),
+            "tokens": int(lengths.sum()),
+            "groups": len(ids),
+            "groups_used": int(used.sum()),
+        }
+        for name, value in counts.items():
+            self.counters[name] += value
+        self._count_seconds(clock.seconds)
+        self._log_rollouts(step, ids, prompts, columns, rollouts, rewards)
+        self.metrics.log(
+            {
+                "step": step,
+                "kind": "train",
+                "reward": float(rewards.mean()),
+                "pass_rate": float(rates.mean()),
+                **update,
+                **counts,
+                "length": counts["tokens"] / counts["rollouts"],
+                "finished": float(rollouts.finished.float().mean()),
+                "lr": lr,
+                "plan": self.plan.metrics(),
+                "time": clock.seconds,
+            }
+        )
+
+    def _update(
+        self, rollouts: Rollouts, advantage: Tensor, used: Tensor, lr: float, clock: Clock
+    ) -> dict[str, float | None]:
+        """One optimizer step; figures for the log. Without any usable group, weights and moments stay."""
+        cfg, device = self.cfg, self.model.device
+        keep = torch.ones_like(used) if cfg.loss.beta > 0 else used
+        chosen = keep.repeat_interleave(rollouts.group_size).nonzero()[:, 0].to(device)
+        names = ("loss", "entropy", "clipped", "kl", "mismatch")
+        if len(chosen) == 0:
+            return {**dict.fromkeys(names), "grad_norm": None}
+        ids, starts, lengths = (part[chosen] for part in rollouts.sequences())
+        old, mask = rollouts.logprobs[chosen], rollouts.completion_mask[chosen]
+        weight = advantage.flatten().to(device)[chosen]
+        size = BatchSize(len(rollouts.texts), int(rollouts.lengths.sum()), cfg.rollout.max_new_tokens)
+        while True:
+            sums = dict.fromkeys(names, torch.zeros((), device=device))
+            try:
+                with training_mode(self.model, cfg.gradient_checkpointing):
+                    for part in micro_batches(starts + lengths, self.micro_tokens):
+                        with clock("logprob"):
+                            batch = (ids[part], starts[part], lengths[part])
+                            temperature = cfg.rollout.temperature
+                            new, entropy = completion_logprobs(self.model, *batch, temperature=temperature)
+                            reference = self._reference_logprobs(batch)
+                        with clock("update"):
+                            loss, found = policy_loss(
+                                new,
+                                old[part][mask[part]],
+                                weight[part],
+                                lengths[part],
+                                size,
+                                cfg.loss,
+                                reference,
+                            )
+                            loss.backward()
+                            self.optimizer.collect()
+                        found |= {"loss": loss.detach(), "entropy": entropy.sum()}
+                        sums = {name: sums[name] + found[name] for name in names}
+                break
+            except torch.OutOfMemoryError:
+                self.optimizer.clear()
+                longest = int((starts + lengths).max())
+                if self.micro_tokens <= longest:
+                    raise SaerlError(
+                        f"out of memory on a single sequence of {longest} tokens; lower "
+                        "rollout.max_new_tokens or set train.gradient_checkpointing=true"
+                    ) from None
+                self.micro_tokens = max(longest, min(self.micro_tokens, int((starts + lengths).sum())) // 2)
+                log.warning("out of memory in a micro-batch: micro_tokens is now %d", self.micro_tokens)
+        with clock("update"):
+            norm = self.optimizer.step(lr, cfg.grad_norm)
+        tokens = int(lengths.sum())
+        figures = {name: float(sums[name]) / tokens for name in names[1:]}
+        return {"loss": float(sums["loss"]), **figures, "grad_norm": norm}
+
+    def _reference_logprobs(self, batch: Sequence[Tensor]) -> Tensor | None:
+        if self.reference is None:
+            return None
+        with torch.no_grad():
+            temperature = self.cfg.rollout.temperature
+            return completion_logprobs(self.reference, *batch, temperature=temperature, with_entropy=False)[0]
+
+    # --- around the steps --------------------------------------------------------------------------
+
+    def evaluate(self, step: int) -> None:
+        cfg, clock = self.cfg, Clock(self.model.device)
+        with clock("eval"):
+            result = evaluate(
+                self.model,
+                self.tokenizer,
+                self.pools["eval"],
+                self.texts["eval"],
+                self.reward,
+                cfg.eval,
+                cfg.rollout,
+                seed=derived_seed(self.seed, EVAL_SEED, 0),
+                max_tokens=cfg.micro_tokens,
+            )
+        self.eval_items.write({"step": step, **item} for item in result.items)
+        self._count_seconds(clock.seconds)
+        self.counters.setdefault("accuracy_first", result.mean)
+        self.counters["accuracy"] = result.mean
+        self.counters["accuracy_best"] = max(result.mean, self.counters.get("accuracy_best", result.mean))
+        row = {
+            "step": step,
+            "kind": "eval",
+            "accuracy": result.mean,
+            "n": len(result.items),
+            "mode": result.mode,
+        }
+        self.metrics.log(row | {"tokens": result.tokens, "time": clock.seconds})
+
+    def _log_rollouts(
+        self,
+        step: int,
+        ids: list[str],
+        prompts: list[str],
+        columns: Mapping[str, list[Any]],
+        rollouts: Rollouts,
+        rewards: np.ndarray,
+    ) -> None:
+        """The first few prompts of the step with all their completions."""
+        group = rollouts.group_size
+        for i in range(min(self.cfg.rollout_log, len(ids))):
+            texts = rollouts.texts[i * group : (i + 1) * group]
+            row = {"step": step, "prompt_id": ids[i], "prompt": prompts[i], "answer": columns["answer"][i]}
+            self.rollout_log.write([row | {"completions": texts, "rewards": rewards[i].tolist()}])
+
+
+def derived_seed(seed: int, purpose: int, step: int) -> int:
+    """An independent seed for each purpose and step of a run."""
+    return int(np.random.SeedSequence([seed, purpose, step]).generate_state(1)[0])
+
+
+@contextmanager
+def _graceful_interrupt() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C into a flag; a second one raises KeyboardInterrupt where the program is."""
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set  # only the main thread may handle signals
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+        log.warning("interrupted: finishing this step and saving; press again to stop at once")
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,69 @@
+"""Tiny random language models and a character tokenizer for the tests of the training loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789+=?: ."
+
+
+def char_tokenizer() -> Any:
+    """One token per character; <pad> 0, <eos> 1, <unk> 2; pads on the left."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {c: i + 3 for i, c in enumerate(ALPHABET)}
+    raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    raw.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_model(
+    kind: str = "llama", *, seed: int = 0, width: int = 32, spread: float = 1.0, **extra: Any
+) -> Any:
+    """A random model of two blocks; ``spread`` scales its output layer, so that sampling is not uniform."""
+    import transformers
+
+    common: dict[str, Any] = {
+        "vocab_size": len(ALPHABET) + 3,
+        "max_position_embeddings": 128,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    size = {
+        "hidden_size": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 2 * width,
+    }
+    grouped = size | {"num_key_value_heads": 2}
+    make = {
+        "llama": ("LlamaConfig", grouped),
+        "qwen2": ("Qwen2Config", grouped),
+        "neox": ("GPTNeoXConfig", size | {"hidden_dropout": 0.0, "attention_dropout": 0.0}),
+        "gpt2": ("GPT2Config", {"n_embd": width, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+        "gemma2": (
+            "Gemma2Config",
+            grouped | {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
+        ),
+    }
+    name, shape = make[kind]
+    torch.manual_seed(seed)
+    config = getattr(transformers, name)(**(common | shape | extra))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3.0 * spread)
+    return model.eval()
