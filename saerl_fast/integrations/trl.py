@@ -8,7 +8,7 @@ One plan batch is one generation batch, so ``generation_batch_size / num_generat
 ``plan.batch_size``. An adaptive plan chooses batch k + 1 before the rewards of batch k are known: the
 dataloader fetches ahead. Checkpoints hold the plan's place, and resume to the exact next batch, as long
 as they fall between generation batches (``steps_per_generation`` equal to the accumulation steps, TRL's
-default). Checked with TRL 1.16, on one and on two processes. TRL itself is imported when `plan_trainer` is called.
+default). Checked with TRL 1.16, on one and on two processes; TRL is imported by `plan_trainer` only.
 """
 
 from __future__ import annotations
