@@ -149,7 +149,7 @@ def test_a_run_killed_by_the_system_resumes_bit_for_bit(tmp_path: Path) -> None:
         from pathlib import Path
         torch.set_num_threads(1)
         from tests.test_trainer import run, small
-        run(Path(sys.argv[1]), small(steps=40))
+        run(Path(sys.argv[1]), small(steps=20))
         """
     )
     root = Path(__file__).parents[1]
@@ -166,8 +166,8 @@ def test_a_run_killed_by_the_system_resumes_bit_for_bit(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        resumed, _, _ = run(tmp_path / "two", small(steps=40), resume=True)
-        straight, _, _ = run(tmp_path / "one", small(steps=40))
+        resumed, _, _ = run(tmp_path / "two", small(steps=20), resume=True)
+        straight, _, _ = run(tmp_path / "one", small(steps=20))
     finally:
         torch.set_num_threads(threads)
     assert_same_run(tmp_path / "one", tmp_path / "two")
@@ -213,14 +213,14 @@ def test_out_of_memory_halves_the_micro_batch(tmp_path: Path, monkeypatch, caplo
 
     def tight(model, ids, starts, lengths, **options):
         sizes.append(len(ids))
-        if len(ids) > 5:
+        if len(ids) > 2:
             raise torch.OutOfMemoryError("no room")
         return real(model, ids, starts, lengths, **options)
 
     free, _, _ = run(tmp_path / "one", small(steps=1))
     monkeypatch.setattr(module, "completion_logprobs", tight)
     tightened, _, summary = run(tmp_path / "two", small(steps=1))
-    assert "micro_tokens is now" in caplog.text and max(sizes) > 5 and sizes[-1] <= 5
+    assert "micro_tokens is now" in caplog.text and max(sizes) > 2 >= sizes[-1]
     one, two = (read_metrics(tmp_path / name)[1] for name in ("one", "two"))
     assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
 
@@ -240,7 +240,8 @@ def test_grpo_learns_to_emit_a_letter(tmp_path: Path) -> None:
     noise = np.std(rewards[:5])
     assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + max(0.4, 5 * noise)
     assert summary["accuracy"] > summary["accuracy_first"] + 0.4
-    assert rows[-1]["entropy"] < rows[0]["entropy"]
+    entropy = [row["entropy"] for row in rows if row["groups_used"]]
+    assert entropy[-1] < entropy[0]
 
 
 def test_records_and_honest_counters(tmp_path: Path) -> None:

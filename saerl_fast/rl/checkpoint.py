@@ -158,9 +158,9 @@ def load_reference(out_dir: str | Path, model: nn.Module) -> None:
 def restore_rng(state: Mapping[str, Any]) -> None:
     """Set the process's random generators to a checkpoint's."""
     version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(internal.tolist()), gauss))
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and state.get("cuda") is not None:
         torch.cuda.set_rng_state(state["cuda"])
@@ -170,8 +170,8 @@ def _rng_state() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
     return {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, np.asarray(keys).tolist(), *rest],
+        "python": [version, torch.tensor(internal), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
