@@ -60,6 +60,7 @@ class SAEConfig:
     aux_k: int = 32  # dead features that also explain the residual; 0 turns this off
     dead_after: int = 200  # steps without firing after which a feature counts as dead
     max_tokens: int = 200_000  # activations kept in memory for training
+    sink_ratio: float = 10.0  # tokens of more than this times the median norm are left out; 0 keeps all
     seed: int = 0
 
 
@@ -77,7 +78,7 @@ class QualityConfig:
     label_column: str = "quality_label"  # null where a row is unlabelled; absent column: no filter
     filter_ratio: float | None = None  # drop this share with the lowest quality; None: below `threshold`
     threshold: float = 0.5
-    c: float = 1.0  # inverse regularisation, both heads
+    c: float = 10.0  # inverse regularisation, both heads
     folds: int = 5  # of the held-out figures
 
 
@@ -86,7 +87,7 @@ class DifficultyConfig:
     label_column: str | None = None  # pass rate in [0, 1], null where unknown; None rolls out a subset
     n_labels: int = 128  # prompts rolled out for labels; 0: no difficulty
     rollouts: int = 4  # per labelled prompt
-    alpha: float = 0.01  # ElasticNet penalty
+    alpha: float = 0.02  # ElasticNet penalty, as a share of the smallest that leaves no coefficient
     l1_ratio: float = 0.2
     folds: int = 5
 

@@ -39,7 +39,9 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
-        raise SaerlError("transformers is not installed; install it with `pip install saerl-fast[rl]`") from None
+        raise SaerlError(
+            "transformers is not installed; install it with `pip install saerl-fast[rl]`"
+        ) from None
     if gguf_file is not None:
         try:
             import gguf  # noqa: F401
@@ -62,7 +64,8 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     _check_embeddings(model, tokenizer, cfg.path)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device).eval(), tokenizer
+    model.to(device)  # type: ignore[arg-type]  # the stub of this method is wrong
+    return model.eval(), tokenizer
 
 
 def resolve_device(name: str) -> torch.device:
@@ -154,7 +157,9 @@ def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
     path = Path(cfg.path).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise SaerlError(f"model file {path} is not a .gguf; pass the folder that holds config.json instead")
+            raise SaerlError(
+                f"model file {path} is not a .gguf; pass the folder that holds config.json instead"
+            )
         return str(path.parent), path.name
     if path.is_dir():
         if cfg.gguf_file is not None:
@@ -167,10 +172,16 @@ def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
         if len(files) == 1:
             return str(path), files[0]
         if files:
-            raise SaerlError(f"model folder {path} holds {len(files)} GGUF files; set model.gguf_file={files[0]}")
-        raise SaerlError(f"model folder {path} holds neither config.json nor a .gguf file; pass a model's folder")
+            raise SaerlError(
+                f"model folder {path} holds {len(files)} GGUF files; set model.gguf_file={files[0]}"
+            )
+        raise SaerlError(
+            f"model folder {path} holds neither config.json nor a .gguf file; pass a model's folder"
+        )
     if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(cfg.path) or cfg.path.count("/") > 1:
-        raise SaerlError(f"model {cfg.path} does not exist; pass an existing folder, a .gguf file or a hub id")
+        raise SaerlError(
+            f"model {cfg.path} does not exist; pass an existing folder, a .gguf file or a hub id"
+        )
     return cfg.path, cfg.gguf_file
 
 
@@ -189,14 +200,18 @@ def _load_failure(path: str, source: str, err: Exception) -> str:
 def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise SaerlError(f"the tokenizer of {path} has neither a pad nor an end token; give it one of them")
+            raise SaerlError(
+                f"the tokenizer of {path} has neither a pad nor an end token; give it one of them"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
 
 
 def _check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     """A tokenizer with more ids than embedding rows would index out of bounds in the middle of a run."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, torch.Tensor)
+    rows = embeddings.shape[0]
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows:
         raise SaerlError(
@@ -205,5 +220,5 @@ def _check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         )
     output = model.get_output_embeddings()
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if tied and output is not None and output.weight is not model.get_input_embeddings().weight:
+    if tied and output is not None and output.weight is not embeddings:
         model.tie_weights()

@@ -72,13 +72,17 @@ class Session:
 
 
 def set_up(config: Config) -> None:
-    """Process-wide settings: CPU threads and seeds."""
+    """Process-wide settings: CPU threads, and a quiet transformers."""
     if config.threads is not None:
         if config.threads < 1:
             raise SaerlError(f"threads={config.threads} must be at least 1")
         import torch
 
         torch.set_num_threads(config.threads)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def open_session(config: Config, echo: Callable[[str], None]) -> Session:
@@ -108,14 +112,14 @@ def fingerprint(config: Config, sections: tuple[str, ...]) -> str:
 
 def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> TopKSAE:
     """Train a TopK SAE on the training prompts' (and answers') activations into ``<run_dir>/sae``."""
-    from saerl_fast.models import middle_layer
     from saerl_fast.prompts import render
+    from saerl_fast.sae.capture import resolve_layer
     from saerl_fast.sae.files import save_sae
     from saerl_fast.sae.train import collect_activations, train_sae
 
     folder = Path(config.run_dir) / "sae"
     session = session or open_session(config, echo)
-    layer = config.sae.layer if config.sae.layer is not None else middle_layer(session.model)
+    layer = resolve_layer(session.model, None, config.sae.layer)
     texts = render(session.train, session.tokenizer, config.data)
     if config.score.include_answer:
         texts = [text + answer for text, answer in zip(texts, session.train.column("answer"), strict=True)]
@@ -130,21 +134,25 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> Top
         on_progress=echo.bar("activations"),
     )
     captured = time.perf_counter()
-    sae, metrics = train_sae(activations, config.sae, on_step=echo.bar("sae"))
-    sae.cfg.update(hook_layer=layer, model_name=config.model.path)
+    bar = echo.bar("sae")
+    sae, metrics = train_sae(
+        activations,
+        replace(config.sae, layer=layer),
+        on_step=lambda step, shown: bar(step, int(shown["steps"])),
+        model_name=config.model.path,
+        device=session.model.device,
+    )
     save_sae(sae, folder)
     record = {
         "layer": layer,
-        "tokens": len(activations),
         **metrics,
         "seconds_capture": captured - started,
-        "seconds_training": time.perf_counter() - captured,
         "fingerprint": fingerprint(config, SAE_SECTIONS),
     }
     write_json(folder / "train.json", record)
     echo(
-        f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.k}, held-out unexplained variance "
-        f"{metrics['fvu']:.3f}, dead {metrics['dead']:.1%}"
+        f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.k}, unexplained variance "
+        f"{metrics['fvu']:.3f} on held-out tokens, {metrics['dead_fraction']:.1%} dead features"
     )
     echo(f"wrote {folder}")
     return sae
@@ -203,8 +211,8 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None) -> S
     )
     scores.metadata["difficulty_labels"] = label_costs
     scores.metadata["fingerprint"] = fingerprint(config, SCORE_SECTIONS)
-    for path in scores.save(config.run_dir):
-        echo(f"wrote {path}")
+    folder = scores.save(config.run_dir)
+    echo(f"wrote {folder / 'scores.parquet'}, scores.json and features.safetensors")
     return scores
 
 
@@ -281,7 +289,7 @@ def make_plan(config: Config, echo: Echo, session: Session | None = None) -> Pla
 
     if config.plan.schedule == "vanilla" and not config.plan.filter:
         session = session or open_session(config, echo)
-        scores = Scores.unscored(session.train)
+        scores = Scores({"prompt_id": session.train.column("prompt_id")})
     else:
         scores = find_scores(config, echo, session)
     plan = build_plan(
@@ -301,7 +309,8 @@ def plan_stage(config: Config, echo: Echo) -> Path:
     """Write ``<run_dir>/plan.json``: the order for this loop, TRL or verl."""
     from saerl_fast.data.plan import save_plan
 
-    path = save_plan(make_plan(config, echo), Path(config.run_dir) / "plan.json")
+    path = Path(config.run_dir) / "plan.json"
+    save_plan(make_plan(config, echo), path)
     echo(f"wrote {path}")
     return path
 
@@ -341,7 +350,9 @@ def train_stage(
     capture = None
     if config.train.capture and plan.schedule != "vanilla":
         sae = find_sae(config, echo, session)
-        capture = FeatureCapture(session.model, sae, config.score.reduce, config.score.backend)
+        capture = FeatureCapture(
+            session.model, sae, config.score.reduce, config.score.backend, layer=config.sae.layer
+        )
     if overwrite and out.exists() and not resume:
         shutil.rmtree(out)
     described = {"arm": arm, "seed": training_seed(config), "fingerprint": fingerprint(config, RUN_SECTIONS)}

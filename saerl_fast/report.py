@@ -32,7 +32,7 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
         raise SaerlError(f"the runs in {root} recorded no step yet; let `saerl train` finish one first")
     settings = _settings(root)
     targets = find_targets(runs, settings)
-    scores = _read_json(root / "scores.json")
+    scores = _read_json(root / "scores.json").get("metadata", {})
     tables = [main_table(runs, targets, settings), paired_table(runs, targets, settings), phase_table(runs)]
     tables += signal_tables(scores, _read_json(root / "sae" / "train.json"))
     shown = [table for table in tables if table[2]]

@@ -24,6 +24,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+pytest_plugins = ["tests.smollm2"]  # the fixture `smollm2`, a real language model
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 if importlib.util.find_spec("hypothesis"):

@@ -42,15 +42,16 @@ def as_scipy(X: CSR | csr_matrix) -> csr_matrix:
     return matrix
 
 
-def idf_weights(X: CSR | csr_matrix) -> np.ndarray:
-    """Inverse document frequency, float32 [n_cols]: ln((1 + n) / (1 + rows with the feature)).
+def idf_weights(X: CSR | csr_matrix, floor: float = 0.0) -> np.ndarray:
+    """Inverse document frequency, float32 [n_cols]: floor + ln((1 + n) / (1 + rows with the feature)).
 
-    Smoothed as if one more row had every feature; a feature active in all rows weighs 0.
+    Smoothed as if one more row had every feature; a feature active in all rows weighs ``floor``:
+    0 keeps it out of clusters, 1 lets a regression read how strongly it is active.
     """
     matrix = as_scipy(X)
     n_rows, n_cols = matrix.shape
     rows_with = np.bincount(matrix.indices, minlength=n_cols)
-    return np.log((1.0 + n_rows) / (1.0 + rows_with)).astype(np.float32)
+    return (floor + np.log((1.0 + n_rows) / (1.0 + rows_with))).astype(np.float32)
 
 
 def l2_rows(matrix: csr_matrix) -> csr_matrix:
@@ -73,6 +74,24 @@ def weighted(X: CSR | csr_matrix, idf: np.ndarray | None = None) -> csr_matrix:
     matrix.data *= idf[matrix.indices]
     matrix.eliminate_zeros()
     return l2_rows(matrix)
+
+
+def probe_matrix(blocks: Sequence[CSR | csr_matrix], min_rows: int = 3) -> csr_matrix:
+    """What the probes are fitted on: each block weighted and of row norm 1, side by side.
+
+    float64 [n_rows, columns]. A feature active in fewer than ``min_rows`` rows is left out: it
+    cannot be learned from some rows and tested on others.
+    """
+    from scipy.sparse import hstack
+
+    counts = {as_scipy(block).shape[0] for block in blocks}
+    if len(counts) != 1:
+        raise SaerlError(
+            f"feature blocks of {sorted(counts)} rows cannot be joined; give one row per prompt each"
+        )
+    matrix = hstack([weighted(block, idf_weights(block, 1.0)) for block in blocks], format="csr").astype(np.float64)
+    rows_with = np.bincount(matrix.indices, minlength=matrix.shape[1])
+    return matrix[:, np.flatnonzero(rows_with >= min_rows)]
 
 
 def svd_reduce(X: CSR | csr_matrix, dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

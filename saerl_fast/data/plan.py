@@ -163,13 +163,12 @@ class StaticPlan(Plan):
         self._passes = 0
         self._visits = np.zeros(len(self.prompt_ids), dtype=np.int64)
         n_rows = len(self.prompt_ids)
-        if schedule in ("literal", "global") and n_rows >= 2 * self.batch_size > 0:
+        if schedule in ("literal", "global") and n_rows >= self.batch_size:
             short = self.total_steps % (n_rows // self.batch_size)
-            note = (
-                f"the last pass of the run is {short} batches long and takes a sample of the {n_rows} prompts"
-            )
-            if short and note not in self.notes:
-                self.notes.append(note)
+            if short:
+                self.note(
+                    f"the last pass is {short} batches long: it takes a sample of {n_rows} prompts"
+                )
 
     def batch_rows(self, index: int) -> np.ndarray:
         """Rows [batch_size] of the batch with this index, which may lie beyond ``total_steps``."""

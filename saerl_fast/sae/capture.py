@@ -19,10 +19,10 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.models import decoder, hidden_size, max_positions, n_blocks, token_ids
 
 if TYPE_CHECKING:
+    from saerl_kernels import CSR
     from transformers import PreTrainedTokenizerBase
 
     from saerl_fast.sae.model import TopKSAE
-    from saerl_kernels import CSR
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
 
@@ -114,7 +114,9 @@ class Capture:
         mask, hidden = self._mask, hidden.detach()
         if self.every > 1:
             if hidden.shape[0] % self.every:
-                raise SaerlError(f"a batch of {hidden.shape[0]} rows is no multiple of every={self.every} copies")
+                raise SaerlError(
+                    f"a batch of {hidden.shape[0]} rows is no multiple of every={self.every} copies"
+                )
             # a copy, so that the other rows' memory is freed
             hidden = hidden[:: self.every].clone()
             mask = None if mask is None else mask[:: self.every]
@@ -228,7 +230,7 @@ def iter_hidden_ids(
             raise SaerlError(f"text {number} has no tokens; drop empty prompts from the pool")
         if limit is not None and len(row) > limit:
             raise SaerlError(
-                f"text {number} has {len(row)} tokens but the model reads {limit}; lower data.max_prompt_tokens"
+                f"text {number} has {len(row)} tokens, the model reads {limit}; lower data.max_prompt_tokens"
             )
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))

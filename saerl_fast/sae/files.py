@@ -37,7 +37,9 @@ def load_sae(path: str | Path) -> TopKSAE:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise SaerlError(f"SAE folder {folder} does not exist; pass one that holds cfg.json and safetensors weights")
+        raise SaerlError(
+            f"SAE folder {folder} does not exist; pass one that holds cfg.json and safetensors weights"
+        )
     if (folder / SAELENS_WEIGHTS).is_file():
         return _from_saelens(folder, _read_config(folder), _read_weights(folder / SAELENS_WEIGHTS))
     if (folder / SPARSIFY_WEIGHTS).is_file():
@@ -50,8 +52,12 @@ def load_sae(path: str | Path) -> TopKSAE:
         )
     inside = sorted(p.parent.name for p in folder.glob("*/cfg.json"))
     if inside:
-        raise SaerlError(f"SAE folder {folder} holds several SAEs; pass one of them, for example {folder / inside[0]}")
-    raise SaerlError(f"SAE folder {folder} holds neither {SAELENS_WEIGHTS} nor {SPARSIFY_WEIGHTS}; check the path")
+        raise SaerlError(
+            f"SAE folder {folder} holds several SAEs; pass one of them, for example {folder / inside[0]}"
+        )
+    raise SaerlError(
+        f"SAE folder {folder} holds neither {SAELENS_WEIGHTS} nor {SPARSIFY_WEIGHTS}; check the path"
+    )
 
 
 def save_sae(sae: TopKSAE, folder: str | Path) -> Path:
@@ -142,9 +148,13 @@ def _modern(config: dict[str, Any]) -> dict[str, Any]:
 def _from_sparsify(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> TopKSAE:
     for flag in ("signed", "transcode", "skip_connection", "embed_skip", "gram_lookup"):
         if config.get(flag):
-            raise SaerlError(f"SAE {folder} has {flag}=true, which is not supported; use a plain TopK checkpoint")
+            raise SaerlError(
+                f"SAE {folder} has {flag}=true, which is not supported; use a plain TopK checkpoint"
+            )
     if config.get("activation", "topk") != "topk":
-        raise SaerlError(f"SAE {folder} has activation={config['activation']!r}; only sparsify's topk is supported")
+        raise SaerlError(
+            f"SAE {folder} has activation={config['activation']!r}; only sparsify's topk is supported"
+        )
     _need(folder, weights, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"))
     if "k" not in config:
         raise SaerlError(f"SAE config {folder / 'cfg.json'} has no k; it is not a sparsify checkpoint")
@@ -176,12 +186,14 @@ def _build(
 ) -> TopKSAE:
     if cfg.get("normalize_activations", "none") not in NORMALISATIONS:
         raise SaerlError(
-            f"SAE {folder} has normalize_activations={cfg['normalize_activations']!r}, which is not supported; "
+            f"SAE {folder}: normalize_activations={cfg['normalize_activations']!r} is not supported; "
             f"use one of {', '.join(NORMALISATIONS)}"
         )
     for name, size, axis in (("d_in", W_enc.shape[0], "inputs"), ("d_sae", W_enc.shape[-1], "features")):
         if config.get(name) not in (None, size):
-            raise SaerlError(f"SAE {folder}: cfg.json says {name}={config[name]} but the weights have {size} {axis}")
+            raise SaerlError(
+                f"SAE {folder}: cfg.json says {name}={config[name]} but the weights have {size} {axis}"
+            )
     try:
         return TopKSAE(
             W_enc.float(),
@@ -226,7 +238,9 @@ def _metadata(sae: TopKSAE) -> dict[str, Any]:
 def _read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "cfg.json", _MADE_BY)
     if not isinstance(config, dict):
-        raise SaerlError(f"SAE config {folder / 'cfg.json'} must hold an object, not a {type(config).__name__}")
+        raise SaerlError(
+            f"SAE config {folder / 'cfg.json'} must hold an object, not a {type(config).__name__}"
+        )
     return config
 
 
@@ -237,7 +251,9 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file, device="cpu")
     except (SafetensorError, OSError) as err:
-        raise SaerlError(f"SAE weights {file} are not readable safetensors ({err}); copy them again") from None
+        raise SaerlError(
+            f"SAE weights {file} are not readable safetensors ({err}); copy them again"
+        ) from None
 
 
 def _need(folder: Path, weights: dict[str, Tensor], names: tuple[str, ...]) -> None:

@@ -9,11 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from saerl_kernels import (
+    CSR,
+    PackedEncoder,
+    TopK,
+    encode_pool,
+    encode_threshold,
+    encode_topk,
+    pack_encoder,
+    sparse_decode,
+)
 from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
-from saerl_kernels import CSR, PackedEncoder, TopK, encode_pool, encode_threshold, encode_topk
-from saerl_kernels import pack_encoder, sparse_decode
 
 ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "standard")
 NORMALISATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")

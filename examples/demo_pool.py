@@ -1,0 +1,334 @@
+"""The demo's problems: ten small task families in four levels each, and the bad rows of a real pool.
+
+Pure Python, no dependencies, the same output for the same seed everywhere. `make_demo.py` writes the
+pool and the held-out items with it, and draws the text the demo's language model is pretrained on.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+LEVELS = (1, 2, 3, 4)
+HELD_OUT = 5  # one problem key in HELD_OUT goes to eval.jsonl, never to the pool or to pretraining
+LETTERS = "ABCDEFGHIJKLMNOPRSTUVW"
+
+
+@dataclass(frozen=True)
+class Problem:
+    task: str
+    level: int
+    key: str  # the problem without its wording: two wordings of 3 + 4 share a key
+    prompt: str
+    answer: str
+
+    @property
+    def held_out(self) -> bool:
+        return zlib.crc32(self.key.encode()) % HELD_OUT == 0
+
+
+Fields = dict[str, object]
+
+
+def _addition(rng: random.Random, level: int) -> tuple[Fields, str]:
+    top_a, top_b = ((9, 9), (49, 9), (69, 39), (499, 99))[level - 1]
+    a, b = rng.randint(0, top_a), rng.randint(0, top_b)
+    return {"a": a, "b": b}, str(a + b)
+
+
+def _subtraction(rng: random.Random, level: int) -> tuple[Fields, str]:
+    top_a, top_b = ((12, 9), (40, 9), (99, 50), (499, 99))[level - 1]
+    b = rng.randint(0, top_b)
+    a = rng.randint(b, max(top_a, b))
+    return {"a": a, "b": b}, str(a - b)
+
+
+def _multiplication(rng: random.Random, level: int) -> tuple[Fields, str]:
+    top_a, top_b = ((12, 4), (10, 9), (20, 6), (30, 12))[level - 1]
+    a, b = rng.randint(1, top_a), rng.randint(1, top_b)
+    return {"a": a, "b": b}, str(a * b)
+
+
+def _largest(rng: random.Random, level: int) -> tuple[Fields, str]:
+    count, top = ((2, 10), (3, 10), (3, 100), (5, 1000))[level - 1]
+    numbers = rng.sample(range(top), count)
+    return {"items": ", ".join(map(str, numbers))}, str(max(numbers))
+
+
+def _sorting(rng: random.Random, level: int) -> tuple[Fields, str]:
+    digits = [rng.choice("123456789") for _ in range(level + 2)]
+    return {"items": " ".join(digits)}, "".join(sorted(digits))
+
+
+def _counting(rng: random.Random, level: int) -> tuple[Fields, str]:
+    letter = rng.choice(LETTERS)
+    others = [rng.choice(LETTERS) for _ in range((2, 4, 6, 8)[level - 1])]
+    word = "".join(letter if rng.random() < 0.4 else other for other in others)
+    return {"letter": letter, "word": word}, str(word.count(letter))
+
+
+def _remainder(rng: random.Random, level: int) -> tuple[Fields, str]:
+    top, divisors = ((30, (2, 5, 10)), (40, (2, 4, 5)), (60, (3, 4, 6)), (150, (6, 7, 8, 9)))[level - 1]
+    a, b = rng.randint(1, top), rng.choice(divisors)
+    return {"a": a, "b": b}, str(a % b)
+
+
+def _reversing(rng: random.Random, level: int) -> tuple[Fields, str]:
+    word = "".join(rng.choice(LETTERS) for _ in range(level + 1))
+    return {"word": word}, word[::-1]
+
+
+def _sequence(rng: random.Random, level: int) -> tuple[Fields, str]:
+    start = rng.randint(1, (20, 30, 40, 60)[level - 1])
+    step = rng.randint(*((1, 3), (2, 5), (3, 9), (6, 14))[level - 1])
+    terms = [start + step * i for i in range(5)]
+    if level > 2 and rng.random() < 0.5:  # half of the hard ones run downwards
+        terms.reverse()
+    return {"items": ", ".join(map(str, terms[:4]))}, str(terms[4])
+
+
+def _clock(rng: random.Random, level: int) -> tuple[Fields, str]:
+    grid = (60, 30, 10, 5)[level - 1]
+    start = rng.randrange(60, 12 * 60, grid)
+    minutes = rng.randrange(5, 60, 5) if level == 1 else grid * rng.randint(1, (0, 3, 6, 15)[level - 1])
+    end = (start + minutes - 60) % 720 + 60
+    return {"time": _time(start), "minutes": minutes}, _time(end)
+
+
+def _time(minutes: int) -> str:
+    return f"{minutes // 60}:{minutes % 60:02d}"
+
+
+TASKS: dict[str, tuple[Callable[[random.Random, int], tuple[Fields, str]], tuple[str, ...]]] = {
+    "addition": (
+        _addition,
+        (
+            "What is {a} plus {b}?",
+            "Add {a} and {b}.",
+            "{a} + {b} = ?",
+            "Compute the sum of {a} and {b}.",
+            "There are {a} birds and {b} more arrive. How many now?",
+            "Tom has {a} coins and finds {b}. How many coins in all?",
+        ),
+    ),
+    "subtraction": (
+        _subtraction,
+        (
+            "What is {a} minus {b}?",
+            "Take {b} away from {a}.",
+            "{a} - {b} = ?",
+            "Compute the difference {a} - {b}.",
+            "Ann had {a} apples and ate {b}. How many are left?",
+        ),
+    ),
+    "multiplication": (
+        _multiplication,
+        (
+            "What is {a} times {b}?",
+            "Multiply {a} by {b}.",
+            "{a} * {b} = ?",
+            "There are {a} boxes of {b} pens each. How many pens?",
+            "Find the product of {a} and {b}.",
+        ),
+    ),
+    "largest": (
+        _largest,
+        (
+            "Which is the largest: {items}?",
+            "Find the biggest number in {items}.",
+            "Give the maximum of {items}.",
+            "The scores were {items}. What was the best score?",
+        ),
+    ),
+    "sorting": (
+        _sorting,
+        (
+            "Sort the digits {items}.",
+            "Put {items} in rising order.",
+            "Write {items} from smallest to largest.",
+        ),
+    ),
+    "counting": (
+        _counting,
+        (
+            "How many times is {letter} in {word}?",
+            "Count the letter {letter} in {word}.",
+            "How often do you see {letter} in the word {word}?",
+        ),
+    ),
+    "remainder": (
+        _remainder,
+        (
+            "What is {a} mod {b}?",
+            "Give the remainder of {a} divided by {b}.",
+            "{a} sweets are shared by {b} children. How many are left over?",
+            "Find {a} % {b}.",
+        ),
+    ),
+    "reversing": (
+        _reversing,
+        (
+            "Reverse the word {word}.",
+            "Write {word} backwards.",
+            "Spell {word} from the end to the start.",
+        ),
+    ),
+    "sequence": (
+        _sequence,
+        (
+            "What comes next: {items}?",
+            "Continue the sequence {items}.",
+            "{items}, ... give the next number.",
+        ),
+    ),
+    "clock": (
+        _clock,
+        (
+            "It is {time}. What time is it in {minutes} minutes?",
+            "The train leaves at {time} and takes {minutes} minutes. When does it arrive?",
+            "Add {minutes} minutes to {time}.",
+        ),
+    ),
+}
+
+
+def draw(rng: random.Random, task: str, level: int, *, held_out: bool) -> Problem:
+    """One problem of a family and level, from the held-out keys or from the others."""
+    make, wordings = TASKS[task]
+    while True:
+        fields, answer = make(rng, level)
+        key = f"{task} {sorted(fields.items())}"
+        problem = Problem(task, level, key, rng.choice(wordings).format(**fields), answer)
+        if problem.held_out == held_out:
+            return problem
+
+
+def wrong_answer(rng: random.Random, answer: str) -> str:
+    """A near miss of the same kind: off by a little, two characters exchanged, or one replaced."""
+    while True:
+        chars = list(answer)
+        how = rng.random()
+        if answer.isdigit() and how < 0.5:
+            guess = str(max(0, int(answer) + rng.choice((-10, -2, -1, -1, 1, 1, 2, 10))))
+        elif len(chars) > 1 and how < 0.75:
+            i = rng.randrange(len(chars) - 1)
+            chars[i], chars[i + 1] = chars[i + 1], chars[i]
+            guess = "".join(chars)
+        else:
+            i = rng.choice([i for i, char in enumerate(chars) if char != ":"])
+            chars[i] = rng.choice("0123456789" if chars[i].isdigit() else LETTERS)
+            guess = "".join(chars)
+        if guess != answer and guess[0] != ":" and (guess == "0" or not guess.startswith("0")):
+            return guess
+
+
+DEBRIS = ("<td>", "&nbsp;", "</p>", "\\x00", "{{0}}", "###", "NULL", "%20", "[img]", "~~", "^M", "||")
+MOJIBAKE = ("Ã©", "â€", "Â", "ï¿½", "Ð", "þ", "¤", "§")
+
+
+def garble(rng: random.Random, prompt: str) -> str:
+    """A prompt as a broken scrape leaves it: nobody could answer it."""
+    how = rng.randrange(5)
+    if how == 0:  # letters in any order
+        return "".join(rng.sample(prompt, len(prompt)))
+    if how == 1:  # a wrong decoding
+        return "".join(rng.choice(MOJIBAKE) if rng.random() < 0.3 else char for char in prompt[:28])
+    if how == 2:  # most characters lost
+        return "".join(char for char in prompt if rng.random() < 0.4) or "?"
+    words = prompt.split()
+    if how == 3:  # markup in place of the content
+        return " ".join(rng.choice(DEBRIS) if rng.random() < 0.6 else word for word in words)
+    rng.shuffle(words)  # a stuck buffer
+    return " ".join(word[:2] * rng.randint(1, 3) for word in words[:8])
+
+
+CHATTER = (
+    "Tell me a joke about {thing}.",
+    "Do you like {thing} or {other}?",
+    "What do you think of {thing}?",
+    "Write a poem on {thing} for my {person}.",
+    "My {person} gave me {thing} today, lovely!",
+    "Can you recommend a film about {thing}?",
+    "Why is my {person} so fond of {thing}?",
+    "Good morning! Let us talk about {thing}.",
+    "Which is nicer, {thing} or {other}? My {person} asks.",
+    "Please book {thing} for me and my {person}.",
+)
+THINGS = ("cats", "tea", "the weather", "football", "jazz", "old cars", "music", "rain", "the sea", "pizza")
+PEOPLE = ("sister", "boss", "friend", "uncle", "teacher", "neighbour", "mother")
+REPLIES = ("ok", "sure", "maybe", "yes", "no", "nice", "thanks", "hello", "later", "fun", "good", "7", "42")
+
+
+def off_task(rng: random.Random) -> tuple[str, str]:
+    """Chit-chat and a reply that no reward can verify."""
+    thing, other = rng.sample(THINGS, 2)
+    text = rng.choice(CHATTER).format(thing=thing, other=other, person=rng.choice(PEOPLE))
+    return text, rng.choice(REPLIES)
+
+
+def make_pool(seed: int, size: int = 2000, labelled: int = 250) -> list[dict[str, object]]:
+    """The training pool: 72 % clean rows, 12 % wrong answers, 8 % garbled, 8 % off-task.
+
+    `quality_label` is 1 (clean) or 0 for a random `labelled` rows and None elsewhere. Texts are unique.
+    """
+    rng = random.Random(seed)
+    kinds = ["wrong_answer"] * (size * 12 // 100) + ["garbled"] * (size * 8 // 100) + ["off_task"] * (size * 8 // 100)
+    kinds += ["clean"] * (size - len(kinds))
+    cells = [(task, level) for task in TASKS for level in LEVELS]
+    rows: list[dict[str, object]] = []
+    seen: set[str] = set()
+    for i, kind in enumerate(kinds):
+        while True:
+            task, level = cells[i % len(cells)]
+            problem = draw(rng, task, level, held_out=False)
+            prompt, answer = problem.prompt, problem.answer
+            if kind == "wrong_answer":
+                answer = wrong_answer(rng, answer)
+            elif kind == "garbled":
+                prompt = garble(rng, prompt)
+            elif kind == "off_task":
+                prompt, answer = off_task(rng)
+                task, level = "chat", 0
+            if prompt not in seen:
+                break
+        seen.add(prompt)
+        rows.append({"prompt": prompt, "answer": answer, "task": task, "level": level, "kind": kind})
+    rng.shuffle(rows)
+    chosen = set(rng.sample(range(size), labelled))
+    return [
+        {"prompt_id": f"demo-{i:04d}", **row, "quality_label": int(row["kind"] == "clean") if i in chosen else None}
+        for i, row in enumerate(rows)
+    ]
+
+
+def make_eval(seed: int, per_cell: int = 6) -> list[dict[str, object]]:
+    """Clean held-out items, `per_cell` of every family and level, no problem key shared with the pool."""
+    rng = random.Random(seed + 1)
+    rows: list[dict[str, object]] = []
+    for task in TASKS:
+        for level in LEVELS:
+            keys: set[str] = set()
+            while len(keys) < per_cell:
+                item = draw(rng, task, level, held_out=True)
+                if item.key not in keys:
+                    keys.add(item.key)
+                    row = {"prompt": item.prompt, "answer": item.answer, "task": task, "level": level, "kind": "clean"}
+                    rows.append({"prompt_id": f"eval-{len(rows):03d}", **row})
+    return rows
+
+
+def pretraining_text(rng: random.Random, noise: float) -> tuple[str, str]:
+    """One (prompt, answer) of the pretraining corpus, which like the web is full of mistakes.
+
+    Of the tasks' answers a share `noise` is wrong; 8 % of the prompts are garbled, 8 % chit-chat.
+    """
+    kind = rng.random()
+    if kind < 0.08:
+        return off_task(rng)
+    level = rng.choices(LEVELS, weights=(4, 3, 2, 1))[0]
+    problem = draw(rng, rng.choice(list(TASKS)), level, held_out=False)
+    if kind < 0.16:
+        return garble(rng, problem.prompt), problem.answer
+    return problem.prompt, wrong_answer(rng, problem.answer) if rng.random() < noise else problem.answer

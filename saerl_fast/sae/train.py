@@ -1,0 +1,331 @@
+"""Training a TopK sparse autoencoder on hidden states: small, seeded, good enough to score data with.
+
+TopK and the auxiliary loss for dead features follow Gao et al. 2024 (arXiv 2406.04093); decoder rows
+are kept at unit norm and their gradients orthogonal to them (Bricken et al. 2023). Our own choices:
+the input is centred on its geometric median and scaled to unit variance per dimension while training
+(folded back at the end), and attention-sink tokens, whose norm is a hundred times the others' (Sun et
+al. 2024, arXiv 2402.17762), are left out of training and of pooling.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from saerl_kernels import CSR, encode_topk, pack_encoder, sparse_decode
+from torch import Tensor, nn
+
+from saerl_fast.config import SAEConfig
+from saerl_fast.errors import SaerlError
+from saerl_fast.models import token_ids
+from saerl_fast.sae.capture import Progress, iter_hidden_ids
+from saerl_fast.sae.model import TopKSAE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OnStep = Callable[[int, dict[str, float]], None]
+
+_LOG_EVERY = 25  # steps between callbacks; each one waits for the device
+_DEAD_EVERY = 10  # steps between recounts of the dead features
+_AUX_WEIGHT = 1 / 32  # of the auxiliary loss, as in Gao et al.
+_HELD_OUT = 8192  # at most this many tokens, and at most a tenth
+_MEASURED = 32768  # training tokens on which dead features are also looked for
+
+
+def train_sae(
+    activations: Tensor | Iterable[Tensor],
+    cfg: SAEConfig,
+    on_step: OnStep | None = None,
+    *,
+    model_name: str | None = None,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+) -> tuple[TopKSAE, dict[str, float]]:
+    """(the SAE in eval mode, its metrics) from activations [n, d_in], or an iterable of such batches.
+
+    Every 25 steps and at the last one ``on_step(step, {"steps", "loss", "fvu", "dead", "lr"})`` is called.
+    Metrics: "fvu" (fraction of variance unexplained) and "l0" (features per token) on held-out tokens,
+    "dead_fraction" (features silent on those and on up to 32,768 training tokens), "train_fvu", "steps",
+    "seconds", "tokens", "held_out_tokens", "sink_tokens". ``cfg.layer`` is written into the SAE. Runs on
+    ``device`` (the activations' own by default); on a CPU the same seed and activations give the same SAE.
+    Raises SaerlError for empty or non-finite activations and settings that do not fit.
+    """
+    x = _gather(activations, cfg.max_tokens)
+    x = x if device is None else x.to(device)
+    _check(cfg, x)
+    start = time.perf_counter()
+    found = len(x)
+    x, max_norm = _drop_sinks(x, cfg.sink_ratio)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    order = torch.randperm(len(x), generator=generator)
+    held = min(_HELD_OUT, len(x) // 10)
+    train = order[held:].to(x.device)
+    test = x[order[:held].to(x.device)] if held else x  # a handful of tokens: nothing to spare
+
+    run = _Trainer(x, train, cfg, generator, backend)
+    for step in range(1, cfg.steps + 1):
+        loss, fvu = run.step(step)
+        if on_step is not None and (step % _LOG_EVERY == 0 or step == cfg.steps):
+            shown = {"loss": loss, "fvu": fvu, "dead": run.dead(step).float().mean()}
+            figures = {name: float(value) for name, value in shown.items()}
+            on_step(step, {"steps": float(cfg.steps), **figures, "lr": run.lr(step)})
+    settings = {"k": cfg.k, "hook_layer": cfg.layer, "model_name": model_name, "max_norm": max_norm}
+    sae = run.finished(settings)
+
+    held_fvu, l0, fired = _measure(sae, test, backend)
+    train_fvu, _, fired_too = _measure(sae, x[train[:_MEASURED]], backend)
+    metrics = {
+        "fvu": held_fvu,
+        "l0": l0,
+        "dead_fraction": 1 - float((fired | fired_too).float().mean()),
+        "train_fvu": train_fvu,
+        "steps": float(cfg.steps),
+        "seconds": time.perf_counter() - start,
+        "tokens": float(len(train)),
+        "held_out_tokens": float(held),
+        "sink_tokens": float(found - len(x)),
+    }
+    sae.cfg["metadata"] = {"saerl_metrics": metrics, "saerl_seed": cfg.seed}
+    return sae, metrics
+
+
+def collect_activations(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    layer: int,
+    max_tokens: int = 200_000,
+    *,
+    batch_tokens: int = 8192,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> Tensor:
+    """Hidden states [n <= max_tokens, d_in] of randomly chosen texts, in the model's dtype, on the CPU.
+
+    Texts are drawn in a seeded random order until ``max_tokens`` is reached (whole texts, so lengths stay
+    representative); surplus tokens are dropped at random. Raises SaerlError when there is no text.
+    """
+    if max_tokens < 1:
+        raise SaerlError(f"max_tokens={max_tokens} must be at least 1")
+    rows = [row for row in token_ids(tokenizer, texts) if row]
+    if not rows:
+        raise SaerlError(f"no activations to collect: none of the {len(texts)} texts has a token")
+    generator = torch.Generator().manual_seed(seed)
+    chosen, count = [], 0
+    for i in torch.randperm(len(rows), generator=generator).tolist():
+        chosen.append(rows[i])
+        count += len(rows[i])
+        if count >= max_tokens:
+            break
+    parts = [x.cpu() for _, x, _ in iter_hidden_ids(model, chosen, layer, batch_tokens, on_progress)]
+    found = torch.cat(parts)
+    if len(found) > max_tokens:
+        found = found[torch.randperm(len(found), generator=generator)[:max_tokens].sort().values]
+    return found
+
+
+class _Trainer:
+    """Weights and optimizer, in coordinates where the data are centred and of unit variance."""
+
+    def __init__(
+        self, x: Tensor, train: Tensor, cfg: SAEConfig, generator: torch.Generator, backend: str
+    ) -> None:
+        self.x, self.train, self.cfg, self.generator, self.backend = x, train, cfg, generator, backend
+        d_in, device = x.shape[1], x.device
+        sample = x[train[:_HELD_OUT]].float()
+        self.center = geometric_median(sample)
+        spread = float((sample - self.center).pow(2).mean().sqrt())
+        self.scale = 1 / spread if spread > 0 else 1.0
+        W_dec = torch.randn(cfg.d_sae, d_in, generator=generator).to(device)
+        W_dec /= W_dec.norm(dim=1, keepdim=True)
+        self.W_enc_t = W_dec.clone().requires_grad_()  # [F, D], tied at the start
+        self.b_enc = torch.zeros(cfg.d_sae, device=device, requires_grad=True)
+        self.W_dec = W_dec.requires_grad_()
+        self.b_dec = torch.zeros(d_in, device=device, requires_grad=True)
+        self._fit_encoder_scale((sample[: cfg.batch_size] - self.center) * self.scale)
+        weights = [self.W_enc_t, self.b_enc, self.W_dec, self.b_dec]
+        self.optimizer = torch.optim.Adam(weights, lr=cfg.lr, betas=(0.9, 0.999), fused=True)
+        self.last_fired = torch.zeros(cfg.d_sae, dtype=torch.long, device=device)
+        self.dead_index: Tensor | None = None
+        self.queue = torch.empty(0, dtype=torch.long, device=device)
+
+    def lr(self, step: int) -> float:
+        """Linear warm-up over a twentieth of the run, linear decay over its last fifth."""
+        steps = self.cfg.steps
+        return self.cfg.lr * min(1.0, step / max(1, steps // 20), (steps - step + 1) / max(1, steps // 5))
+
+    def dead(self, step: int) -> Tensor:
+        """bool [F]: silent for more than ``cfg.dead_after`` steps."""
+        return step - self.last_fired > self.cfg.dead_after
+
+    def step(self, step: int) -> tuple[Tensor, Tensor]:
+        """One optimizer step; (loss, FVU of the batch) as tensors, so that nothing waits for the device."""
+        x = self._batch()
+        values, indices = self._encode(x)
+        recon = sparse_decode(values, indices, self.W_dec, self.b_dec, backend=self.backend)
+        error = x - recon
+        fvu = error.pow(2).mean()  # the variance is 1 by construction
+        loss = fvu
+        if step % _DEAD_EVERY == 0 and self.cfg.aux_k > 0:
+            index = self.dead(step).nonzero().squeeze(1)
+            self.dead_index = index if len(index) else None
+        if self.dead_index is not None:
+            loss = loss + _AUX_WEIGHT * self._auxiliary(x, error.detach(), self.dead_index)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        with torch.no_grad():
+            grad = self.W_dec.grad
+            assert grad is not None
+            grad -= (grad * self.W_dec).sum(1, keepdim=True) * self.W_dec  # the norm is fixed anyway
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr(step)
+            self.optimizer.step()
+            self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8)
+            active = torch.where(values > 0, step, 0).flatten()
+            self.last_fired.scatter_reduce_(0, indices.long().flatten(), active, "amax")
+        return loss.detach(), fvu.detach()
+
+    def finished(self, settings: dict[str, Any]) -> TopKSAE:
+        """The SAE in the data's own coordinates: decoder rows of unit norm, activations in its units."""
+        with torch.no_grad():
+            return TopKSAE(
+                self.W_enc_t.detach().t().contiguous(),
+                self.b_enc.detach() / self.scale,
+                self.W_dec.detach().clone(),
+                self.center + self.b_dec.detach() / self.scale,
+                cfg=settings,
+            ).eval()
+
+    def _batch(self) -> Tensor:
+        """float32 [B, D], normalised; every training token once before any comes again."""
+        size = min(self.cfg.batch_size, len(self.train))
+        if len(self.queue) < size:
+            order = torch.randperm(len(self.train), generator=self.generator)
+            self.queue = self.train[order.to(self.train.device)]
+        rows, self.queue = self.queue[:size], self.queue[size:]
+        return (self.x[rows].float() - self.center) * self.scale
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # (x - b_dec) @ W_enc + b_enc with the two biases as one, so that x itself needs no gradient
+        bias = self.b_enc - self.W_enc_t @ self.b_dec
+        return _Encode.apply(x, self.W_enc_t, bias, self.cfg.k, self.backend)
+
+    def _auxiliary(self, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
+        """How badly the best ``aux_k`` dead features explain what the living ones left over."""
+        k = min(self.cfg.aux_k, len(dead))
+        weight = self.W_enc_t[dead]
+        pre = torch.relu((x - self.b_dec.detach()) @ weight.t() + self.b_enc[dead])
+        values, local = pre.topk(k, sorted=False)
+        recon = sparse_decode(values, dead[local], self.W_dec, backend=self.backend)
+        return (recon - error).pow(2).sum() / error.pow(2).sum().clamp(min=1e-12) * (k / self.cfg.aux_k)
+
+    @torch.no_grad()
+    def _fit_encoder_scale(self, x: Tensor) -> None:
+        """Scale the tied encoder so that the first reconstructions have the best length."""
+        values, indices = self._encode(x)
+        recon = sparse_decode(values, indices, self.W_dec, backend=self.backend)
+        square = float(recon.pow(2).sum())
+        if square > 0:
+            self.W_enc_t *= max(float((recon * x).sum()) / square, 0.01)
+
+
+class _Encode(torch.autograd.Function):
+    """Top-k of ``relu(x @ W_enc_t.T + bias)``; the gradient touches the selected features only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W_enc_t: Tensor, bias: Tensor, k: int, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        if x.is_cuda:
+            values, indices = encode_topk(
+                x, pack_encoder(W_enc_t.t(), bias, permute=False), k, backend=backend
+            )
+        else:  # order and ties do not matter here, and packing every step would cost as much as encoding
+            values, picked = torch.addmm(bias, x, W_enc_t.t()).topk(k, sorted=False)
+            values, indices = values.relu_(), picked.int()
+        ctx.save_for_backward(x, W_enc_t, values, indices)
+        ctx.backend = backend
+        ctx.mark_non_differentiable(indices)
+        return values, indices
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        x, W_enc_t, values, indices = ctx.saved_tensors
+        grad = torch.where(values > 0, grad, 0)
+        with torch.enable_grad():
+            # sum over tokens of grad[n, j] * x[n] into row indices[n, j]: a sparse decoder's weight gradient
+            weight = W_enc_t.detach().requires_grad_()
+            out = sparse_decode(grad, indices, weight, backend=ctx.backend)
+        (grad_weight,) = torch.autograd.grad(out, weight, x)
+        grad_bias = torch.zeros_like(W_enc_t[:, 0]).index_add_(0, indices.long().flatten(), grad.flatten())
+        return None, grad_weight, grad_bias, None, None
+
+
+@torch.no_grad()
+def geometric_median(x: Tensor, rounds: int = 20) -> Tensor:
+    """The point [d] with the least summed distance to the rows of x [n, d] (Weiszfeld's iteration)."""
+    guess = x.mean(0)
+    for _ in range(rounds):
+        weight = 1 / (x - guess).norm(dim=1).clamp(min=1e-6)
+        guess = (x * weight[:, None]).sum(0) / weight.sum()
+    return guess
+
+
+def _gather(activations: Tensor | Iterable[Tensor], max_tokens: int) -> Tensor:
+    if not isinstance(activations, Tensor):
+        parts, count = [], 0
+        for part in activations:
+            parts.append(part)
+            count += len(part)
+            if count >= max_tokens:
+                break
+        activations = torch.cat(parts)[:max_tokens] if parts else torch.empty(0, 0)
+    if activations.dim() != 2 or activations.numel() == 0:
+        shape = tuple(activations.shape)
+        raise SaerlError(
+            f"there are no activations to train an SAE on (shape {shape}); collect some from texts"
+        )
+    return activations.detach()
+
+
+def _check(cfg: SAEConfig, x: Tensor) -> None:
+    if not 1 <= cfg.k <= cfg.d_sae:
+        raise SaerlError(f"sae.k={cfg.k} must be between 1 and sae.d_sae={cfg.d_sae}")
+    if cfg.steps < 1 or cfg.batch_size < 1:
+        raise SaerlError(f"sae.steps={cfg.steps} and sae.batch_size={cfg.batch_size} must be at least 1")
+    bad = sum(int((~torch.isfinite(part)).any(1).sum()) for part in x.split(1 << 16))
+    if bad:
+        raise SaerlError(f"{bad} of {len(x)} activations are not finite; check the model and its dtype")
+
+
+def _drop_sinks(x: Tensor, ratio: float) -> tuple[Tensor, float | None]:
+    """Rows of ordinary norm, and the limit: ``ratio`` times the median norm."""
+    if ratio <= 0:
+        return x, None
+    norms = torch.cat([part.float().norm(dim=1) for part in x.split(1 << 16)])
+    limit = ratio * float(norms.median())
+    if limit <= 0:
+        return x, None
+    keep = norms <= limit
+    return (x if bool(keep.all()) else x[keep]), limit
+
+
+@torch.no_grad()
+def _measure(sae: TopKSAE, x: Tensor, backend: str) -> tuple[float, float, Tensor]:
+    """(fraction of variance unexplained, features per token, bool [d_sae] which features fired)."""
+    mean = x.float().mean(0)
+    error = total = active = 0.0
+    fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=x.device)
+    for part in x.split(4096):
+        codes = sae.encode(part, backend=backend)
+        assert not isinstance(codes, CSR)
+        part = part.float()
+        error += float((part - sae.decode(codes)).pow(2).sum())
+        total += float((part - mean).pow(2).sum())
+        active += float((codes.values > 0).sum())
+        fired[codes.indices[codes.values > 0].long()] = True
+    return error / max(total, 1e-12), active / len(x), fired

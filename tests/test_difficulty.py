@@ -1,0 +1,87 @@
+"""The difficulty probe: predicts what it was not told, and says when it cannot."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from saerl_kernels import CSR
+from scipy.stats import spearmanr
+
+from saerl_fast.config import DifficultyConfig
+from saerl_fast.data.difficulty import fit_difficulty
+from saerl_fast.errors import SaerlError
+
+
+def planted(n: int, d: int, per_row: int, seed: int = 0) -> tuple[CSR, np.ndarray]:
+    """Sparse features of which a tenth carry difficulty, and the pass rates of 4 rollouts a prompt."""
+    rng = np.random.default_rng(seed)
+    popularity = rng.zipf(1.5, d).clip(max=50).astype(float)
+    popularity /= popularity.sum()
+    dense = np.zeros((n, d), dtype=np.float32)
+    for row in dense:
+        row[rng.choice(d, per_row, replace=False, p=popularity)] = rng.gamma(2.0, 1.0, per_row)
+    weights = rng.normal(size=d) * (rng.random(d) < 0.1)
+    hidden = dense @ weights
+    hidden = 1.5 * (hidden - hidden.mean()) / hidden.std()
+    return CSR.from_dense(torch.tensor(dense)), rng.binomial(4, 1 / (1 + np.exp(hidden))) / 4
+
+
+def test_unlabelled_prompts_are_ranked_and_the_held_out_figure_is_honest():
+    X, rates = planted(500, 200, 20)
+    labels = rates.copy()
+    labels[200:] = np.nan
+    result = fit_difficulty(X, labels, DifficultyConfig())
+    assert result.scores.shape == (500,) and result.scores.dtype == np.float32
+    assert result.scores.min() >= 0 and result.scores.max() <= 1
+    true = spearmanr(result.scores[200:], 1 - rates[200:])[0]
+    assert true > 0.45
+    assert abs(result.metrics["spearman"] - true) < 0.15
+    assert result.metrics["n_labels"] == 200 and 0 < result.metrics["r2"] < 1
+
+
+def test_labels_do_not_leak_into_their_own_scores():
+    X, rates = planted(150, 300, 20)
+    noise = np.random.default_rng(1).permutation(rates)
+    result = fit_difficulty(X, noise, DifficultyConfig(alpha=0.001))  # a fit that memorises
+    assert abs(spearmanr(result.scores, 1 - noise)[0]) < 0.25
+    assert abs(result.metrics["spearman"]) < 0.25
+
+
+def test_same_input_same_scores():
+    X, rates = planted(100, 100, 15)
+    assert np.array_equal(
+        fit_difficulty(X, rates, DifficultyConfig()).scores,
+        fit_difficulty(X, rates, DifficultyConfig()).scores,
+    )
+
+
+@pytest.mark.parametrize("rates, words", [([0.5] * 40, "equal"), ([0, 1, 0.5] + [np.nan] * 37, "only 3")])
+def test_labels_that_teach_nothing_give_neutral_scores_and_a_note(rates, words):
+    X, _ = planted(40, 60, 10)
+    result = fit_difficulty(X, rates, DifficultyConfig())
+    assert (result.scores == 0.5).all() and words in result.metrics["note"]
+    assert result.metrics["spearman"] is None
+
+
+def test_no_labels_give_no_scores():
+    X, _ = planted(40, 60, 10)
+    result = fit_difficulty(X, np.full(40, np.nan), DifficultyConfig())
+    assert np.isnan(result.scores).all() and "no pass rates" in result.metrics["note"]
+
+
+def test_bad_labels_are_refused():
+    X, rates = planted(40, 60, 10)
+    with pytest.raises(SaerlError, match="39 pass rates"):
+        fit_difficulty(X, rates[1:], DifficultyConfig())
+    with pytest.raises(SaerlError, match=r"pass rate 7\.0"):
+        fit_difficulty(X, np.where(np.arange(40) == 3, 7.0, rates), DifficultyConfig())
+    with pytest.raises(SaerlError, match="alpha"):
+        fit_difficulty(X, rates, DifficultyConfig(alpha=0.0))
+
+
+def test_fast_enough_for_a_large_subset():
+    X, rates = planted(2000, 4096, 60)
+    start = time.perf_counter()
+    fit_difficulty(X, rates, DifficultyConfig())
+    assert time.perf_counter() - start < 20

@@ -1,0 +1,100 @@
+"""Weighting, reduction and files of pooled features."""
+
+import numpy as np
+import pytest
+import torch
+from saerl_kernels import CSR
+
+from saerl_fast.data.features import (
+    as_scipy,
+    idf_weights,
+    l2_rows,
+    load_features,
+    probe_matrix,
+    save_features,
+    svd_reduce,
+    weighted,
+)
+from saerl_fast.errors import SaerlError
+
+
+def random_csr(n: int = 30, d: int = 50, density: float = 0.2, seed: int = 0) -> CSR:
+    rng = np.random.default_rng(seed)
+    dense = rng.random((n, d)) * (rng.random((n, d)) < density)
+    return CSR.from_dense(torch.tensor(dense, dtype=torch.float32))
+
+
+def test_idf_by_hand():
+    dense = torch.tensor([[1.0, 2.0, 0.0], [1.0, 0.0, 0.0], [3.0, 0.0, 0.0]])
+    expected = np.log([4 / 4, 4 / 2, 4 / 1])
+    np.testing.assert_allclose(idf_weights(CSR.from_dense(dense)), expected, rtol=1e-6)
+
+
+def test_weighted_rows_have_norm_one_and_do_not_touch_the_input():
+    X = random_csr()
+    before = X.values.clone()
+    rows = weighted(X)
+    norms = np.linalg.norm(rows.toarray(), axis=1)
+    np.testing.assert_allclose(norms, 1.0, atol=1e-6)
+    dense = X.to_dense().numpy() * idf_weights(X)
+    np.testing.assert_allclose(
+        rows.toarray(), dense / np.linalg.norm(dense, axis=1, keepdims=True), atol=1e-6
+    )
+    assert torch.equal(X.values, before)
+
+
+def test_empty_rows_stay_zero():
+    X = CSR.from_dense(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
+    assert l2_rows(as_scipy(X)).toarray().tolist() == [[0.0, 0.0], [pytest.approx(0.6), pytest.approx(0.8)]]
+
+
+@pytest.mark.parametrize("dim", [1, 5, 200])
+def test_svd_reduces_like_the_exact_one(dim):
+    X = random_csr()
+    dense, components = svd_reduce(X, dim, seed=0)
+    d = min(dim, 30)
+    assert dense.shape == (30, d) and components.shape == (d, 50)
+    np.testing.assert_allclose(components @ components.T, np.eye(d), atol=1e-4)
+    exact = np.linalg.svd(X.to_dense().numpy(), compute_uv=False)[:d]
+    np.testing.assert_allclose(np.linalg.norm(dense, axis=0), exact, rtol=0.02)
+    again = svd_reduce(X, dim, seed=0)
+    assert np.array_equal(dense, again[0]) and np.array_equal(components, again[1])
+
+
+def test_one_row_and_no_features_can_be_reduced():
+    for X in (random_csr(1), CSR.from_dense(torch.zeros(4, 6))):
+        dense, _ = svd_reduce(weighted(X), 8, seed=0)
+        assert np.isfinite(dense).all()
+
+
+def test_probe_matrix_joins_blocks_and_leaves_rare_features_out():
+    first, second = random_csr(seed=1), random_csr(d=20, density=0.05, seed=2)
+    joined = probe_matrix([first, second], min_rows=3)
+    common = [(block.to_dense().numpy() > 0).sum(axis=0) >= 3 for block in (first, second)]
+    assert joined.shape == (30, sum(int(part.sum()) for part in common))
+    assert (np.asarray((joined != 0).sum(axis=0)) >= 3).all()
+    with pytest.raises(SaerlError, match="29, 30"):
+        probe_matrix([first, random_csr(29)])
+
+
+def test_not_finite_features_name_the_prompt():
+    dense = torch.rand(4, 5)
+    dense[2, 3] = float("nan")
+    with pytest.raises(SaerlError, match="prompt number 2"):
+        as_scipy(CSR.from_dense(dense))
+
+
+def test_files_give_the_same_back_and_know_their_prompts(tmp_path):
+    X, ids = random_csr(), [f"p{i}" for i in range(30)]
+    path = save_features(tmp_path / "features.safetensors", X, ids)
+    back = load_features(path, ids)
+    assert back.n_cols == 50 and all(torch.equal(getattr(X, k), getattr(back, k)) for k in X._fields[:3])
+    with pytest.raises(SaerlError, match="other prompts"):
+        load_features(path, ids[::-1])
+    with pytest.raises(SaerlError, match="29 prompts"):
+        save_features(path, X, ids[1:])
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(SaerlError, match="damaged"):
+        load_features(path)
+    with pytest.raises(SaerlError, match="does not exist"):
+        load_features(tmp_path / "none.safetensors")

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import os
+import stat
+
+import pytest
+
+from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import atomic_path, read_json, write_json, write_text
+
+
+def test_replaces_the_target_only_at_the_end(tmp_path):
+    target = tmp_path / "deep" / "file.txt"
+    write_text(target, "old")
+    with atomic_path(target) as temporary:
+        temporary.write_text("new")
+        assert target.read_text() == "old"
+        assert temporary.parent == target.parent
+    assert target.read_text() == "new"
+    assert [p.name for p in target.parent.iterdir()] == ["file.txt"]
+
+
+def test_an_exception_leaves_the_old_file_and_no_litter(tmp_path):
+    target = write_text(tmp_path / "file.txt", "old")
+    with pytest.raises(RuntimeError, match="half way"), atomic_path(target) as temporary:
+        temporary.write_text("ne")
+        raise RuntimeError("half way")
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_value_json_cannot_hold_leaves_the_old_file(tmp_path):
+    target = write_json(tmp_path / "x.json", {"a": 1})
+    with pytest.raises(ValueError):
+        write_json(target, {"a": float("nan")})
+    assert read_json(target, "saerl score") == {"a": 1}
+
+
+def test_files_get_the_usual_permissions(tmp_path):
+    umask = os.umask(0o027)
+    try:
+        target = write_text(tmp_path / "file.txt", "x")
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "plain").write_text("a file where a folder should be")
+    with pytest.raises(SaerlError, match=r"cannot write .*plain/file.txt: .*; choose another run_dir"):
+        write_text(tmp_path / "plain" / "file.txt", "x")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_one_sentence(tmp_path):
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(SaerlError, match="cannot write .*Permission denied; choose another run_dir"):
+            write_text(tmp_path / "file.txt", "x")
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_a_target_that_is_a_folder_is_one_sentence(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(SaerlError, match="cannot write .*taken"):
+        write_text(tmp_path / "taken", "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize("content", ['{"a": ', "\u00e9"], ids=["cut off", "not json"])
+def test_reading_damaged_json_names_the_command(tmp_path, content):
+    path = tmp_path / "plan.json"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(SaerlError, match="not valid JSON.*`saerl plan`"):
+        read_json(path, "saerl plan")
+
+
+def test_reading_a_missing_file_names_the_command(tmp_path):
+    with pytest.raises(SaerlError, match="does not exist; make it with `saerl plan`"):
+        read_json(tmp_path / "plan.json", "saerl plan")

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from saerl_fast.errors import SaerlError
+from saerl_fast.log import JsonlLog, MetricsLog, format_row, keep_until, read_jsonl, read_metrics
+
+
+def write_steps(folder, steps, **options):
+    with MetricsLog(folder, **options) as log:
+        for step in steps:
+            log.log({"step": step, "kind": "train", "reward": step / 10})
+
+
+def test_every_row_is_on_disk_at_once(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.log({"step": 1, "kind": "train", "loss": 0.5})
+    assert read_metrics(tmp_path) == [{"step": 1, "kind": "train", "loss": 0.5}]
+    log.log({"step": 1, "kind": "eval", "accuracy": 0.25})
+    assert [row["kind"] for row in read_metrics(tmp_path / "metrics.jsonl")] == ["train", "eval"]
+    log.close()
+
+
+def test_tensors_and_non_finite_values_become_plain_json(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.log(
+            {
+                "step": np.int64(2),
+                "kind": "train",
+                "loss": torch.tensor(float("nan")),
+                "reward": np.float32(0.5),
+                "time": {"generate": torch.tensor(1.5), "plan": float("inf")},
+                "ids": (1, np.array([2, 3])),
+                "path": tmp_path,
+            }
+        )
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert row["step"] == 2 and row["loss"] is None and row["reward"] == 0.5
+    assert row["time"] == {"generate": 1.5, "plan": None} and row["ids"] == [1, [2, 3]]
+    assert row["path"] == str(tmp_path)
+
+
+def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
+    write_steps(tmp_path, range(1, 6))
+    write_steps(tmp_path, [4], resume_step=3)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_resume_mends_a_torn_last_line(tmp_path):
+    write_steps(tmp_path, [1, 2])
+    with (tmp_path / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 3, "ki')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    write_steps(tmp_path, [3], resume_step=2)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_torn_line_inside_a_character_is_tolerated(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "text": "\xe2\x82')
+    assert read_jsonl(path) == [{"step": 1}]
+
+
+def test_damage_in_the_middle_is_an_error_with_its_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
+    with pytest.raises(SaerlError, match="metrics.jsonl line 2 is damaged"):
+        read_metrics(path)
+
+
+def test_a_line_separator_inside_a_string_is_no_line_end(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        json.dumps({"step": 1, "text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    assert read_jsonl(path)[0]["text"] == "a\u2028b\x85c"
+
+
+def test_a_fresh_log_keeps_the_old_one_aside(tmp_path):
+    write_steps(tmp_path, [1, 2])
+    write_steps(tmp_path, [1])
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl.previous")] == [1, 2]
+
+
+def test_other_logs_share_the_cut(tmp_path):
+    items = JsonlLog(tmp_path / "eval_items.jsonl")
+    items.write({"step": step, "item": i} for step in (5, 10) for i in range(2))
+    items.close()
+    keep_until(tmp_path / "eval_items.jsonl", 5)
+    assert read_jsonl(tmp_path / "eval_items.jsonl") == [{"step": 5, "item": 0}, {"step": 5, "item": 1}]
+
+
+def test_missing_file_and_missing_keys_are_sentences(tmp_path):
+    with pytest.raises(SaerlError, match="metrics.jsonl does not exist; make it with `saerl train`"):
+        read_metrics(tmp_path)
+    with MetricsLog(tmp_path) as log, pytest.raises(SaerlError, match="'kind'.*step, loss"):
+        log.log({"step": 1, "loss": 2})
+    assert read_metrics(tmp_path) == []
+
+
+def test_an_unwritable_folder_is_one_sentence(tmp_path):
+    (tmp_path / "plain").write_text("")
+    with pytest.raises(SaerlError, match="cannot write .*metrics.jsonl: .*; choose another run_dir"):
+        MetricsLog(tmp_path / "plain" / "run")
+
+
+def test_console_line_goes_to_echo_or_to_logging(tmp_path, caplog):
+    lines: list[str] = []
+    row = {
+        "step": 12,
+        "kind": "train",
+        "reward": 0.51234,
+        "lr": 1e-6,
+        "loss": None,
+        "time": {"a": 1, "b": 0.25},
+    }
+    with MetricsLog(tmp_path / "a", echo=lines.append) as log:
+        log.log(row)
+    assert lines == ["step    12 train  reward 0.5123  lr 1e-06  1.2 s"] == [format_row(row)]
+    with caplog.at_level(logging.INFO, logger="saerl_fast.log"), MetricsLog(tmp_path / "b") as log:
+        log.log(row)
+    assert caplog.messages == lines
+
+
+def test_missing_tensorboard_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SaerlError, match="pip install tensorboard"):
+        MetricsLog(tmp_path, tensorboard=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_gets_every_number_under_its_kind(tmp_path, monkeypatch):
+    calls = []
+
+    class Writer:
+        def __init__(self, folder, purge_step=None):
+            calls.append(("open", folder, purge_step))
+
+        def add_scalar(self, *args):
+            calls.append(args)
+
+        def flush(self):
+            pass
+
+        def close(self):
+            calls.append("close")
+
+    module = type(sys)("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    with MetricsLog(tmp_path, resume_step=4, tensorboard=True) as log:
+        log.log({"step": 5, "kind": "train", "loss": 0.5, "time": {"eval": 2.0}, "mode": "greedy"})
+    assert calls == [
+        ("open", str(tmp_path / "tensorboard"), 5),
+        ("train/loss", 0.5, 5),
+        ("train/time/eval", 2.0, 5),
+        "close",
+    ]

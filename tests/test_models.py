@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from saerl_fast.config import ModelConfig
+from saerl_fast.errors import SaerlError
+from saerl_fast.models import blocks, decoder, hidden_size, load_model, n_blocks, resolve_device, token_ids
+
+WORDS = ["<unk>", "<s>", "</s>", *"abcdefghij"]
+
+
+def tiny_tokenizer(**special: str):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", **special)
+
+
+def tiny_llama(vocab: int = len(WORDS), tied: bool = False):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_llama(tied=True).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def write_gguf(file: Path) -> None:
+    """A random two-block Llama with a GPT-2 style vocabulary, as llama.cpp would store it."""
+    import gguf
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    tokens = ["<|endoftext|>", "</s>", *"abcdefgh", "ab"]
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+
+    def add(name: str, *shape: int) -> None:
+        writer.add_tensor(name, rng.normal(0, 0.2, shape).astype(np.float32))
+
+    add("token_embd.weight", len(tokens), 32)
+    add("output_norm.weight", 32)
+    for i in range(2):
+        add(f"blk.{i}.attn_norm.weight", 32)
+        add(f"blk.{i}.ffn_norm.weight", 32)
+        add(f"blk.{i}.attn_q.weight", 32, 32)
+        add(f"blk.{i}.attn_k.weight", 16, 32)
+        add(f"blk.{i}.attn_v.weight", 16, 32)
+        add(f"blk.{i}.attn_output.weight", 32, 32)
+        add(f"blk.{i}.ffn_gate.weight", 64, 32)
+        add(f"blk.{i}.ffn_up.weight", 64, 32)
+        add(f"blk.{i}.ffn_down.weight", 32, 64)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_folder_loads_ready_for_generation(folder: Path) -> None:
+    model, tokenizer = load_model(ModelConfig(path=str(folder), device="cpu"))
+    assert not model.training and model.dtype == torch.float32
+    assert tokenizer.padding_side == "left" and tokenizer.pad_token == "</s>"
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert model.lm_head.weight is model.model.embed_tokens.weight  # still tied after loading
+    batch = tokenizer(["a b c", "a"], return_tensors="pt", padding=True)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert model.generate(**batch, max_new_tokens=2, do_sample=False).shape == (2, 5)
+
+
+def test_dtype_is_honoured(folder: Path) -> None:
+    assert (
+        load_model(ModelConfig(path=str(folder), device="cpu", dtype="bfloat16"))[0].dtype == torch.bfloat16
+    )
+
+
+def test_gguf_by_file_by_name_and_found_in_its_folder(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file)
+    models = [
+        load_model(ModelConfig(path=str(file), device="cpu")),
+        load_model(ModelConfig(path=str(tmp_path), gguf_file="tiny.gguf", device="cpu")),
+        load_model(ModelConfig(path=str(tmp_path), device="cpu")),
+    ]
+    ids = torch.tensor([[2, 3, 4]])
+    outputs = [model(ids).logits for model, _ in models]
+    assert torch.isfinite(outputs[0]).all() and outputs[0].std() > 0
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    assert models[0][1]("ab")["input_ids"][-1] == 10  # the merge was read
+    (tmp_path / "other.gguf").write_bytes(b"")
+    with pytest.raises(SaerlError, match="2 GGUF files; set model.gguf_file="):
+        load_model(ModelConfig(path=str(tmp_path), device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ModelConfig(path=""), "model.path is empty"),
+        (ModelConfig(path="/nowhere/model"), "/nowhere/model does not exist; pass an existing folder"),
+        (ModelConfig(path="missing.gguf"), "missing.gguf does not exist"),
+        (ModelConfig(path="no-such-org/no-such-model", device="cpu"), "could not be fetched from the hub"),
+        (ModelConfig(path="x/y", device="tpu9"), "device 'tpu9' is unknown"),
+        (ModelConfig(path="x/y", device="cuda:99"), "'cuda:99' does not exist here"),
+        (ModelConfig(path="x/y", device="cpu", dtype="int3"), "dtype 'int3' is unknown"),
+    ],
+    ids=["empty", "folder", "gguf", "hub", "device", "no-device", "dtype"],
+)
+def test_bad_settings_are_one_sentence(config: ModelConfig, message: str) -> None:
+    with pytest.raises(SaerlError, match=message) as caught:
+        load_model(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_folders_are_one_sentence(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(SaerlError, match="neither config.json nor a .gguf"):
+        load_model(ModelConfig(path=str(tmp_path)))
+    with pytest.raises(SaerlError, match="holds no other.gguf"):
+        load_model(ModelConfig(path=str(folder), gguf_file="other.gguf"))
+    with pytest.raises(SaerlError, match="is not a .gguf"):
+        load_model(ModelConfig(path=str(folder / "config.json")))
+    (folder / "config.json").write_text('{"model_type": "nothing-known"}')
+    with pytest.raises(SaerlError, match="could not be loaded") as caught:
+        load_model(ModelConfig(path=str(folder), device="cpu"))
+    assert "\n" not in str(caught.value)
+
+
+def test_tokenizer_must_fit_the_model(tmp_path: Path) -> None:
+    tiny_llama(vocab=5).save_pretrained(tmp_path)
+    tiny_tokenizer(eos_token="</s>").save_pretrained(tmp_path)
+    with pytest.raises(SaerlError, match="ids up to 12 but the model embeds 5"):
+        load_model(ModelConfig(path=str(tmp_path), device="cpu"))
+
+
+def test_tokenizer_without_any_end_token_is_refused(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(SaerlError, match="neither a pad nor an end token"):
+        load_model(ModelConfig(path=str(tmp_path), device="cpu"))
+
+
+def test_layout_helpers() -> None:
+    model = tiny_llama()
+    assert blocks(model) is model.model.layers and decoder(model)[0] is model.model
+    assert (n_blocks(model), hidden_size(model)) == (3, 16)
+    with pytest.raises(SaerlError, match="Linear has no config"):
+        blocks(torch.nn.Linear(2, 2))
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
+def test_token_ids_never_doubles_the_beginning() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer(bos_token="<s>", eos_token="</s>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    assert token_ids(tokenizer, ["a b", "<s> a"]) == [[1, 3, 4], [1, 3]]
+    assert token_ids(tokenizer, ["a b"], special=False) == [[3, 4]]
+    assert token_ids(tokenizer, []) == []

@@ -1,0 +1,192 @@
+"""The whole job through the command line, in miniature, on the shipped demo model."""
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from saerl_fast import cli
+
+ROOT = Path(__file__).parents[1]
+SMALL = """
+    threads=1 data.limit=96 data.eval_limit=12 sae.steps=30 sae.d_sae=256 sae.k=8 sae.max_tokens=3000
+    difficulty.n_labels=32 difficulty.rollouts=2 diversity.n_clusters=4 diversity.null_rounds=1
+    plan.adaptive.svd=8 train.steps=2 train.rollout.prompts_per_step=4 train.rollout.group_size=4
+    train.eval.every=1 train.save_every=1 train.warmup.steps=0
+""".split()  # noqa: SIM905 - read as it would be typed
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def saerl(command, run_dir, *settings):
+    head = command.split()
+    return cli.main(
+        [*head, "--quiet", "--config", "examples/demo.yaml", *SMALL, f"run_dir={run_dir}", *settings]
+    )
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """A run folder with SAE and scores."""
+    folder = tmp_path_factory.mktemp("run") / "demo"
+    here = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        assert saerl("sae train", folder) == 0
+        assert saerl("score", folder) == 0
+    finally:
+        os.chdir(here)
+    return folder
+
+
+def copy_of(folder, target):
+    import shutil
+
+    shutil.copytree(folder, target)
+    return target
+
+
+def test_the_whole_job(scored, tmp_path, capsys):
+    folder = copy_of(scored, tmp_path / "demo")
+    assert saerl("plan", folder) == 0
+    assert saerl("compare", folder) == 0
+    wanted = [
+        "scores.parquet",
+        "scores.json",
+        "features.safetensors",
+        "plan.json",
+        "report.md",
+        "report.html",
+    ]
+    wanted += ["vanilla/metrics.jsonl", "adaptive/metrics.jsonl", "learning_curves.png", "signals.png"]
+    assert [name for name in wanted if not (folder / name).is_file()] == []
+    table = pq.read_table(folder / "scores.parquet")
+    types = {
+        name: str(table.schema.field(name).type) for name in table.column_names if name.startswith("saerl_")
+    }
+    assert types["saerl_cluster"] == "int32"
+    assert types["saerl_difficulty"] == types["saerl_quality"] == "float"
+    rows = [json.loads(line) for line in (folder / "adaptive" / "metrics.jsonl").read_text().splitlines()]
+    train = [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in train] == [1, 2]
+    assert {"generate", "capture", "encode", "plan", "reward", "update"} <= set(train[0]["time"])
+    assert train[0]["rollouts"] == 16
+    assert "adaptive" in capsys.readouterr().out
+    assert saerl("compare", folder) == 0  # finished runs are kept, not repeated
+    again = [json.loads(line) for line in (folder / "adaptive" / "metrics.jsonl").read_text().splitlines()]
+    assert again == rows
+
+
+def test_train_alone_makes_what_is_missing(tmp_path):
+    assert saerl("train", tmp_path / "r", "train.steps=1", "difficulty.n_labels=8") == 0
+    for name in ("sae/cfg.json", "labels.json", "scores.parquet", "adaptive/report.md", "adaptive/plan.json"):
+        assert (tmp_path / "r" / name).is_file(), name
+
+
+def test_vanilla_needs_no_sae(tmp_path):
+    assert saerl("train", tmp_path / "r", "plan.schedule=vanilla", "train.steps=1") == 0
+    assert not (tmp_path / "r" / "sae").exists()
+    assert (tmp_path / "r" / "vanilla" / "metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize("schedule", ["literal", "global", "medium", "adaptive"])
+def test_every_schedule_trains_and_resumes(scored, tmp_path, schedule):
+    folder = copy_of(scored, tmp_path / "demo")
+    assert saerl("train", folder, f"plan.schedule={schedule}", "train.steps=1") == 0
+    before = (folder / schedule / "metrics.jsonl").read_text()
+    assert saerl("train", folder, f"plan.schedule={schedule}", "train.steps=1") == 2  # would overwrite
+    assert (folder / schedule / "metrics.jsonl").read_text() == before
+
+
+def test_interrupted_labels_end_the_same(scored, tmp_path, monkeypatch):
+    whole = json.loads((scored / "labels.json").read_text())["rates"]
+    folder = copy_of(scored, tmp_path / "demo")
+    record = json.loads((folder / "labels.json").read_text())
+    record["rates"] = dict(list(record["rates"].items())[:8])  # as if stopped after some chunks
+    (folder / "labels.json").write_text(json.dumps(record))
+    assert saerl("score", folder) == 0
+    assert json.loads((folder / "labels.json").read_text())["rates"] == whole
+
+
+def write_pool(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def one_sentence(capsys, said):
+    error = capsys.readouterr().err
+    assert said in error, error
+    assert "Traceback" not in error
+    assert len([line for line in error.splitlines() if line.startswith("saerl: ")]) == 1
+
+
+def test_other_settings_are_not_mixed(scored, tmp_path, capsys):
+    folder = copy_of(scored, tmp_path / "demo")
+    before = (folder / "scores.parquet").read_bytes()
+    assert saerl("train", folder, "diversity.n_clusters=5") == 2
+    one_sentence(capsys, "was made with other settings")
+    assert (folder / "scores.parquet").read_bytes() == before
+
+
+def test_empty_pool(tmp_path, capsys):
+    pool = write_pool(tmp_path / "empty.jsonl", [])
+    assert saerl("score", tmp_path / "r", f"data.train={pool}") == 2
+    one_sentence(capsys, "empty.jsonl")
+
+
+def test_one_row_pool_scores_and_trains(tmp_path):
+    pool = write_pool(tmp_path / "one.jsonl", [{"prompt": "2+3=", "answer": "5"}])
+    assert saerl("train", tmp_path / "r", f"data.train={pool}", "train.steps=1") == 0
+    rows = (tmp_path / "r" / "adaptive" / "metrics.jsonl").read_text()
+    assert '"kind": "train"' in rows
+
+
+def test_all_filtered_pool(scored, tmp_path, capsys):
+    folder = tmp_path / "r"
+    settings = ["quality.threshold=1.1", f"sae.path={scored / 'sae'}"]
+    assert saerl("score", folder, *settings) == 0
+    before = (folder / "scores.parquet").read_bytes()
+    assert saerl("train", folder, *settings) == 2
+    one_sentence(capsys, "threshold")
+    assert (folder / "scores.parquet").read_bytes() == before
+
+
+def test_sae_of_another_width(scored, tmp_path, capsys):
+    from saerl_fast.sae.files import save_sae
+    from saerl_fast.sae.model import TopKSAE
+
+    generator = torch.Generator().manual_seed(0)
+    encoder = torch.randn(24, 32, generator=generator)
+    sae = TopKSAE(
+        encoder, torch.zeros(32), encoder.T.clone(), torch.zeros(24), {"architecture": "topk", "k": 4}
+    )
+    save_sae(sae, tmp_path / "sae")
+    assert saerl("score", tmp_path / "r", f"sae.path={tmp_path / 'sae'}") == 2
+    one_sentence(capsys, "24")
+
+
+def test_nan_activations(tmp_path, capsys):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "examples" / "demo" / "model", model)
+    weights = load_file(model / "model.safetensors")
+    name = next(key for key in weights if "layers.0" in key and "mlp" in key)
+    weights[name] = torch.full_like(weights[name], float("nan"))
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert saerl("sae train", tmp_path / "r", f"model.path={model}") == 2
+    one_sentence(capsys, "NaN")
+
+
+def test_unwritable_output(tmp_path, capsys):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    assert saerl("sae train", blocked / "r") == 2
+    one_sentence(capsys, "run_dir")

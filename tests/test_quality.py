@@ -1,0 +1,104 @@
+"""The quality probe: finds bad rows it was not told about, and says when it cannot."""
+
+import numpy as np
+import pytest
+import torch
+from saerl_kernels import CSR
+from sklearn.metrics import roc_auc_score
+
+from saerl_fast.config import QualityConfig
+from saerl_fast.data.quality import fit_quality
+from saerl_fast.errors import SaerlError
+
+
+def planted(n: int = 400, d: int = 200, bad: float = 0.25, seed: int = 0) -> tuple[CSR, np.ndarray]:
+    """Sparse features and good/bad (1/0); bad rows have some of ten features more often."""
+    rng = np.random.default_rng(seed)
+    good = (rng.random(n) >= bad).astype(float)
+    on = rng.random((n, d)) < 0.1
+    on[:, :10] = rng.random((n, 10)) < np.where(good[:, None] == 1, 0.05, 0.4)
+    return CSR.from_dense(torch.tensor(on * rng.gamma(2.0, 1.0, (n, d)), dtype=torch.float32)), good
+
+
+def test_held_out_auc_agrees_with_the_unlabelled_rows():
+    X, good = planted()
+    labels = good.copy()
+    labels[200:] = np.nan
+    result = fit_quality(X, labels, QualityConfig())
+    true = roc_auc_score(good[200:], result.scores[200:])
+    assert true > 0.85 and abs(result.metrics["auc"] - true) < 0.08
+    assert result.metrics["n_labels"] == 200 and result.metrics["note"] is None
+
+
+def test_threshold_one_half_means_probability_one_half():
+    X, good = planted(800)
+    labels = good.copy()
+    labels[400:] = np.nan
+    scores = fit_quality(X, labels, QualityConfig()).scores[400:]
+    kept = scores >= 0.5
+    assert np.mean(good[400:][kept]) > 0.85 and np.mean(good[400:][~kept]) < 0.4
+    assert abs(scores.mean() - good[400:].mean()) < 0.08
+
+
+def test_a_probe_that_learns_nothing_drops_nothing():
+    X, good = planted()
+    noise = np.random.default_rng(3).permutation(good)
+    result = fit_quality(X, noise, QualityConfig())
+    assert 0.35 < result.metrics["auc"] < 0.65
+    assert (result.scores < 0.5).mean() < 0.05
+
+
+def test_labels_do_not_leak_into_their_own_scores():
+    X, good = planted(120, 600)
+    noise = np.random.default_rng(5).permutation(good)
+    result = fit_quality(X, noise, QualityConfig(c=1e4))  # a fit that memorises
+    assert result.metrics["auc"] < 0.7
+
+
+def test_answers_show_what_prompts_cannot():
+    blank, good = planted(bad=0.5)
+    X = CSR.from_dense(torch.rand(400, 50) * (torch.rand(400, 50, generator=torch.manual_seed(0)) < 0.2))
+    blind = fit_quality(X, good, QualityConfig())
+    seeing = fit_quality(X, good, QualityConfig(), answers=blank)
+    assert blind.metrics["auc"] < 0.65 and seeing.metrics["auc"] > 0.85
+    assert seeing.metrics["reads_answers"] and not blind.metrics["reads_answers"]
+
+
+def test_ridge_head_ranks_a_score():
+    X, good = planted()
+    score = 10 * good + np.random.default_rng(0).normal(size=len(good))
+    labels = np.where(np.arange(400) < 200, score, np.nan)
+    result = fit_quality(X, labels, QualityConfig(head="ridge"))
+    assert result.metrics["spearman"] > 0.4 and result.metrics["auc"] is None
+    assert result.scores[200:][good[200:] == 1].mean() > result.scores[200:][good[200:] == 0].mean() + 2
+
+
+@pytest.mark.parametrize(
+    "labels, cfg, words",
+    [
+        ([np.nan] * 40, QualityConfig(), "0 quality labels"),
+        ([1.0] * 5 + [np.nan] * 35, QualityConfig(), "5 quality labels"),
+        ([1.0] * 40, QualityConfig(), "40 good and 0 bad"),
+        ([1.0] * 38 + [0.0] * 2, QualityConfig(), "38 good and 2 bad"),
+        ([3.0] * 40, QualityConfig(head="ridge"), "equal"),
+        ([1.0, 0.0] * 20, QualityConfig(head="none"), "none"),
+    ],
+)
+def test_too_little_to_learn_from_is_a_note(labels, cfg, words):
+    result = fit_quality(planted(40)[0], labels, cfg)
+    assert np.isnan(result.scores).all() and words in result.metrics["note"]
+
+
+@pytest.mark.parametrize(
+    "labels, cfg, words",
+    [
+        ([1.0, 0.0] * 19, QualityConfig(), "38 quality labels"),
+        ([1.0, 0.5] * 20, QualityConfig(), "quality.head=ridge"),
+        ([1.0, 0.0] * 20, QualityConfig(head="svm"), "svm"),
+        ([1.0, 0.0] * 20, QualityConfig(c=0.0), "quality.c"),
+        ([1.0, 0.0] * 20, QualityConfig(filter_ratio=1.0), "filter_ratio"),
+    ],
+)
+def test_wrong_input_is_refused(labels, cfg, words):
+    with pytest.raises(SaerlError, match=words):
+        fit_quality(planted(40)[0], labels, cfg)
