@@ -310,6 +310,45 @@ def test_features_reach_the_plan_and_phases_the_log(tmp_path: Path) -> None:
     assert read_metrics(tmp_path)[1]["time"]["capture"] == 0.5
 
 
+def adaptive_plan(model, pool: Pool):
+    """The real plan on real features of the real capture, from a random SAE."""
+    from saerl_fast.config import AdaptiveConfig
+    from saerl_fast.data.plan import build_plan
+    from saerl_fast.data.score import Scores
+    from saerl_fast.rl.rollouts import generate
+    from saerl_fast.sae.capture import FeatureCapture
+    from saerl_fast.sae.model import TopKSAE
+
+    g = torch.Generator().manual_seed(0)
+    W_enc = torch.randn(32, 64, generator=g)
+    sae = TopKSAE(
+        W_enc, torch.zeros(64), W_enc.t().contiguous(), torch.zeros(32), cfg={"k": 4, "hook_layer": 1}
+    )
+    capture = FeatureCapture(model, sae)
+    one = RolloutConfig(group_size=1, max_new_tokens=1)
+    features = generate(model, TOKENIZER, pool.column("prompt"), one, capture=capture).features
+    cfg = PlanConfig(schedule="adaptive", adaptive=AdaptiveConfig(refresh_features=True, cooldown=1, svd=4))
+    scores = Scores({"prompt_id": pool.column("prompt_id")}, features=features)
+    return build_plan(scores, cfg, batch_size=4, total_steps=6, seed=0), capture
+
+
+def test_adaptive_plan_with_captured_features_resumes_bit_for_bit(tmp_path: Path) -> None:
+    def go(out: Path, **options):
+        model = tiny_model()
+        plan, capture = adaptive_plan(model, sums(10))
+        return run(out, small(save_every=3), model=model, plan=plan, capture=capture, **options)
+
+    straight, plan, _ = go(tmp_path / "one")
+    with pytest.raises(SaerlError, match="Die"):
+        go(tmp_path / "two", reward=dying_reward(7))
+    resumed, again, _ = go(tmp_path / "two", resume=True)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert same_weights(straight, resumed)
+    assert plan.next_batch() == again.next_batch()
+    times = [row["time"] for row in read_metrics(tmp_path / "one") if row["kind"] == "train"]
+    assert all(t["capture"] > 0 and t["encode"] > 0 for t in times)
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     plain, _, _ = run(tmp_path / "one", small(steps=2))
     saving, _, _ = run(tmp_path / "two", small(steps=2, gradient_checkpointing=True))
