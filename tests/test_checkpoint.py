@@ -15,6 +15,7 @@ from saerl_fast.rl.checkpoint import (
     restore_rng,
     save_checkpoint,
     save_reference,
+    set_aside,
 )
 from saerl_fast.rl.optimizer import Optimizer
 from tests.tiny_lm import tiny_model
@@ -85,6 +86,18 @@ def test_keeps_the_latest(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-000010", "step-000100"]
     save(tmp_path, 101, keep=1)
     assert names(tmp_path) == ["step-000101"]
+
+
+def test_going_on_from_an_earlier_one_removes_the_later(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=3)
+    save(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["step-000002"]
+    set_aside(tmp_path)
+    assert load_latest(tmp_path) is None and (tmp_path / "checkpoints.previous" / "step-000002").is_dir()
+    save(tmp_path, 1)
+    set_aside(tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints.previous").iterdir()] == ["step-000001"]
 
 
 def test_an_unfinished_one_is_not_read_and_is_cleared_away(tmp_path: Path) -> None:

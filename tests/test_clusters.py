@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from saerl_kernels import CSR
 from sklearn.metrics import adjusted_rand_score
 
 from saerl_fast.config import DiversityConfig
 from saerl_fast.data.clusters import _assign, _centroids, cluster_prompts, permute_features, purity
 from saerl_fast.data.features import as_scipy, weighted
 from saerl_fast.errors import SaerlError
+from saerl_kernels import CSR
 
 
 def topics(n: int = 300, k: int = 6, d: int = 256, strength: float = 0.5, seed: int = 0):

@@ -5,12 +5,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from saerl_kernels import CSR
 from scipy.stats import spearmanr
 
 from saerl_fast.config import DifficultyConfig
 from saerl_fast.data.difficulty import fit_difficulty
 from saerl_fast.errors import SaerlError
+from saerl_kernels import CSR
 
 
 def planted(n: int, d: int, per_row: int, seed: int = 0) -> tuple[CSR, np.ndarray]:

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from saerl_kernels import CSR
 
 from saerl_fast.data.features import (
     as_scipy,
@@ -16,6 +15,7 @@ from saerl_fast.data.features import (
     weighted,
 )
 from saerl_fast.errors import SaerlError
+from saerl_kernels import CSR
 
 
 def random_csr(n: int = 30, d: int = 50, density: float = 0.2, seed: int = 0) -> CSR:

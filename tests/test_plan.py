@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from saerl_kernels import CSR
 
 from saerl_fast.config import AdaptiveConfig, PlanConfig, QualityConfig
 from saerl_fast.data.plan import SCHEDULES, build_plan
 from saerl_fast.data.score import Scores
 from saerl_fast.errors import SaerlError
+from saerl_kernels import CSR
 
 
 def make_scores(n: int = 120, clusters: int = 4, seed: int = 0, **drop) -> Scores:

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from saerl_kernels import CSR
 
 from saerl_fast.config import AdaptiveConfig, PlanConfig
 from saerl_fast.data.plan import SCHEDULES, build_plan, load_plan, save_plan
 from saerl_fast.data.score import Scores
 from saerl_fast.errors import SaerlError
+from saerl_kernels import CSR
 
 
 def make_scores(n: int = 60) -> Scores:

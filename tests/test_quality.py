@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from saerl_kernels import CSR
 from sklearn.metrics import roc_auc_score
 
 from saerl_fast.config import QualityConfig
 from saerl_fast.data.quality import fit_quality
 from saerl_fast.errors import SaerlError
+from saerl_kernels import CSR
 
 
 def planted(n: int = 400, d: int = 200, bad: float = 0.25, seed: int = 0) -> tuple[CSR, np.ndarray]:

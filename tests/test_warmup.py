@@ -71,3 +71,5 @@ def test_bad_input() -> None:
         warm_up(tiny_model(), TOKENIZER, PROMPTS, ANSWERS, WarmupConfig(steps=1, rows=0))
     with pytest.raises(SaerlError, match="no tokens"):
         warm_up(tiny_model(), TOKENIZER, [""], ["1"], WarmupConfig(steps=1))
+    with pytest.raises(SaerlError, match="131 tokens"):
+        warm_up(tiny_model(), TOKENIZER, ["a" * 30], ["b" * 100], WarmupConfig(steps=1))

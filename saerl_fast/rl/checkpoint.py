@@ -80,7 +80,7 @@ def save_checkpoint(
     counters: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write ``step-NNNNNN`` and delete all but the ``keep`` latest.
+    """Write ``step-NNNNNN``; delete all but the ``keep`` latest, and later ones that a fallback left behind.
 
     ``plan`` and ``counters``: flat or nested values that JSON knows; ``plan`` may hold tensors and arrays.
     """
@@ -112,11 +112,22 @@ def save_checkpoint(
             shutil.rmtree(final)
         os.replace(temporary, final)
         _sync(root)
-        for old in _folders(root)[keep if keep > 0 else 1 :]:
-            shutil.rmtree(old)
+        folders = _folders(root)
+        at = folders.index(final)
+        for stale in folders[:at] + folders[at + keep :]:
+            shutil.rmtree(stale)
     except OSError as err:
         raise SaerlError(f"cannot write checkpoint {final}: {err.strerror or err}; free some space") from err
     return final
+
+
+def set_aside(out_dir: str | Path) -> None:
+    """Move the checkpoints of an earlier run to ``checkpoints.previous``, out of a fresh run's way."""
+    root = Path(out_dir) / FOLDER
+    if root.is_dir():
+        previous = root.with_name(f"{FOLDER}.previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(root, previous)
 
 
 def load_latest(out_dir: str | Path) -> Checkpoint | None:

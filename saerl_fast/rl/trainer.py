@@ -166,6 +166,8 @@ class _Run:
             self.say(f"resuming after step {found.step} from {found.path}")
         elif resume:
             self.say(f"no checkpoint in {self.out_dir}: starting at step 0")
+        if found is None:
+            ckpt.set_aside(self.out_dir)
         at = found.step if found is not None else None
         self.metrics = MetricsLog(self.out_dir, at, echo=self.echo, tensorboard=self.cfg.tensorboard)
         self.eval_items = JsonlLog(self.out_dir / "eval_items.jsonl", at)
