@@ -149,7 +149,7 @@ def test_a_run_killed_by_the_system_resumes_bit_for_bit(tmp_path: Path) -> None:
         from pathlib import Path
         torch.set_num_threads(1)
         from tests.test_trainer import run, small
-        run(Path(sys.argv[1]), small(steps=40))
+        run(Path(sys.argv[1]), small(steps=20))
         """
     )
     root = Path(__file__).parents[1]
@@ -166,8 +166,8 @@ def test_a_run_killed_by_the_system_resumes_bit_for_bit(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        resumed, _, _ = run(tmp_path / "two", small(steps=40), resume=True)
-        straight, _, _ = run(tmp_path / "one", small(steps=40))
+        resumed, _, _ = run(tmp_path / "two", small(steps=20), resume=True)
+        straight, _, _ = run(tmp_path / "one", small(steps=20))
     finally:
         torch.set_num_threads(threads)
     assert_same_run(tmp_path / "one", tmp_path / "two")
@@ -213,14 +213,14 @@ def test_out_of_memory_halves_the_micro_batch(tmp_path: Path, monkeypatch, caplo
 
     def tight(model, ids, starts, lengths, **options):
         sizes.append(len(ids))
-        if len(ids) > 5:
+        if len(ids) > 2:
             raise torch.OutOfMemoryError("no room")
         return real(model, ids, starts, lengths, **options)
 
     free, _, _ = run(tmp_path / "one", small(steps=1))
     monkeypatch.setattr(module, "completion_logprobs", tight)
     tightened, _, summary = run(tmp_path / "two", small(steps=1))
-    assert "micro_tokens is now" in caplog.text and max(sizes) > 5 and sizes[-1] <= 5
+    assert "micro_tokens is now" in caplog.text and max(sizes) > 2 >= sizes[-1]
     one, two = (read_metrics(tmp_path / name)[1] for name in ("one", "two"))
     assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
 
@@ -240,7 +240,8 @@ def test_grpo_learns_to_emit_a_letter(tmp_path: Path) -> None:
     noise = np.std(rewards[:5])
     assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + max(0.4, 5 * noise)
     assert summary["accuracy"] > summary["accuracy_first"] + 0.4
-    assert rows[-1]["entropy"] < rows[0]["entropy"]
+    entropy = [row["entropy"] for row in rows if row["groups_used"]]
+    assert entropy[-1] < entropy[0]
 
 
 def test_records_and_honest_counters(tmp_path: Path) -> None:
@@ -307,6 +308,45 @@ def test_features_reach_the_plan_and_phases_the_log(tmp_path: Path) -> None:
     assert plan.features == ["features of prefill 1", "features of prefill 2"]
     assert read_metrics(tmp_path)[1]["time"]["encode"] == 0.25
     assert read_metrics(tmp_path)[1]["time"]["capture"] == 0.5
+
+
+def adaptive_plan(model, pool: Pool):
+    """The real plan on real features of the real capture, from a random SAE."""
+    from saerl_fast.config import AdaptiveConfig
+    from saerl_fast.data.plan import build_plan
+    from saerl_fast.data.score import Scores
+    from saerl_fast.rl.rollouts import generate
+    from saerl_fast.sae.capture import FeatureCapture
+    from saerl_fast.sae.model import TopKSAE
+
+    g = torch.Generator().manual_seed(0)
+    W_enc = torch.randn(32, 64, generator=g)
+    sae = TopKSAE(
+        W_enc, torch.zeros(64), W_enc.t().contiguous(), torch.zeros(32), cfg={"k": 4, "hook_layer": 1}
+    )
+    capture = FeatureCapture(model, sae)
+    one = RolloutConfig(group_size=1, max_new_tokens=1)
+    features = generate(model, TOKENIZER, pool.column("prompt"), one, capture=capture).features
+    cfg = PlanConfig(schedule="adaptive", adaptive=AdaptiveConfig(refresh_features=True, cooldown=1, svd=4))
+    scores = Scores({"prompt_id": pool.column("prompt_id")}, features=features)
+    return build_plan(scores, cfg, batch_size=4, total_steps=6, seed=0), capture
+
+
+def test_adaptive_plan_with_captured_features_resumes_bit_for_bit(tmp_path: Path) -> None:
+    def go(out: Path, **options):
+        model = tiny_model()
+        plan, capture = adaptive_plan(model, sums(10))
+        return run(out, small(save_every=3), model=model, plan=plan, capture=capture, **options)
+
+    straight, plan, _ = go(tmp_path / "one")
+    with pytest.raises(SaerlError, match="Die"):
+        go(tmp_path / "two", reward=dying_reward(7))
+    resumed, again, _ = go(tmp_path / "two", resume=True)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert same_weights(straight, resumed)
+    assert plan.next_batch() == again.next_batch()
+    times = [row["time"] for row in read_metrics(tmp_path / "one") if row["kind"] == "train"]
+    assert all(t["capture"] > 0 and t["encode"] > 0 for t in times)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
