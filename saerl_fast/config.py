@@ -56,7 +56,7 @@ class SAEConfig:
     k: int = 16
     steps: int = 1000  # training steps
     batch_size: int = 1024  # tokens a step
-    lr: float = 1e-3
+    lr: float = 3e-3  # best of 1e-3 and 3e-3 at 1,024 features; lower it for much wider dictionaries
     aux_k: int = 32  # dead features that also explain the residual; 0 turns this off
     dead_after: int = 200  # steps without firing after which a feature counts as dead
     max_tokens: int = 200_000  # activations kept in memory for training

@@ -72,13 +72,17 @@ class Session:
 
 
 def set_up(config: Config) -> None:
-    """Process-wide settings: CPU threads and seeds."""
+    """Process-wide settings: CPU threads, and a quiet transformers."""
     if config.threads is not None:
         if config.threads < 1:
             raise SaerlError(f"threads={config.threads} must be at least 1")
         import torch
 
         torch.set_num_threads(config.threads)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def open_session(config: Config, echo: Callable[[str], None]) -> Session:
@@ -117,8 +121,9 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> Top
     session = session or open_session(config, echo)
     layer = resolve_layer(session.model, None, config.sae.layer)
     texts = render(session.train, session.tokenizer, config.data)
-    if config.score.include_answer:
-        texts = [text + answer for text, answer in zip(texts, session.train.column("answer"), strict=True)]
+    answers = session.train.columns.get("answer")
+    if config.score.include_answer and answers is not None:
+        texts = [text + str(answer or "") for text, answer in zip(texts, answers, strict=True)]
     started = time.perf_counter()
     activations = collect_activations(
         session.model,
@@ -130,21 +135,25 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> Top
         on_progress=echo.bar("activations"),
     )
     captured = time.perf_counter()
-    sae, metrics = train_sae(activations, config.sae, on_step=echo.bar("sae"))
-    sae.cfg.update(hook_layer=layer, model_name=config.model.path)
+    bar = echo.bar("sae")
+    sae, metrics = train_sae(
+        activations,
+        replace(config.sae, layer=layer),
+        on_step=lambda step, shown: bar(step, int(shown["steps"])),
+        model_name=config.model.path,
+        device=session.model.device,
+    )
     save_sae(sae, folder)
     record = {
         "layer": layer,
-        "tokens": len(activations),
         **metrics,
         "seconds_capture": captured - started,
-        "seconds_training": time.perf_counter() - captured,
         "fingerprint": fingerprint(config, SAE_SECTIONS),
     }
     write_json(folder / "train.json", record)
     echo(
-        f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.k}, held-out unexplained variance "
-        f"{metrics['fvu']:.3f}, dead {metrics['dead']:.1%}"
+        f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.k}, unexplained variance "
+        f"{metrics['fvu']:.3f} on held-out tokens, {metrics['dead_fraction']:.1%} dead features"
     )
     echo(f"wrote {folder}")
     return sae
@@ -345,6 +354,7 @@ def train_stage(
         capture = FeatureCapture(
             session.model, sae, config.score.reduce, config.score.backend, layer=config.sae.layer
         )
+        capture.warm_up()
     if overwrite and out.exists() and not resume:
         shutil.rmtree(out)
     described = {"arm": arm, "seed": training_seed(config), "fingerprint": fingerprint(config, RUN_SECTIONS)}

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from saerl_kernels import CSR
 from torch import Tensor
 
 from saerl_fast.errors import SaerlError
@@ -19,6 +18,7 @@ from saerl_fast.sae.capture import (
 )
 from saerl_fast.sae.model import TopKSAE
 from saerl_fast.sae.pooled import pooled_features
+from saerl_kernels import CSR
 
 VOCAB = 40
 MODELS = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "neox", "gpt2")

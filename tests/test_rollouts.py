@@ -9,7 +9,7 @@ from saerl_fast.rl.rollouts import Rollouts, generate, left_pad, sample, stop_to
 from tests.tiny_lm import char_tokenizer, tiny_model
 
 PROMPTS = ["1+1=", "what is 12+30?", "a", "copy: xyz."]
-KINDS = ["llama", "qwen2", "neox", "gpt2", "gemma2"]
+KINDS = ["llama", "qwen2", "qwen3", "neox", "gpt2", "gemma2", "gemma3"]
 TOKENIZER = char_tokenizer()
 
 

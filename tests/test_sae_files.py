@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from saerl_kernels import TopK
 from safetensors.torch import load_file, save_file
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.sae.files import layer_of_hook, load_sae, save_sae
 from saerl_fast.sae.model import TopKSAE
+from saerl_kernels import TopK
 
 D_IN, D_SAE = 12, 40
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from saerl_kernels import CSR, TopK
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.sae.model import TopKSAE
+from saerl_kernels import CSR, TopK
 
 D_IN, D_SAE = 12, 40
 

@@ -51,6 +51,12 @@ def tiny_model(
     make = {
         "llama": ("LlamaConfig", grouped),
         "qwen2": ("Qwen2Config", grouped),
+        "qwen3": ("Qwen3Config", grouped | {"head_dim": 8}),
+        "gemma3": (
+            "Gemma3TextConfig",
+            grouped
+            | {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8, "num_hidden_layers": 6},
+        ),
         "neox": ("GPTNeoXConfig", size | {"hidden_dropout": 0.0, "attention_dropout": 0.0}),
         "gpt2": ("GPT2Config", {"n_embd": width, "n_layer": 2, "n_head": 4, "n_positions": 128}),
         "gemma2": (

@@ -80,7 +80,7 @@ def save_checkpoint(
     counters: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write ``step-NNNNNN`` and delete all but the ``keep`` latest.
+    """Write ``step-NNNNNN``; delete all but the ``keep`` latest, and later ones that a fallback left behind.
 
     ``plan`` and ``counters``: flat or nested values that JSON knows; ``plan`` may hold tensors and arrays.
     """
@@ -112,11 +112,22 @@ def save_checkpoint(
             shutil.rmtree(final)
         os.replace(temporary, final)
         _sync(root)
-        for old in _folders(root)[keep if keep > 0 else 1 :]:
-            shutil.rmtree(old)
+        folders = _folders(root)
+        at = folders.index(final)
+        for stale in folders[:at] + folders[at + keep :]:
+            shutil.rmtree(stale)
     except OSError as err:
         raise SaerlError(f"cannot write checkpoint {final}: {err.strerror or err}; free some space") from err
     return final
+
+
+def set_aside(out_dir: str | Path) -> None:
+    """Move the checkpoints of an earlier run to ``checkpoints.previous``, out of a fresh run's way."""
+    root = Path(out_dir) / FOLDER
+    if root.is_dir():
+        previous = root.with_name(f"{FOLDER}.previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(root, previous)
 
 
 def load_latest(out_dir: str | Path) -> Checkpoint | None:
@@ -158,9 +169,9 @@ def load_reference(out_dir: str | Path, model: nn.Module) -> None:
 def restore_rng(state: Mapping[str, Any]) -> None:
     """Set the process's random generators to a checkpoint's."""
     version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(internal.tolist()), gauss))
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and state.get("cuda") is not None:
         torch.cuda.set_rng_state(state["cuda"])
@@ -170,8 +181,8 @@ def _rng_state() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
     return {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, np.asarray(keys).tolist(), *rest],
+        "python": [version, torch.tensor(internal), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }

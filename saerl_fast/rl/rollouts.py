@@ -196,7 +196,7 @@ def _decode(
     padded = bool((lens < width).any())
     positions = (columns[:width] - (width - lens)[:, None]).clamp_(min=0)
     cache = DynamicCache(config=model.config)
-    if hasattr(capture, "reset_timings"):
+    if capture is not None and hasattr(capture, "reset_timings"):
         capture.reset_timings()
     started = time.perf_counter()
     with capture if capture is not None else nullcontext():
@@ -268,29 +268,28 @@ def _growing_layer() -> type:
         def __init__(self, source: Any, repeats: int, room: int) -> None:
             super().__init__()
             self.dtype, self.device, self.is_initialized = source.dtype, source.device, True
-            self.buffers = []
+            self.buffers: list[Tensor] = []
             for tensor in (source.keys, source.values):
                 batch, heads, length, dim = tensor.shape
                 buffer = tensor.new_zeros(batch * repeats, heads, length + room, dim)
                 buffer[:, :, :length] = tensor.repeat_interleave(repeats, 0)
                 self.buffers.append(buffer)
-            self._view(length)
+            self.length = source.keys.shape[-2]
+            self._view()
 
-        def _view(self, length: int) -> None:
-            self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+        def _view(self) -> None:
+            self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-            start = self.keys.shape[-2]
-            stop = start + key_states.shape[-2]
+            start, self.length = self.length, self.length + key_states.shape[-2]
             for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-                buffer[:, :, start:stop] = new
-            self._view(stop)
+                buffer[:, :, start : self.length] = new
+            self._view()
             return self.keys, self.values
 
         def batch_select_indices(self, indices: Tensor) -> None:
-            length = self.keys.shape[-2]
             self.buffers = [buffer[indices] for buffer in self.buffers]
-            self._view(length)
+            self._view()
 
     return Growing
 

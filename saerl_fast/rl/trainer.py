@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import copy
 import logging
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +39,7 @@ from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
 from saerl_fast.rl.loss import BatchSize, advantages, check_loss, policy_loss
 from saerl_fast.rl.optimizer import Optimizer, training_mode
 from saerl_fast.rl.rollouts import Rollouts, generate
+from saerl_fast.rl.runtime import Clock, derived_seed, graceful_interrupt
 from saerl_fast.rl.warmup import warm_up
 
 if TYPE_CHECKING:
@@ -79,12 +78,12 @@ def train(
     checkpoint it starts afresh. The first interrupt (Ctrl-C) finishes the step, saves and raises
     KeyboardInterrupt; a second one stops at once.
     """
-    run = _Run(
-        model, tokenizer, train_pool, eval_pool, plan, reward, cfg, Path(out_dir), data, capture, seed, echo
-    )
+    pools = {"train": train_pool, "eval": eval_pool}
+    out = Path(out_dir)
+    run = _Run(model, tokenizer, pools, plan, reward, cfg, out, data or DataConfig(), capture, seed, echo)
     start = run.open(resume)
     try:
-        with _graceful_interrupt() as interrupted:
+        with graceful_interrupt() as interrupted:
             if start == 0:
                 run.begin()
                 if interrupted():
@@ -105,45 +104,24 @@ def train(
         run.close()
 
 
-class Clock:
-    """Seconds per phase; waits for the device at a phase's end, so that phases get their own work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
-        self._cuda = device.type == "cuda"
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            if self._cuda:
-                torch.cuda.synchronize()
-            self.add(phase, time.perf_counter() - started)
-
-    def add(self, phase: str, seconds: float) -> None:
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-
-
+@dataclass
 class _Run:
     """The state of a run between steps: model, optimizer, plan, counters, logs."""
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        train_pool: Pool,
-        eval_pool: Pool,
-        plan: Plan,
-        reward: Callable[..., Any],
-        cfg: TrainConfig,
-        out_dir: Path,
-        data: DataConfig | None,
-        capture: Any | None,
-        seed: int,
-        echo: Callable[[str], None] | None,
-    ) -> None:
+    model: Any
+    tokenizer: Any
+    pools: dict[str, Pool]  # train, eval
+    plan: Plan
+    reward: Callable[..., Any]
+    cfg: TrainConfig
+    out_dir: Path
+    data: DataConfig
+    capture: Any | None
+    seed: int
+    echo: Callable[[str], None] | None
+
+    def __post_init__(self) -> None:
+        cfg = self.cfg
         check_loss(cfg.loss)
         check_eval(cfg.eval)
         if cfg.steps < 0 or cfg.micro_tokens < 1 or cfg.keep < 1 or cfg.lr < 0:
@@ -151,14 +129,9 @@ class _Run:
                 f"train.steps={cfg.steps}, micro_tokens={cfg.micro_tokens}, keep={cfg.keep}, lr={cfg.lr}: "
                 "steps and lr must not be negative, the others at least 1"
             )
-        self.model, self.tokenizer, self.plan, self.reward = model, tokenizer, plan, reward
-        self.cfg, self.out_dir, self.capture, self.seed, self.echo = cfg, out_dir, capture, seed, echo
-        self.pools = {"train": train_pool, "eval": eval_pool}
-        self.texts = {
-            name: render(pool, tokenizer, data or DataConfig()) for name, pool in self.pools.items()
-        }
-        self.row = {name: i for i, name in enumerate(train_pool.column("prompt_id"))}
-        unknown = [name for name in plan.prompt_ids if name not in self.row]
+        self.texts = {name: render(pool, self.tokenizer, self.data) for name, pool in self.pools.items()}
+        self.row = {name: i for i, name in enumerate(self.pools["train"].column("prompt_id"))}
+        unknown = [name for name in self.plan.prompt_ids if name not in self.row]
         if unknown:
             raise SaerlError(f"the plan has prompt {unknown[0]!r}, which the pool lacks; make the plan again")
         self.micro_tokens = cfg.micro_tokens
@@ -193,6 +166,8 @@ class _Run:
             self.say(f"resuming after step {found.step} from {found.path}")
         elif resume:
             self.say(f"no checkpoint in {self.out_dir}: starting at step 0")
+        if found is None:
+            ckpt.set_aside(self.out_dir)
         at = found.step if found is not None else None
         self.metrics = MetricsLog(self.out_dir, at, echo=self.echo, tensorboard=self.cfg.tensorboard)
         self.eval_items = JsonlLog(self.out_dir / "eval_items.jsonl", at)
@@ -439,29 +414,3 @@ class _Run:
             texts = rollouts.texts[i * group : (i + 1) * group]
             row = {"step": step, "prompt_id": ids[i], "prompt": prompts[i], "answer": columns["answer"][i]}
             self.rollout_log.write([row | {"completions": texts, "rewards": rewards[i].tolist()}])
-
-
-def derived_seed(seed: int, purpose: int, step: int) -> int:
-    """An independent seed for each purpose and step of a run."""
-    return int(np.random.SeedSequence([seed, purpose, step]).generate_state(1)[0])
-
-
-@contextmanager
-def _graceful_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a flag; a second one raises KeyboardInterrupt where the program is."""
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set  # only the main thread may handle signals
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-        log.warning("interrupted: finishing this step and saving; press again to stop at once")
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saerl_fast.config import WarmupConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import token_ids
+from saerl_fast.models import max_positions, token_ids
 from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
 from saerl_fast.rl.optimizer import Optimizer, training_mode
 from saerl_fast.rl.rollouts import stop_tokens
@@ -37,6 +37,11 @@ def answer_rows(
     if min(starts) == 0 or min(lengths) == 0:
         raise SaerlError(
             "a prompt or an answer has no tokens; remove the row or give the tokenizer an end token"
+        )
+    limit = max_positions(model)
+    if limit is not None and width > limit:
+        raise SaerlError(
+            f"a prompt with its answer has {width} tokens but the model reads {limit}; remove the row"
         )
     made = (torch.tensor(values, device=model.device) for values in (ids, starts, lengths))
     return tuple(made)  # type: ignore[return-value]

@@ -158,6 +158,12 @@ class FeatureCapture:
             raise SaerlError(f"every={value} must be at least 1")
         self.capture.every = value
 
+    def warm_up(self) -> None:
+        """Encode two made-up tokens, so that compiling the kernels is no part of the first step."""
+        x = torch.zeros(2, self.sae.d_in, device=self.sae.W_enc.device, dtype=self.sae.W_enc.dtype)
+        offsets = torch.tensor([0, 2], device=x.device)
+        self.sae.pool(x, offsets, reduce=self.reduce, backend=self.backend)
+
     @property
     def timings(self) -> dict[str, float]:
         return {"capture": self.capture.seconds, "encode": self._encode_seconds}

@@ -217,7 +217,8 @@ class _Trainer:
         """How badly the best ``aux_k`` dead features explain what the living ones left over."""
         k = min(self.cfg.aux_k, len(dead))
         weight = self.W_enc_t[dead]
-        pre = torch.relu((x - self.b_dec.detach()) @ weight.t() + self.b_enc[dead])
+        # no ReLU: a feature pushed below zero everywhere could not come back
+        pre = (x - self.b_dec.detach()) @ weight.t() + self.b_enc[dead]
         values, local = pre.topk(k, sorted=False)
         recon = sparse_decode(values, dead[local], self.W_dec, backend=self.backend)
         return (recon - error).pow(2).sum() / error.pow(2).sum().clamp(min=1e-12) * (k / self.cfg.aux_k)

@@ -18,7 +18,7 @@ GPU_CHUNK = 1 << 28
 def score_chunks(x: Tensor, encoder: PackedEncoder) -> Iterator[Tuple[int, Tensor]]:
     """(first row, float32 pre-activations [rows, d_sae]) of ``x`` [n, d_in]; the block is reused."""
     limit = CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK
-    rows = max(1, min(x.shape[0], limit // encoder.d_sae))
+    rows = min(x.shape[0], max(1, limit // encoder.d_sae))
     block = torch.empty((rows, encoder.d_sae), dtype=torch.float32, device=x.device)
     for start in range(0, x.shape[0], rows):
         part = x[start : start + rows]
@@ -44,8 +44,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
 
 def exact_topk(scores: Tensor, k: int) -> TopK:
     """Top-k of float32 ``scores`` [n, F] without NaN, ties to the lower index (torch.topk promises none)."""
-    if scores.shape[0] == 0:
-        return TopK(scores.new_empty((0, k)), scores.new_empty((0, k), dtype=torch.int32))
     values, indices = torch.topk(scores, k, dim=-1, sorted=True)
     last = values[:, -1:]
     crowded = ((scores >= last).sum(-1) > k).nonzero().squeeze(-1)  # more ties at the k-th place than room
@@ -69,8 +67,7 @@ def topk(scores: Tensor, k: int) -> TopK:
 def encode_topk(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
     """``x`` [n, d_in] as ``PackedEncoder.prepare`` returns it."""
     encoder = encoder.natural()
-    values = torch.empty((x.shape[0], k), dtype=torch.float32, device=x.device)
-    indices = torch.empty((x.shape[0], k), dtype=torch.int32, device=x.device)
+    values, indices = TopK.empty((x.shape[0], k), x.device)
     for start, scores in score_chunks(x, encoder):
         scores.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0).relu_()
         kept = exact_topk(scores, k)
@@ -88,7 +85,7 @@ def encode_threshold(x: Tensor, encoder: PackedEncoder, threshold: Tensor) -> CS
         rows, cols = (scores > limit).nonzero(as_tuple=True)
         counts = torch.bincount(rows, minlength=len(scores))
         parts.append(CSR(_indptr(counts), cols.int(), scores[rows, cols], encoder.d_sae))
-    return CSR.concat(parts) if parts else CSR.empty(0, encoder.d_sae, x.device)
+    return CSR.concat(parts)
 
 
 def pool_entries(

@@ -39,8 +39,10 @@ def encode_topk(
     if name == "reference":
         return reference.encode_topk(x, encoder, k)
     rows = encoder.prepare(x)
-    kept = implementation(name).encode_topk(rows, encoder, k)
     shape = (*x.shape[:-1], k)
+    if rows.shape[0] == 0:
+        return TopK.empty(shape, x.device)
+    kept = implementation(name).encode_topk(rows, encoder, k)
     return TopK(kept.values.reshape(shape), kept.indices.reshape(shape))
 
 
@@ -68,4 +70,7 @@ def encode_threshold(
         check_finite(x)
     if name == "reference":
         return reference.encode_threshold(x, encoder, threshold=limit)
-    return implementation(name).encode_threshold(encoder.prepare(x), encoder, limit)
+    rows = encoder.prepare(x)
+    if rows.shape[0] == 0:
+        return CSR.empty(0, encoder.d_sae, x.device)
+    return implementation(name).encode_threshold(rows, encoder, limit)

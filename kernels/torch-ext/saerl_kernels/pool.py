@@ -88,6 +88,15 @@ def _pool_chunk(
     owner = torch.repeat_interleave(
         torch.arange(len(tokens), device=x.device), tokens, output_size=x.shape[0]
     )
+    if name == "numba":
+        from ._numba import pool_codes
+
+        if k is None:
+            codes = encode_threshold(x, encoder, backend=name)
+            return pool_codes(offsets, codes.indptr, codes.indices, codes.values, encoder.d_sae, reduce)
+        kept = encode_topk(x, encoder, k, backend=name)
+        starts = torch.arange(x.shape[0] + 1) * k
+        return pool_codes(offsets, starts, kept.indices, kept.values, encoder.d_sae, reduce)
     if k is None:
         codes = encode_threshold(x, encoder, backend=name)
         sequences, columns, values = owner[codes.row_ids()], codes.indices.long(), codes.values

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from . import reference
@@ -21,7 +23,9 @@ def topk(scores: Tensor, k: int, *, backend: str = "auto") -> TopK:
     name = resolve(backend, scores.device)
     if name == "reference":
         return reference.topk(scores, k)
-    rows = scores.detach().reshape(-1, scores.shape[-1])
-    kept = implementation(name).topk(rows, k)
+    rows = scores.detach().reshape(math.prod(scores.shape[:-1]), scores.shape[-1])
     shape = (*scores.shape[:-1], k)
+    if rows.shape[0] == 0:
+        return TopK.empty(shape, scores.device)
+    kept = implementation(name).topk(rows, k)
     return TopK(kept.values.reshape(shape), kept.indices.reshape(shape))

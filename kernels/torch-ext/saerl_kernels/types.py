@@ -14,6 +14,12 @@ class TopK(NamedTuple):
     values: Tensor  # float32 [..., k]
     indices: Tensor  # int32 [..., k]
 
+    @classmethod
+    def empty(cls, shape: Sequence[int], device: Union[str, torch.device, None] = None) -> TopK:
+        """Unwritten tensors of ``shape`` [..., k]."""
+        values = torch.empty(tuple(shape), dtype=torch.float32, device=device)
+        return cls(values, torch.empty(tuple(shape), dtype=torch.int32, device=device))
+
     def to(self, device: Union[str, torch.device]) -> TopK:
         return TopK(self.values.to(device), self.indices.to(device))
 

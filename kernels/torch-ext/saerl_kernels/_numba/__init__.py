@@ -1,1 +1,142 @@
-from .._torch import decode_grads, encode_threshold, encode_topk, sparse_decode, topk  # noqa: F401
+"""CPU implementations: torch's matrix product in blocks that stay in cache, numba's selection on each."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, Iterator, Optional, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._torch import decode_grads, linear, sparse_decode
+from ..pack import PackedEncoder
+from ..types import CSR, TopK, _indptr
+from . import select
+
+__all__ = ["decode_grads", "encode_threshold", "encode_topk", "pool_codes", "sparse_decode", "topk"]
+
+ROWS = 1024  # rows of a block; more would only enlarge the block
+BLOCK = 1 << 20  # float32 scores in a block: 4 MB, so that selection reads them from cache
+MIN_COLUMNS = 1024
+
+_pool: Optional[Tuple[int, int, ThreadPoolExecutor]] = None
+
+
+def _run(function: Callable, rows: int, *args: Any) -> None:
+    """``function(*args, start, stop)`` over ``rows``, split over torch's thread count."""
+    global _pool
+    threads = min(torch.get_num_threads(), rows // 32)
+    if threads <= 1:
+        function(*args, 0, rows)
+        return
+    key = (os.getpid(), torch.get_num_threads())  # threads do not survive a fork
+    if _pool is None or _pool[:2] != key:
+        _pool = (*key, ThreadPoolExecutor(key[1], thread_name_prefix="saerl_kernels"))
+    edges = [rows * i // threads for i in range(threads + 1)]
+    jobs = [_pool[2].submit(function, *args, a, b) for a, b in zip(edges, edges[1:])]
+    for job in jobs:
+        job.result()
+
+
+def _blocks(x: Tensor, encoder: PackedEncoder) -> Iterator[Tuple[int, int, Tensor]]:
+    """(first row, first column, float32 pre-activations); columns ascend within a band of rows."""
+    rows = min(ROWS, x.shape[0])
+    columns = min(encoder.d_sae, max(MIN_COLUMNS, BLOCK // max(1, rows)))
+    memory = torch.empty(rows * columns, dtype=torch.float32)
+    for top in range(0, x.shape[0], rows):
+        band = x[top : top + rows].float()
+        for left in range(0, encoder.d_sae, columns):
+            weight = encoder.weight[left : left + columns].float()
+            block = memory[: len(band) * len(weight)].view(len(band), len(weight))
+            yield top, left, linear(band, weight, encoder.bias[left : left + columns], block)
+
+
+def encode_topk(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
+    """``x`` [n, d_in] as ``PackedEncoder.prepare`` returns it."""
+    encoder = encoder.natural()
+    n = x.shape[0]
+    values, indices = TopK.empty((n, k))
+    keys = np.empty((min(ROWS, n), k + max(k, 64)), dtype=np.int64)
+    counts = np.zeros(len(keys), dtype=np.int64)
+    floor = np.zeros(len(keys), dtype=np.int32)
+    for top, left, scores in _blocks(x, encoder):
+        rows = scores.shape[0]
+        if left == 0:
+            counts[:], floor[:] = 0, 0
+        bits = scores.numpy().view(np.int32)
+
+        def gate(start: int, stop: int, bits: np.ndarray = bits, left: int = left) -> None:
+            select.gate_rows(bits, left, keys, counts, floor, k, start, stop)
+
+        _run(gate, rows)
+        if left + scores.shape[1] == encoder.d_sae:
+            out = values[top : top + rows].numpy().view(np.int32)
+            _run(select.finish_rows, rows, keys, counts, k, out, indices[top : top + rows].numpy())
+    return TopK(values, indices)
+
+
+def topk(scores: Tensor, k: int) -> TopK:
+    """``scores`` [n, F]: see the public op."""
+    scores = scores.float().contiguous()
+    n = scores.shape[0]
+    values, indices = TopK.empty((n, k))
+    step = min(n, 4096)
+    keys = np.empty((step, k + max(k, 64)), dtype=np.int64)
+    for top in range(0, n, step):
+        bits = scores[top : top + step].numpy().view(np.int32)
+
+        def rank(start: int, stop: int, bits: np.ndarray = bits) -> None:
+            select.rank_rows(bits, keys, start, stop, k)
+
+        _run(rank, len(bits))
+        out = values[top : top + step].numpy().view(np.int32)
+        _run(select.sort_ranked, len(bits), keys, k, out, indices[top : top + step].numpy())
+    return TopK(values, indices)
+
+
+def encode_threshold(x: Tensor, encoder: PackedEncoder, threshold: Tensor) -> CSR:
+    """``x`` [n, d_in] prepared; ``threshold`` float32 [d_sae] in the original numbering."""
+    encoder = encoder.natural()
+    n = x.shape[0]
+    limit = threshold.clamp(min=0.0).contiguous().numpy()
+    bands: list = []  # of each band of rows: (row, columns, values) of its blocks, columns ascending
+    counts = np.zeros(n, dtype=np.int64)
+    for top, left, block in _blocks(x, encoder):
+        scores = block.numpy()
+        rows, columns = scores.shape
+        local = np.zeros(rows, dtype=np.int64)
+        _run(select.count_above, rows, scores, limit[left : left + columns], local)
+        cursor = np.zeros(rows, dtype=np.int64)
+        np.cumsum(local[:-1], out=cursor[1:])
+        found = np.empty(int(local.sum()), dtype=np.int32)
+        value = np.empty(len(found), dtype=np.float32)
+        args = (scores, limit[left : left + columns], left, cursor, found, value)
+        _run(select.place_above, rows, *args)
+        counts[top : top + rows] += local
+        bands.append((np.repeat(np.arange(top, top + rows), local), found, value))
+    owner = np.concatenate([band[0] for band in bands])
+    order = np.argsort(owner, kind="stable")
+    found = np.concatenate([band[1] for band in bands])[order]
+    value = np.concatenate([band[2] for band in bands])[order]
+    indptr = _indptr(torch.from_numpy(counts))
+    return CSR(indptr, torch.from_numpy(found), torch.from_numpy(value), encoder.d_sae)
+
+
+def pool_codes(
+    offsets: Tensor, starts: Tensor, columns: Tensor, values: Tensor, n_cols: int, reduce: str
+) -> CSR:
+    """Reduce token codes (token t: entries starts[t] .. starts[t + 1]) over sequences; see ``pool_rows``."""
+    kind = {"max": 0, "last": 0, "sum": 1, "mean": 2, "count": 3}[reduce]
+    size = columns.numel()
+    out_columns = np.empty(size, dtype=np.int32)
+    out_values = np.empty(size, dtype=np.float32)
+    counts = np.zeros(len(offsets) - 1, dtype=np.int64)
+    flat = (columns.reshape(-1).numpy(), values.reshape(-1).numpy())
+    written = select.pool_rows(
+        offsets.numpy(), starts.numpy(), *flat, n_cols, kind, out_columns, out_values, counts
+    )
+    indptr = _indptr(torch.from_numpy(counts))
+    kept = (out_columns[:written].copy(), out_values[:written].copy())
+    return CSR(indptr, torch.from_numpy(kept[0]), torch.from_numpy(kept[1]), n_cols)

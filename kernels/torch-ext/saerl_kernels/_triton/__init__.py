@@ -1,1 +1,237 @@
-from .._torch import decode_grads, encode_threshold, encode_topk, sparse_decode, topk  # noqa: F401
+"""Triton launchers. Without a GPU they run in Triton's interpreter (TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+from typing import Optional, Tuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _torch
+from ..dispatch import interpreting
+from ..pack import PackedEncoder
+from ..types import CSR, TopK, _indptr
+from .codes import (
+    _count_above_kernel,
+    _decode_kernel,
+    _grad_values_kernel,
+    _grad_weight_kernel,
+    _place_above_kernel,
+)
+from .groups import GROUP, _reopen_kernel, _score_groups_kernel
+from .select import _order_kernel, _pad_kernel, _select_kernel
+from .tune import Plan, plan_encode
+
+__all__ = ["decode_grads", "encode_threshold", "encode_topk", "sparse_decode", "topk"]
+
+SCRATCH = 1 << 28  # bytes of group maxima held at once
+TILE = 16384  # candidates a program ranks in registers
+
+
+def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, plan: Optional[Plan] = None) -> TopK:
+    """``x`` [n, d_in] as ``PackedEncoder.prepare`` returns it; ``plan`` overrides the table's choice."""
+    plan = plan or plan_encode(x.shape[0], encoder, k)
+    if plan.algorithm == "dense":
+        return _encode_dense(x, encoder, k)
+    kept = TopK.empty((x.shape[0], k), x.device)
+    n_groups = triton.cdiv(encoder.d_sae, 128) * 4
+    rows = max(plan.BM, SCRATCH // (5 * plan.T * n_groups) // plan.BM * plan.BM)
+    rows = min(rows, x.shape[0])
+    bits = torch.empty((rows, plan.T, n_groups), dtype=torch.int32, device=x.device)
+    place = torch.empty((rows, plan.T, n_groups), dtype=torch.int8, device=x.device)
+    for start in range(0, x.shape[0], rows):
+        part = x[start : start + rows]
+        n = part.shape[0]
+        grid = (triton.cdiv(n, plan.BM) * triton.cdiv(encoder.d_sae, plan.BN),)
+        _score_groups_kernel[grid](
+            part,
+            encoder.weight,
+            encoder.bias,
+            bits,
+            place,
+            n,
+            encoder.d_sae,
+            n_groups,
+            D=encoder.d_in,
+            T=plan.T,
+            BM=plan.BM,
+            BN=plan.BN,
+            BK=plan.BK,
+            BAND=plan.BAND,
+            UPCAST=interpreting(),
+            num_warps=plan.warps,
+            num_stages=plan.stages,
+        )
+        keys, counts, limits, opened = _select(bits, place, encoder, n, k, plan.T, "groups")
+        _reopen_kernel[(n,)](
+            part,
+            encoder.weight,
+            encoder.bias,
+            _numbers(encoder),
+            bits,
+            place,
+            keys,
+            counts,
+            limits,
+            opened,
+            encoder.d_sae,
+            n_groups,
+            k,
+            D=encoder.d_in,
+            T=plan.T,
+            KP=_width(k),
+            BM=16 if interpreting() else 64,  # 64 rows are what wgmma, and so the scoring pass, takes
+            BK=plan.BK,
+            BG=256,
+            PERMUTED=encoder.permutation is not None,
+            UPCAST=interpreting(),
+            num_warps=4,
+        )
+        _finish(keys, counts, kept, start, n, k, signed=False)
+    return kept
+
+
+def _encode_dense(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
+    kept = TopK.empty((x.shape[0], k), x.device)
+    for start, scores in _torch.score_chunks(x, encoder):
+        n = scores.shape[0]
+        keys, counts, _, _ = _select(scores, scores, encoder, n, k, 1, "relu")
+        _finish(keys, counts, kept, start, n, k, signed=False)
+    return kept
+
+
+def topk(scores: Tensor, k: int) -> TopK:
+    """``scores`` [n, F]: see the public op."""
+    scores = scores.float().contiguous()
+    n = scores.shape[0]
+    kept = TopK.empty((n, k), scores.device)
+    keys, counts, _, _ = _select(scores, scores, None, n, k, 1, "signed")
+    _finish(keys, counts, kept, 0, n, k, signed=True)
+    return kept
+
+
+def _select(
+    source: Tensor, place: Tensor, encoder: Optional[PackedEncoder], n: int, k: int, T: int, mode: str
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    device = source.device
+    keys = torch.empty((n, k), dtype=torch.int64, device=device)
+    counts, limits, opened = torch.empty((3, n), dtype=torch.int32, device=device)
+    width = source[0].numel()
+    block = min(TILE, triton.next_power_of_2(width))
+    step = min(block, 2048)
+    rows = _rows(n, block)
+    _select_kernel[(triton.cdiv(n, rows),)](
+        source,
+        place,
+        counts if encoder is None else _numbers(encoder),
+        keys,
+        counts,
+        limits,
+        opened,
+        n,
+        width,
+        source.shape[-1],
+        k,
+        T=T,
+        ROWS=rows,
+        BLOCK=block,
+        TILES=triton.cdiv(width, block),
+        STEP=step,
+        STEPS=triton.cdiv(width, step),
+        MODE=mode,
+        PERMUTED=encoder is not None and encoder.permutation is not None,
+        num_warps=min(16, max(4, block // 1024)),
+    )
+    return keys, counts, limits, opened
+
+
+def _finish(keys: Tensor, counts: Tensor, kept: TopK, start: int, n: int, k: int, signed: bool) -> None:
+    values, indices = kept.values[start : start + n].view(torch.int32), kept.indices[start : start + n]
+    rows = _rows(n, _width(k) ** 2 if interpreting() else _width(k))
+    grid = (triton.cdiv(n, rows),)
+    shape = {"ROWS": rows, "KP": _width(k), "SIGNED": signed, "COUNT": interpreting()}
+    _order_kernel[grid](keys, counts, values, indices, n, k, **shape, num_warps=4)
+    if not signed:
+        _pad_kernel[(n,)](counts, values, indices, k, KP=_width(k), num_warps=1)
+
+
+def _rows(n: int, width: int) -> int:
+    """Rows a program takes: enough to fill it on a GPU, many in the interpreter, which counts operations."""
+    entries = 1 << 17 if interpreting() else 2048
+    return max(1, min(triton.next_power_of_2(n), entries // width))
+
+
+def _width(k: int) -> int:
+    return max(GROUP, triton.next_power_of_2(k))
+
+
+def _numbers(encoder: PackedEncoder) -> Tensor:
+    """The permutation, or any int32 tensor where there is none (the kernel then does not read it)."""
+    return encoder.bias if encoder.permutation is None else encoder.permutation
+
+
+def encode_threshold(x: Tensor, encoder: PackedEncoder, threshold: Tensor) -> CSR:
+    """``x`` [n, d_in] prepared; ``threshold`` float32 [d_sae] in the original numbering."""
+    encoder = encoder.natural()
+    limit = threshold.clamp(min=0.0).contiguous()
+    d_sae = encoder.d_sae
+    block = min(4096, triton.next_power_of_2(d_sae))
+    shape = {"BLOCK": block, "TILES": triton.cdiv(d_sae, block)}
+    parts = []
+    for _, scores in _torch.score_chunks(x, encoder):
+        n = scores.shape[0]
+        counts = torch.empty(n, dtype=torch.int32, device=x.device)
+        _count_above_kernel[(n,)](scores, limit, counts, d_sae, **shape)
+        indptr = _indptr(counts)
+        nnz = int(indptr[-1])
+        columns = torch.empty(nnz, dtype=torch.int32, device=x.device)
+        values = torch.empty(nnz, dtype=torch.float32, device=x.device)
+        _place_above_kernel[(n,)](scores, limit, indptr, columns, values, d_sae, **shape)
+        parts.append(CSR(indptr, columns, values, d_sae))
+    return CSR.concat(parts)
+
+
+def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """values, indices [n, k]; returns [n, d_in] accumulated in float32 (float64 for float64 weights)."""
+    n, k = values.shape
+    d_in = W_dec.shape[1]
+    wide, wide_tl = _wide(W_dec)
+    out = torch.empty((n, d_in), dtype=wide, device=values.device)
+    if out.numel():
+        block = min(1024, triton.next_power_of_2(d_in))
+        grid = (n, triton.cdiv(d_in, block))
+        args = (values.contiguous(), indices.contiguous(), W_dec.contiguous(), out, k, d_in)
+        _decode_kernel[grid](*args, BD=block, WIDE=wide_tl)
+    return out
+
+
+def decode_grads(
+    grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, need_values: bool, need_weight: bool
+) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+    """Gradients of ``sparse_decode``: [n, k] and [d_sae, d_in]. No atomics, so they are deterministic."""
+    n, k = values.shape
+    d_sae, d_in = W_dec.shape
+    wide, wide_tl = _wide(W_dec)
+    block = min(1024, triton.next_power_of_2(d_in))
+    indices = indices.contiguous()
+    grad_values = grad_weight = None
+    if need_values:
+        grad_values = torch.empty((n, k), dtype=wide, device=grad.device)
+        if n:
+            args = (grad, indices, W_dec.contiguous(), grad_values, k, d_in)
+            _grad_values_kernel[(n * k,)](*args, BD=block, WIDE=wide_tl)
+    if need_weight:
+        flat = indices.reshape(-1)
+        ordered, order = flat.sort(stable=True)
+        features = torch.arange(d_sae + 1, device=grad.device, dtype=flat.dtype)
+        starts = torch.searchsorted(ordered, features)
+        grad_weight = torch.empty((d_sae, d_in), dtype=wide, device=grad.device)
+        args = (grad, values.contiguous(), order, starts, grad_weight, k, d_in)
+        _grad_weight_kernel[(d_sae, triton.cdiv(d_in, block))](*args, BD=block, WIDE=wide_tl)
+    return grad_values, grad_weight
+
+
+def _wide(W_dec: Tensor) -> Tuple[torch.dtype, tl.dtype]:
+    return (torch.float64, tl.float64) if W_dec.dtype == torch.float64 else (torch.float32, tl.float32)

@@ -1,0 +1,115 @@
+"""Threshold compaction of materialised scores, and decoding of sparse codes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _count_above_kernel(scores_ptr, limit_ptr, count_ptr, F, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    # scores float32 [N, F], limit float32 [F], count int32 [N]
+    row = tl.program_id(0).to(tl.int64)
+    total = 0
+    for tile in range(0, TILES):
+        at = tile * BLOCK + tl.arange(0, BLOCK)
+        score = tl.load(scores_ptr + row * F + at, mask=at < F, other=float("-inf"))
+        limit = tl.load(limit_ptr + at, mask=at < F, other=0.0)
+        total += tl.sum((score > limit).to(tl.int32))
+    tl.store(count_ptr + row, total)
+
+
+@triton.jit
+def _place_above_kernel(
+    scores_ptr,  # float32 [N, F]
+    limit_ptr,  # float32 [F]
+    indptr_ptr,  # int64 [N + 1]
+    columns_ptr,  # int32 [nnz]
+    values_ptr,  # float32 [nnz]
+    F,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.load(indptr_ptr + row)
+    for tile in range(0, TILES):
+        at = tile * BLOCK + tl.arange(0, BLOCK)
+        score = tl.load(scores_ptr + row * F + at, mask=at < F, other=float("-inf"))
+        limit = tl.load(limit_ptr + at, mask=at < F, other=0.0)
+        hit = score > limit
+        slot = start + tl.cumsum(hit.to(tl.int32), 0) - 1
+        tl.store(columns_ptr + slot, at, mask=hit)
+        tl.store(values_ptr + slot, score, mask=hit)
+        start += tl.sum(hit.to(tl.int32))
+
+
+@triton.jit
+def _decode_kernel(
+    values_ptr,  # [N, K]
+    indices_ptr,  # int [N, K]
+    w_ptr,  # [F, D]
+    out_ptr,  # [N, D], float32 or float64
+    K,
+    D,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BD + tl.arange(0, BD)
+    acc = tl.zeros((BD,), dtype=WIDE)
+    j = 0
+    while j < K:
+        feature = tl.load(indices_ptr + row * K + j).to(tl.int64)
+        value = tl.load(values_ptr + row * K + j).to(WIDE)
+        acc += value * tl.load(w_ptr + feature * D + at, mask=at < D, other=0.0).to(WIDE)
+        j += 1
+    tl.store(out_ptr + row * D + at, acc, mask=at < D)
+
+
+@triton.jit
+def _grad_values_kernel(
+    grad_ptr,  # [N, D]
+    indices_ptr,  # int [N, K]
+    w_ptr,  # [F, D]
+    out_ptr,  # [N, K]
+    K,
+    D,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    entry = tl.program_id(0).to(tl.int64)
+    row = entry // K
+    feature = tl.load(indices_ptr + entry).to(tl.int64)
+    acc = tl.zeros((BD,), dtype=WIDE)
+    first = 0
+    while first < D:
+        at = first + tl.arange(0, BD)
+        g = tl.load(grad_ptr + row * D + at, mask=at < D, other=0.0).to(WIDE)
+        acc += g * tl.load(w_ptr + feature * D + at, mask=at < D, other=0.0).to(WIDE)
+        first += BD
+    tl.store(out_ptr + entry, tl.sum(acc))
+
+
+@triton.jit
+def _grad_weight_kernel(
+    grad_ptr,  # [N, D]
+    values_ptr,  # [N * K]
+    order_ptr,  # int64 [N * K]: entries sorted by feature, stable
+    starts_ptr,  # int64 [F + 1]
+    out_ptr,  # [F, D]
+    K,
+    D,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    feature = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BD + tl.arange(0, BD)
+    here = tl.load(starts_ptr + feature)
+    stop = tl.load(starts_ptr + feature + 1)
+    acc = tl.zeros((BD,), dtype=WIDE)
+    while here < stop:
+        entry = tl.load(order_ptr + here)
+        value = tl.load(values_ptr + entry).to(WIDE)
+        acc += value * tl.load(grad_ptr + (entry // K) * D + at, mask=at < D, other=0.0).to(WIDE)
+        here += 1
+    tl.store(out_ptr + feature * D + at, acc, mask=at < D)

@@ -1,0 +1,198 @@
+"""Selection: the k largest of a row's candidates, then their order and the padding.
+
+A key is value bits << 32 | (2^31 - 1 - feature): larger is better, equal values put the lower feature first.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .groups import group_column
+
+
+@triton.jit
+def _load_bits(source_ptr, at, mask, MODE: tl.constexpr):
+    """Candidates as int32 that order like their values; masked lanes rank below everything."""
+    if MODE == "groups":
+        return tl.load(source_ptr + at, mask=mask, other=-1)
+    if MODE == "relu":
+        value = tl.load(source_ptr + at, mask=mask, other=0.0)
+        value = tl.where(value > 0.0, value, 0.0)  # NaN becomes 0 as well
+        return tl.where(mask, value.to(tl.int32, bitcast=True), -1)
+    value = tl.load(source_ptr + at, mask=mask, other=0.0)
+    value = tl.where(value != value, float("-inf"), value)
+    value = tl.where(value == 0.0, 0.0, value)  # -0.0 is 0.0
+    bits = value.to(tl.int32, bitcast=True)
+    rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(mask, rank, -0x7FFFFFFF - 1)
+
+
+@triton.jit
+def _feature(number_ptr, place_ptr, at, row_at, mask, G, MODE: tl.constexpr, PERMUTED: tl.constexpr):
+    """Original feature numbers of candidates ``at`` (where ``mask``)."""
+    if MODE == "groups":
+        place = tl.load(place_ptr + row_at + at, mask=mask, other=0).to(tl.int32)
+        column = group_column(at % G, place)
+    else:
+        column = at
+    if PERMUTED:
+        column = tl.load(number_ptr + column, mask=mask, other=0)
+    return column
+
+
+@triton.jit
+def _select_kernel(
+    source_ptr,  # groups: int32 [N, T, G]; otherwise float32 [N, M]
+    place_ptr,  # groups: int8 [N, T, G]
+    number_ptr,  # int32 [F]
+    keys_ptr,  # int64 [N, K]
+    count_ptr,  # int32 [N]
+    limit_ptr,  # int32 [N]
+    open_ptr,  # int32 [N]
+    N,
+    M,  # candidates a row
+    G,
+    K,
+    T: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    STEP: tl.constexpr,
+    STEPS: tl.constexpr,
+    MODE: tl.constexpr,
+    PERMUTED: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = rows < N
+    row_at = rows.to(tl.int64)[:, None] * M
+    lane = tl.arange(0, BLOCK)[None, :]
+    source = source_ptr + row_at
+
+    # The k-th largest, by bisection on the bits: `low` always has at least K candidates at or above it.
+    low = tl.full((ROWS,), 0, tl.int64)
+    if MODE == "signed":
+        low = tl.full((ROWS,), -0x80000000, tl.int64)
+    high = tl.full((ROWS,), 0x7F800001, tl.int64)
+    bits = _load_bits(source, lane, (lane < M) & live[:, None], MODE)
+    while tl.max(high - low) > 1:
+        middle = (low + high) >> 1
+        cut = middle.to(tl.int32)[:, None]
+        above = tl.sum((bits >= cut).to(tl.int32), axis=1)
+        for tile in range(1, TILES):
+            at = tile * BLOCK + lane
+            more = _load_bits(source, at, (at < M) & live[:, None], MODE)
+            above += tl.sum((more >= cut).to(tl.int32), axis=1)
+        low = tl.where(above >= K, middle, low)
+        high = tl.where(above >= K, high, middle)
+    limit = low.to(tl.int32)
+
+    above = tl.sum((bits > limit[:, None]).to(tl.int32), axis=1)
+    equal = tl.sum((bits == limit[:, None]).to(tl.int32), axis=1)
+    for tile in range(1, TILES):
+        at = tile * BLOCK + lane
+        more = _load_bits(source, at, (at < M) & live[:, None], MODE)
+        above += tl.sum((more > limit[:, None]).to(tl.int32), axis=1)
+        equal += tl.sum((more == limit[:, None]).to(tl.int32), axis=1)
+    room = K - above
+    crowded = live & (equal > room)
+    if MODE != "signed":
+        crowded = crowded & (limit > 0)  # at 0 there are fewer than K positive candidates: keep them all
+    near = tl.arange(0, STEP)[None, :]  # smaller tiles from here on: more is kept per candidate
+    # Of the candidates equal to the k-th value the lowest features win: bisect on the feature number.
+    last = tl.full((ROWS,), 0x7FFFFFFF, tl.int32)
+    if tl.max(crowded.to(tl.int32)) > 0:
+        low_f = tl.full((ROWS,), -1, tl.int32)
+        high_f = tl.full((ROWS,), 0, tl.int32) + (G * 32 if MODE == "groups" else M)
+        while tl.max(high_f - low_f) > 1:
+            cut = low_f + (high_f - low_f) // 2
+            within = tl.full((ROWS,), 0, tl.int32)
+            for tile in range(0, STEPS):
+                at = tile * STEP + near
+                mask = (at < M) & live[:, None]
+                tied = (_load_bits(source, at, mask, MODE) == limit[:, None]) & mask
+                feature = _feature(number_ptr, place_ptr, at, row_at, tied, G, MODE, PERMUTED)
+                within += tl.sum((tied & (feature <= cut[:, None])).to(tl.int32), axis=1)
+            low_f = tl.where(within >= room, low_f, cut)
+            high_f = tl.where(within >= room, cut, high_f)
+        last = tl.where(crowded, high_f, last)
+
+    written = tl.full((ROWS,), 0, tl.int32)
+    for tile in range(0, STEPS):
+        at = tile * STEP + near
+        mask = (at < M) & live[:, None]
+        here = _load_bits(source, at, mask, MODE)
+        more = (here > limit[:, None]) & mask
+        tied = (here == limit[:, None]) & mask
+        if MODE != "signed":
+            tied = tied & (limit > 0)[:, None]
+        feature = _feature(number_ptr, place_ptr, at, row_at, more | tied, G, MODE, PERMUTED)
+        chosen = more | (tied & (feature <= last[:, None]))
+        slot = written[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
+        key = (here.to(tl.int64) << 32) | (0x7FFFFFFF - feature).to(tl.int64)
+        tl.store(keys_ptr + rows.to(tl.int64)[:, None] * K + slot, key, mask=chosen)
+        written += tl.sum(chosen.to(tl.int32), axis=1)
+    tl.store(count_ptr + rows, written, mask=live)
+    if MODE == "groups":
+        # Certificate: a group can hide a winner only if its T-th kept entry reaches the k-th value.
+        floor = tl.maximum(limit, 1)[:, None]
+        hiding = tl.full((ROWS,), 0, tl.int32)
+        for tile in range(0, STEPS):
+            at = tile * STEP + near
+            last_kept = (at >= (T - 1) * G) & (at < M) & live[:, None]
+            reach = (_load_bits(source, at, last_kept, MODE) >= floor) & last_kept
+            hiding += tl.sum(reach.to(tl.int32), axis=1)
+        tl.store(limit_ptr + rows, limit, mask=live)
+        tl.store(open_ptr + rows, hiding, mask=live)
+
+
+@triton.jit
+def _order_kernel(
+    keys_ptr,  # int64 [N, K]
+    count_ptr,  # int32 [N]
+    values_ptr,  # int32 [N, K] view of the float32 result
+    indices_ptr,  # int32 [N, K]
+    N,
+    K,
+    ROWS: tl.constexpr,
+    KP: tl.constexpr,
+    SIGNED: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    count = tl.load(count_ptr + rows, mask=rows < N, other=0)[:, None]
+    slot = tl.arange(0, KP)[None, :]
+    at = rows.to(tl.int64)[:, None] * K + slot
+    lowest = tl.full((ROWS, KP), -0x8000000000000000, tl.int64)
+    keys = tl.load(keys_ptr + at, mask=slot < count, other=0)
+    keys = tl.where(slot < count, keys, lowest)
+    if COUNT:  # the interpreter's sort takes seconds; there each key goes where its number of betters says
+        order = tl.sum((keys[:, None, :] > keys[:, :, None]).to(tl.int32), axis=2)
+        at = rows.to(tl.int64)[:, None] * K + order
+    else:
+        keys = tl.sort(keys, descending=True)
+    rank = (keys >> 32).to(tl.int32)
+    if SIGNED:
+        rank = rank ^ ((rank >> 31) & 0x7FFFFFFF)
+    feature = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
+    real = keys > lowest
+    tl.store(values_ptr + at, rank, mask=real)
+    tl.store(indices_ptr + at, feature, mask=real)
+
+
+@triton.jit
+def _pad_kernel(count_ptr, values_ptr, indices_ptr, K, KP: tl.constexpr):
+    # count int32 [N], values int32 (float32 bits) and indices int32 [N, K], filled up to count
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.load(count_ptr + row)
+    if count == K:
+        return
+    # Fewer than K of the features 0 .. K-1 are taken; the lowest free ones pad the row.
+    slot = tl.arange(0, KP)
+    feature = tl.load(indices_ptr + row * K + slot, mask=slot < count, other=KP)
+    taken = tl.histogram(tl.minimum(feature, KP), 2 * KP)
+    taken = tl.sum(tl.where(tl.arange(0, 2)[:, None] == 0, tl.reshape(taken, (2, KP)), 0), axis=0)
+    free = (taken == 0) & (slot < K)
+    at = count + tl.cumsum(free.to(tl.int32), 0) - 1
+    tl.store(values_ptr + row * K + at, tl.zeros((KP,), tl.int32), mask=free & (at < K))
+    tl.store(indices_ptr + row * K + at, slot, mask=free & (at < K))

@@ -1,0 +1,401 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from saerl_fast.config import EvalConfig, LossConfig, PlanConfig, RolloutConfig, TrainConfig, WarmupConfig
+from saerl_fast.data.plan import StaticPlan
+from saerl_fast.errors import SaerlError
+from saerl_fast.log import read_jsonl, read_metrics
+from saerl_fast.prompts import Pool
+from saerl_fast.rl import trainer as module
+from saerl_fast.rl.checkpoint import model_tensors
+from saerl_fast.rl.trainer import train
+from tests.tiny_lm import char_tokenizer, tiny_model
+
+TOKENIZER = char_tokenizer()
+
+
+def sums(n: int, first: int = 0) -> Pool:
+    pairs = [(i % 5, (3 * i) % 4) for i in range(first, first + n)]
+    return Pool(
+        {
+            "prompt_id": [f"p{i}" for i in range(first, first + n)],
+            "prompt": [f"{a}+{b}=" for a, b in pairs],
+            "answer": [str(a + b) for a, b in pairs],
+        }
+    )
+
+
+def vowels(prompts, completions, **columns):
+    """Share of the letter a: graded, and learnt in a few steps."""
+    return [text.count("a") / max(len(text), 1) for text in completions]
+
+
+class WatchfulPlan(StaticPlan):
+    """Keeps what it was told, as the adaptive plan does."""
+
+    def __init__(self, pool: Pool, batch: int = 4, steps: int = 6) -> None:
+        super().__init__(
+            "vanilla", pool.column("prompt_id"), PlanConfig(), batch_size=batch, total_steps=steps, seed=0
+        )
+        self.told = torch.zeros(len(pool), dtype=torch.float64)
+        self.features: list = []
+
+    def observe(self, prompt_ids, pass_rates, features=None):
+        self._check(prompt_ids, pass_rates)
+        for name, rate in zip(prompt_ids, pass_rates, strict=True):
+            self.told[self._row[name]] += rate
+        self.features.append(features)
+
+    def state_dict(self):
+        return super().state_dict() | {"told": self.told.clone()}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.told = state["told"]
+
+    def metrics(self):
+        return {"told": float(self.told.sum())}
+
+
+def small(**change) -> TrainConfig:
+    base = TrainConfig(
+        steps=6,
+        lr=3e-3,
+        warmup_steps=2,
+        save_every=1,
+        rollout=RolloutConfig(prompts_per_step=4, group_size=4, max_new_tokens=6),
+        eval=EvalConfig(every=2, samples=2),
+    )
+    for name, value in change.items():
+        setattr(base, name, value)
+    return base
+
+
+def run(out: Path, cfg: TrainConfig, *, reward=vowels, model=None, resume: bool = False, **more):
+    model = model if model is not None else tiny_model()
+    pool = sums(10)
+    plan = more.pop("plan", None) or WatchfulPlan(pool)
+    summary = train(model, TOKENIZER, pool, sums(3, 10), plan, reward, cfg, out, resume=resume, **more)
+    return model, plan, summary
+
+
+def timeless(path: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "time"} for row in read_jsonl(path)]
+
+
+def same_weights(a, b) -> bool:
+    return all(
+        torch.equal(x, y) for x, y in zip(model_tensors(a).values(), model_tensors(b).values(), strict=True)
+    )
+
+
+FILES = ("metrics.jsonl", "eval_items.jsonl", "rollouts.jsonl")
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    for name in FILES:
+        assert timeless(one / name) == timeless(two / name), name
+
+
+class Die(Exception):
+    pass
+
+
+def dying_reward(after: int):
+    calls = []
+
+    def reward(prompts, completions, **columns):
+        calls.append(1)
+        if len(calls) > after:
+            raise Die  # becomes a SaerlError, as for any reward that raises
+        return vowels(prompts, completions)
+
+    return reward
+
+
+@pytest.mark.parametrize("warm", [0, 3])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, warm: int, beta: float) -> None:
+    cfg = small(
+        warmup=WarmupConfig(steps=warm, batch_size=4, lr=1e-3), loss=LossConfig(beta=beta), save_every=3
+    )
+    straight, plan, summary = run(tmp_path / "one", cfg)
+    with pytest.raises(SaerlError, match="Die"):  # in the fifth step: step 4 is logged and must be undone
+        run(tmp_path / "two", cfg, reward=dying_reward(7))
+    assert read_metrics(tmp_path / "two")[-1]["step"] == 4
+    resumed, plan_again, again = run(tmp_path / "two", cfg, resume=True)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert same_weights(straight, resumed)
+    assert torch.equal(plan.told, plan_again.told)
+    summary.pop("seconds"), again.pop("seconds")
+    assert summary == again
+    assert not same_weights(straight, tiny_model())  # training did something
+
+
+def test_a_run_killed_by_the_system_resumes_bit_for_bit(tmp_path: Path) -> None:
+    script = textwrap.dedent(
+        """
+        import sys, torch
+        from pathlib import Path
+        torch.set_num_threads(1)
+        from tests.test_trainer import run, small
+        run(Path(sys.argv[1]), small(steps=20))
+        """
+    )
+    root = Path(__file__).parents[1]
+    path = f"{root}:{root / 'kernels/torch-ext'}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "two")], cwd=root, env=os.environ | {"PYTHONPATH": path}
+    )
+    deadline = time.time() + 60
+    while not list((tmp_path / "two").glob("checkpoints/step-*[3-9]/manifest.json")):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        resumed, _, _ = run(tmp_path / "two", small(steps=20), resume=True)
+        straight, _, _ = run(tmp_path / "one", small(steps=20))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert same_weights(straight, resumed)
+
+
+def test_interrupt_saves_the_step(tmp_path: Path) -> None:
+    calls = []
+
+    def reward(prompts, completions, **columns):
+        calls.append(1)
+        if len(calls) == 4:  # evaluation, steps 1 and 2, evaluation
+            os.kill(os.getpid(), signal.SIGINT)
+        return vowels(prompts, completions)
+
+    said: list[str] = []
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "two", small(save_every=0), reward=reward, echo=said.append)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "step 2 is saved" in said[-1]
+    resumed, _, _ = run(tmp_path / "two", small(save_every=0), resume=True)
+    straight, _, _ = run(tmp_path / "one", small(save_every=0))
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert same_weights(straight, resumed)
+
+
+@pytest.mark.parametrize("kind", ["dapo", "grpo", "dr_grpo"])
+def test_micro_batches_give_the_same_update(tmp_path: Path, kind: str) -> None:
+    loss = LossConfig(kind=kind)
+    whole, _, _ = run(tmp_path / "one", small(steps=1, loss=loss, warmup_steps=0))
+    split, _, _ = run(tmp_path / "two", small(steps=1, loss=loss, warmup_steps=0, micro_tokens=12))
+    one, two = (read_metrics(tmp_path / name)[1] for name in ("one", "two"))
+    for key in ("loss", "grad_norm", "entropy"):
+        assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-7)
+    for a, b in zip(model_tensors(whole).values(), model_tensors(split).values(), strict=True):
+        # Adam's first step is lr * sign(gradient): where that is nearly 0 its sign is noise
+        assert ((a - b).abs() < 1e-4).float().mean() > 0.99
+
+
+def test_out_of_memory_halves_the_micro_batch(tmp_path: Path, monkeypatch, caplog) -> None:
+    real, sizes = module.completion_logprobs, []
+
+    def tight(model, ids, starts, lengths, **options):
+        sizes.append(len(ids))
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return real(model, ids, starts, lengths, **options)
+
+    free, _, _ = run(tmp_path / "one", small(steps=1))
+    monkeypatch.setattr(module, "completion_logprobs", tight)
+    tightened, _, summary = run(tmp_path / "two", small(steps=1))
+    assert "micro_tokens is now" in caplog.text and max(sizes) > 2 >= sizes[-1]
+    one, two = (read_metrics(tmp_path / name)[1] for name in ("one", "two"))
+    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+
+    def none(*args, **options):
+        raise torch.OutOfMemoryError("no room at all")
+
+    monkeypatch.setattr(module, "completion_logprobs", none)
+    with pytest.raises(SaerlError, match="single sequence"):
+        run(tmp_path / "three", small(steps=1))
+
+
+def test_grpo_learns_to_emit_a_letter(tmp_path: Path) -> None:
+    cfg = small(steps=30, lr=1e-2, save_every=0, eval=EvalConfig(every=30, samples=4))
+    model, _, summary = run(tmp_path, cfg, plan=WatchfulPlan(sums(10), steps=30))
+    rows = [row for row in read_metrics(tmp_path) if row["kind"] == "train"]
+    rewards = [row["reward"] for row in rows]
+    noise = np.std(rewards[:5])
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + max(0.4, 5 * noise)
+    assert summary["accuracy"] > summary["accuracy_first"] + 0.4
+    entropy = [row["entropy"] for row in rows if row["groups_used"]]
+    assert entropy[-1] < entropy[0]
+
+
+def test_records_and_honest_counters(tmp_path: Path) -> None:
+    said: list[str] = []
+    done: list[tuple[int, int]] = []
+    cfg = small(steps=3, eval=EvalConfig(every=2, samples=2))
+    model, plan, summary = run(tmp_path, cfg, echo=said.append, progress=lambda *p: done.append(p))
+    rows = read_metrics(tmp_path)
+    assert [(r["kind"], r["step"]) for r in rows] == [
+        ("eval", 0), ("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("eval", 3)
+    ]  # fmt: skip
+    first = rows[1]
+    assert first["rollouts"] == 16 and first["groups"] == 4 and 0 < first["tokens"] <= 96
+    assert first["lr"] == pytest.approx(1.5e-3) and rows[2]["lr"] == pytest.approx(3e-3)
+    assert {"generate", "plan", "reward", "logprob", "update"} <= first["time"].keys()
+    assert first["mismatch"] < 1e-4 and first["clipped"] == 0
+    assert first["plan"]["told"] == pytest.approx(4 * first["pass_rate"])
+    trained = [r for r in rows if r["kind"] == "train"]
+    for key in ("rollouts", "tokens", "groups", "groups_used"):
+        assert summary[key] == sum(r[key] for r in trained)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert len(said) == 6 and done == [(1, 3), (2, 3), (3, 3)]
+    items = read_jsonl(tmp_path / "eval_items.jsonl")
+    assert len(items) == 9 and {"step", "prompt_id", "score", "completion"} <= items[0].keys()
+    assert rows[0]["accuracy"] == pytest.approx(np.mean([i["score"] for i in items[:3]]))
+    saved = read_jsonl(tmp_path / "rollouts.jsonl")
+    assert len(saved) == 6 and len(saved[0]["completions"]) == len(saved[0]["rewards"]) == 4
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert same_weights(loaded, model)
+
+
+def test_groups_without_signal_are_counted_but_not_trained_on(tmp_path: Path) -> None:
+    def constant(prompts, completions, **columns):
+        return [0.0] * len(completions)
+
+    model, _, summary = run(tmp_path, small(steps=2), reward=constant)
+    assert same_weights(model, tiny_model())
+    row = read_metrics(tmp_path)[1]
+    assert row["groups_used"] == 0 and row["rollouts"] == 16 and row["loss"] is None
+    assert summary["groups_used"] == 0 and summary["rollouts"] == 32
+
+
+class Features:
+    """Stands for the capture of SAE features."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.timings = {"capture": 0.5, "encode": 0.25}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None: ...
+
+    def features(self):
+        self.made += 1
+        return f"features of prefill {self.made}"
+
+
+def test_features_reach_the_plan_and_phases_the_log(tmp_path: Path) -> None:
+    _, plan, _ = run(tmp_path, small(steps=2), capture=Features())
+    assert plan.features == ["features of prefill 1", "features of prefill 2"]
+    assert read_metrics(tmp_path)[1]["time"]["encode"] == 0.25
+    assert read_metrics(tmp_path)[1]["time"]["capture"] == 0.5
+
+
+def adaptive_plan(model, pool: Pool):
+    """The real plan on real features of the real capture, from a random SAE."""
+    from saerl_fast.config import AdaptiveConfig
+    from saerl_fast.data.plan import build_plan
+    from saerl_fast.data.score import Scores
+    from saerl_fast.rl.rollouts import generate
+    from saerl_fast.sae.capture import FeatureCapture
+    from saerl_fast.sae.model import TopKSAE
+
+    g = torch.Generator().manual_seed(0)
+    W_enc = torch.randn(32, 64, generator=g)
+    sae = TopKSAE(
+        W_enc, torch.zeros(64), W_enc.t().contiguous(), torch.zeros(32), cfg={"k": 4, "hook_layer": 1}
+    )
+    capture = FeatureCapture(model, sae)
+    one = RolloutConfig(group_size=1, max_new_tokens=1)
+    features = generate(model, TOKENIZER, pool.column("prompt"), one, capture=capture).features
+    cfg = PlanConfig(schedule="adaptive", adaptive=AdaptiveConfig(refresh_features=True, cooldown=1, svd=4))
+    scores = Scores({"prompt_id": pool.column("prompt_id")}, features=features)
+    return build_plan(scores, cfg, batch_size=4, total_steps=6, seed=0), capture
+
+
+def test_adaptive_plan_with_captured_features_resumes_bit_for_bit(tmp_path: Path) -> None:
+    def go(out: Path, **options):
+        model = tiny_model()
+        plan, capture = adaptive_plan(model, sums(10))
+        return run(out, small(save_every=3), model=model, plan=plan, capture=capture, **options)
+
+    straight, plan, _ = go(tmp_path / "one")
+    with pytest.raises(SaerlError, match="Die"):
+        go(tmp_path / "two", reward=dying_reward(7))
+    resumed, again, _ = go(tmp_path / "two", resume=True)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert same_weights(straight, resumed)
+    assert plan.next_batch() == again.next_batch()
+    times = [row["time"] for row in read_metrics(tmp_path / "one") if row["kind"] == "train"]
+    assert all(t["capture"] > 0 and t["encode"] > 0 for t in times)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    plain, _, _ = run(tmp_path / "one", small(steps=2))
+    saving, _, _ = run(tmp_path / "two", small(steps=2, gradient_checkpointing=True))
+    one, two = (read_metrics(tmp_path / name)[1] for name in ("one", "two"))
+    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+    assert not saving.training and not saving.is_gradient_checkpointing
+
+
+def test_half_precision_weights_move_by_small_updates(tmp_path: Path) -> None:
+    start = tiny_model().bfloat16()
+    model, _, _ = run(tmp_path / "a", small(steps=6, lr=1e-4, save_every=3), model=tiny_model().bfloat16())
+    assert model.dtype == torch.bfloat16 and not same_weights(model, start)
+    with pytest.raises(SaerlError, match="Die"):
+        run(
+            tmp_path / "b",
+            small(steps=6, lr=1e-4, save_every=3),
+            model=tiny_model().bfloat16(),
+            reward=dying_reward(7),
+        )
+    again, _, _ = run(
+        tmp_path / "b", small(steps=6, lr=1e-4, save_every=3), model=tiny_model().bfloat16(), resume=True
+    )
+    assert same_weights(model, again)
+
+
+def test_a_pool_smaller_than_a_batch(tmp_path: Path) -> None:
+    pool = sums(2)
+    plan = StaticPlan("vanilla", pool.column("prompt_id"), PlanConfig(), batch_size=4, total_steps=2, seed=0)
+    summary = train(tiny_model(), TOKENIZER, pool, sums(2, 5), plan, vowels, small(steps=2), tmp_path)
+    assert summary["rollouts"] == 32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": LossConfig(kind="ppo")}, "'ppo'"),
+        ({"eval": EvalConfig(mode="guess")}, "'guess'"),
+        ({"steps": -1}, "steps=-1"),
+        ({"keep": 0}, "keep=0"),
+    ],
+)
+def test_bad_settings_write_nothing(tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(SaerlError, match=message):
+        run(tmp_path / "out", small(**change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_of_another_pool(tmp_path: Path) -> None:
+    with pytest.raises(SaerlError, match="'p30'"):
+        run(tmp_path / "out", small(), plan=WatchfulPlan(sums(5, 30)))

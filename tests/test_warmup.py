@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from saerl_fast.config import RolloutConfig, WarmupConfig
+from saerl_fast.errors import SaerlError
+from saerl_fast.rl.evaluate import answer_probabilities
+from saerl_fast.rl.rollouts import generate
+from saerl_fast.rl.warmup import answer_rows, warm_up
+from tests.tiny_lm import char_tokenizer, tiny_model
+
+TOKENIZER = char_tokenizer()
+PROMPTS = [f"{a}+{b}=" for a in range(3) for b in range(3)]
+ANSWERS = [str(a + b) for a in range(3) for b in range(3)]
+
+
+def test_rows_are_tokenised_as_in_rollouts() -> None:
+    model = tiny_model()
+    ids, starts, lengths = answer_rows(model, TOKENIZER, ["1+1=", "ab"], ["2", "xyz"])
+    assert starts.tolist() == [4, 2] and lengths.tolist() == [2, 4]
+    made = generate(model, TOKENIZER, ["1+1=", "ab"], RolloutConfig(group_size=1, max_new_tokens=3))
+    joined, _, _ = made.sequences()
+    assert ids[0, :4].tolist() == joined[0, :4].tolist() and ids[1, :2].tolist() == joined[1, :2].tolist()
+    assert TOKENIZER.decode(ids[1, 2:6].tolist()) == "xyz<eos>"
+
+
+def test_learns_the_answers_and_when_to_stop() -> None:
+    model = tiny_model()
+    before = answer_probabilities(model, TOKENIZER, PROMPTS, ANSWERS).mean()
+    cfg = WarmupConfig(steps=60, batch_size=9, lr=1e-2)
+    seen: list[float] = []
+    record = warm_up(model, TOKENIZER, PROMPTS, ANSWERS, cfg, on_step=lambda step, loss: seen.append(loss))
+    after = answer_probabilities(model, TOKENIZER, PROMPTS, ANSWERS).mean()
+    assert before < 0.05 and after > 0.6
+    assert record["loss_first"] == seen[0] and record["loss"] == seen[-1] < 0.3 * seen[0]
+    assert len(seen) == record["steps"] == 60
+
+
+def test_seeded_and_independent_of_the_micro_batch() -> None:
+    weights = []
+    for seed, budget in ((1, 16384), (1, 14), (2, 16384)):
+        model = tiny_model()
+        warm_up(
+            model,
+            TOKENIZER,
+            PROMPTS,
+            ANSWERS,
+            WarmupConfig(steps=3, batch_size=4, lr=1e-3),
+            seed=seed,
+            max_tokens=budget,
+        )
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert (weights[0] - weights[1]).abs().mean() < 1e-5
+    assert (weights[0] - weights[2]).abs().mean() > 1e-5
+
+
+def test_sees_only_the_rows_allowed(monkeypatch) -> None:
+    from saerl_fast.rl import warmup as module
+
+    seen: set[str] = set()
+    real = module.answer_rows
+    monkeypatch.setattr(module, "answer_rows", lambda m, t, p, a: seen.update(p) or real(m, t, p, a))
+    cfg = WarmupConfig(steps=5, batch_size=4, rows=3)
+    warm_up(tiny_model(), TOKENIZER, PROMPTS, ANSWERS, cfg)
+    assert len(seen) == 3
+
+
+def test_bad_input() -> None:
+    with pytest.raises(SaerlError, match="no rows"):
+        warm_up(tiny_model(), TOKENIZER, [], [], WarmupConfig(steps=1))
+    with pytest.raises(SaerlError, match="rows=0"):
+        warm_up(tiny_model(), TOKENIZER, PROMPTS, ANSWERS, WarmupConfig(steps=1, rows=0))
+    with pytest.raises(SaerlError, match="no tokens"):
+        warm_up(tiny_model(), TOKENIZER, [""], ["1"], WarmupConfig(steps=1))
+    with pytest.raises(SaerlError, match="131 tokens"):
+        warm_up(tiny_model(), TOKENIZER, ["a" * 30], ["b" * 100], WarmupConfig(steps=1))
