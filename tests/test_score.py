@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from saerl_fast.config import Config, DifficultyConfig, DiversityConfig, QualityConfig
+from saerl_fast.config import Config, DifficultyConfig, DiversityConfig, QualityConfig, ScoreConfig
 from saerl_fast.data.plan import build_plan
-from saerl_fast.data.score import Scores, score_features
+from saerl_fast.data.score import Scores, score_features, score_pool
 from saerl_fast.errors import SaerlError
 from saerl_fast.prompts import Pool
 from saerl_kernels import CSR
@@ -132,10 +132,9 @@ def test_damaged_and_mixed_up_files_are_refused(tmp_path):
     rows = list(range(119, -1, -1))
     turned = score_features(pool.select(rows), features.select_rows(rows), None, make_config())
     turned.save(tmp_path / "b")
-    kept = (tmp_path / "a" / "features.safetensors").read_bytes()
-    (tmp_path / "a" / "features.safetensors").write_bytes(
-        (tmp_path / "b" / "features.safetensors").read_bytes()
-    )
+    file = tmp_path / "a" / "features.safetensors"
+    kept = file.read_bytes()
+    file.write_bytes((tmp_path / "b" / "features.safetensors").read_bytes())
     with pytest.raises(SaerlError, match="other prompts"):
         Scores.load(tmp_path / "a")
     file.write_bytes(kept)
@@ -170,3 +169,32 @@ def test_a_plan_from_loaded_scores_is_the_same(tmp_path):
         ]
         assert [both[0].next_batch() for _ in range(6)] == [both[1].next_batch() for _ in range(6)]
         assert both[0].dropped == both[1].dropped
+
+
+def test_a_pool_scored_by_a_model_and_its_sae():
+    """Prompt and answer features of a random model, pooled as the config says, reach the probes."""
+    from saerl_fast.sae.model import TopKSAE
+    from saerl_fast.sae.pooled import pooled_features
+    from tests.tiny_lm import char_tokenizer, tiny_model
+
+    rng = np.random.default_rng(0)
+    pairs = rng.integers(0, 99, (40, 2))
+    texts = [f"{a}+{b}=" if i % 2 else f"what is {a}?" for i, (a, b) in enumerate(pairs)]
+    labels = [float(i % 2) for i in range(40)]
+    columns = {"prompt_id": [str(i) for i in range(40)], "prompt": texts, "answer": ["7"] * 40}
+    pool = Pool({**columns, "quality_label": labels})
+    weights = torch.randn(32, 64)
+    cfg = {"architecture": "topk", "k": 4, "hook_layer": 1}
+    sae = TopKSAE(weights, torch.zeros(64), weights.T.contiguous(), torch.zeros(32), cfg=cfg)
+    model, tokenizer, done = tiny_model(), char_tokenizer(), []
+    config = make_config(difficulty=DifficultyConfig(), score=ScoreConfig(reduce="mean"))
+    scores = score_pool(
+        pool, texts, model, tokenizer, sae, config, on_progress=lambda part, whole: done.append((part, whole))
+    )
+    expected, _ = pooled_features(model, tokenizer, sae, texts, reduce="mean")
+    torch.testing.assert_close(scores.features.to_dense(), expected.to_dense())
+    assert scores.metadata["quality"]["reads_answers"] and scores.metadata["quality"]["auc"] > 0.9
+    assert scores.metadata["seconds"]["features"] > 0 and done[-1][0] == done[-1][1]
+    config.score.include_answer = False
+    without = score_pool(pool, texts, model, tokenizer, sae, config)
+    assert not without.metadata["quality"]["reads_answers"]

@@ -56,6 +56,8 @@ class Plan(ABC):
         if batch_size < 1 or total_steps < 1:
             name, value = ("batch_size", batch_size) if batch_size < 1 else ("total_steps", total_steps)
             raise SaerlError(f"a plan's {name} must be at least 1, got {value}")
+        if seed < 0:
+            raise SaerlError(f"a plan's seed must not be negative, got {seed}")
         self.cfg, self.seed = cfg, seed
         self.prompt_ids = list(prompt_ids)
         self.batch_size, self.total_steps = batch_size, total_steps
