@@ -60,6 +60,12 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     except Exception as err:  # transformers raises OSError, ValueError, KeyError, ImportError, hub errors ...
         raise SaerlError(_load_failure(cfg.path, source, err)) from err
 
+    if gguf_file is not None:  # the weights are ordinary tensors now; the mark would forbid saving them
+        model.hf_quantizer = None
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+
     _prepare_tokenizer(tokenizer, cfg.path)
     _check_embeddings(model, tokenizer, cfg.path)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
