@@ -42,6 +42,46 @@ def test_values_and_gradients_equal_the_plain_computation(kind: str, chunk_rows:
         torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max() + 1e-3), rtol=1e-3)
 
 
+def grouped():
+    """Three prompts of different lengths with 3, 1 and 4 completions of different lengths."""
+    g = torch.Generator().manual_seed(3)
+    owner = torch.tensor([0, 0, 0, 2, 5, 5, 5, 5])
+    starts = torch.tensor([9, 9, 9, 12, 4, 4, 4, 4])
+    lengths = torch.tensor([2, 1, 4, 3, 1, 5, 2, 2])
+    ids = torch.randint(3, 40, (8, 15), generator=g)
+    for i in (1, 2):
+        ids[i, :9] = ids[0, :9]
+    ids[5:, :4] = ids[4, :4]
+    return ids, starts, lengths, owner
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "qwen3", "gemma3"])
+@pytest.mark.parametrize("longest", [1, 5])
+def test_sharing_the_prompt_changes_neither_values_nor_gradients(kind: str, longest: int) -> None:
+    model = tiny_model(kind)
+    ids, starts, lengths, owner = grouped()
+    lengths = lengths.clamp(max=longest)
+    plain_head(model)  # its own forward pass, once, is not of interest below
+    results = []
+    for options in ({}, {"owner": owner}):
+        widths = []
+        handle = model.base_model.register_forward_pre_hook(
+            lambda m, a, kw, widths=widths: widths.append(tuple(kw["input_ids"].shape)), with_kwargs=True
+        )
+        found, entropy = completion_logprobs(model, ids, starts, lengths, temperature=0.7, **options)
+        handle.remove()
+        weights = torch.randn(len(found), generator=torch.Generator().manual_seed(1))
+        results.append(
+            (found, entropy, torch.autograd.grad((found * weights).sum(), list(model.parameters())))
+        )
+    if "gemma" not in kind:  # sliding windows (and, in Gemma 2, a capped head) take the plain path
+        assert widths == [(3, 12), (8, 4)][: longest if longest == 1 else 2]
+    torch.testing.assert_close(results[0][0], results[1][0], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=2e-5, rtol=1e-5)
+    for a, b in zip(results[0][2], results[1][2], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max() + 1e-3), rtol=1e-3)
+
+
 def test_gradcheck_in_double_precision() -> None:
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(5, 3, generator=g, dtype=torch.float64, requires_grad=True)
@@ -108,3 +148,10 @@ def test_micro_batches_cover_all_rows_within_the_budget() -> None:
         assert len(part) == 1 or len(part) * int(lengths[part].max()) <= 20
     assert parts[0].tolist() == [5]  # longer than the budget: by itself, and first
     assert len(parts) == 4
+
+
+def test_micro_batches_keep_a_prompt_together() -> None:
+    lengths = torch.tensor([5, 9, 2, 7, 7, 3, 9, 1])
+    owner = torch.tensor([0, 0, 0, 3, 3, 4, 4, 4])
+    parts = [part.tolist() for part in micro_batches(lengths, 27, owner)]
+    assert parts == [[0, 1, 2], [5, 6, 7], [3, 4]]

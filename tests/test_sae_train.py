@@ -30,8 +30,8 @@ def recovery(directions: Tensor, W_dec: Tensor) -> float:
     return float((directions @ W_dec.detach().t()).amax(1).mean())
 
 
-def test_planted_dictionary_is_recovered() -> None:
-    x, directions = planted(6500)
+def test_planted_dictionary_is_recovered(device: torch.device) -> None:
+    x, directions = (part.to(device) for part in planted(6500))
     x, fresh = x[:6000], x[6000:]
     sae, metrics = train_sae(x, SAEConfig(layer=2, **SMALL), model_name="planted")
     untrained, before = train_sae(x, SAEConfig(**SMALL | {"steps": 1, "lr": 1e-9}))
@@ -39,7 +39,7 @@ def test_planted_dictionary_is_recovered() -> None:
     assert recovery(directions, sae.W_dec) > 0.97
     assert metrics["fvu"] < 0.08 and metrics["train_fvu"] < 0.08 and 1.5 < metrics["l0"] <= 3
     assert metrics["held_out_tokens"] == 600 and metrics["tokens"] == 5400 and metrics["steps"] == 250
-    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
+    torch.testing.assert_close(sae.W_dec.detach().norm(dim=1).cpu(), torch.ones(64))
     assert (sae.layer, sae.k, sae.cfg["model_name"]) == (2, 3, "planted")
     # the reported figure is that of the SAE handed over, in the data's own units
     fvu = (fresh - sae(fresh).detach()).pow(2).sum() / (fresh - fresh.mean(0)).pow(2).sum()
@@ -113,9 +113,10 @@ def test_few_activations_batches_and_half_precision() -> None:
 
 def test_selected_encoder_gradient_equals_the_dense_one() -> None:
     x = torch.randn(20, 6)
-    weight, bias = torch.randn(30, 6).requires_grad_(), torch.randn(30).requires_grad_()
+    weight, bias = torch.randn(30, 6).requires_grad_(), (torch.randn(30) - 4).requires_grad_()
     target = torch.randn(20, 4)
     values, indices = _Encode.apply(x, weight, bias, 4, "auto")
+    assert 0 < int((values == 0).sum()) < values.numel()  # rows with fewer than k positive features
     got = torch.autograd.grad((values * target).sum(), (weight, bias))
     dense = torch.relu(x @ weight.t() + bias)
     want = torch.autograd.grad((dense.gather(1, indices.long()) * target).sum(), (weight, bias))

@@ -5,7 +5,9 @@ output head, a chunk at a time, and the chunk's logits are computed again in the
 memory is one chunk of logits (`CHUNK_ELEMENTS`), whatever the batch and the vocabulary.
 
 Sequences are padded on the right and prompt and completion are adjacent, so causal attention needs no
-padding mask: padding comes after everything that is read.
+padding mask: padding comes after everything that is read. Completions of the same prompt can share its
+forward and backward pass through a differentiable key-value cache, which for a group of G short answers
+to a long prompt is up to G times less work.
 """
 
 from __future__ import annotations
@@ -18,15 +20,20 @@ import torch
 from torch import Tensor, nn
 
 CHUNK_ELEMENTS = 1 << 25  # logits in memory at once: 128 MiB in float32
+SHARE_BELOW = 0.7  # share prompts when that leaves at most this part of the tokens to compute
 _plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def micro_batches(lengths: Tensor, max_tokens: int) -> Iterator[Tensor]:
+def micro_batches(lengths: Tensor, max_tokens: int, owner: Tensor | None = None) -> Iterator[Tensor]:
     """Row indices of consecutive micro-batches: rows of similar length, at most ``max_tokens`` with padding.
 
     ``lengths``: tokens of each sequence [N]. Longest first, so that running out of memory shows at once.
-    A row longer than the budget gets a micro-batch of its own.
+    A row longer than the budget gets a micro-batch of its own. With ``owner`` [N] (ascending, the prompt
+    that a row belongs to) a prompt's rows stay together, so that they can share its forward pass.
     """
+    if owner is not None:  # every row counts as long as the longest of its prompt
+        longest = lengths.new_zeros(int(owner.max()) + 1).scatter_reduce(0, owner, lengths, "amax")
+        lengths = longest[owner]
     order = lengths.argsort(descending=True, stable=True)
     sizes = lengths[order].tolist()
     start = 0
@@ -44,12 +51,14 @@ def completion_logprobs(
     *,
     temperature: float = 1.0,
     with_entropy: bool = True,
+    owner: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every completion token at this temperature, both float32 [M].
 
     ``ids`` [N, L] padded on the right, ``prompt_lens`` and ``completion_lens`` [N]. M is the sum of
     ``completion_lens``: row 0's tokens come first, then row 1's. Log-probabilities carry gradients,
-    entropies (zeros when not asked for) do not.
+    entropies (zeros when not asked for) do not. ``owner`` [N]: adjacent rows of equal value have the same
+    prompt, which is then computed once where that pays.
     """
     ends = prompt_lens + completion_lens
     ids = ids[:, : int(ends.max())]
@@ -63,7 +72,10 @@ def completion_logprobs(
         entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
         return logprobs.gather(1, targets[:, None])[:, 0], entropy
     core, head = _parts(model)
-    hidden = core(input_ids=ids, use_cache=False).last_hidden_state[rows, columns - 1]
+    if owner is not None and _share_pays(model, ids, prompt_lens, completion_lens, owner):
+        hidden = _shared_hidden(model, core, ids, prompt_lens, completion_lens, owner)
+    else:
+        hidden = core(input_ids=ids, use_cache=False).last_hidden_state[rows, columns - 1]
     return _HeadLogProbs.apply(hidden, head.weight, head.bias, targets, temperature, with_entropy)
 
 
@@ -97,6 +109,51 @@ def _parts(model: Any) -> tuple[Any, Any]:
     """The decoder without its head, and the head; adapters of peft live inside both."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inner.base_model, inner.get_output_embeddings()
+
+
+def _share_pays(model: Any, ids: Tensor, starts: Tensor, lengths: Tensor, owner: Tensor) -> bool:
+    """Whether sharing saves enough, and works: no sliding windows, no recomputation of activations."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    if model.training:  # gradient checkpointing, which switches caches off
+        return False
+    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
+        return False
+    prompts = len(owner.unique_consecutive())
+    tokens = prompts * int(starts.max()) + len(ids) * (int(lengths.max()) - 1)
+    return tokens <= SHARE_BELOW * ids.numel()
+
+
+def _shared_hidden(
+    model: Any, core: Any, ids: Tensor, starts: Tensor, lengths: Tensor, owner: Tensor
+) -> Tensor:
+    """Hidden states [M, D] that predict the completion tokens: prompts, then completions on their cache.
+
+    Prompts are padded on the right (by the first row's completion), so the padding sits between prompt and
+    completion in the cache, where the mask hides it; positions are passed explicitly.
+    """
+    from transformers import DynamicCache
+
+    _, which, counts = owner.unique_consecutive(return_inverse=True, return_counts=True)
+    first, width, longest = counts.cumsum(0) - counts, int(starts.max()), int(lengths.max())
+    cache = DynamicCache(config=model.config)
+    prefix = core(input_ids=ids[first, :width], past_key_values=cache, use_cache=True).last_hidden_state
+    hidden = prefix[which, starts - 1][:, None]  # [N, 1, D] predicts each completion's first token
+    if longest > 1:
+        cache.batch_select_indices(which)
+        columns = torch.arange(max(width, longest - 1), device=ids.device)
+        positions = (starts[:, None] + columns[: longest - 1]).clamp(max=ids.shape[1] - 1)
+        seen = columns[:width] < starts[:, None]
+        rest = core(
+            input_ids=ids.gather(1, positions),
+            attention_mask=torch.cat([seen, torch.ones_like(positions, dtype=torch.bool)], 1).long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        hidden = torch.cat([hidden, rest], 1)
+    return hidden[torch.arange(longest, device=ids.device) < lengths[:, None]]
 
 
 class _HeadLogProbs(torch.autograd.Function):

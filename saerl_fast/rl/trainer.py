@@ -318,6 +318,7 @@ class _Run:
         if len(chosen) == 0:
             return {**dict.fromkeys(names), "grad_norm": None}
         ids, starts, lengths = (part[chosen] for part in rollouts.sequences())
+        owner = chosen // rollouts.group_size
         old, mask = rollouts.logprobs[chosen], rollouts.completion_mask[chosen]
         weight = advantage.flatten().to(device)[chosen]
         size = BatchSize(len(rollouts.texts), int(rollouts.lengths.sum()), cfg.rollout.max_new_tokens)
@@ -325,12 +326,15 @@ class _Run:
             sums = dict.fromkeys(names, torch.zeros((), device=device))
             try:
                 with training_mode(self.model, cfg.gradient_checkpointing):
-                    for part in micro_batches(starts + lengths, self.micro_tokens):
+                    for part in micro_batches(starts + lengths, self.micro_tokens, owner):
                         with clock("logprob"):
                             batch = (ids[part], starts[part], lengths[part])
-                            temperature = cfg.rollout.temperature
-                            new, entropy = completion_logprobs(self.model, *batch, temperature=temperature)
-                            reference = self._reference_logprobs(batch)
+                            options: dict[str, Any] = {
+                                "temperature": cfg.rollout.temperature,
+                                "owner": owner[part],
+                            }
+                            new, entropy = completion_logprobs(self.model, *batch, **options)
+                            reference = self._reference_logprobs(batch, options)
                         with clock("update"):
                             loss, found = policy_loss(
                                 new,
@@ -362,12 +366,11 @@ class _Run:
         figures = {name: float(sums[name]) / tokens for name in names[1:]}
         return {"loss": float(sums["loss"]), **figures, "grad_norm": norm}
 
-    def _reference_logprobs(self, batch: Sequence[Tensor]) -> Tensor | None:
+    def _reference_logprobs(self, batch: Sequence[Tensor], options: dict[str, Any]) -> Tensor | None:
         if self.reference is None:
             return None
         with torch.no_grad():
-            temperature = self.cfg.rollout.temperature
-            return completion_logprobs(self.reference, *batch, temperature=temperature, with_entropy=False)[0]
+            return completion_logprobs(self.reference, *batch, with_entropy=False, **options)[0]
 
     # --- around the steps --------------------------------------------------------------------------
 

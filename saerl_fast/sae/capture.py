@@ -19,10 +19,10 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.models import decoder, hidden_size, max_positions, n_blocks, token_ids
 
 if TYPE_CHECKING:
-    from saerl_kernels import CSR
     from transformers import PreTrainedTokenizerBase
 
     from saerl_fast.sae.model import TopKSAE
+    from saerl_kernels import CSR
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from saerl_kernels import CSR, encode_topk, pack_encoder, sparse_decode
 from torch import Tensor, nn
 
 from saerl_fast.config import SAEConfig
@@ -22,6 +21,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.models import token_ids
 from saerl_fast.sae.capture import Progress, iter_hidden_ids
 from saerl_fast.sae.model import TopKSAE
+from saerl_kernels import CSR, encode_topk, pack_encoder, sparse_decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
