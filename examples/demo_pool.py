@@ -274,7 +274,11 @@ def make_pool(seed: int, size: int = 2000, labelled: int = 250) -> list[dict[str
     `quality_label` is 1 (clean) or 0 for a random `labelled` rows and None elsewhere. Texts are unique.
     """
     rng = random.Random(seed)
-    kinds = ["wrong_answer"] * (size * 12 // 100) + ["garbled"] * (size * 8 // 100) + ["off_task"] * (size * 8 // 100)
+    kinds = (
+        ["wrong_answer"] * (size * 12 // 100)
+        + ["garbled"] * (size * 8 // 100)
+        + ["off_task"] * (size * 8 // 100)
+    )
     kinds += ["clean"] * (size - len(kinds))
     cells = [(task, level) for task in TASKS for level in LEVELS]
     rows: list[dict[str, object]] = []
@@ -298,7 +302,11 @@ def make_pool(seed: int, size: int = 2000, labelled: int = 250) -> list[dict[str
     rng.shuffle(rows)
     chosen = set(rng.sample(range(size), labelled))
     return [
-        {"prompt_id": f"demo-{i:04d}", **row, "quality_label": int(row["kind"] == "clean") if i in chosen else None}
+        {
+            "prompt_id": f"demo-{i:04d}",
+            **row,
+            "quality_label": int(row["kind"] == "clean") if i in chosen else None,
+        }
         for i, row in enumerate(rows)
     ]
 
@@ -314,7 +322,13 @@ def make_eval(seed: int, per_cell: int = 6) -> list[dict[str, object]]:
                 item = draw(rng, task, level, held_out=True)
                 if item.key not in keys:
                     keys.add(item.key)
-                    row = {"prompt": item.prompt, "answer": item.answer, "task": task, "level": level, "kind": "clean"}
+                    row = {
+                        "prompt": item.prompt,
+                        "answer": item.answer,
+                        "task": task,
+                        "level": level,
+                        "kind": "clean",
+                    }
                     rows.append({"prompt_id": f"eval-{len(rows):03d}", **row})
     return rows
 

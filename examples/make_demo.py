@@ -32,7 +32,8 @@ TEMPLATE = "{prompt}\nA:"  # also data.template in demo.yaml
 VOCAB_SIZE = 512
 NOISE = 0.3  # share of wrong answers in the pretraining text
 import os
-MUON = float(os.environ.get('MUON','0'))
+
+MUON = float(os.environ.get("MUON", "0"))
 
 
 def make_tokenizer(seed: int, rows: int = 20_000):
@@ -119,12 +120,19 @@ def pretrain(model, tokenizer, *, steps: int, batch: int, lr: float, noise: floa
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     if MUON:
-        optimizers = [torch.optim.Muon(matrices, lr=MUON, weight_decay=0.0), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
+        optimizers = [
+            torch.optim.Muon(matrices, lr=MUON, weight_decay=0.0),
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
     else:
         optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1.0, (s + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * s / steps)))
-    ) for optimizer in optimizers]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda s: min(1.0, (s + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * s / steps))),
+        )
+        for optimizer in optimizers
+    ]
     start, running = time.perf_counter(), 0.0
     pending: list[list[tuple[list[int], int]]] = []
     model.train()
@@ -187,7 +195,9 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "demo")
     parser.add_argument("--steps", type=int, default=2000, help="pretraining steps")
     parser.add_argument("--batch", type=int, default=128, help="rows in a pretraining step")

@@ -121,8 +121,9 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> Top
     session = session or open_session(config, echo)
     layer = resolve_layer(session.model, None, config.sae.layer)
     texts = render(session.train, session.tokenizer, config.data)
-    if config.score.include_answer:
-        texts = [text + answer for text, answer in zip(texts, session.train.column("answer"), strict=True)]
+    answers = session.train.columns.get("answer")
+    if config.score.include_answer and answers is not None:
+        texts = [text + str(answer or "") for text, answer in zip(texts, answers, strict=True)]
     started = time.perf_counter()
     activations = collect_activations(
         session.model,
@@ -353,6 +354,7 @@ def train_stage(
         capture = FeatureCapture(
             session.model, sae, config.score.reduce, config.score.backend, layer=config.sae.layer
         )
+        capture.warm_up()
     if overwrite and out.exists() and not resume:
         shutil.rmtree(out)
     described = {"arm": arm, "seed": training_seed(config), "fingerprint": fingerprint(config, RUN_SECTIONS)}

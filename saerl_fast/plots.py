@@ -22,8 +22,14 @@ def _figure(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
-    with plt.rc_context({**style, "font.size": 10, "axes.axisbelow": True}):
+    style: Any = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+    }
+    style |= {"font.size": 10, "axes.axisbelow": True}
+    with plt.rc_context(style):
         figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained")
         draw(figure, axes)
         with atomic_path(path) as temporary:

@@ -146,8 +146,8 @@ def phase_table(runs: list[RunRecord]) -> Table:
     for arm in arms:
         mine = [run for run in runs if run.arm == arm]
         steps = max(sum(len(run.train) for run in mine), 1)
-        names = {name for run in mine for name in run.phase_seconds()}
-        per_arm[arm] = {n: sum(run.phase_seconds().get(n, 0.0) for run in mine) / steps for n in names}
+        found = {name for run in mine for name in run.phase_seconds()}
+        per_arm[arm] = {n: sum(run.phase_seconds().get(n, 0.0) for run in mine) / steps for n in found}
     names = list(dict.fromkeys(name for arm in arms for name in sorted(per_arm[arm], key=_phase_order)))
     rows = [[arm, *(f"{1000 * per_arm[arm].get(name, 0.0):.1f}" for name in names)] for arm in arms]
     note = "Overhead above is (capture + encode + plan) over everything else but evaluation."

@@ -196,8 +196,8 @@ def test_streaming_restores_order_and_respects_the_budget() -> None:
         torch.testing.assert_close(found[i], alone(model, [row], 3), atol=1e-5, rtol=1e-4)
 
 
-def test_feature_capture_equals_offline_features() -> None:
-    model, tokenizer = tiny_model("llama"), Tokenizer()
+def test_feature_capture_equals_offline_features(device: torch.device) -> None:
+    model, tokenizer = tiny_model("llama").to(device), Tokenizer()
     sae = sae_for(16)
     prompts = ["abc", "hello you", "q"]
     offline, none = pooled_features(model, tokenizer, sae, prompts, batch_tokens=12)
@@ -205,7 +205,7 @@ def test_feature_capture_equals_offline_features() -> None:
     ids, mask = left_padded([row for row in tokenizer(prompts)["input_ids"] for _ in range(3)])
     capture = FeatureCapture(model, sae, every=3)
     with capture:
-        model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+        model.generate(ids.to(device), attention_mask=mask.to(device), max_new_tokens=3, do_sample=False)
     online = capture.features()
     torch.testing.assert_close(online.to_dense(), offline.to_dense(), atol=1e-4, rtol=1e-4)
     assert set(capture.timings) == {"capture", "encode"} and min(capture.timings.values()) > 0
@@ -270,6 +270,8 @@ def test_bad_activations_and_settings_are_one_sentence() -> None:
         model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(SaerlError, match="hidden states of layer 2 are not finite at 13 of 13 tokens"):
         hidden_states(model, 2, ids, mask)
+    with pytest.raises(SaerlError, match="layer 3 are not finite at 2 of 2 tokens"):
+        next(iter_hidden_ids(model, [[3, 4]], 3))
     with Capture(model, 2) as capture:
         model(ids, attention_mask=mask)
     with pytest.raises(SaerlError, match="layer 2 are not finite"):

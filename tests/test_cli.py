@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -45,7 +46,7 @@ def test_help_is_fast_and_imports_nothing_heavy():
         (["train", "train.stepz=3"], "did you mean train.steps"),
         (["train", "train.steps=many"], "train.steps='many' is not a valid int"),
         (["train", "threads=0"], "threads=0"),
-        (["score"], "model.path"),
+        (["score", "data.train=examples/demo/pool.jsonl"], "model.path"),
         (["report", "nowhere"], "nowhere is not a folder"),
         (["sae", "info", "nowhere"], "nowhere"),
         (["report", "x", "a.b=1"], "takes no settings"),
@@ -53,8 +54,8 @@ def test_help_is_fast_and_imports_nothing_heavy():
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(argv, said, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_is_one_sentence_and_exit_code_2(argv, said, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
     code, error = code_and_error(argv, capsys)
     assert code == 2
     assert said in error

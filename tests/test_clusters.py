@@ -12,7 +12,7 @@ from saerl_fast.errors import SaerlError
 from saerl_kernels import CSR
 
 
-def topics(n: int = 300, k: int = 6, d: int = 256, strength: float = 0.5, seed: int = 0):
+def topics(n: int = 300, k: int = 6, d: int = 256, strength: float = 0.8, seed: int = 0):
     """Each topic makes 12 features of its own likely, on top of a background; [CSR, topic]."""
     rng = np.random.default_rng(seed)
     topic = rng.integers(0, k, n)

@@ -143,7 +143,7 @@ def test_empty_pool(tmp_path, capsys):
 
 def test_one_row_pool_scores_and_trains(tmp_path):
     pool = write_pool(tmp_path / "one.jsonl", [{"prompt": "2+3=", "answer": "5"}])
-    assert saerl("train", tmp_path / "r", f"data.train={pool}", "train.steps=1") == 0
+    assert saerl("train", tmp_path / "r", f"data.train={pool}", "data.id_column=", "train.steps=1") == 0
     rows = (tmp_path / "r" / "adaptive" / "metrics.jsonl").read_text()
     assert '"kind": "train"' in rows
 
@@ -164,9 +164,7 @@ def test_sae_of_another_width(scored, tmp_path, capsys):
 
     generator = torch.Generator().manual_seed(0)
     encoder = torch.randn(24, 32, generator=generator)
-    sae = TopKSAE(
-        encoder, torch.zeros(32), encoder.T.clone(), torch.zeros(24), {"architecture": "topk", "k": 4}
-    )
+    sae = TopKSAE(encoder, torch.zeros(32), encoder.T.clone(), torch.zeros(24), cfg={"k": 4})
     save_sae(sae, tmp_path / "sae")
     assert saerl("score", tmp_path / "r", f"sae.path={tmp_path / 'sae'}") == 2
     one_sentence(capsys, "24")
@@ -182,7 +180,7 @@ def test_nan_activations(tmp_path, capsys):
     weights[name] = torch.full_like(weights[name], float("nan"))
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     assert saerl("sae train", tmp_path / "r", f"model.path={model}") == 2
-    one_sentence(capsys, "NaN")
+    one_sentence(capsys, "not finite")
 
 
 def test_unwritable_output(tmp_path, capsys):

@@ -221,6 +221,7 @@ def test_vanilla_needs_nothing_but_ids():
         ({"saerl_quality": 1}, {"schedule": "vanilla", "filter": True}, "plan.filter=false"),
         ({"features": 1}, {"schedule": "adaptive"}, "needs the prompts' SAE features"),
         ({}, {"schedule": "vanilla", "batch_size": 0}, "batch_size"),
+        ({}, {"schedule": "vanilla", "seed": -1}, "seed"),
         ({}, {"schedule": "adaptive", "adaptive": AdaptiveConfig(forgetting=1.5)}, "forgetting"),
     ],
 )

@@ -16,7 +16,7 @@ def planted(n: int = 400, d: int = 200, bad: float = 0.25, seed: int = 0) -> tup
     rng = np.random.default_rng(seed)
     good = (rng.random(n) >= bad).astype(float)
     on = rng.random((n, d)) < 0.1
-    on[:, :10] = rng.random((n, 10)) < np.where(good[:, None] == 1, 0.05, 0.4)
+    on[:, :10] = rng.random((n, 10)) < np.where(good[:, None] == 1, 0.05, 0.5)
     return CSR.from_dense(torch.tensor(on * rng.gamma(2.0, 1.0, (n, d)), dtype=torch.float32)), good
 
 
@@ -65,7 +65,7 @@ def test_answers_show_what_prompts_cannot():
 
 
 def test_ridge_head_ranks_a_score():
-    X, good = planted()
+    X, good = planted(bad=0.5)
     score = 10 * good + np.random.default_rng(0).normal(size=len(good))
     labels = np.where(np.arange(400) < 200, score, np.nan)
     result = fit_quality(X, labels, QualityConfig(head="ridge"))

@@ -83,13 +83,16 @@ def test_last_number(text, value):
     assert found is None if value is None else found is not None and float(found) == value
 
 
-def test_numeric():
+def test_numeric(caplog, monkeypatch):
     assert one("numeric", "so 1,000 it is", "1000") == 1
     assert one("numeric", "0.75", "3/4") == 1
     assert one("numeric", "0.333", "1/3") == 0
     assert one("numeric", "no idea", "4") == 0
     assert one("numeric", "0", "0") == 1 and one("numeric", "0.0000001", "0") == 0
-    assert "'none'" in message_of(one, "numeric", "4", "none")
+    monkeypatch.setattr(rewards, "_said", [])
+    with caplog.at_level(logging.WARNING):
+        assert one("numeric", "4", "none") == one("numeric", "none", "nil") == 0
+    assert caplog.text.count("holds no number") == 1 and "'none'" in caplog.text
 
 
 @pytest.mark.parametrize(

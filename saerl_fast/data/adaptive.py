@@ -47,7 +47,7 @@ class Embedding(NamedTuple):
 def embed(X: CSR, rows: np.ndarray, cfg: AdaptiveConfig, *, seed: int) -> Embedding:
     """The embedding of the given rows of ``X``, fitted to them."""
     matrix = as_scipy(X)[rows]
-    idf = idf_weights(matrix)
+    idf = idf_weights(matrix, floor=1.0)
     dense, components = svd_reduce(weighted(matrix, idf), cfg.svd, seed)
     mean = dense.mean(axis=0)
     centred = dense - mean

@@ -18,8 +18,9 @@ from saerl_fast.data.features import l2_rows, svd_reduce, weighted
 from saerl_fast.errors import SaerlError
 
 if TYPE_CHECKING:
-    from saerl_kernels import CSR
     from scipy.sparse import csr_matrix
+
+    from saerl_kernels import CSR
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "sklearn", "numba", "cuml")
@@ -44,8 +45,9 @@ def cluster_prompts(
     """Cluster the rows of the pooled features ``X`` [n, d_sae], unweighted as pooled.
 
     ``backend``: cuml (dense k-means on the GPU), numba or sklearn (scipy products); auto takes cuML on
-    a CUDA machine that has it, else numba when the data are large. The same seed gives the same labels, except with
-    cuML, whose sums are not ordered. ``tasks`` [n] are only compared with the result (``purity``).
+    a CUDA machine that has it, else numba when the data are large. The same seed gives the same
+    labels, except with cuML, whose sums are not ordered. ``tasks`` [n] are only compared with the
+    result (``purity``).
 
     Metrics: ``silhouette``, the simplified cosine silhouette in [-1, 1] (distances to centroids);
     ``null_silhouette``, its mean over ``cfg.null_rounds`` permutations of each feature's rows, and
@@ -57,7 +59,8 @@ def cluster_prompts(
     if cfg.n_clusters < 1 or cfg.svd < 0 or cfg.polish < 0 or cfg.n_init < 1 or cfg.null_rounds < 0:
         raise SaerlError(
             f"diversity settings n_clusters={cfg.n_clusters}, svd={cfg.svd}, polish={cfg.polish}, "
-            f"n_init={cfg.n_init}, null_rounds={cfg.null_rounds} must not be negative, nor n_clusters and n_init 0"
+            f"n_init={cfg.n_init}, null_rounds={cfg.null_rounds}: the first and fourth must be 1 or more, "
+            "the others not negative"
         )
     rows = weighted(X)
     n_rows = rows.shape[0]

@@ -18,8 +18,9 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import atomic_path
 
 if TYPE_CHECKING:
-    from saerl_kernels import CSR
     from scipy.sparse import csr_matrix
+
+    from saerl_kernels import CSR
 
 FORMAT = "saerl-features-1"
 
@@ -89,7 +90,9 @@ def probe_matrix(blocks: Sequence[CSR | csr_matrix], min_rows: int = 3) -> csr_m
         raise SaerlError(
             f"feature blocks of {sorted(counts)} rows cannot be joined; give one row per prompt each"
         )
-    matrix = hstack([weighted(block, idf_weights(block, 1.0)) for block in blocks], format="csr").astype(np.float64)
+    matrix = hstack([weighted(block, idf_weights(block, 1.0)) for block in blocks], format="csr").astype(
+        np.float64
+    )
     rows_with = np.bincount(matrix.indices, minlength=matrix.shape[1])
     return matrix[:, np.flatnonzero(rows_with >= min_rows)]
 
@@ -135,8 +138,9 @@ def save_features(path: str | Path, X: CSR, prompt_ids: Sequence[str]) -> Path:
 
 def load_features(path: str | Path, prompt_ids: Sequence[str] | None = None) -> CSR:
     """The CSR in a file of :func:`save_features`; ``prompt_ids`` must be those it was saved with."""
-    from saerl_kernels import CSR
     from safetensors import safe_open
+
+    from saerl_kernels import CSR
 
     path = Path(path)
     if not path.is_file():

@@ -19,9 +19,8 @@ from saerl_fast.data import orders
 from saerl_fast.errors import SaerlError
 
 if TYPE_CHECKING:
-    from saerl_kernels import CSR
-
     from saerl_fast.data.score import Scores
+    from saerl_kernels import CSR
 
 log = logging.getLogger(__name__)
 SCHEDULES = ("vanilla", "literal", "global", "medium", "adaptive")
@@ -57,6 +56,8 @@ class Plan(ABC):
         if batch_size < 1 or total_steps < 1:
             name, value = ("batch_size", batch_size) if batch_size < 1 else ("total_steps", total_steps)
             raise SaerlError(f"a plan's {name} must be at least 1, got {value}")
+        if seed < 0:
+            raise SaerlError(f"a plan's seed must not be negative, got {seed}")
         self.cfg, self.seed = cfg, seed
         self.prompt_ids = list(prompt_ids)
         self.batch_size, self.total_steps = batch_size, total_steps
@@ -166,9 +167,7 @@ class StaticPlan(Plan):
         if schedule in ("literal", "global") and n_rows >= self.batch_size:
             short = self.total_steps % (n_rows // self.batch_size)
             if short:
-                self.note(
-                    f"the last pass is {short} batches long: it takes a sample of {n_rows} prompts"
-                )
+                self.note(f"the last pass is {short} batches long: it takes a sample of {n_rows} prompts")
 
     def batch_rows(self, index: int) -> np.ndarray:
         """Rows [batch_size] of the batch with this index, which may lie beyond ``total_steps``."""

@@ -17,8 +17,9 @@ from saerl_fast.data.features import probe_matrix
 from saerl_fast.errors import SaerlError
 
 if TYPE_CHECKING:
-    from saerl_kernels import CSR
     from scipy.sparse import csr_matrix
+
+    from saerl_kernels import CSR
 
 log = logging.getLogger(__name__)
 MIN_LABELS = 10  # of them, for the logistic head, at least MIN_CLASS good and MIN_CLASS bad

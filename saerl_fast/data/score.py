@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from saerl_fast.config import Config, QualityConfig
+from saerl_fast.data.clusters import cluster_prompts
+from saerl_fast.data.difficulty import fit_difficulty
 from saerl_fast.data.features import load_features, save_features
+from saerl_fast.data.quality import fit_quality
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import atomic_path, read_json, write_json
 
 if TYPE_CHECKING:
+    from saerl_fast.prompts import Pool
     from saerl_kernels import CSR
 
 FORMAT = "saerl-scores-1"
@@ -126,3 +133,122 @@ class Scores:
         if summary["features"] is not None:
             features = load_features(folder / summary["features"], columns["prompt_id"])
         return cls(columns, summary["metadata"], features)
+
+
+def score_features(
+    pool: Pool,
+    prompt_features: CSR,
+    answer_features: CSR | None,
+    config: Config,
+    pass_rates: Any | None = None,
+) -> Scores:
+    """Quality, difficulty and cluster of every row of ``pool`` from features computed before.
+
+    ``prompt_features``, ``answer_features``: pooled, one CSR row per prompt. ``pass_rates`` [n] in
+    [0, 1], NaN where unknown; None reads ``difficulty.label_column``. Quality labels come from
+    ``quality.label_column``; a pool without the default column is not scored for quality, a column
+    asked for by another name must be there. Row ``task``, where present, is compared with the clusters.
+    """
+    count = len(pool)
+    if not count:
+        raise SaerlError("the pool has no prompts to score; check data.train and data.limit")
+    for features in (prompt_features, answer_features):
+        if features is not None and len(features.indptr) - 1 != count:
+            raise SaerlError(f"{len(features.indptr) - 1} feature rows cannot belong to {count} prompts")
+    seconds: dict[str, float] = {}
+    clock = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        seconds[name] = time.perf_counter() - clock
+        clock = time.perf_counter()
+
+    column = config.quality.label_column
+    if column in pool.columns or column != QualityConfig.label_column:
+        labels = _numbers(pool.column(column), "quality.label_column")
+    else:
+        labels = np.full(count, np.nan)
+    quality = fit_quality(prompt_features, labels, config.quality, answers=answer_features, seed=config.seed)
+    lap("quality")
+    if pass_rates is None and config.difficulty.label_column is not None:
+        pass_rates = _numbers(pool.column(config.difficulty.label_column), "difficulty.label_column")
+    rates = np.full(count, np.nan) if pass_rates is None else np.asarray(pass_rates, dtype=np.float64)
+    difficulty = fit_difficulty(prompt_features, rates, config.difficulty, seed=config.seed)
+    lap("difficulty")
+    clusters = cluster_prompts(prompt_features, config.diversity, tasks=pool.columns.get("task"))
+    lap("clusters")
+
+    active = len(prompt_features.indices) / count
+    metadata = {
+        "n_prompts": count,
+        "quality": quality.metrics,
+        "difficulty": difficulty.metrics,
+        "clusters": clusters.metrics,
+        "features": {
+            "d_sae": int(prompt_features.n_cols),
+            "active_per_prompt": active,
+            "reduce": config.score.reduce,
+        },
+        "seconds": seconds,
+    }
+    added = {
+        "saerl_cluster": clusters.labels,
+        "saerl_difficulty": difficulty.scores,
+        "saerl_quality": quality.scores,
+        "saerl_pass_rate": rates.astype(np.float32),
+    }
+    return Scores({**pool.columns, **added}, metadata, prompt_features)
+
+
+def score_pool(
+    pool: Pool,
+    prompts: Sequence[str],
+    model: Any,
+    tokenizer: Any,
+    sae: Any,
+    config: Config,
+    *,
+    layer: int | None = None,
+    pass_rates: Any | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """:func:`score_features` on features captured now, in one early-stopped pass over the pool.
+
+    ``prompts``: the final text of every row, as the policy will see it. With ``score.include_answer``
+    and an answer in every row, the quality probe reads the answers' features too.
+    """
+    from saerl_fast.sae.pooled import pooled_features
+
+    answers = None
+    if config.score.include_answer and config.quality.head != "none":
+        column = pool.columns.get("answer")
+        if column is not None and all(answer is not None for answer in column):
+            answers = [str(answer) for answer in column]
+    began = time.perf_counter()
+    prompt_features, answer_features = pooled_features(
+        model,
+        tokenizer,
+        sae,
+        prompts,
+        answers,
+        layer=layer,
+        reduce=config.score.reduce,
+        batch_tokens=config.score.batch_tokens,
+        backend=config.score.backend,
+        on_progress=on_progress,
+    )
+    seconds = time.perf_counter() - began
+    scores = score_features(pool, prompt_features, answer_features, config, pass_rates)
+    scores.metadata["seconds"] = {"features": seconds, **scores.metadata["seconds"]}
+    return scores
+
+
+def _numbers(column: Sequence[Any], setting: str) -> np.ndarray:
+    """A label column as float64 [n], NaN for null."""
+    numbers = np.full(len(column), np.nan)
+    for i, value in enumerate(column):
+        try:
+            numbers[i] = np.nan if value is None else float(value)
+        except (TypeError, ValueError):
+            raise SaerlError(f"{setting} names a column that holds {value!r}; use numbers or null") from None
+    return numbers

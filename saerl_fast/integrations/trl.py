@@ -6,8 +6,9 @@
 
 One plan batch is one generation batch, so ``generation_batch_size / num_generations`` must equal
 ``plan.batch_size``. An adaptive plan chooses batch k + 1 before the rewards of batch k are known: the
-dataloader fetches ahead. Checkpoints hold the plan's place, and resume to the exact next batch.
-Checked with TRL 1.16. TRL itself is imported when `plan_trainer` is called.
+dataloader fetches ahead. Checkpoints hold the plan's place, and resume to the exact next batch, as long
+as they fall between generation batches (``steps_per_generation`` equal to the accumulation steps, TRL's
+default). Checked with TRL 1.16, on one and on two processes; TRL is imported by `plan_trainer` only.
 """
 
 from __future__ import annotations

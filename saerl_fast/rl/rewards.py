@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 Reward = Callable[..., Any]
 
+_said: list[str] = []  # answers already complained about
+
 _NUMBER = re.compile(
     # A sign right after a digit or bracket ("5-3", "5 - 3") is an operation, not part of the number.
     r"(?:(?<![\w.)])(?<![\d)]\s)(?P<sign>[-\u2212+])\s?)?(?<![\w.])"
@@ -111,13 +113,14 @@ def numeric(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) 
     """1.0 when the last number of the completion equals the last number of the answer.
 
     Reads thousands separators, decimals, exponents, a/b and \\frac{a}{b}; equal within 1e-6 relative.
+    An answer without a number (a bad row) scores 0 whatever the completion; the first one is logged.
     """
     scores = []
     for completion, answer in zip(completions, _need(columns, "answer", "numeric"), strict=True):
         wanted = last_number(answer)
         if wanted is None:
-            raise SaerlError(f"reward numeric needs a number in every answer, but one is {answer!r}")
-        scores.append(float(_equal(last_number(_text(completion)), wanted)))
+            _say_no_number(str(answer)[:80])
+        scores.append(float(wanted is not None and _equal(last_number(_text(completion)), wanted)))
     return scores
 
 
@@ -230,6 +233,12 @@ def _same_maths(text: str, answer: str, tools: tuple[Callable, Callable] | None)
         return bool(verify(wanted, parse(text, parsing_timeout=seconds), timeout_seconds=seconds))
     wanted_number = last_number(answer)
     return wanted_number is not None and _equal(last_number(candidate or text), wanted_number)
+
+
+def _say_no_number(answer: str) -> None:
+    if not _said:
+        _said.append(answer)
+        log.warning("reward numeric: the answer %r holds no number, so its row always scores 0", answer)
 
 
 @cache

@@ -19,10 +19,10 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.models import decoder, hidden_size, max_positions, n_blocks, token_ids
 
 if TYPE_CHECKING:
-    from saerl_kernels import CSR
     from transformers import PreTrainedTokenizerBase
 
     from saerl_fast.sae.model import TopKSAE
+    from saerl_kernels import CSR
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
 
@@ -157,6 +157,12 @@ class FeatureCapture:
         if value < 1:
             raise SaerlError(f"every={value} must be at least 1")
         self.capture.every = value
+
+    def warm_up(self) -> None:
+        """Encode two made-up tokens, so that compiling the kernels is no part of the first step."""
+        x = torch.zeros(2, self.sae.d_in, device=self.sae.W_enc.device, dtype=self.sae.W_enc.dtype)
+        offsets = torch.tensor([0, 2], device=x.device)
+        self.sae.pool(x, offsets, reduce=self.reduce, backend=self.backend)
 
     @property
     def timings(self) -> dict[str, float]:

@@ -9,6 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from saerl_fast.errors import SaerlError
 from saerl_kernels import (
     CSR,
     PackedEncoder,
@@ -19,9 +22,6 @@ from saerl_kernels import (
     pack_encoder,
     sparse_decode,
 )
-from torch import Tensor, nn
-
-from saerl_fast.errors import SaerlError
 
 ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "standard")
 NORMALISATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")

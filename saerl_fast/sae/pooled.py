@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from saerl_kernels import CSR
 from torch import nn
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import token_ids
 from saerl_fast.sae.capture import Progress, check_width, iter_hidden_ids, resolve_layer
+from saerl_kernels import CSR
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from saerl_kernels import CSR, encode_topk, pack_encoder, sparse_decode
 from torch import Tensor, nn
 
 from saerl_fast.config import SAEConfig
@@ -22,6 +21,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.models import token_ids
 from saerl_fast.sae.capture import Progress, iter_hidden_ids
 from saerl_fast.sae.model import TopKSAE
+from saerl_kernels import CSR, encode_topk, pack_encoder, sparse_decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -217,7 +217,8 @@ class _Trainer:
         """How badly the best ``aux_k`` dead features explain what the living ones left over."""
         k = min(self.cfg.aux_k, len(dead))
         weight = self.W_enc_t[dead]
-        pre = torch.relu((x - self.b_dec.detach()) @ weight.t() + self.b_enc[dead])
+        # no ReLU: a feature pushed below zero everywhere could not come back
+        pre = (x - self.b_dec.detach()) @ weight.t() + self.b_enc[dead]
         values, local = pre.topk(k, sorted=False)
         recon = sparse_decode(values, dead[local], self.W_dec, backend=self.backend)
         return (recon - error).pow(2).sum() / error.pow(2).sum().clamp(min=1e-12) * (k / self.cfg.aux_k)

@@ -120,6 +120,7 @@ def _select(
     counts, limits, opened = torch.empty((3, n), dtype=torch.int32, device=device)
     width = source[0].numel()
     block = min(TILE, triton.next_power_of_2(width))
+    step = min(block, 2048)
     rows = _rows(n, block)
     _select_kernel[(triton.cdiv(n, rows),)](
         source,
@@ -137,9 +138,11 @@ def _select(
         ROWS=rows,
         BLOCK=block,
         TILES=triton.cdiv(width, block),
+        STEP=step,
+        STEPS=triton.cdiv(width, step),
         MODE=mode,
         PERMUTED=encoder is not None and encoder.permutation is not None,
-        num_warps=8 if block > 2048 else 4,
+        num_warps=min(16, max(4, block // 1024)),
     )
     return keys, counts, limits, opened
 

@@ -58,6 +58,8 @@ def _select_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
+    STEP: tl.constexpr,
+    STEPS: tl.constexpr,
     MODE: tl.constexpr,
     PERMUTED: tl.constexpr,
 ):
@@ -96,6 +98,7 @@ def _select_kernel(
     crowded = live & (equal > room)
     if MODE != "signed":
         crowded = crowded & (limit > 0)  # at 0 there are fewer than K positive candidates: keep them all
+    near = tl.arange(0, STEP)[None, :]  # smaller tiles from here on: more is kept per candidate
     # Of the candidates equal to the k-th value the lowest features win: bisect on the feature number.
     last = tl.full((ROWS,), 0x7FFFFFFF, tl.int32)
     if tl.max(crowded.to(tl.int32)) > 0:
@@ -104,8 +107,8 @@ def _select_kernel(
         while tl.max(high_f - low_f) > 1:
             cut = low_f + (high_f - low_f) // 2
             within = tl.full((ROWS,), 0, tl.int32)
-            for tile in range(0, TILES):
-                at = tile * BLOCK + lane
+            for tile in range(0, STEPS):
+                at = tile * STEP + near
                 mask = (at < M) & live[:, None]
                 tied = (_load_bits(source, at, mask, MODE) == limit[:, None]) & mask
                 feature = _feature(number_ptr, place_ptr, at, row_at, tied, G, MODE, PERMUTED)
@@ -115,8 +118,8 @@ def _select_kernel(
         last = tl.where(crowded, high_f, last)
 
     written = tl.full((ROWS,), 0, tl.int32)
-    for tile in range(0, TILES):
-        at = tile * BLOCK + lane
+    for tile in range(0, STEPS):
+        at = tile * STEP + near
         mask = (at < M) & live[:, None]
         here = _load_bits(source, at, mask, MODE)
         more = (here > limit[:, None]) & mask
@@ -134,8 +137,8 @@ def _select_kernel(
         # Certificate: a group can hide a winner only if its T-th kept entry reaches the k-th value.
         floor = tl.maximum(limit, 1)[:, None]
         hiding = tl.full((ROWS,), 0, tl.int32)
-        for tile in range(0, TILES):
-            at = tile * BLOCK + lane
+        for tile in range(0, STEPS):
+            at = tile * STEP + near
             last_kept = (at >= (T - 1) * G) & (at < M) & live[:, None]
             reach = (_load_bits(source, at, last_kept, MODE) >= floor) & last_kept
             hiding += tl.sum(reach.to(tl.int32), axis=1)

@@ -46,6 +46,14 @@ def plan_encode(n: int, encoder: PackedEncoder, k: int) -> Plan:
         return Plan("dense")
     if interpreting():
         return Plan("groups", T, BM=16, BN=128, BK=32, warps=4)
-    if encoder.dtype == torch.float32:
-        return Plan("groups", T, BM=64, BN=128, BK=32, warps=4)
+    major, minor = torch.cuda.get_device_capability(encoder.device)
+    return gpu_plan(encoder.weight.element_size() * 8, T, major * 10 + minor)
+
+
+def gpu_plan(bits: int, T: int, arch: int) -> Plan:
+    """Tiles for weights of ``bits`` bits on compute capability ``arch``."""
+    if bits == 32:  # no tensor cores: float32 products are exact in their rounding, and slow
+        return Plan("groups", T, BM=64, BN=128, BK=32, warps=8, stages=2)
+    if arch < 90:
+        return Plan("groups", T, BM=128, BN=128, BK=32, warps=8, stages=4)
     return Plan("groups", T)

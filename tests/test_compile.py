@@ -1,0 +1,151 @@
+"""Every GPU kernel compiles for sm_80, sm_90 and sm_100 without a GPU, within the chip's limits.
+
+Triton decides between compiling and interpreting when a kernel is decorated, so the work happens in a
+subprocess with the interpreter off; it reports what it found as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+COMPILER = """
+import json, os, re, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from saerl_kernels._triton import codes, groups, select, tune
+
+sys.setrecursionlimit(10_000)
+arch = int(sys.argv[1])
+GROUPS = dict(x_ptr="*bf16", w_ptr="*bf16", bias_ptr="*fp32", bits_ptr="*i32", place_ptr="*i8")
+KEYS = dict(keys_ptr="*i64", count_ptr="*i32", limit_ptr="*i32", open_ptr="*i32")
+F32 = dict(GROUPS, x_ptr="*fp32", w_ptr="*fp32")
+SELECT = dict(source_ptr="*i32", place_ptr="*i8", number_ptr="*i32", **KEYS)
+DENSE = dict(SELECT, source_ptr="*fp32")
+
+
+def jobs():
+    for T, D in ((3, 2048), (4, 2304), (3, 100)):
+        plan = tune.gpu_plan(16, T, arch)
+        tile = dict(D=D, T=T, BM=plan.BM, BN=plan.BN, BK=plan.BK, BAND=plan.BAND, UPCAST=False)
+        yield f"score bf16 T={T} D={D}", groups._score_groups_kernel, GROUPS, tile, plan.warps, plan.stages
+    plan = tune.gpu_plan(32, 3, arch)
+    tile = dict(D=768, T=3, BM=plan.BM, BN=plan.BN, BK=plan.BK, BAND=plan.BAND, UPCAST=False)
+    yield "score fp32", groups._score_groups_kernel, F32, tile, plan.warps, plan.stages
+    again = dict(D=2048, T=3, KP=64, BM=64, BK=64, BG=256, PERMUTED=True, UPCAST=False)
+    yield "reopen", groups._reopen_kernel, dict(GROUPS, number_ptr="*i32", **KEYS), again, 4, 3
+    again = dict(again, KP=512, PERMUTED=False)
+    yield "reopen k=512", groups._reopen_kernel, dict(GROUPS, number_ptr="*i32", **KEYS), again, 4, 3
+    pick = dict(T=3, ROWS=1, BLOCK=8192, TILES=1, STEP=2048, STEPS=3, MODE="groups", PERMUTED=True)
+    yield "select groups", select._select_kernel, SELECT, pick, 8, 3
+    yield "select tiles", select._select_kernel, SELECT, dict(pick, BLOCK=16384, TILES=6, STEPS=48), 16, 3
+    pick = dict(pick, BLOCK=16384, TILES=4, STEPS=32, MODE="relu", PERMUTED=False)
+    yield "select dense", select._select_kernel, DENSE, pick, 16, 3
+    yield "select signed", select._select_kernel, DENSE, dict(pick, MODE="signed", TILES=1), 16, 3
+    out = dict(keys_ptr="*i64", count_ptr="*i32", values_ptr="*i32", indices_ptr="*i32")
+    for KP in (32, 64, 512):
+        order = dict(ROWS=2048 // KP, KP=KP, SIGNED=False, COUNT=False)
+        yield f"order {KP}", select._order_kernel, out, order, 4, 3
+        pad = dict(count_ptr="*i32", values_ptr="*i32", indices_ptr="*i32")
+        yield f"pad {KP}", select._pad_kernel, pad, dict(KP=KP), 1, 3
+    rows = dict(scores_ptr="*fp32", limit_ptr="*fp32", count_ptr="*i32")
+    yield "count above", codes._count_above_kernel, rows, dict(BLOCK=4096, TILES=16), 4, 3
+    rows = dict(scores_ptr="*fp32", limit_ptr="*fp32", indptr_ptr="*i64", columns_ptr="*i32")
+    rows.update(values_ptr="*fp32")
+    yield "place above", codes._place_above_kernel, rows, dict(BLOCK=4096, TILES=16), 4, 3
+    wide = dict(BD=1024, WIDE=triton.language.float32)
+    part = dict(values_ptr="*fp32", indices_ptr="*i32", w_ptr="*bf16", out_ptr="*fp32")
+    yield "decode", codes._decode_kernel, part, wide, 4, 3
+    part = dict(grad_ptr="*fp32", indices_ptr="*i32", w_ptr="*bf16", out_ptr="*fp32")
+    yield "grad values", codes._grad_values_kernel, part, wide, 4, 3
+    part = dict(grad_ptr="*fp32", values_ptr="*fp32", order_ptr="*i64", starts_ptr="*i64", out_ptr="*fp32")
+    yield "grad weight", codes._grad_weight_kernel, part, wide, 4, 3
+
+
+def build(fn, pointers, constants, warps, stages):
+    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in fn.arg_names}
+    at = {n: (fn.arg_names.index(n),) for n in fn.arg_names}
+    aligned = {at[n]: [["tt.divisibility", 16]] for n in pointers}
+    source = ASTSource(
+        fn=fn, signature=signature, constexprs={at[n]: v for n, v in constants.items()}, attrs=aligned
+    )
+    options = dict(num_warps=warps, num_stages=stages)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def usage(cubin):
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    if not os.path.exists(tool):
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+    return {key.lower(): int(n) for key, n in re.findall(r"(REG|STACK|SHARED):(\\d+)", text)}
+
+
+report, seen = {}, set()
+for name, fn, pointers, constants, warps, stages in jobs():
+    if arch != 90 and fn in seen and name != "score fp32":
+        continue  # every kernel everywhere, the variants once
+    seen.add(fn)
+    kernel = build(fn, pointers, constants, warps, stages)
+    report[name] = {
+        "shared": kernel.metadata.shared,
+        "wgmma": "wgmma" in kernel.asm["ptx"],
+        "tcgen05": "tcgen05" in kernel.asm["ptx"],
+        "usage": usage(kernel.asm["cubin"]),
+    }
+json.dump(report, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module", params=[80, 90, 100], ids=lambda a: f"sm_{a}")
+def compiled(request) -> tuple[int, dict]:
+    pytest.importorskip("triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")])
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; exec(sys.stdin.read())", str(request.param)],
+        input=COMPILER,
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return request.param, json.loads(done.stdout)
+
+
+def test_within_the_chip(compiled):
+    arch, report = compiled
+    assert len(report) >= 11
+    for name, found in report.items():
+        assert found["shared"] <= SHARED_LIMIT[arch], name
+
+
+def test_no_spills(compiled):
+    """Registers that do not fit go to the stack: none may, in any kernel that every call runs."""
+    _, report = compiled
+    for name, found in report.items():
+        allowed = 64 if name in ("reopen", "select signed") else 0  # the rare path, and the public topk
+        if found["usage"] is not None:
+            assert found["usage"]["stack"] <= allowed, (name, found)
+
+
+def test_tensor_cores(compiled):
+    arch, report = compiled
+    for name in (n for n in report if n.startswith(("score bf16", "reopen"))):
+        if arch == 90:
+            assert report[name]["wgmma"], name
+        if arch == 100:
+            assert report[name]["tcgen05"], name

@@ -1,0 +1,299 @@
+"""encode_topk and encode_threshold against the reference, on every backend.
+
+Inputs are small integers unless a test says otherwise: their products are exact in float32 whatever the
+order of summation, so results must be equal to the bit, and ties are everywhere.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import saerl_kernels as sk
+from saerl_kernels import _triton as triton_backend
+from saerl_kernels._triton.tune import Plan
+
+BACKENDS = ["torch", "numba", "triton"]
+SMALL = {"BM": 16, "BN": 128, "BK": 32, "warps": 4}
+
+
+def usable(backend: str, device: torch.device) -> None:
+    if backend == "numba" and device.type != "cpu":
+        pytest.skip("numba runs on the CPU")
+
+
+def integers(n: int, d_in: int, d_sae: int, seed: int = 0, low: int = -40, permute: bool = False, **options):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(-3, 4, (n, d_in), generator=g).float()
+    W = torch.randint(-2, 3, (d_in, d_sae), generator=g).float()
+    b = torch.randint(low, 6, (d_sae,), generator=g).float()
+    return x, sk.pack_encoder(W, b, permute=permute, **options)
+
+
+def assert_equal(got: sk.TopK, want: sk.TopK) -> None:
+    assert got.values.dtype == torch.float32 and got.indices.dtype == torch.int32
+    torch.testing.assert_close(got.values.cpu(), want.values.cpu(), rtol=0, atol=0)
+    assert torch.equal(got.indices.cpu(), want.indices.cpu())
+
+
+def assert_csr(got: sk.CSR, want: sk.CSR) -> None:
+    assert got.n_cols == want.n_cols
+    assert torch.equal(got.indptr.cpu(), want.indptr.cpu())
+    assert torch.equal(got.indices.cpu(), want.indices.cpu())
+    torch.testing.assert_close(got.values.cpu(), want.values.cpu(), rtol=0, atol=0)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill torch.empty with garbage, so that an unwritten output cannot pass by luck."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        if out.is_floating_point():
+            return out.fill_(float("nan"))
+        return out if out.dtype == torch.bool else out.fill_(-77)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("n", "d_in", "d_sae", "k"),
+    [(5, 37, 211, 7), (17, 13, 131, 1), (3, 7, 29, 29), (1, 64, 1031, 32), (33, 5, 513, 3), (2, 3, 1, 1)],
+    ids=lambda v: str(v),
+)
+def test_topk_equals_reference(backend, n, d_in, d_sae, k, device):
+    usable(backend, device)
+    x, encoder = integers(n, d_in, d_sae)
+    got = sk.encode_topk(x.to(device), encoder.to(device), k, backend=backend)
+    assert_equal(got, sk.reference.encode_topk(x, encoder, k))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_dtypes_shapes_strides(backend, dtype, device):
+    usable(backend, device)
+    x, encoder = integers(12, 19, 150, dtype=dtype)
+    wide = torch.stack([x, x + 1], dim=-1).to(dtype)  # every other element belongs to x
+    strided = wide[..., 0].view(2, 6, 19).transpose(0, 1)
+    assert not strided.is_contiguous()
+    got = sk.encode_topk(strided.to(device), encoder.to(device), 5, backend=backend)
+    assert got.values.shape == (6, 2, 5)
+    want = sk.reference.encode_topk(x, encoder, 5)
+    assert torch.equal(got.values.cpu(), want.values.view(2, 6, 5).transpose(0, 1))
+    assert torch.equal(got.indices.cpu(), want.indices.view(2, 6, 5).transpose(0, 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batches(backend, device):
+    usable(backend, device)
+    _, encoder = integers(1, 8, 50)
+    kept = sk.encode_topk(torch.zeros(3, 0, 8, device=device), encoder.to(device), 4, backend=backend)
+    assert kept.values.shape == kept.indices.shape == (3, 0, 4)
+    codes = sk.encode_threshold(
+        torch.zeros(0, 8, device=device), encoder.to(device), threshold=1.0, backend=backend
+    )
+    assert codes.n_rows == 0 and codes.nnz == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("permute", [False, True], ids=["natural", "permuted"])
+def test_ties_go_to_the_lower_index(backend, permute, device):
+    usable(backend, device)
+    encoder = sk.pack_encoder(torch.ones(4, 300), torch.zeros(300), permute=permute).to(device)
+    kept = sk.encode_topk(torch.ones(3, 4, device=device), encoder, 9, backend=backend)
+    assert torch.equal(kept.indices.cpu(), torch.arange(9, dtype=torch.int32).expand(3, 9))
+    assert bool((kept.values == 4).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_too_few_positive_activations(backend, device):
+    """Values 0.0 at the lowest features that are not active, wherever the active ones are."""
+    usable(backend, device)
+    bias = torch.full((140,), -1.0)
+    bias[[0, 2, 137]] = torch.tensor([2.0, 5.0, 3.0])
+    encoder = sk.pack_encoder(torch.zeros(6, 140), bias).to(device)
+    kept = sk.encode_topk(torch.ones(2, 6, device=device), encoder, 6, backend=backend)
+    assert kept.values.tolist() == [[5.0, 3.0, 2.0, 0.0, 0.0, 0.0]] * 2
+    assert kept.indices.tolist() == [[2, 137, 0, 1, 3, 4]] * 2
+    silent = sk.pack_encoder(torch.zeros(6, 140), -torch.ones(140)).to(device)
+    kept = sk.encode_topk(torch.ones(1, 6, device=device), silent, 4, backend=backend)
+    assert kept.values.tolist() == [[0.0] * 4] and kept.indices.tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_and_inf(backend, device):
+    usable(backend, device)
+    W = torch.zeros(3, 40)
+    W[0, 5], W[1, 6], W[2, 7] = 1.0, 1.0, -1.0
+    bias = torch.zeros(40)
+    bias[30] = 8.0
+    encoder = sk.pack_encoder(W, bias).to(device)
+    x = torch.tensor([[torch.nan, 2.0, 1.0], [1.0, 1e38, 0.0], [1.0, 2.0, -3.0]], device=device)
+    kept = sk.encode_topk(x, encoder, 3, backend=backend)
+    assert kept.values[0].tolist() == [0.0] * 3  # a NaN in x reaches every feature
+    assert kept.indices[0].tolist() == [0, 1, 2]
+    assert kept.indices[1].tolist() == [6, 30, 5]
+    assert kept.indices[2].tolist() == [30, 7, 6]
+    # Infinite and NaN pre-activations in single features come from the bias.
+    bias[31], bias[32], bias[33] = torch.inf, torch.nan, -torch.inf
+    encoder = sk.pack_encoder(W, bias).to(device)
+    kept = sk.encode_topk(x[2:], encoder, 3, backend=backend)
+    assert kept.indices.tolist() == [[31, 30, 7]]
+    assert kept.values.tolist() == [[torch.inf, 8.0, 3.0]]
+    codes = sk.encode_threshold(x, encoder, threshold=7.5, backend=backend)
+    assert codes.indices[codes.indptr[2] :].tolist() == [30, 31]
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        sk.encode_topk(x, encoder, 3, backend=backend, check=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_huge_outlier(backend, device):
+    usable(backend, device)
+    x, encoder = integers(4, 16, 260, low=-5)
+    x[:, 3] = 2.0**20
+    got = sk.encode_topk(x.to(device), encoder.to(device), 11, backend=backend)
+    assert_equal(got, sk.reference.encode_topk(x, encoder, 11))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_floats(backend, device):
+    """Real-valued inputs: values agree to rounding and each index carries its value."""
+    usable(backend, device)
+    x, W = torch.randn(40, 96), torch.randn(96, 700) / 10
+    encoder = sk.pack_encoder(W, torch.randn(700) / 10)
+    got = sk.encode_topk(x.to(device), encoder.to(device), 24, backend=backend)
+    want = sk.reference.encode_topk(x, encoder, 24)
+    torch.testing.assert_close(got.values.cpu(), want.values, rtol=1e-5, atol=1e-5)
+    pre = sk.reference.pre_activations(x, encoder)
+    torch.testing.assert_close(
+        got.values.cpu(), pre.gather(1, got.indices.cpu().long()), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("permute", [False, True], ids=["natural", "permuted"])
+def test_threshold_equals_reference(backend, permute, device):
+    usable(backend, device)
+    threshold = torch.arange(211).remainder(7).float() - 1
+    x, encoder = integers(37, 23, 211, permute=permute, threshold=threshold, activation="jumprelu")
+    want = sk.reference.encode_threshold(x, encoder)
+    assert 0 < want.nnz < 37 * 211 // 2
+    assert_csr(sk.encode_threshold(x.to(device), encoder.to(device), backend=backend), want)
+    got = sk.encode_threshold(x.view(37, 1, 23).to(device), encoder.to(device), threshold=4, backend=backend)
+    assert_csr(got, sk.reference.encode_threshold(x, encoder, threshold=4.0))
+
+
+@pytest.mark.parametrize("T", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["one_tile", "matryoshka", "duplicates", "random"])
+def test_certificate_fires_and_the_answer_stands(T, layout, device):
+    """Winners side by side, T kept per group of 32: groups must be re-opened, and it must help."""
+    x, encoder = integers(6, 11, 400, low=-9)
+    W, bias = encoder.weight.t().clone(), encoder.bias.clone()
+    if layout == "one_tile":
+        bias[256:288] += 200.0
+    elif layout == "matryoshka":
+        bias += torch.arange(400).flip(0) // 4
+    elif layout == "duplicates":
+        W, bias = W[:, torch.arange(400) // 8], bias[torch.arange(400) // 8]
+    encoder = sk.pack_encoder(W, bias, permute=layout == "random").to(device)
+    opened = []
+    select = triton_backend._select
+
+    def spy(*args):
+        result = select(*args)
+        opened.append(int(result[3].sum()))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_backend, "_select", spy)
+        got = triton_backend.encode_topk(x.to(device), encoder, 20, Plan("groups", T, **SMALL))
+    assert sum(opened) > 0
+    assert_equal(got, sk.reference.encode_topk(x.to(device), encoder, 20))
+
+
+def test_row_chunks_and_tiles(monkeypatch, device):
+    """More rows than scratch holds, and more candidates than one tile."""
+    x, encoder = integers(40, 9, 700, permute=True)
+    monkeypatch.setattr(triton_backend, "SCRATCH", 1)
+    monkeypatch.setattr(triton_backend, "TILE", 16)
+    got = triton_backend.encode_topk(x.to(device), encoder.to(device), 6, Plan("groups", 2, **SMALL))
+    assert_equal(got, sk.reference.encode_topk(x, encoder, 6))
+
+
+def test_numba_blocks(monkeypatch):
+    from saerl_kernels import _numba
+
+    x, encoder = integers(70, 9, 501)
+    monkeypatch.setattr(_numba, "ROWS", 32)
+    monkeypatch.setattr(_numba, "MIN_COLUMNS", 37)
+    monkeypatch.setattr(_numba, "BLOCK", 1)
+    assert_equal(sk.encode_topk(x, encoder, 13, backend="numba"), sk.reference.encode_topk(x, encoder, 13))
+    got = sk.encode_threshold(x, encoder, threshold=2.0, backend="numba")
+    assert_csr(got, sk.reference.encode_threshold(x, encoder, threshold=2.0))
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_fuzz(data):
+    draw = data.draw
+    d_sae = draw(st.integers(1, 200))
+    n, d_in, k = draw(st.integers(1, 9)), draw(st.integers(1, 20)), draw(st.integers(1, min(d_sae, 40)))
+    options = {"low": draw(st.sampled_from([-200, -40, 5])), "permute": draw(st.booleans())}
+    x, encoder = integers(n, d_in, d_sae, seed=draw(st.integers(0, 99)), **options)
+    want = sk.reference.encode_topk(x, encoder, k)
+    for backend in ("torch", "numba"):
+        assert_equal(sk.encode_topk(x, encoder, k, backend=backend), want)
+
+
+@settings(max_examples=6)
+@given(st.integers(1, 150), st.integers(1, 4), st.integers(0, 99))
+def test_fuzz_groups(d_sae, T, seed):
+    x, encoder = integers(5, 9, d_sae, seed=seed, permute=seed % 2 == 0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    k = min(d_sae, 1 + seed % 5)
+    got = triton_backend.encode_topk(x.to(device), encoder.to(device), k, Plan("groups", T, **SMALL))
+    assert_equal(got, sk.reference.encode_topk(x, encoder, k))
+
+
+def test_errors(device):
+    x, encoder = integers(2, 8, 30)
+    for k in (0, 31, True, 2.0):
+        with pytest.raises(ValueError, match="k="):
+            sk.encode_topk(x, encoder, k)
+    with pytest.raises(ValueError, match="d_in=8"):
+        sk.encode_topk(x[:, :7], encoder, 3)
+    with pytest.raises(ValueError, match="floating point"):
+        sk.encode_topk(x.int(), encoder, 3)
+    with pytest.raises(ValueError, match="backend='cuda' is unknown"):
+        sk.encode_topk(x, encoder, 3, backend="cuda")
+    with pytest.raises(ValueError, match="no threshold"):
+        sk.encode_threshold(x, encoder)
+    with pytest.raises(ValueError, match="threshold has shape"):
+        sk.encode_threshold(x, encoder, threshold=torch.zeros(29))
+
+
+def test_backend_choice(monkeypatch):
+    from saerl_kernels.dispatch import resolve
+
+    cpu = torch.device("cpu")
+    monkeypatch.delenv("SAERL_KERNELS_BACKEND", raising=False)
+    assert resolve("auto", cpu) == "numba"
+    monkeypatch.setenv("SAERL_KERNELS_BACKEND", "torch")
+    assert resolve("auto", cpu) == "torch"
+    with sk.use_backend("reference"):
+        assert resolve("auto", cpu) == "reference"
+        assert resolve("numba", cpu) == "numba"
+    assert resolve("auto", cpu) == "torch"
+    monkeypatch.setenv("SAERL_KERNELS_BACKEND", "fast")
+    with pytest.raises(ValueError, match="SAERL_KERNELS_BACKEND='fast'"):
+        resolve("auto", cpu)
+    monkeypatch.delenv("SAERL_KERNELS_BACKEND")
+    monkeypatch.setattr("saerl_kernels.dispatch.has_numba", lambda: False)
+    assert resolve("auto", cpu) == "torch"
+    monkeypatch.setattr("saerl_kernels.dispatch.interpreting", lambda: False)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        resolve("triton", cpu)

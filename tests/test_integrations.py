@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from saerl_fast.config import PlanConfig
+from saerl_fast.data.plan import Plan, build_plan
+from saerl_fast.data.score import Scores
+from saerl_fast.errors import SaerlError
+from saerl_fast.integrations.columns import add_scores, to_dataset
+from saerl_fast.integrations.trl import PlanRepeatSampler, plan_trainer
+from saerl_fast.integrations.verl import compute_score, write_parquet
+from saerl_fast.prompts import Pool
+from saerl_kernels import CSR
+
+N = 24
+IDS = [f"p{i}" for i in range(N)]
+
+
+def make_pool() -> Pool:
+    return Pool({"prompt_id": IDS, "prompt": [f"{i % 7} + {i}" for i in range(N)], "answer": ["7"] * N})
+
+
+def make_plan(schedule: str, batch_size: int = 4, total_steps: int = 6, seed: int = 0) -> Plan:
+    rng = np.random.default_rng(1)
+    dense = torch.tensor(rng.random((N, 8)) * (rng.random((N, 8)) < 0.6), dtype=torch.float32)
+    difficulty = np.linspace(0, 1, N, dtype=np.float32)
+    columns = {"prompt_id": IDS, "saerl_difficulty": difficulty, "saerl_cluster": np.arange(N) % 3}
+    scores = Scores(columns, {}, CSR.from_dense(dense))
+    cfg = PlanConfig(schedule=schedule)  # type: ignore[arg-type]
+    return build_plan(scores, cfg, batch_size=batch_size, total_steps=total_steps, seed=seed)
+
+
+# --- columns ---------------------------------------------------------------------------------------
+
+
+def test_scores_become_typed_columns_matched_by_id():
+    pytest.importorskip("datasets")
+    data = to_dataset(make_pool()).select([5, 2])
+    quality = np.full(N, np.nan, dtype=np.float32)
+    quality[5] = 0.25
+    scores = Scores({"prompt_id": IDS, "saerl_cluster": np.arange(N), "saerl_quality": quality})
+    for _ in range(2):  # a second time replaces the columns
+        data = add_scores(data, scores)
+    assert data["saerl_cluster"][:] == [5, 2] and data["saerl_quality"][:] == [0.25, None]
+    assert data.features["saerl_cluster"].dtype == "int32"
+    assert data.features["saerl_quality"].dtype == "float32"
+    assert data["prompt"][:] == ["5 + 5", "2 + 2"]
+    with pytest.raises(SaerlError, match="no column 'key'; it has prompt_id"):
+        add_scores(data, scores, "key")
+    with pytest.raises(SaerlError, match="1 dataset rows have no scores, first 'p5'"):
+        add_scores(data, Scores({"prompt_id": IDS[:5]}))
+
+
+# --- TRL: the sampler ------------------------------------------------------------------------------
+
+
+def drive(sampler: PlanRepeatSampler, batches: int) -> list[str]:
+    """Take ``batches`` plan batches and observe each, as a trainer would."""
+    seen, rows = [], iter(sampler)
+    for _ in range(batches):
+        drawn = [next(rows) for _ in range(sampler.plan.batch_size * sampler.group_size * sampler.repeats)]
+        ids = [IDS[i] for i in drawn[: sampler.plan.batch_size * sampler.group_size : sampler.group_size]]
+        sampler.observe(ids, [int(name[1:]) / N for name in ids])
+        seen += ids
+    return seen
+
+
+def test_rows_are_repeated_as_trl_expects():
+    plan = make_plan("global", total_steps=3)
+    expected = [IDS.index(name) for _ in range(3) for name in plan.next_batch()]
+    sampler = PlanRepeatSampler(make_plan("global", total_steps=3), IDS, group_size=2, repeats=3)
+    rows = list(sampler)
+    assert len(rows) == len(sampler) == 3 * 4 * 2 * 3
+    for step in range(3):
+        batch = [i for i in expected[4 * step : 4 * step + 4] for _ in range(2)]
+        assert rows[24 * step : 24 * step + 24] == batch * 3
+    assert list(sampler) == rows  # a trainer that resumes walks through the same rows again
+    sampler.set_epoch(1)
+    assert list(sampler) != rows
+
+
+@pytest.mark.parametrize("schedule", ["vanilla", "adaptive"])
+def test_a_replayed_plan_goes_on_as_if_never_stopped(schedule):
+    whole = PlanRepeatSampler(make_plan(schedule), IDS, 2, 1)
+    expected = drive(whole, 6)
+    stopped = PlanRepeatSampler(make_plan(schedule), IDS, 2, 1)
+    assert drive(stopped, 3) == expected[:12]
+    saved = json.loads(json.dumps(stopped.events))
+    resumed = PlanRepeatSampler(make_plan(schedule), IDS, 2, 1)
+    resumed.replay(saved)
+    rows = list(resumed)[: 3 * 8]
+    assert [IDS[i] for i in rows[::2]] == expected[:12]
+    again = PlanRepeatSampler(make_plan(schedule), IDS, 2, 1)
+    again.replay(saved)
+    tail = iter(again)
+    for _ in range(3 * 8):
+        next(tail)
+    found = []
+    for _ in range(3):
+        batch = [IDS[next(tail)] for _ in range(8)][::2]
+        again.observe(batch, [int(name[1:]) / N for name in batch])
+        found += batch
+    assert found == expected[12:]
+
+
+def test_another_plan_and_a_started_plan_are_refused():
+    first = PlanRepeatSampler(make_plan("vanilla"), IDS, 2, 1)
+    drive(first, 1)
+    with pytest.raises(SaerlError, match="another plan"):
+        PlanRepeatSampler(make_plan("vanilla", seed=5), IDS, 2, 1).replay(first.events)
+    with pytest.raises(SaerlError, match="under way"):
+        first.replay([])
+    with pytest.raises(SaerlError, match="23 of the plan's prompts are not in the dataset, first 'p1'"):
+        PlanRepeatSampler(make_plan("vanilla"), IDS[:1], 2, 1)
+
+
+# --- TRL: the real trainer -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A random two-layer Llama over characters, and its tokenizer."""
+    pytest.importorskip("trl")
+    import tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", *"0123456789+ "]
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<pad>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(words), **sizes, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+
+    def make():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config)
+
+    return make, tokenizer
+
+
+class Spy:
+    """A reward that records the prompt ids it was called with and gives more to later rows."""
+
+    __name__ = "spy"
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+
+    def __call__(self, prompts, completions, prompt_id, **columns):
+        self.batches.append(prompt_id)
+        return [int(name[1:]) / N for name in prompt_id]
+
+
+def trl_run(tiny, folder, plan, *, max_steps, resume=None, **settings):
+    from trl import GRPOConfig
+
+    make, tokenizer = tiny
+    spy = Spy()
+    args = GRPOConfig(
+        output_dir=str(folder),
+        **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 2}
+        | settings,
+        max_completion_length=4,
+        max_steps=max_steps,
+        save_steps=2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    trainer = plan_trainer(
+        plan,
+        model=make(),
+        args=args,
+        train_dataset=to_dataset(make_pool()),
+        reward_funcs=spy,
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return [batch[::2] for batch in spy.batches], trainer
+
+
+def test_trl_trains_in_plan_order(tiny, tmp_path):
+    seen, _ = trl_run(tiny, tmp_path, make_plan("global"), max_steps=3)
+    fresh = make_plan("global")
+    assert seen == [fresh.next_batch() for _ in range(3)]
+
+
+def test_trl_feeds_an_adaptive_plan_and_resumes_exactly(tiny, tmp_path):
+    seen, _ = trl_run(tiny, tmp_path / "whole", make_plan("adaptive"), max_steps=6)
+    assert len(seen) == 6 and all(len(set(batch)) == 4 for batch in seen)
+    blind = make_plan("adaptive")
+    assert seen != [blind.next_batch() for _ in range(6)]  # what it observed changed the order
+    events = json.loads((tmp_path / "whole" / "checkpoint-6" / "saerl_plan.json").read_text())
+    observed = [event for event in events if len(event) == 2]
+    assert [ids for ids, _ in observed] == seen
+    assert np.allclose(observed[0][1], [int(name[1:]) / N for name in seen[0]])
+
+    first, _ = trl_run(tiny, tmp_path / "cut", make_plan("adaptive"), max_steps=2)
+    rest, _ = trl_run(tiny, tmp_path / "cut", make_plan("adaptive"), max_steps=6, resume=True)
+    assert first + rest == seen
+
+
+def test_trl_sizes_must_agree_with_the_plan(tiny, tmp_path):
+    with pytest.raises(SaerlError, match="4 prompts at once .* batches of 3; set generation_batch_size=6"):
+        trl_run(tiny, tmp_path, make_plan("vanilla", batch_size=3), max_steps=1)
+
+
+def test_without_trl_the_sentence_says_what_to_install(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(SaerlError, match="pip install trl"):
+        plan_trainer(make_plan("vanilla"))
+
+
+# --- verl ------------------------------------------------------------------------------------------
+
+
+def test_verl_rows_follow_the_plan_and_score_themselves(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    chat = [{"role": "system", "content": "brief"}, {"role": "user", "content": "x"}]
+    columns = make_pool().columns | {"task": ["sum"] * N, "level": list(range(N))}
+    columns["prompt"] = [chat, *columns["prompt"][1:]]
+    path = write_parquet(make_plan("global"), Pool(columns), tmp_path / "train.parquet", reward="numeric")
+    rows = parquet.read_table(path).to_pylist()
+    fresh = make_plan("global")
+    order = [name for _ in range(6) for name in fresh.next_batch()]
+    assert [row["extra_info"]["prompt_id"] for row in rows] == order
+    assert [row["extra_info"]["step"] for row in rows] == [i // 4 for i in range(24)]
+    one = rows[order.index("p3")]
+    assert one["prompt"] == [{"role": "user", "content": "3 + 3"}] and one["ability"] == "sum"
+    assert one["reward_model"] == {"style": "rule", "ground_truth": "7"}
+    assert json.loads(one["extra_info"]["columns"]) == {"task": "sum", "level": 3}
+    assert rows[order.index("p0")]["prompt"] == chat
+
+    def score(text: str) -> float:
+        return compute_score(one["data_source"], text, "7", one["extra_info"], num_turns=None)
+
+    assert [score("it is 7"), score("8")] == [1.0, 0.0]
+
+
+def test_verl_refuses_what_it_cannot_do(tmp_path):
+    target = tmp_path / "train.parquet"
+    with pytest.raises(SaerlError, match="'adaptive' chooses by pass rates"):
+        write_parquet(make_plan("adaptive"), make_pool(), target)
+    with pytest.raises(SaerlError, match="23 of the plan's prompts are not in the pool, first 'p1'"):
+        write_parquet(make_plan("vanilla"), make_pool().select([0]), target)
+    with pytest.raises(SaerlError, match="unknown reward"):
+        write_parquet(make_plan("vanilla"), make_pool(), target, reward="exactly")
+    with pytest.raises(SaerlError, match="'gsm8k' was not written by write_parquet"):
+        compute_score("gsm8k", "1", "1", {})
+    assert not target.exists()

@@ -1,0 +1,162 @@
+"""pack_encoder: every folding option against its formula and against SAELens' own encoders."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import saerl_kernels as sk
+
+D_IN, D_SAE, K = 24, 96, 8
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> dict:
+    return {
+        "W_enc": torch.randn(D_IN, D_SAE).to(dtype),
+        "b_enc": torch.randn(D_SAE).to(dtype),
+        "W_dec": torch.randn(D_SAE, D_IN).to(dtype),
+        "b_dec": torch.randn(D_IN).to(dtype),
+    }
+
+
+def dense(x: torch.Tensor, encoder: sk.PackedEncoder) -> torch.Tensor:
+    return sk.encode_topk(x, encoder, K).to_dense(encoder.d_sae)
+
+
+FLAGS = list(itertools.product([False, True], [False, True], ["none", "layer_norm", "constant_norm_rescale"]))
+
+
+@pytest.mark.parametrize(("apply_b_dec", "rescale", "norm"), FLAGS, ids=str)
+def test_equals_saelens_topk(apply_b_dec, rescale, norm):
+    sae_lens = pytest.importorskip("sae_lens")
+    from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+
+    config = TopKSAEConfig(
+        d_in=D_IN,
+        d_sae=D_SAE,
+        k=K,
+        apply_b_dec_to_input=apply_b_dec,
+        rescale_acts_by_decoder_norm=rescale,
+        normalize_activations=norm,
+        metadata=sae_lens.SAEMetadata() if hasattr(sae_lens, "SAEMetadata") else None,
+    )
+    sae = TopKSAE(config)
+    parts = tensors()
+    sae.load_state_dict(parts)
+    x = torch.randn(3, 10, D_IN) * 3 + 1
+    encoder = sk.pack_encoder(
+        **parts,
+        apply_b_dec_to_input=apply_b_dec,
+        rescale_acts_by_decoder_norm=rescale,
+        normalize_input=norm,
+        permute=True,
+    )
+    torch.testing.assert_close(dense(x, encoder), sae.encode(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("apply_b_dec", [False, True], ids=str)
+def test_equals_saelens_jumprelu(apply_b_dec):
+    sae_lens = pytest.importorskip("sae_lens")
+    from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+
+    config = JumpReLUSAEConfig(
+        d_in=D_IN,
+        d_sae=D_SAE,
+        apply_b_dec_to_input=apply_b_dec,
+        metadata=sae_lens.SAEMetadata() if hasattr(sae_lens, "SAEMetadata") else None,
+    )
+    sae = JumpReLUSAE(config)
+    parts = {**tensors(), "threshold": torch.rand(D_SAE) * 4}
+    sae.load_state_dict(parts)
+    x = torch.randn(30, D_IN)
+    encoder = sk.pack_encoder(**parts, apply_b_dec_to_input=apply_b_dec, activation="jumprelu")
+    codes = sk.encode_threshold(x, encoder)
+    assert codes.nnz > 0
+    torch.testing.assert_close(codes.to_dense(), sae.encode(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_input_scale_and_formula():
+    parts = tensors()
+    x = torch.randn(7, D_IN)
+    encoder = sk.pack_encoder(
+        **parts,
+        input_scale=3.0,
+        normalize_input="expected_average_only_in",
+        apply_b_dec_to_input=True,
+        rescale_acts_by_decoder_norm=True,
+    )
+    pre = (x * 3.0 - parts["b_dec"]) @ parts["W_enc"] + parts["b_enc"]
+    want = (pre * parts["W_dec"].norm(dim=-1)).relu()
+    got = sk.encode_topk(x, encoder, D_SAE).to_dense(D_SAE)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_sixteen_bit_folding_uses_the_rounded_weight():
+    """At x = b_dec nothing but b_enc is left, in any dtype."""
+    parts = tensors(torch.bfloat16)
+    encoder = sk.pack_encoder(**parts, apply_b_dec_to_input=True)
+    assert encoder.dtype == torch.bfloat16 and encoder.bias.dtype == torch.float32
+    got = sk.encode_topk(parts["b_dec"][None], encoder, D_SAE).to_dense(D_SAE)[0]
+    torch.testing.assert_close(got, parts["b_enc"].float().relu(), rtol=0, atol=1e-5)
+
+
+def test_packing_copies():
+    """Training on must not change an encoder that was packed before."""
+    W = torch.nn.Parameter(torch.eye(4))
+    encoder = sk.pack_encoder(W, torch.zeros(4))
+    assert not encoder.weight.requires_grad
+    with torch.no_grad():
+        W.zero_()
+    assert bool((encoder.weight == torch.eye(4)).all())
+    transposed = torch.eye(4).t()  # already K-major: packing must still copy it
+    encoder = sk.pack_encoder(transposed)
+    transposed.zero_()
+    assert bool((encoder.weight == torch.eye(4)).all())
+
+
+def test_permutation_is_stored_seeded_and_undone():
+    parts = tensors()
+    plain = sk.pack_encoder(**parts, threshold=1.0, permute=False)
+    mixed = sk.pack_encoder(**parts, threshold=1.0, permute=True, seed=3)
+    again = sk.pack_encoder(**parts, threshold=1.0, permute=True, seed=3)
+    assert plain.permutation is None and mixed.permutation is not None
+    assert torch.equal(mixed.permutation, again.permutation)
+    assert not torch.equal(mixed.weight, plain.weight)
+    assert torch.equal(mixed.natural().weight, plain.weight)
+    assert torch.equal(mixed.natural().bias, plain.bias)
+    assert torch.equal(mixed.weight, plain.weight[mixed.permutation.long()])
+
+
+def test_to_dtype_and_device(device):
+    parts = tensors()
+    encoder = sk.pack_encoder(**parts, threshold=torch.rand(D_SAE)).to(device).to(dtype=torch.float16)
+    assert encoder.dtype == torch.float16 and encoder.bias.dtype == encoder.threshold.dtype == torch.float32
+    assert (encoder.permutation is not None) == (device.type == "cuda")
+    assert encoder.to("cpu", torch.float32).device.type == "cpu"
+    assert (encoder.d_in, encoder.d_sae) == (D_IN, D_SAE)
+    with pytest.raises(ValueError, match="float64"):
+        encoder.to(torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"b_enc": torch.zeros(3)}, r"b_enc has shape \(3,\), expected \(96,\)"),
+        ({"W_dec": torch.zeros(D_IN, D_SAE)}, "W_dec has shape"),
+        ({"b_dec": torch.zeros(D_SAE)}, "b_dec has shape"),
+        ({"threshold": torch.zeros(4)}, "threshold has shape"),
+        ({"W_dec": None, "rescale_acts_by_decoder_norm": True}, "needs W_dec"),
+        ({"b_dec": None, "apply_b_dec_to_input": True}, "needs b_dec"),
+        ({"normalize_input": "covariance_whitening"}, "normalize_input='covariance_whitening' is unknown"),
+        ({"activation": "gelu"}, "activation='gelu' is unknown"),
+        ({"permute": "yes"}, "permute='yes' is unknown"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"W_enc": torch.zeros(4)}, "W_enc must be"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        sk.pack_encoder(**{**tensors(), **changes})

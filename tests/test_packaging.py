@@ -1,0 +1,146 @@
+"""The layout's promises: what may import what, what importing costs, and that nothing shadows `kernels`."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "kernels" / "torch-ext" / "saerl_kernels"
+BASE = {"errors", "fileio", "config", "log", "models", "prompts"}  # of saerl_fast: importable by all of it
+MAY_IMPORT = {  # sub-package of saerl_fast -> first components of saerl_fast (or kernels) it may import
+    "sae": {"sae", "saerl_kernels"},
+    "data": {"data", "sae", "saerl_kernels"},
+    "rl": {"rl", "data.plan", "saerl_kernels"},
+}
+
+
+def imports(path: Path, package: str) -> Iterator[tuple[str, bool]]:
+    """(absolute dotted name, at module level) for every import in a file, relative ones resolved."""
+    tree = ast.parse(path.read_text())
+    inner = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) not in inner
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module or "") if part)
+            for alias in node.names:
+                yield f"{module}.{alias.name}", id(node) not in inner
+
+
+def package_of(path: Path, top: Path) -> str:
+    return ".".join(path.relative_to(top.parent).parent.parts)
+
+
+def test_kernels_folder_is_no_package():
+    """`kernels` is the name of Hugging Face's library, which transformers imports."""
+    assert not list((ROOT / "kernels").glob("*.py"))
+    assert not (ROOT / "kernels" / "torch-ext" / "__init__.py").exists()
+    assert not (ROOT / "kernels" / "pyproject.toml").exists()
+    assert (ROOT / "kernels" / "build.toml").exists()
+
+
+def test_saerl_kernels_imports_only_torch_and_triton():
+    allowed = {"torch", "triton", "saerl_kernels"} | set(sys.stdlib_module_names)
+    for path in KERNELS.rglob("*.py"):
+        package = package_of(path, KERNELS)
+        in_numba = "_numba" in path.parts
+        for name, top_level in imports(path, package):
+            head = name.split(".")[0]
+            if head == "triton" and "_triton" not in path.parts:
+                pytest.fail(f"{path} imports triton outside _triton")
+            if head in ("numba", "numpy") and in_numba:
+                continue
+            if head == "scipy" and not top_level:  # CSR.to_scipy, on request
+                continue
+            assert head in allowed, f"{path.name} imports {name}"
+            lazy = {"_triton", "_numba"} & set(name.split("."))
+            inside = {"_triton", "_numba"} & set(path.parts)
+            assert not (lazy and top_level and not inside), f"{path.name} imports {name} when it is imported"
+        source = path.read_text()
+        assert "import saerl_kernels" not in source and "from saerl_kernels" not in source, "relative only"
+        ast.parse(source, feature_version=(3, 9))
+
+
+def test_import_direction():
+    top = ROOT / "saerl_fast"
+    for path in top.rglob("*.py"):
+        parts = path.relative_to(top).parts
+        owner = parts[0] if len(parts) > 1 else parts[0].removesuffix(".py")
+        for name, _ in imports(path, package_of(path, top)):
+            head, _, rest = name.partition(".")
+            assert head not in ("tests", "benchmarks", "examples"), f"{path} imports {name}"
+            if owner in BASE:
+                if head == "saerl_fast":
+                    assert rest.split(".")[0] in BASE | {""}, f"{path} imports {name}"
+                assert head != "saerl_kernels", f"{path} imports {name}"
+            elif owner in MAY_IMPORT and head == "saerl_fast" and rest:
+                first, two = rest.split(".")[0], ".".join(rest.split(".")[:2])
+                fits = first in BASE or first in MAY_IMPORT[owner] or two in MAY_IMPORT[owner]
+                assert fits or not (top / first).exists(), f"{path} imports {name}"
+
+
+def run(code: str, **environment: str) -> str:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")])
+    env = {**os.environ, "PYTHONPATH": path, **environment}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_is_light():
+    out = run(
+        "import sys, torch; had = set(sys.modules)\nimport saerl_kernels\n"
+        "new = {m.split('.')[0] for m in set(sys.modules) - had}\nprint(sorted(new))"
+    )
+    assert not {"triton", "numba", "scipy", "transformers"} & set(ast.literal_eval(out)), out
+
+
+def test_works_without_triton_and_numba():
+    """As on macOS: both missing, and the torch path serves."""
+    out = run(
+        "import sys; sys.modules['triton'] = sys.modules['numba'] = None\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name in ('triton', 'numba') else find(name, *a)\n"
+        "import torch, saerl_kernels as sk\n"
+        "e = sk.pack_encoder(torch.eye(4))\n"
+        "print(sk.encode_topk(torch.tensor([[1., 3., 2., 0.]]), e, 2).indices.tolist())\n"
+        "try: sk.encode_topk(torch.ones(1, 4), e, 2, backend='numba')\n"
+        "except ValueError as err: print(err)"
+    )
+    assert out.splitlines()[0] == "[[1, 2]]" and "not installed" in out
+
+
+def test_transformers_imports_from_the_root():
+    pytest.importorskip("transformers")
+    run("from transformers.models.llama.modeling_llama import LlamaForCausalLM")
+
+
+def test_local_hub_layout_loads():
+    """The folder loads as a hub kernel does: under another name, by relative imports alone."""
+    name = "some_other_name"
+    spec = importlib.util.spec_from_file_location(
+        name, KERNELS / "__init__.py", submodule_search_locations=[str(KERNELS)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+        import torch
+
+        encoder = module.pack_encoder(torch.eye(3))
+        assert module.encode_topk(torch.ones(1, 3), encoder, 1).values.item() == 1.0
+        assert module.PackedEncoder.__module__ == f"{name}.pack"
+    finally:
+        for key in [key for key in sys.modules if key.split(".")[0] == name]:
+            del sys.modules[key]
