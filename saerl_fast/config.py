@@ -87,7 +87,7 @@ class DifficultyConfig:
     label_column: str | None = None  # pass rate in [0, 1], null where unknown; None rolls out a subset
     n_labels: int = 128  # prompts rolled out for labels; 0: no difficulty
     rollouts: int = 4  # per labelled prompt
-    alpha: float = 0.02  # ElasticNet penalty, as a share of the smallest that leaves no coefficient
+    alpha: float = 0.05  # ElasticNet penalty, as a share of the smallest that leaves no coefficient
     l1_ratio: float = 0.2
     folds: int = 5
 

@@ -123,11 +123,10 @@ def dying_reward(after: int):
     return reward
 
 
-@pytest.mark.parametrize("warm", [0, 3])
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, warm: int, beta: float) -> None:
+@pytest.mark.parametrize(("warm", "beta", "every"), [(0, 0.0, 3), (3, 0.1, 3), (3, 0.0, 100)])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, warm: int, beta: float, every: int) -> None:
     cfg = small(
-        warmup=WarmupConfig(steps=warm, batch_size=4, lr=1e-3), loss=LossConfig(beta=beta), save_every=3
+        warmup=WarmupConfig(steps=warm, batch_size=4, lr=1e-3), loss=LossConfig(beta=beta), save_every=every
     )
     straight, plan, summary = run(tmp_path / "one", cfg)
     with pytest.raises(SaerlError, match="Die"):  # in the fifth step: step 4 is logged and must be undone
@@ -286,6 +285,14 @@ def test_groups_without_signal_are_counted_but_not_trained_on(tmp_path: Path) ->
     assert summary["groups_used"] == 0 and summary["rollouts"] == 32
 
 
+def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path: Path, monkeypatch, caplog) -> None:
+    real = module.policy_loss
+    monkeypatch.setattr(module, "policy_loss", lambda *args: (real(*args)[0] * float("nan"), real(*args)[1]))
+    model, _, _ = run(tmp_path, small(steps=1))
+    assert same_weights(model, tiny_model()) and "this update is skipped" in caplog.text
+    assert read_metrics(tmp_path)[1]["grad_norm"] is None
+
+
 class Features:
     """Stands for the capture of SAE features."""
 
@@ -388,6 +395,7 @@ def test_a_pool_smaller_than_a_batch(tmp_path: Path) -> None:
         ({"eval": EvalConfig(mode="guess")}, "'guess'"),
         ({"steps": -1}, "steps=-1"),
         ({"keep": 0}, "keep=0"),
+        ({"rollout": RolloutConfig(group_size=1)}, "group_size=1"),
     ],
 )
 def test_bad_settings_write_nothing(tmp_path: Path, change: dict, message: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
+
+log = logging.getLogger(__name__)
 
 
 class Optimizer:
@@ -52,8 +56,15 @@ class Optimizer:
             tensor.grad = None
 
     def step(self, lr: float, max_norm: float) -> float:
-        """Clip to ``max_norm`` (0: no clipping), update, clear; returns the norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.masters, max_norm if max_norm > 0 else float("inf"))
+        """Clip to ``max_norm`` (0: no clipping), update, clear; returns the norm before clipping.
+
+        A norm that is not finite leaves weights and moments as they are, with a line in the log.
+        """
+        norm = float(nn.utils.clip_grad_norm_(self.masters, max_norm if max_norm > 0 else float("inf")))
+        if not math.isfinite(norm):
+            log.warning("the gradient norm is %s: this update is skipped", norm)
+            self.clear()
+            return norm
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
@@ -62,7 +73,7 @@ class Optimizer:
                 if master is not parameter:
                     parameter.copy_(master)
         self.clear()
-        return float(norm)
+        return norm
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments, step counts and master copies as flat named tensors."""

@@ -84,11 +84,11 @@ def train(
     start = run.open(resume)
     try:
         with graceful_interrupt() as interrupted:
-            if start == 0:
+            if start is None:
                 run.begin()
                 if interrupted():
                     run.stop(0)
-            for step in range(start + 1, cfg.steps + 1):
+            for step in range((start or 0) + 1, cfg.steps + 1):
                 run.step(step)
                 last = step == cfg.steps
                 if last or (cfg.eval.every and step % cfg.eval.every == 0):
@@ -129,6 +129,11 @@ class _Run:
                 f"train.steps={cfg.steps}, micro_tokens={cfg.micro_tokens}, keep={cfg.keep}, lr={cfg.lr}: "
                 "steps and lr must not be negative, the others at least 1"
             )
+        if cfg.rollout.group_size < 2:
+            raise SaerlError(
+                f"train.rollout.group_size={cfg.rollout.group_size} leaves a group nothing to compare with; "
+                "use at least 2"
+            )
         self.texts = {name: render(pool, self.tokenizer, self.data) for name, pool in self.pools.items()}
         self.row = {name: i for i, name in enumerate(self.pools["train"].column("prompt_id"))}
         unknown = [name for name in self.plan.prompt_ids if name not in self.row]
@@ -149,8 +154,8 @@ class _Run:
 
     # --- life of a run -----------------------------------------------------------------------------
 
-    def open(self, resume: bool) -> int:
-        """Restore the latest checkpoint when resuming, open the logs; returns the steps done already."""
+    def open(self, resume: bool) -> int | None:
+        """Restore the latest checkpoint when resuming, open the logs; its step, or None for a fresh start."""
         found = ckpt.load_latest(self.out_dir) if resume else None
         if found is not None:
             if self.cfg.loss.beta > 0:
@@ -172,7 +177,7 @@ class _Run:
         self.metrics = MetricsLog(self.out_dir, at, echo=self.echo, tensorboard=self.cfg.tensorboard)
         self.eval_items = JsonlLog(self.out_dir / "eval_items.jsonl", at)
         self.rollout_log = JsonlLog(self.out_dir / "rollouts.jsonl", at)
-        return at or 0
+        return at
 
     def begin(self) -> None:
         """Warm-up, the frozen reference, the first evaluation, and a checkpoint of what training changed."""
