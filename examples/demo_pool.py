@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 LEVELS = (1, 2, 3, 4)
-HELD_OUT = 5  # one problem key in HELD_OUT goes to eval.jsonl, never to the pool or to pretraining
-LETTERS = "ABCDEFGHIJKLMNOPRSTUVW"
+HELD_OUT = 5  # one problem key in HELD_OUT goes to eval.jsonl, never to the pool
+LETTERS = "ABCDEGKLMNOPRST"
 
 
 @dataclass(frozen=True)
@@ -33,44 +33,44 @@ Fields = dict[str, object]
 
 
 def _addition(rng: random.Random, level: int) -> tuple[Fields, str]:
-    top_a, top_b = ((9, 9), (49, 9), (69, 39), (499, 99))[level - 1]
+    top_a, top_b = ((9, 4), (9, 9), (20, 9), (60, 19))[level - 1]
     a, b = rng.randint(0, top_a), rng.randint(0, top_b)
     return {"a": a, "b": b}, str(a + b)
 
 
 def _subtraction(rng: random.Random, level: int) -> tuple[Fields, str]:
-    top_a, top_b = ((12, 9), (40, 9), (99, 50), (499, 99))[level - 1]
+    top_a, top_b = ((9, 4), (12, 9), (20, 9), (60, 19))[level - 1]
     b = rng.randint(0, top_b)
-    a = rng.randint(b, max(top_a, b))
+    a = rng.randint(b, top_a)
     return {"a": a, "b": b}, str(a - b)
 
 
 def _multiplication(rng: random.Random, level: int) -> tuple[Fields, str]:
-    top_a, top_b = ((12, 4), (10, 9), (20, 6), (30, 12))[level - 1]
+    top_a, top_b = ((12, 4), (10, 7), (10, 10), (20, 10))[level - 1]
     a, b = rng.randint(1, top_a), rng.randint(1, top_b)
     return {"a": a, "b": b}, str(a * b)
 
 
 def _largest(rng: random.Random, level: int) -> tuple[Fields, str]:
-    count, top = ((2, 10), (3, 10), (3, 100), (5, 1000))[level - 1]
+    count, top = ((2, 10), (3, 10), (2, 50), (4, 100))[level - 1]
     numbers = rng.sample(range(top), count)
     return {"items": ", ".join(map(str, numbers))}, str(max(numbers))
 
 
 def _sorting(rng: random.Random, level: int) -> tuple[Fields, str]:
-    digits = [rng.choice("123456789") for _ in range(level + 2)]
+    digits = [rng.choice("123456789") for _ in range(level + 1)]
     return {"items": " ".join(digits)}, "".join(sorted(digits))
 
 
 def _counting(rng: random.Random, level: int) -> tuple[Fields, str]:
     letter = rng.choice(LETTERS)
-    others = [rng.choice(LETTERS) for _ in range((2, 4, 6, 8)[level - 1])]
+    others = [rng.choice(LETTERS) for _ in range((2, 3, 5, 7)[level - 1])]
     word = "".join(letter if rng.random() < 0.4 else other for other in others)
     return {"letter": letter, "word": word}, str(word.count(letter))
 
 
 def _remainder(rng: random.Random, level: int) -> tuple[Fields, str]:
-    top, divisors = ((30, (2, 5, 10)), (40, (2, 4, 5)), (60, (3, 4, 6)), (150, (6, 7, 8, 9)))[level - 1]
+    top, divisors = ((30, (2, 5, 10)), (20, (3, 4, 5)), (40, (3, 4, 6)), (99, (6, 7, 8, 9)))[level - 1]
     a, b = rng.randint(1, top), rng.choice(divisors)
     return {"a": a, "b": b}, str(a % b)
 
@@ -81,18 +81,18 @@ def _reversing(rng: random.Random, level: int) -> tuple[Fields, str]:
 
 
 def _sequence(rng: random.Random, level: int) -> tuple[Fields, str]:
-    start = rng.randint(1, (20, 30, 40, 60)[level - 1])
-    step = rng.randint(*((1, 3), (2, 5), (3, 9), (6, 14))[level - 1])
+    start = rng.randint(1, (60, 40, 20, 40)[level - 1])
+    step = rng.randint(*((1, 1), (1, 2), (1, 5), (3, 9))[level - 1])
     terms = [start + step * i for i in range(5)]
-    if level > 2 and rng.random() < 0.5:  # half of the hard ones run downwards
+    if level == 4 and rng.random() < 0.5:
         terms.reverse()
-    return {"items": ", ".join(map(str, terms[:4]))}, str(terms[4])
+    return {"items": ", ".join(map(str, terms[1:4] if level < 3 else terms[:4]))}, str(terms[4])
 
 
 def _clock(rng: random.Random, level: int) -> tuple[Fields, str]:
     grid = (60, 30, 10, 5)[level - 1]
     start = rng.randrange(60, 12 * 60, grid)
-    minutes = rng.randrange(5, 60, 5) if level == 1 else grid * rng.randint(1, (0, 3, 6, 15)[level - 1])
+    minutes = rng.randrange(5, 60, 5) if level == 1 else grid * rng.randint(1, (0, 2, 3, 9)[level - 1])
     end = (start + minutes - 60) % 720 + 60
     return {"time": _time(start), "minutes": minutes}, _time(end)
 
@@ -102,106 +102,33 @@ def _time(minutes: int) -> str:
 
 
 TASKS: dict[str, tuple[Callable[[random.Random, int], tuple[Fields, str]], tuple[str, ...]]] = {
-    "addition": (
-        _addition,
-        (
-            "What is {a} plus {b}?",
-            "Add {a} and {b}.",
-            "{a} + {b} = ?",
-            "Compute the sum of {a} and {b}.",
-            "There are {a} birds and {b} more arrive. How many now?",
-            "Tom has {a} coins and finds {b}. How many coins in all?",
-        ),
-    ),
-    "subtraction": (
-        _subtraction,
-        (
-            "What is {a} minus {b}?",
-            "Take {b} away from {a}.",
-            "{a} - {b} = ?",
-            "Compute the difference {a} - {b}.",
-            "Ann had {a} apples and ate {b}. How many are left?",
-        ),
-    ),
-    "multiplication": (
-        _multiplication,
-        (
-            "What is {a} times {b}?",
-            "Multiply {a} by {b}.",
-            "{a} * {b} = ?",
-            "There are {a} boxes of {b} pens each. How many pens?",
-            "Find the product of {a} and {b}.",
-        ),
-    ),
-    "largest": (
-        _largest,
-        (
-            "Which is the largest: {items}?",
-            "Find the biggest number in {items}.",
-            "Give the maximum of {items}.",
-            "The scores were {items}. What was the best score?",
-        ),
-    ),
-    "sorting": (
-        _sorting,
-        (
-            "Sort the digits {items}.",
-            "Put {items} in rising order.",
-            "Write {items} from smallest to largest.",
-        ),
-    ),
-    "counting": (
-        _counting,
-        (
-            "How many times is {letter} in {word}?",
-            "Count the letter {letter} in {word}.",
-            "How often do you see {letter} in the word {word}?",
-        ),
-    ),
-    "remainder": (
-        _remainder,
-        (
-            "What is {a} mod {b}?",
-            "Give the remainder of {a} divided by {b}.",
-            "{a} sweets are shared by {b} children. How many are left over?",
-            "Find {a} % {b}.",
-        ),
-    ),
-    "reversing": (
-        _reversing,
-        (
-            "Reverse the word {word}.",
-            "Write {word} backwards.",
-            "Spell {word} from the end to the start.",
-        ),
-    ),
-    "sequence": (
-        _sequence,
-        (
-            "What comes next: {items}?",
-            "Continue the sequence {items}.",
-            "{items}, ... give the next number.",
-        ),
-    ),
+    "addition": (_addition, ("What is {a} plus {b}?", "{a} + {b} = ?", "Tom has {a} coins and finds {b}.")),
+    "subtraction": (_subtraction, ("What is {a} minus {b}?", "{a} - {b} = ?", "Take {b} from {a}.")),
+    "multiplication": (_multiplication, ("What is {a} times {b}?", "{a} * {b} = ?", "{a} bags of {b} pens.")),
+    "largest": (_largest, ("Which is the largest: {items}?", "Find the maximum of {items}.")),
+    "sorting": (_sorting, ("Sort the digits {items}.", "Put {items} in rising order.")),
+    "counting": (_counting, ("How many {letter} are in {word}?", "Count the letter {letter} in {word}.")),
+    "remainder": (_remainder, ("What is {a} mod {b}?", "Share {a} sweets by {b}. How many are left?")),
+    "reversing": (_reversing, ("Reverse the word {word}.", "Write {word} backwards.")),
+    "sequence": (_sequence, ("What comes next: {items}?", "Continue {items}.")),
     "clock": (
         _clock,
-        (
-            "It is {time}. What time is it in {minutes} minutes?",
-            "The train leaves at {time} and takes {minutes} minutes. When does it arrive?",
-            "Add {minutes} minutes to {time}.",
-        ),
+        ("It is {time}. What time is it in {minutes} minutes?", "Add {minutes} minutes to {time}."),
     ),
 }
 
 
-def draw(rng: random.Random, task: str, level: int, *, held_out: bool) -> Problem:
-    """One problem of a family and level, from the held-out keys or from the others."""
+CELLS = [(task, level) for task in TASKS for level in LEVELS]
+
+
+def draw(rng: random.Random, task: str, level: int, *, held_out: bool | None = None) -> Problem:
+    """One problem of a family and level, from the held-out keys, from the others or (None) from all."""
     make, wordings = TASKS[task]
     while True:
         fields, answer = make(rng, level)
         key = f"{task} {sorted(fields.items())}"
         problem = Problem(task, level, key, rng.choice(wordings).format(**fields), answer)
-        if problem.held_out == held_out:
+        if held_out in (None, problem.held_out):
             return problem
 
 
@@ -280,12 +207,11 @@ def make_pool(seed: int, size: int = 2000, labelled: int = 250) -> list[dict[str
         + ["off_task"] * (size * 8 // 100)
     )
     kinds += ["clean"] * (size - len(kinds))
-    cells = [(task, level) for task in TASKS for level in LEVELS]
     rows: list[dict[str, object]] = []
     seen: set[str] = set()
     for i, kind in enumerate(kinds):
         while True:
-            task, level = cells[i % len(cells)]
+            task, level = CELLS[i % len(CELLS)]
             problem = draw(rng, task, level, held_out=False)
             prompt, answer = problem.prompt, problem.answer
             if kind == "wrong_answer":
@@ -312,37 +238,30 @@ def make_pool(seed: int, size: int = 2000, labelled: int = 250) -> list[dict[str
 
 
 def make_eval(seed: int, per_cell: int = 6) -> list[dict[str, object]]:
-    """Clean held-out items, `per_cell` of every family and level, no problem key shared with the pool."""
+    """Clean held-out items, `per_cell` of every family and level, each problem once, none from the pool."""
     rng = random.Random(seed + 1)
     rows: list[dict[str, object]] = []
-    for task in TASKS:
-        for level in LEVELS:
-            keys: set[str] = set()
-            while len(keys) < per_cell:
-                item = draw(rng, task, level, held_out=True)
-                if item.key not in keys:
-                    keys.add(item.key)
-                    row = {
-                        "prompt": item.prompt,
-                        "answer": item.answer,
-                        "task": task,
-                        "level": level,
-                        "kind": "clean",
-                    }
-                    rows.append({"prompt_id": f"eval-{len(rows):03d}", **row})
+    keys: set[str] = set()
+    for task, level in CELLS * per_cell:
+        item = draw(rng, task, level, held_out=True)
+        while item.key in keys:
+            item = draw(rng, task, level, held_out=True)
+        keys.add(item.key)
+        row = {"prompt": item.prompt, "answer": item.answer, "task": task, "level": level, "kind": "clean"}
+        rows.append({"prompt_id": f"eval-{len(rows):03d}", **row})
     return rows
 
 
 def pretraining_text(rng: random.Random, noise: float) -> tuple[str, str]:
     """One (prompt, answer) of the pretraining corpus, which like the web is full of mistakes.
 
-    Of the tasks' answers a share `noise` is wrong; 8 % of the prompts are garbled, 8 % chit-chat.
+    Of the tasks' answers a share `noise` is wrong; 6 % of the prompts are garbled, 6 % chit-chat.
     """
     kind = rng.random()
-    if kind < 0.08:
+    if kind < 0.06:
         return off_task(rng)
-    level = rng.choices(LEVELS, weights=(4, 3, 2, 1))[0]
-    problem = draw(rng, rng.choice(list(TASKS)), level, held_out=False)
-    if kind < 0.16:
+    level = rng.choices(LEVELS, weights=(3, 3, 2, 2))[0]
+    problem = draw(rng, rng.choice(list(TASKS)), level)
+    if kind < 0.12:
         return garble(rng, problem.prompt), problem.answer
     return problem.prompt, wrong_answer(rng, problem.answer) if rng.random() < noise else problem.answer
