@@ -11,8 +11,10 @@ ROOT = Path(__file__).parents[1]
 SMALL = """
     threads=2 data.size=16 data.eval_size=2 sae.layer=10 sae.d_sae=640 sae.k=8 sae.steps=10 sae.batch_size=128
     sae.max_tokens=500 difficulty.n_labels=4 difficulty.rollouts=2 diversity.n_clusters=2
-    plan.adaptive.svd=4 train.warmup.steps=1 train.warmup.batch_size=2 train.rollout.prompts_per_step=2
-    train.rollout.group_size=2 train.rollout.max_new_tokens=4 train.eval.samples=1 train.save_every=0 train.steps=1
+    plan.adaptive.svd=4
+    train.warmup.steps=1 train.warmup.batch_size=2 train.rollout.prompts_per_step=2
+    train.rollout.group_size=2 train.rollout.max_new_tokens=4 train.eval.samples=1 train.save_every=0
+    train.steps=1
 """.split()  # noqa: SIM905 - read as it would be typed
 
 
