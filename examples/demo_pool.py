@@ -1,4 +1,7 @@
-"""The demo's problems: ten small task families in four levels each, and the bad rows of a real pool.
+"""The demo's problems: ten small task families in five levels each, and the bad rows of a real pool.
+
+Levels 1 to 4 are what the language model is pretrained and evaluated on. Level 5 stands in the pool alone
+and is beyond the model: a pool collected for larger models has such rows, and training on them is wasted.
 
 Pure Python, no dependencies, the same output for the same seed everywhere. `make_demo.py` writes the
 pool and the held-out items with it, and draws the text the demo's language model is pretrained on.
@@ -12,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 LEVELS = (1, 2, 3, 4)
+TOO_HARD = 5
 HELD_OUT = 5  # one problem key in HELD_OUT goes to eval.jsonl, never to the pool
 LETTERS = "ABCDEGKLMNOPRST"
 
@@ -33,56 +37,57 @@ Fields = dict[str, object]
 
 
 def _addition(rng: random.Random, level: int) -> tuple[Fields, str]:
-    top_a, top_b = ((9, 4), (9, 9), (20, 9), (60, 19))[level - 1]
+    top_a, top_b = ((9, 4), (9, 9), (20, 9), (60, 19), (9999, 9999))[level - 1]
     a, b = rng.randint(0, top_a), rng.randint(0, top_b)
     return {"a": a, "b": b}, str(a + b)
 
 
 def _subtraction(rng: random.Random, level: int) -> tuple[Fields, str]:
-    top_a, top_b = ((9, 4), (12, 9), (20, 9), (60, 19))[level - 1]
+    top_a, top_b = ((9, 4), (12, 9), (20, 9), (60, 19), (9999, 9999))[level - 1]
     b = rng.randint(0, top_b)
     a = rng.randint(b, top_a)
     return {"a": a, "b": b}, str(a - b)
 
 
 def _multiplication(rng: random.Random, level: int) -> tuple[Fields, str]:
-    top_a, top_b = ((12, 4), (10, 7), (10, 10), (20, 10))[level - 1]
+    top_a, top_b = ((12, 4), (10, 7), (10, 10), (20, 10), (999, 99))[level - 1]
     a, b = rng.randint(1, top_a), rng.randint(1, top_b)
     return {"a": a, "b": b}, str(a * b)
 
 
 def _largest(rng: random.Random, level: int) -> tuple[Fields, str]:
-    count, top = ((2, 10), (3, 10), (2, 50), (4, 100))[level - 1]
+    count, top = ((2, 10), (3, 10), (2, 50), (4, 100), (9, 10_000))[level - 1]
     numbers = rng.sample(range(top), count)
     return {"items": ", ".join(map(str, numbers))}, str(max(numbers))
 
 
 def _sorting(rng: random.Random, level: int) -> tuple[Fields, str]:
-    digits = [rng.choice("123456789") for _ in range(level + 1)]
+    digits = [rng.choice("123456789") for _ in range((2, 3, 4, 5, 7)[level - 1])]
     return {"items": " ".join(digits)}, "".join(sorted(digits))
 
 
 def _counting(rng: random.Random, level: int) -> tuple[Fields, str]:
     letter = rng.choice(LETTERS)
-    others = [rng.choice(LETTERS) for _ in range((2, 3, 5, 7)[level - 1])]
+    others = [rng.choice(LETTERS) for _ in range((2, 3, 5, 7, 24)[level - 1])]
     word = "".join(letter if rng.random() < 0.4 else other for other in others)
     return {"letter": letter, "word": word}, str(word.count(letter))
 
 
 def _remainder(rng: random.Random, level: int) -> tuple[Fields, str]:
-    top, divisors = ((30, (2, 5, 10)), (20, (3, 4, 5)), (40, (3, 4, 6)), (99, (6, 7, 8, 9)))[level - 1]
+    ranges = (30, (2, 5, 10)), (20, (3, 4, 5)), (40, (3, 4, 6)), (99, (6, 7, 8, 9)), (9999, (37, 83, 97))
+    top, divisors = ranges[level - 1]
     a, b = rng.randint(1, top), rng.choice(divisors)
     return {"a": a, "b": b}, str(a % b)
 
 
 def _reversing(rng: random.Random, level: int) -> tuple[Fields, str]:
-    word = "".join(rng.choice(LETTERS) for _ in range(level + 1))
+    word = "".join(rng.choice(LETTERS) for _ in range((2, 3, 4, 5, 7)[level - 1]))
     return {"word": word}, word[::-1]
 
 
 def _sequence(rng: random.Random, level: int) -> tuple[Fields, str]:
-    start = rng.randint(1, (60, 40, 20, 40)[level - 1])
-    step = rng.randint(*((1, 1), (1, 2), (1, 5), (3, 9))[level - 1])
+    start = rng.randint(1, (60, 40, 20, 40, 999)[level - 1])
+    step = rng.randint(*((1, 1), (1, 2), (1, 5), (3, 9), (97, 499))[level - 1])
     terms = [start + step * i for i in range(5)]
     if level == 4 and rng.random() < 0.5:
         terms.reverse()
@@ -90,9 +95,9 @@ def _sequence(rng: random.Random, level: int) -> tuple[Fields, str]:
 
 
 def _clock(rng: random.Random, level: int) -> tuple[Fields, str]:
-    grid = (60, 30, 10, 5)[level - 1]
+    grid = (60, 30, 10, 5, 1)[level - 1]
     start = rng.randrange(60, 12 * 60, grid)
-    minutes = rng.randrange(5, 60, 5) if level == 1 else grid * rng.randint(1, (0, 2, 3, 9)[level - 1])
+    minutes = rng.randrange(5, 60, 5) if level == 1 else grid * rng.randint(1, (0, 2, 3, 9, 700)[level - 1])
     end = (start + minutes - 60) % 720 + 60
     return {"time": _time(start), "minutes": minutes}, _time(end)
 
@@ -195,9 +200,10 @@ def off_task(rng: random.Random) -> tuple[str, str]:
     return text, rng.choice(REPLIES)
 
 
-def make_pool(seed: int, size: int = 2000, labelled: int = 250) -> list[dict[str, object]]:
+def make_pool(seed: int, size: int = 2000, labelled: int = 250, hard: float = 0.4) -> list[dict[str, object]]:
     """The training pool: 72 % clean rows, 12 % wrong answers, 8 % garbled, 8 % off-task.
 
+    Of the rows with a problem, `hard` are of the level beyond the model, the others spread over LEVELS.
     `quality_label` is 1 (clean) or 0 for a random `labelled` rows and None elsewhere. Texts are unique.
     """
     rng = random.Random(seed)
@@ -212,6 +218,8 @@ def make_pool(seed: int, size: int = 2000, labelled: int = 250) -> list[dict[str
     for i, kind in enumerate(kinds):
         while True:
             task, level = CELLS[i % len(CELLS)]
+            if i * 0.618 % 1 < hard:  # evenly among the kinds and families
+                level = TOO_HARD
             problem = draw(rng, task, level, held_out=False)
             prompt, answer = problem.prompt, problem.answer
             if kind == "wrong_answer":
