@@ -33,6 +33,8 @@ def parse_arm(text: str) -> tuple[str, list[str]]:
 def compare(config: Config, echo: Echo) -> list[Path]:
     """Run every arm with every seed and write the report; finished runs are kept, broken ones resumed.
 
+    The first seed's runs are in ``<run_dir>/<arm>``, the others' in ``<run_dir>/<arm>.seed-<seed>``.
+
     Raises SaerlError before anything runs when an arm or the list of seeds is wrong.
     """
     arms = [parse_arm(text) for text in config.compare.arms]
@@ -47,7 +49,8 @@ def compare(config: Config, echo: Echo) -> list[Path]:
     for seed in seeds:
         for name, overrides in arms:
             mine = apply_overrides(config, [*overrides, f"train.seed={seed}"])
-            jobs.append((name, mine, root / name if len(seeds) == 1 else root / name / f"seed-{seed}"))
+            folder = name if seed == seeds[0] else f"{name}.seed-{seed}"
+            jobs.append((name, mine, root / folder))
     write_json(root / "compare.json", to_dict(config.compare))
     for i, (name, mine, out) in enumerate(jobs, 1):
         echo(f"[{i}/{len(jobs)}] {name}, seed {mine.train.seed}")

@@ -68,6 +68,7 @@ class SAEConfig:
 class ScoreConfig:
     reduce: str = "max"  # max or mean over a sequence's tokens
     batch_tokens: int = 8192  # tokens in one prefill
+    shard: int = 4096  # prompts whose features are saved together; an interrupted pass loses one shard
     include_answer: bool = True  # quality also reads the features of the reference answer
     backend: str = "auto"  # of saerl_kernels: auto, triton, torch, numba
 

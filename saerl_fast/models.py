@@ -61,8 +61,8 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         raise SaerlError(_load_failure(cfg.path, source, err)) from err
 
     if gguf_file is not None:  # the weights are ordinary tensors now; the mark would forbid saving them
-        model.hf_quantizer = None
-        model.is_quantized = False
+        for name, value in (("hf_quantizer", None), ("is_quantized", False)):
+            setattr(model, name, value)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
 

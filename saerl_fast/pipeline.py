@@ -193,12 +193,18 @@ def describe_sae(path: str) -> str:
 
 def score_stage(config: Config, echo: Echo, session: Session | None = None) -> Scores:
     """Score every training prompt; writes scores.parquet, scores.json and features.safetensors."""
+    import torch
+
     from saerl_fast.data.score import score_pool
+    from saerl_fast.data.shards import Shards
     from saerl_fast.prompts import render
 
     session = session or open_session(config, echo)
     sae = find_sae(config, echo, session)
     labels, label_costs = difficulty_labels(config, echo, session)
+    weights = torch.cat([sae.b_enc, sae.b_dec, sae.W_enc[0]]).detach().float().cpu().numpy().tobytes()
+    mark = f"{fingerprint(config, SCORE_SECTIONS)}-{hashlib.sha256(weights).hexdigest()[:8]}"
+    shards = Shards(config.run_dir, mark, config.score.shard)
     scores = score_pool(
         session.train,
         render(session.train, session.tokenizer, config.data),
@@ -209,10 +215,12 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None) -> S
         layer=config.sae.layer,
         pass_rates=labels,
         on_progress=echo.bar("features"),
+        shards=shards,
     )
     scores.metadata["difficulty_labels"] = label_costs
     scores.metadata["fingerprint"] = fingerprint(config, SCORE_SECTIONS)
     folder = scores.save(config.run_dir)
+    shards.clear()
     echo(f"wrote {folder / 'scores.parquet'}, scores.json and features.safetensors")
     return scores
 

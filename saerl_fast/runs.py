@@ -68,10 +68,10 @@ def load_runs(root: str | Path) -> list[RunRecord]:
     order: list[str] = []
     comparison = root / "compare.json"
     if comparison.is_file():
-        order = json.loads(comparison.read_text()).get("arms", [])
-        listed = {arm.partition(":")[0] for arm in order}
-        runs = [run for run in runs if run.arm in listed] or runs
-    rank = {arm.partition(":")[0]: i for i, arm in enumerate(order)}
+        listed = json.loads(comparison.read_text())
+        order = [arm.partition(":")[0] for arm in listed.get("arms", [])]
+        runs = [run for run in runs if run.arm in order and run.seed in listed.get("seeds", [])] or runs
+    rank = {arm: i for i, arm in enumerate(order)}
     return sorted(runs, key=lambda run: (rank.get(run.arm, len(rank)), run.arm, run.seed))
 
 

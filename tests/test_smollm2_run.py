@@ -22,7 +22,15 @@ SMALL = """
 def test_the_whole_job_from_a_gguf(smollm2, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     run = tmp_path / "run"
-    command = ["train", "--config", "examples/smollm2.yaml", "--model", str(smollm2), *SMALL, f"run_dir={run}"]
+    command = [
+        "train",
+        "--config",
+        "examples/smollm2.yaml",
+        "--model",
+        str(smollm2),
+        *SMALL,
+        f"run_dir={run}",
+    ]
     assert cli.main(command) == 0, capsys.readouterr().err
     rows = [json.loads(line) for line in (run / "adaptive" / "metrics.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in rows] == ["warmup", "eval", "train", "eval"]

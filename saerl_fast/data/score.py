@@ -20,6 +20,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import atomic_path, read_json, write_json
 
 if TYPE_CHECKING:
+    from saerl_fast.data.shards import Shards
     from saerl_fast.prompts import Pool
     from saerl_kernels import CSR
 
@@ -211,9 +212,11 @@ def score_pool(
     layer: int | None = None,
     pass_rates: Any | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    shards: Shards | None = None,
 ) -> Scores:
     """:func:`score_features` on features captured now, in one early-stopped pass over the pool.
 
+    ``shards`` keeps finished parts of the pass on the disk; without it the pass is made in one go.
     ``prompts``: the final text of every row, as the policy will see it. With ``score.include_answer``
     and an answer in every row, the quality probe reads the answers' features too.
     """
@@ -225,18 +228,25 @@ def score_pool(
         if column is not None and all(answer is not None for answer in column):
             answers = [str(answer) for answer in column]
     began = time.perf_counter()
-    prompt_features, answer_features = pooled_features(
-        model,
-        tokenizer,
-        sae,
-        prompts,
-        answers,
-        layer=layer,
-        reduce=config.score.reduce,
-        batch_tokens=config.score.batch_tokens,
-        backend=config.score.backend,
-        on_progress=on_progress,
-    )
+
+    def capture(start: int, end: int, progress: Callable[[int, int], None] | None) -> Any:
+        return pooled_features(
+            model,
+            tokenizer,
+            sae,
+            prompts[start:end],
+            None if answers is None else answers[start:end],
+            layer=layer,
+            reduce=config.score.reduce,
+            batch_tokens=config.score.batch_tokens,
+            backend=config.score.backend,
+            on_progress=progress,
+        )
+
+    if shards is None:
+        prompt_features, answer_features = capture(0, len(prompts), on_progress)
+    else:
+        prompt_features, answer_features = shards.collect(pool.column("prompt_id"), capture, on_progress)
     seconds = time.perf_counter() - began
     scores = score_features(pool, prompt_features, answer_features, config, pass_rates)
     scores.metadata["seconds"] = {"features": seconds, **scores.metadata["seconds"]}

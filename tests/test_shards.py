@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from saerl_fast.data.shards import Shards
+from saerl_fast.errors import SaerlError
+from saerl_kernels import CSR
+
+IDS = [f"p{i}" for i in range(23)]
+DENSE = torch.rand(23, 9, generator=torch.Generator().manual_seed(0)).clamp_min(0.5) - 0.5
+
+
+def computing(calls, stop_at=None):
+    def compute(start, end, progress):
+        if stop_at is not None and start >= stop_at:
+            raise KeyboardInterrupt
+        calls.append((start, end))
+        progress(end - start, end - start)
+        return CSR.from_dense(DENSE[start:end]), CSR.from_dense(DENSE[start:end] * 2)
+
+    return compute
+
+
+def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path):
+    first, second, shown = [], [], []
+    with pytest.raises(KeyboardInterrupt):
+        Shards(tmp_path, "m", 5).collect(IDS, computing(first, stop_at=10))
+    assert first == [(0, 5), (5, 10)]
+    shards = Shards(tmp_path, "m", 5)
+    prompt, answer = shards.collect(IDS, computing(second), lambda done, total: shown.append((done, total)))
+    assert second == [(10, 15), (15, 20), (20, 23)]
+    torch.testing.assert_close(prompt.to_dense(), DENSE, rtol=0, atol=0)
+    torch.testing.assert_close(answer.to_dense(), DENSE * 2, rtol=0, atol=0)
+    assert shown[-1] == (23, 23) and [done for done, _ in shown] == sorted(done for done, _ in shown)
+    shards.clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_settings_and_damage_are_computed_again(tmp_path):
+    Shards(tmp_path, "old", 10).collect(IDS, computing([]))
+    calls = []
+    Shards(tmp_path, "new", 10).collect(IDS, computing(calls))
+    assert len(calls) == 3 and not (tmp_path / "features.partial-old").exists()
+    damaged = sorted((tmp_path / "features.partial-new").glob("*.prompt.safetensors"))[1]
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    again = []
+    prompt, _ = Shards(tmp_path, "new", 10).collect(IDS, computing(again))
+    assert again == [(10, 20)]
+    torch.testing.assert_close(prompt.to_dense(), DENSE, rtol=0, atol=0)
+
+
+def test_one_shard_leaves_no_file(tmp_path):
+    Shards(tmp_path, "m", 100).collect(IDS, computing([]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_needs_a_size(tmp_path):
+    with pytest.raises(SaerlError, match="score.shard=0"):
+        Shards(tmp_path, "m", 0)
