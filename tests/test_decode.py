@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import saerl_kernels as sk
 import torch
+
+import saerl_kernels as sk
 
 BACKENDS = ["torch", "numba", "triton"]
 

@@ -7,10 +7,11 @@ order of summation, so results must be equal to the bit, and ties are everywhere
 from __future__ import annotations
 
 import pytest
-import saerl_kernels as sk
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import saerl_kernels as sk
 from saerl_kernels import _triton as triton_backend
 from saerl_kernels._triton.tune import Plan
 

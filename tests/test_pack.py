@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import saerl_kernels as sk
 import torch
+
+import saerl_kernels as sk
 
 D_IN, D_SAE, K = 24, 96, 8
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import saerl_kernels as sk
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import saerl_kernels as sk
 
 BACKENDS = ["torch", "numba", "triton"]
 
