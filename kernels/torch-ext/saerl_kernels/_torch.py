@@ -42,21 +42,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def exact_topk(scores: Tensor, k: int) -> TopK:
-    """Top-k of float32 ``scores`` [n, F] without NaN, ties to the lower index (torch.topk promises none)."""
+def exact_topk(scores: Tensor, k: int, relu: bool = False) -> TopK:
+    """Top-k of float32 ``scores`` [n, F] with ties to the lower index, which torch.topk does not promise.
+
+    ``relu`` ranks max(scores, 0) with NaN as 0; without it scores must hold no NaN.
+    """
     # One entry more than asked for shows whether a tie at the k-th place leaves a choice.
     values, indices = torch.topk(scores, min(k + 1, scores.shape[-1]), dim=-1, sorted=True)
-    tied = (values[:, 1:] == values[:, :-1]).any(-1).nonzero().squeeze(-1)
+    redo = (values[:, 1:] == values[:, :-1]).any(-1)
+    if relu:  # clipped entries are ties too, and torch ranks NaN first
+        redo = redo | ~(values[:, k - 1] > 0) | values[:, 0].isnan()
     values, indices = values[:, :k].contiguous(), indices[:, :k].int()
-    if tied.numel():  # rows with equal values are done again, by index
-        tight = scores[tied]
-        limit = values[tied, k - 1 :]
+    rows = redo.nonzero().squeeze(-1)
+    if rows.numel():  # the few rows where order is a matter of index
+        tight = scores[rows]
+        if relu:
+            tight = torch.fmax(tight, tight.new_zeros(()))  # of NaN and 0 it takes 0
+        limit = tight.topk(k, dim=-1, sorted=True).values[:, k - 1 :]
         above, equal = tight > limit, tight == limit
         room = k - above.sum(-1, keepdim=True)
         chosen = above | (equal & (equal.cumsum(-1) <= room))
         columns = chosen.nonzero()[:, 1].view(-1, k)
-        values[tied], order = tight.gather(-1, columns).sort(dim=-1, descending=True, stable=True)
-        indices[tied] = columns.gather(-1, order).int()
+        values[rows], order = tight.gather(-1, columns).sort(dim=-1, descending=True, stable=True)
+        indices[rows] = columns.gather(-1, order).int()
     return TopK(values, indices)
 
 
@@ -71,8 +79,7 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
     encoder = encoder.natural()
     values, indices = TopK.empty((x.shape[0], k), x.device)
     for start, scores in score_chunks(x, encoder):
-        torch.fmax(scores, scores.new_zeros(()), out=scores)  # the ReLU, and NaN becomes 0
-        kept = exact_topk(scores, k)
+        kept = exact_topk(scores, k, relu=True)
         values[start : start + len(scores)] = kept.values
         indices[start : start + len(scores)] = kept.indices
     return TopK(values, indices)
