@@ -259,6 +259,20 @@ def test_fuzz_groups(d_sae, T, seed):
     assert_equal(got, sk.reference.encode_topk(x, encoder, k))
 
 
+@pytest.mark.parametrize("permute", [False, True], ids=["natural", "permuted"])
+def test_compiles_as_one_custom_op(permute, device):
+    x, encoder = integers(6, 12, 90, permute=permute)
+    x, encoder = x.view(2, 3, 12).to(device), encoder.to(device)
+    compiled = torch.compile(
+        lambda x: sk.encode_topk(x, encoder, 5).values * 2, backend="eager", fullgraph=True
+    )
+    assert torch.equal(compiled(x), sk.encode_topk(x, encoder, 5).values * 2)
+    args = (encoder.prepare(x), encoder.weight, encoder.bias, encoder.permutation, 5, "torch")
+    from saerl_kernels.library import encode_rows
+
+    torch.library.opcheck(encode_rows, args)
+
+
 def test_errors(device):
     x, encoder = integers(2, 8, 30)
     for k in (0, 31, True, 2.0):

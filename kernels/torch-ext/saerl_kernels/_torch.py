@@ -42,20 +42,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def exact_topk(scores: Tensor, k: int) -> TopK:
-    """Top-k of float32 ``scores`` [n, F] without NaN, ties to the lower index (torch.topk promises none)."""
-    values, indices = torch.topk(scores, k, dim=-1, sorted=True)
-    last = values[:, -1:]
-    crowded = ((scores >= last).sum(-1) > k).nonzero().squeeze(-1)  # more ties at the k-th place than room
-    if crowded.numel():
-        tight, limit = scores[crowded], last[crowded]
+def exact_topk(scores: Tensor, k: int, relu: bool = False) -> TopK:
+    """Top-k of float32 ``scores`` [n, F] with ties to the lower index, which torch.topk does not promise.
+
+    ``relu`` ranks max(scores, 0) with NaN as 0; without it scores must hold no NaN.
+    """
+    # One entry more than asked for shows whether a tie at the k-th place leaves a choice.
+    values, indices = torch.topk(scores, min(k + 1, scores.shape[-1]), dim=-1, sorted=True)
+    redo = (values[:, 1:] == values[:, :-1]).any(-1)
+    if relu:  # clipped entries are ties too, and torch ranks NaN first
+        redo = redo | ~(values[:, k - 1] > 0) | values[:, 0].isnan()
+    values, indices = values[:, :k].contiguous(), indices[:, :k].int()
+    rows = redo.nonzero().squeeze(-1)
+    if rows.numel():  # the few rows where order is a matter of index
+        tight = scores[rows]
+        if relu:
+            tight = torch.fmax(tight, tight.new_zeros(()))  # of NaN and 0 it takes 0
+        limit = tight.topk(k, dim=-1, sorted=True).values[:, k - 1 :]
         above, equal = tight > limit, tight == limit
         room = k - above.sum(-1, keepdim=True)
         chosen = above | (equal & (equal.cumsum(-1) <= room))
-        indices[crowded] = chosen.nonzero()[:, 1].view(-1, k)
-    indices = indices.sort(-1).values
-    values, order = scores.gather(-1, indices).sort(dim=-1, descending=True, stable=True)
-    return TopK(values, indices.gather(-1, order).int())
+        columns = chosen.nonzero()[:, 1].view(-1, k)
+        values[rows], order = tight.gather(-1, columns).sort(dim=-1, descending=True, stable=True)
+        indices[rows] = columns.gather(-1, order).int()
+    return TopK(values, indices)
 
 
 def topk(scores: Tensor, k: int) -> TopK:
@@ -69,8 +79,7 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
     encoder = encoder.natural()
     values, indices = TopK.empty((x.shape[0], k), x.device)
     for start, scores in score_chunks(x, encoder):
-        scores.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0).relu_()
-        kept = exact_topk(scores, k)
+        kept = exact_topk(scores, k, relu=True)
         values[start : start + len(scores)] = kept.values
         indices[start : start + len(scores)] = kept.indices
     return TopK(values, indices)

@@ -48,8 +48,8 @@ def resolve(backend: str, device: torch.device) -> str:
     """The backend to run: "triton", "torch", "numba" or "reference".
 
     An explicit ``backend`` wins over ``use_backend``, that over the environment variable
-    SAERL_KERNELS_BACKEND, and that over the automatic choice: Triton on CUDA, numba on the CPU when it
-    is installed, torch otherwise. Raises ValueError for a backend that cannot run on ``device``.
+    SAERL_KERNELS_BACKEND, and that over the automatic choice: Triton on CUDA, numba on the CPU when it is
+    installed, torch otherwise. Raises ValueError for a backend that cannot run on ``device``.
     """
     _check(backend, "backend")
     name: Optional[str] = backend

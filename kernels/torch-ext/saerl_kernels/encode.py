@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Union
 
+import torch
 from torch import Tensor
 
 from . import reference
 from ._check import check_finite, check_k, check_threshold
 from .dispatch import implementation, resolve
+from .library import encode_rows
 from .pack import PackedEncoder
 from .types import CSR, TopK
 
@@ -30,16 +32,21 @@ def encode_topk(
     values are ordered by index. NaN pre-activations count as 0, +inf ranks first; a row with fewer than k
     positive ones ends in value 0.0 at the lowest indices whose activation is 0.
 
-    Not differentiable. Raises ValueError for a shape, dtype, device or k that does not fit.
+    Not differentiable. Under torch.compile it is one custom op (``library.py``). Raises ValueError for a
+    shape, dtype, device or k that does not fit.
     """
     check_k(k, encoder.d_sae)
-    name = resolve(backend, encoder.device)
     if check:
         check_finite(x)
+    shape = (*x.shape[:-1], k)
+    if torch.compiler.is_compiling():  # the backend is then chosen at run time, inside the op
+        rows = encoder.prepare(x)
+        kept = TopK(*encode_rows(rows, encoder.weight, encoder.bias, encoder.permutation, k, backend))
+        return TopK(kept.values.reshape(shape), kept.indices.reshape(shape))
+    name = resolve(backend, encoder.device)
     if name == "reference":
         return reference.encode_topk(x, encoder, k)
     rows = encoder.prepare(x)
-    shape = (*x.shape[:-1], k)
     if rows.shape[0] == 0:
         return TopK.empty(shape, x.device)
     kept = implementation(name).encode_topk(rows, encoder, k)

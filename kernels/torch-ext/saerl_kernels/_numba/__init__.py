@@ -18,7 +18,7 @@ from . import select
 __all__ = ["decode_grads", "encode_threshold", "encode_topk", "pool_codes", "sparse_decode", "topk"]
 
 ROWS = 1024  # rows of a block; more would only enlarge the block
-BLOCK = 1 << 20  # float32 scores in a block: 4 MB, so that selection reads them from cache
+BLOCK = 1 << 18  # float32 scores in a block, 1 MB (4 MB at most): selection reads them from cache
 MIN_COLUMNS = 1024
 
 _pool: Optional[Tuple[int, int, ThreadPoolExecutor]] = None
@@ -58,7 +58,7 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
     encoder = encoder.natural()
     n = x.shape[0]
     values, indices = TopK.empty((n, k))
-    keys = np.empty((min(ROWS, n), k + max(k, 64)), dtype=np.int64)
+    keys = np.empty((min(ROWS, n), _room(k)), dtype=np.int64)
     counts = np.zeros(len(keys), dtype=np.int64)
     floor = np.zeros(len(keys), dtype=np.int32)
     for top, left, scores in _blocks(x, encoder):
@@ -67,8 +67,14 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
             counts[:], floor[:] = 0, 0
         bits = scores.numpy().view(np.int32)
 
-        def gate(start: int, stop: int, bits: np.ndarray = bits, left: int = left) -> None:
-            select.gate_rows(bits, left, keys, counts, floor, k, start, stop)
+        lanes = 64 * -(-2 * k // 64) if left == 0 else 0
+        lanes = lanes if scores.shape[1] >= 4 * lanes else 0  # of too few values each, they bound badly
+
+        def gate(
+            start: int, stop: int, bits: np.ndarray = bits, left: int = left, lanes: int = lanes
+        ) -> None:
+            scratch = np.empty(lanes, dtype=np.int32)
+            select.gate_rows(bits, left, scratch, keys, counts, floor, k, start, stop)
 
         _run(gate, rows)
         if left + scores.shape[1] == encoder.d_sae:
@@ -77,13 +83,18 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
     return TopK(values, indices)
 
 
+def _room(k: int) -> int:
+    """Candidates a row may hold: k, as many again before the next selection, and one block."""
+    return k + max(k, 64) + select.BLOCK
+
+
 def topk(scores: Tensor, k: int) -> TopK:
     """``scores`` [n, F]: see the public op."""
     scores = scores.float().contiguous()
     n = scores.shape[0]
     values, indices = TopK.empty((n, k))
     step = min(n, 4096)
-    keys = np.empty((step, k + max(k, 64)), dtype=np.int64)
+    keys = np.empty((step, _room(k)), dtype=np.int64)
     for top in range(0, n, step):
         bits = scores[top : top + step].numpy().view(np.int32)
 

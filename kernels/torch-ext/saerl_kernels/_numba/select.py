@@ -13,6 +13,7 @@ INF_BITS = np.int32(0x7F800000)  # bits of +inf: anything above, as a signed int
 NEG_INF_RANK = np.int32(-0x7F800001)  # rank of -inf in the signed order below
 MAX_COLUMN = np.int64(0x7FFFFFFF)
 BLOCK = 64
+PART = 16
 
 
 def jit(function):
@@ -49,36 +50,77 @@ def keep_largest(keys, count, k):
 
 
 @jit
-def gate_rows(bits, first_column, keys, counts, floor, k, start, stop):
+def any_above(flat, at, limit):
+    """Does any of the BLOCK values from ``at`` exceed ``limit``? Written so that LLVM makes it SIMD."""
+    hit = np.int32(0)
+    for c in range(np.uint64(BLOCK)):
+        hit |= np.int32(flat[at + c] > limit)
+    return hit != 0
+
+
+@jit
+def part_above(flat, at, limit):
+    """``any_above`` for PART values."""
+    hit = np.int32(0)
+    for c in range(np.uint64(PART)):
+        hit |= np.int32(flat[at + c] > limit)
+    return hit != 0
+
+
+@jit
+def lane_bound(flat, at, width, lanes, k):
+    """Bits just below a value that at least k of the ``width`` values from ``at`` reach.
+
+    The maxima over ``len(lanes)`` interleaved lanes are that many different values, so the k-th largest of
+    them bounds the row's k-th largest from below; NaN counts as 0.
+    """
+    n = np.uint64(len(lanes))
+    lanes[:] = 0
+    for line in range(np.uint64(width) // n):
+        for c in range(n):
+            value = flat[at + line * n + c]
+            value = np.int32(0) if value > INF_BITS else value
+            lanes[c] = value if value > lanes[c] else lanes[c]
+    return np.int32(max(np.int32(0), keep_largest(lanes, len(lanes), k) - 1))
+
+
+@jit
+def gate_rows(bits, first_column, lanes, keys, counts, floor, k, start, stop):
     """Add to each row's candidates what may still be among its k largest positive entries.
 
-    bits [rows, C] int32 view of float32 scores of columns first_column ..; keys [rows, room] int64, counts
-    [rows], floor [rows] int32: bits of the k-th value so far. Columns come in ascending order, so an equal
-    value can never displace one that is kept.
+    bits [rows, C] int32 view of float32 scores of columns first_column ..; keys [rows, room] int64 with room
+    at least k + 1 + BLOCK, counts [rows], floor [rows] int32: bits that a candidate must exceed. Columns come
+    in ascending order, so an equal value can never displace one that is kept. Unless ``lanes`` is empty it is
+    scratch for a first bound (``lane_bound``).
     """
     width, room = bits.shape[1], keys.shape[1]
+    flat = bits.reshape(-1)
     for row in range(start, stop):
         limit, count = floor[row], counts[row]
-        line, kept = bits[row], keys[row]
+        kept = keys[row]
+        base = np.uint64(row) * np.uint64(width)
+        if len(lanes) > 0:
+            limit = lane_bound(flat, base, width, lanes, k)
         for left in range(0, width, BLOCK):
             right = min(left + BLOCK, width)
-            top = np.int32(0)
-            if right - left == BLOCK:
-                for c in range(BLOCK):
-                    top = max(top, line[left + c])
-            else:
-                for c in range(left, right):
-                    top = max(top, line[c])
-            if top <= limit:
+            at = base + np.uint64(left)
+            if right - left == BLOCK and not any_above(flat, at, limit):
                 continue
-            for c in range(left, right):
-                value = line[c]
-                if value > limit and value <= INF_BITS:
-                    kept[count] = (np.int64(value) << 32) | (MAX_COLUMN - first_column - c)
-                    count += 1
-                    if count == room:
-                        limit = np.int32(keep_largest(kept, count, k) >> 32)
-                        count = k
+            if count > room - BLOCK:
+                limit = np.int32(keep_largest(kept, count, k) >> 32)
+                count = k
+            for first in range(left, right, PART):
+                size = np.uint64(min(PART, right - first))
+                at = base + np.uint64(first)
+                if size == PART and not part_above(flat, at, limit):
+                    continue
+                for c in range(size):
+                    value = flat[at + c]
+                    if value > limit and value <= INF_BITS:
+                        kept[count] = (np.int64(value) << 32) | (
+                            MAX_COLUMN - first_column - first - np.int64(c)
+                        )
+                        count += 1
         floor[row], counts[row] = limit, count
 
 
@@ -86,26 +128,51 @@ def gate_rows(bits, first_column, keys, counts, floor, k, start, stop):
 def rank_rows(bits, keys, start, stop, k):
     """The k largest of each row of any-sign scores (float32 viewed as int32) into keys [rows, room]."""
     width, room = bits.shape[1], keys.shape[1]
+    flat = bits.reshape(-1)
     for row in range(start, stop):
         limit, count = np.int32(-0x80000000), 0
-        line, kept = bits[row], keys[row]
-        for c in range(width):
-            value = line[c]
-            rank = value ^ ((value >> 31) & np.int32(0x7FFFFFFF))  # signed integers that order like floats
-            if rank <= limit:
+        kept = keys[row]
+        base = np.uint64(row) * np.uint64(width)
+        for left in range(0, width, BLOCK):
+            right = min(left + BLOCK, width)
+            at = base + np.uint64(left)
+            hit = np.int32(0)
+            for c in range(np.uint64(right - left)):
+                value = flat[at + c]
+                hit |= np.int32((value ^ ((value >> 31) & np.int32(0x7FFFFFFF))) > limit)
+            if hit == 0:
                 continue
-            if rank > INF_BITS or rank < NEG_INF_RANK:
-                rank = NEG_INF_RANK
-                if rank <= limit:
-                    continue
-            if rank == -1:  # -0.0 is 0.0
-                rank = np.int32(0)
-            kept[count] = (np.int64(rank) << 32) | (MAX_COLUMN - c)
-            count += 1
-            if count == room:
+            if count > room - BLOCK:
                 limit = np.int32(keep_largest(kept, count, k) >> 32)
                 count = k
+            for c in range(np.uint64(right - left)):
+                value = flat[at + c]
+                rank = value ^ ((value >> 31) & np.int32(0x7FFFFFFF))  # signed integers in float order
+                if rank <= limit:
+                    continue
+                if rank > INF_BITS or rank < NEG_INF_RANK:
+                    rank = NEG_INF_RANK
+                if rank == -1:  # -0.0 is 0.0
+                    rank = np.int32(0)
+                if rank > limit:
+                    kept[count] = (np.int64(rank) << 32) | (MAX_COLUMN - left - np.int64(c))
+                    count += 1
         keep_largest(kept, count, k)
+
+
+@jit
+def sort_descending(keys, count):
+    """Sort ``keys[:count]`` in place: insertion for the usual short rows."""
+    if count > 96:
+        keys[:count] = np.sort(keys[:count])[::-1]
+        return
+    for i in range(1, count):
+        key = keys[i]
+        j = i - 1
+        while j >= 0 and keys[j] < key:
+            keys[j + 1] = keys[j]
+            j -= 1
+        keys[j + 1] = key
 
 
 @jit
@@ -117,9 +184,9 @@ def finish_rows(keys, counts, k, values, indices, start, stop):
         if count > k:
             keep_largest(kept, count, k)
             count = k
-        ordered = np.sort(kept[:count])
+        sort_descending(kept, count)
         for j in range(count):
-            key = ordered[count - 1 - j]
+            key = kept[j]
             values[row, j] = np.int32(key >> 32)
             indices[row, j] = MAX_COLUMN - (key & MAX_COLUMN)
         if count < k:
@@ -140,9 +207,9 @@ def finish_rows(keys, counts, k, values, indices, start, stop):
 def sort_ranked(keys, k, values, indices, start, stop):
     """Sorted values (float32 bits) and columns from ``rank_rows``."""
     for row in range(start, stop):
-        ordered = np.sort(keys[row, :k])
+        sort_descending(keys[row], k)
         for j in range(k):
-            key = ordered[k - 1 - j]
+            key = keys[row, j]
             rank = np.int32(key >> 32)
             values[row, j] = rank ^ ((rank >> 31) & np.int32(0x7FFFFFFF))
             indices[row, j] = MAX_COLUMN - (key & MAX_COLUMN)
@@ -151,10 +218,12 @@ def sort_ranked(keys, k, values, indices, start, stop):
 @jit
 def count_above(scores, limit, counts, start, stop):
     """Add to counts [rows] how many scores [rows, C] exceed limit [C]."""
+    width = np.uint64(scores.shape[1])
+    flat = scores.reshape(-1)
     for row in range(start, stop):
-        line, total = scores[row], 0
-        for c in range(line.shape[0]):
-            total += line[c] > limit[c]
+        base, total = np.uint64(row) * width, np.int32(0)
+        for c in range(width):
+            total += np.int32(flat[base + c] > limit[c])
         counts[row] += total
 
 
@@ -162,19 +231,21 @@ def count_above(scores, limit, counts, start, stop):
 def place_above(scores, limit, first_column, cursor, columns, values, start, stop):
     """Append the entries that ``count_above`` counted at cursor [rows], which advances."""
     width = scores.shape[1]
+    flat = scores.reshape(-1)
     for row in range(start, stop):
-        line, at = scores[row], cursor[row]
+        at = cursor[row]
         for left in range(0, width, BLOCK):
-            right = min(left + BLOCK, width)
-            hits = 0
-            for c in range(left, right):
-                hits += line[c] > limit[c]
-            if hits == 0:
+            base, first = np.uint64(row * width + left), np.uint64(left)
+            size = np.uint64(min(BLOCK, width - left))
+            hit = np.int32(0)
+            for c in range(size):
+                hit |= np.int32(flat[base + c] > limit[first + c])
+            if hit == 0:
                 continue
-            for c in range(left, right):
-                if line[c] > limit[c]:
-                    columns[at] = first_column + c
-                    values[at] = line[c]
+            for c in range(size):
+                if flat[base + c] > limit[first + c]:
+                    columns[at] = first_column + left + np.int64(c)
+                    values[at] = flat[base + c]
                     at += 1
         cursor[row] = at
 
