@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 SAE_SECTIONS = ("model", "data", "sae")  # what a trained SAE depends on
 SCORE_SECTIONS = (*SAE_SECTIONS, "score", "quality", "difficulty", "diversity")
 RUN_SECTIONS = (*SCORE_SECTIONS, "plan", "train")
-NOT_RESULTS = ("device", "dtype", "attn", "trust_remote_code")  # where and how fast, not what
+NOT_RESULTS = {  # where, how fast and what is kept of it: no part of what comes out
+    "model": ("device", "attn", "trust_remote_code"),
+    "score": ("batch_tokens", "shard", "backend"),
+    "train": ("micro_tokens", "save_every", "keep", "rollout_log", "tensorboard", "save_model"),
+}
 
 
 @dataclass
@@ -102,7 +106,9 @@ def open_session(config: Config, echo: Callable[[str], None]) -> Session:
 def fingerprint(config: Config, sections: tuple[str, ...]) -> str:
     """A short hash of the settings that a stage's output depends on."""
     tree = {name: to_dict(getattr(config, name)) for name in sections}
-    tree["model"] = {key: value for key, value in tree["model"].items() if key not in NOT_RESULTS}
+    for name, left_out in NOT_RESULTS.items():
+        for key in left_out if name in tree else ():
+            del tree[name][key]
     tree["seed"] = {"seed": config.seed if "score" in sections else 0}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -33,7 +33,9 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
     settings = _settings(root)
     targets = find_targets(runs, settings)
     scores = _read_json(root / "scores.json").get("metadata", {})
-    tables = [main_table(runs, targets, settings), paired_table(runs, targets, settings), phase_table(runs)]
+    paired = paired_table(runs, targets, settings)
+    paired = (*paired[:3], f"{paired[3]} {label_cost(runs, scores)}".strip())
+    tables = [main_table(runs, targets, settings), paired, phase_table(runs)]
     tables += signal_tables(scores, _read_json(root / "sae" / "train.json"))
     shown = [table for table in tables if table[2]]
     figures = _draw(runs, {name: value for name, value in targets.items()}, root)
@@ -137,6 +139,19 @@ def paired_table(runs: list[RunRecord], targets: dict[str, float], settings: Com
         "verdict",
     ]
     return ("Paired comparison", header, rows, note)
+
+
+def label_cost(runs: list[RunRecord], scores: dict[str, Any]) -> str:
+    """What the difficulty labels cost before the first step, in steps of these runs."""
+    spent = scores.get("difficulty_labels", {}).get("rollouts", 0)
+    steps = [(run.total("rollouts"), len(run.train)) for run in runs if run.train]
+    if not spent or not steps or not steps[0][0]:
+        return ""
+    worth = spent * steps[0][1] / steps[0][0]
+    return (
+        f"Not in the table: the difficulty labels took {spent:,.0f} rollouts before training, as many as "
+        f"{worth:.1f} steps; they are made once for all runs, and an arm that ignores them owes nothing."
+    )
 
 
 def phase_table(runs: list[RunRecord]) -> Table:

@@ -100,3 +100,12 @@ def test_a_torn_last_line_is_no_obstacle(tmp_path):
 def test_nothing_to_report(tmp_path, make):
     with pytest.raises(SaerlError, match="saerl"):
         write_report(make(tmp_path))
+
+
+def test_label_rollouts_are_counted_in_steps(comparison):
+    record = {"metadata": {"difficulty_labels": {"rollouts": 640.0, "seconds": 2.0}}}
+    (comparison / "scores.json").write_text(json.dumps(record))
+    write_report(comparison)
+    assert (
+        "took 640 rollouts before training, as many as 10.0 steps" in (comparison / "report.md").read_text()
+    )
