@@ -187,6 +187,21 @@ def test_threshold_equals_reference(backend, permute, device):
     assert_csr(got, sk.reference.encode_threshold(x, encoder, threshold=4.0))
 
 
+def counted(x: torch.Tensor, encoder: sk.PackedEncoder, k: int, T: int) -> tuple[sk.TopK, int]:
+    """The grouped encoder's result, and how many groups it opened again."""
+    opened = []
+    select = triton_backend._select
+
+    def spy(*args):
+        result = select(*args)
+        opened.append(int(result[3].sum()))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_backend, "_select", spy)
+        return triton_backend.encode_topk(x, encoder, k, Plan("groups", T, **SMALL)), sum(opened)
+
+
 @pytest.mark.parametrize("T", [1, 2, 3])
 @pytest.mark.parametrize("layout", ["one_tile", "matryoshka", "duplicates", "random"])
 def test_certificate_fires_and_the_answer_stands(T, layout, device):
@@ -200,19 +215,36 @@ def test_certificate_fires_and_the_answer_stands(T, layout, device):
     elif layout == "duplicates":
         W, bias = W[:, torch.arange(400) // 8], bias[torch.arange(400) // 8]
     encoder = sk.pack_encoder(W, bias, permute=layout == "random").to(device)
-    opened = []
-    select = triton_backend._select
-
-    def spy(*args):
-        result = select(*args)
-        opened.append(int(result[3].sum()))
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_backend, "_select", spy)
-        got = triton_backend.encode_topk(x.to(device), encoder, 20, Plan("groups", T, **SMALL))
-    assert sum(opened) > 0
+    got, opened = counted(x.to(device), encoder, 20, T)
+    assert opened > 0
     assert_equal(got, sk.reference.encode_topk(x.to(device), encoder, 20))
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_neighbouring_floats_in_one_group(T, device):
+    """Activations that differ only in the bits which give way to the position are still told apart."""
+    order = torch.randperm(128)
+    bias = 1 + order.float() * 2.0**-23
+    assert bias.unique().numel() == 128
+    encoder = sk.pack_encoder(torch.zeros(4, 128), bias, permute=False).to(device)
+    got = triton_backend.encode_topk(
+        torch.zeros(2, 4, device=device), encoder, 30, Plan("groups", T, **SMALL)
+    )
+    assert_equal(got, sk.reference.encode_topk(torch.zeros(2, 4, device=device), encoder, 30))
+
+
+def test_reopening_is_rare(device):
+    """On Gaussian activations about as many groups are opened again as the Poisson estimate says."""
+    from saerl_kernels._triton.tune import reopened
+
+    d_sae, k, n = 2048, 8, 24
+    encoder = sk.pack_encoder(torch.randn(16, d_sae), torch.randn(d_sae), permute=True).to(device)
+    expected = {T: n * reopened(d_sae, k, T) for T in (1, 3)}
+    assert expected[3] < 2 < 50 < expected[1]
+    for T, groups in expected.items():
+        _, opened = counted(torch.randn(n, 16, device=device), encoder, k, T)
+        assert opened <= 2 * groups + 4
+    assert opened < n
 
 
 def test_row_chunks_and_tiles(monkeypatch, device):

@@ -54,6 +54,7 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, plan: Optional[Plan] 
             n,
             encoder.d_sae,
             n_groups,
+            -GROUP,
             D=encoder.d_in,
             T=plan.T,
             BM=plan.BM,
