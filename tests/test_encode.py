@@ -187,8 +187,8 @@ def test_threshold_equals_reference(backend, permute, device):
     assert_csr(got, sk.reference.encode_threshold(x, encoder, threshold=4.0))
 
 
-def counted(x: torch.Tensor, encoder: sk.PackedEncoder, k: int, T: int) -> tuple[sk.TopK, int]:
-    """The grouped encoder's result, and how many groups it opened again."""
+def counted(x: torch.Tensor, encoder: sk.PackedEncoder, k: int, T: int, tree: bool = True):
+    """The grouped encoder's TopK, and how many groups it opened again."""
     opened = []
     select = triton_backend._select
 
@@ -199,12 +199,12 @@ def counted(x: torch.Tensor, encoder: sk.PackedEncoder, k: int, T: int) -> tuple
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_backend, "_select", spy)
-        return triton_backend.encode_topk(x, encoder, k, Plan("groups", T, **SMALL)), sum(opened)
+        return triton_backend.encode_topk(x, encoder, k, Plan("groups", T, tree=tree, **SMALL)), sum(opened)
 
 
-@pytest.mark.parametrize("T", [1, 2, 3])
+@pytest.mark.parametrize(("T", "tree"), [(1, True), (2, False), (3, True), (4, True)], ids=str)
 @pytest.mark.parametrize("layout", ["one_tile", "matryoshka", "duplicates", "random"])
-def test_certificate_fires_and_the_answer_stands(T, layout, device):
+def test_certificate_fires_and_the_answer_stands(T, tree, layout, device):
     """Winners side by side, T kept per group of 32: groups must be re-opened, and it must help."""
     x, encoder = integers(6, 11, 400, low=-9)
     W, bias = encoder.weight.t().clone(), encoder.bias.clone()
@@ -215,7 +215,7 @@ def test_certificate_fires_and_the_answer_stands(T, layout, device):
     elif layout == "duplicates":
         W, bias = W[:, torch.arange(400) // 8], bias[torch.arange(400) // 8]
     encoder = sk.pack_encoder(W, bias, permute=layout == "random").to(device)
-    got, opened = counted(x.to(device), encoder, 20, T)
+    got, opened = counted(x.to(device), encoder, 20, T, tree)
     assert opened > 0
     assert_equal(got, sk.reference.encode_topk(x.to(device), encoder, 20))
 

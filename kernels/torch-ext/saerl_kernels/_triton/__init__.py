@@ -61,6 +61,7 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, plan: Optional[Plan] 
             BN=plan.BN,
             BK=plan.BK,
             BAND=plan.BAND,
+            TREE=plan.tree,
             UPCAST=interpreting(),
             num_warps=plan.warps,
             num_stages=plan.stages,

@@ -81,9 +81,11 @@ def _score_groups_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BAND: tl.constexpr,
+    TREE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     tl.static_assert(BN % 128 == 0)
+    tl.static_assert(T <= 4)
     # Tiles go down bands of BAND row blocks, so that a wave's x and w tiles are shared through L2.
     tile = tl.program_id(0)
     n_rows, n_cols = tl.cdiv(N, BM), tl.cdiv(F, BN)
@@ -122,20 +124,28 @@ def _score_groups_kernel(
     bits = tl.reshape(bits, (BM, BN // 128, 16, 4, 2))
     bits = tl.permute(bits, (0, 1, 3, 2, 4))
     bits = tl.reshape(bits, (BM, BN // 32, 32))
-    # The low five bits give way to the position, so that a maximum knows where it came from. Positions are
-    # reversed: of two equal activations the first is larger. HIGH is -32, kept from the compiler, which
-    # would make two instructions of one if it knew.
     place = tl.arange(0, 32)[None, None, :]
-    packed = (bits & HIGH) | (31 - place)
-    k1, k2, k3, k4 = _top_of_32(packed.to(tl.uint32, bitcast=True), T, BM, BN // 32)
     groups = col_block * (BN // 32) + tl.arange(0, BN // 32)
     out = rows.to(tl.int64)[:, None] * (T * G) + groups[None, :]
     keep = (rows < N)[:, None] & (groups < G)[None, :]
-    for t in tl.static_range(T):
-        key = k1 if t == 0 else (k2 if t == 1 else (k3 if t == 2 else k4))
-        where = 31 - (key & 31).to(tl.int32)
-        tl.store(bits_ptr + out + t * G, _pick(bits, where, BM, BN // 32), mask=keep)
-        tl.store(place_ptr + out + t * G, where.to(tl.int8), mask=keep)
+    if TREE:
+        # The low five bits give way to the position, so that a maximum knows where it came from. Positions
+        # are reversed: of two equal activations the first is larger. HIGH is -32, kept from the compiler,
+        # which would make two instructions of one if it knew.
+        packed = (bits & HIGH) | (31 - place)
+        k1, k2, k3, k4 = _top_of_32(packed.to(tl.uint32, bitcast=True), T, BM, BN // 32)
+        for t in tl.static_range(T):
+            key = k1 if t == 0 else (k2 if t == 1 else (k3 if t == 2 else k4))
+            where = 31 - (key & 31).to(tl.int32)
+            tl.store(bits_ptr + out + t * G, _pick(bits, where, BM, BN // 32), mask=keep)
+            tl.store(place_ptr + out + t * G, where.to(tl.int8), mask=keep)
+    else:  # without tensor cores a group is spread over threads, where reductions are the better way
+        for t in tl.static_range(T):
+            top = tl.max(bits, axis=2)
+            where = tl.min(tl.where(bits == top[:, :, None], place, 32), axis=2)
+            tl.store(bits_ptr + out + t * G, top, mask=keep)
+            tl.store(place_ptr + out + t * G, where.to(tl.int8), mask=keep)
+            bits = tl.where(place == where[:, :, None], -1, bits)
 
 
 @triton.jit

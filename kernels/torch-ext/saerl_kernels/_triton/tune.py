@@ -22,6 +22,7 @@ class Plan(NamedTuple):
     BAND: int = 8
     warps: int = 8
     stages: int = 3
+    tree: bool = True  # how a group's largest are found: a merging tree in registers, or reductions
 
 
 def reopened(d_sae: int, k: int, T: int) -> float:
@@ -53,7 +54,7 @@ def plan_encode(n: int, encoder: PackedEncoder, k: int) -> Plan:
 def gpu_plan(bits: int, T: int, arch: int) -> Plan:
     """Tiles for weights of ``bits`` bits on compute capability ``arch``."""
     if bits == 32:  # no tensor cores: float32 products are exact in their rounding, and slow
-        return Plan("groups", T, BM=64, BN=128, BK=32, warps=8, stages=2)
+        return Plan("groups", T, BM=64, BN=128, BK=32, warps=8, stages=2, tree=False)
     if arch < 90:
-        return Plan("groups", T, BM=128, BN=128, BK=32, warps=8, stages=4)
+        return Plan("groups", T, BM=128, BN=128, BK=32, warps=8, stages=4, tree=False)
     return Plan("groups", T)
