@@ -55,12 +55,13 @@ class Problem:
     """One shape's inputs, in bfloat16 on a GPU and float32 on a CPU."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
-        g = torch.Generator().manual_seed(0)
+        g = torch.Generator(device).manual_seed(0)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.shape, self.device = shape, device
-        self.x = torch.randn(shape.batch, shape.d_in, generator=g).to(device, dtype)
-        self.W = (torch.randn(shape.d_in, shape.d_sae, generator=g) / shape.d_in**0.5).to(device, dtype)
-        self.b = (torch.randn(shape.d_sae, generator=g) * 0.1).to(device, dtype)
+        at = {"generator": g, "device": device}
+        self.x = torch.randn(shape.batch, shape.d_in, **at).to(dtype)
+        self.W = (torch.randn(shape.d_in, shape.d_sae, **at) / shape.d_in**0.5).to(dtype)
+        self.b = (torch.randn(shape.d_sae, **at) * 0.1).to(dtype)
         self.encoder = sk.pack_encoder(self.W, self.b)
         self.weight = self.W.t().contiguous()
 
@@ -100,7 +101,7 @@ class Problem:
                 d_in=self.shape.d_in, d_sae=self.shape.d_sae, k=self.shape.k, device=str(self.device)
             )
             sae = TopKSAE(config).to(self.device, self.x.dtype)
-            zeros = torch.zeros(self.shape.d_in)
+            zeros = torch.zeros(self.shape.d_in, device=self.device)
             sae.load_state_dict({"W_enc": self.W, "b_enc": self.b, "W_dec": sae.W_dec, "b_dec": zeros})
             peers["SAELens TopKSAE.encode"] = torch.no_grad()(lambda: sae.encode(self.x))
         except ImportError:
@@ -223,7 +224,7 @@ def test_encode_topk(benchmark: Any, shape: Shape) -> None:
     if DEVICE.type == "cpu":
         torch.set_num_threads(int(os.environ.get("SAERL_BENCH_THREADS", "1")))
     try:
-        table = measure(problem, rounds=(20 if DEVICE.type == "cuda" else 9) if enabled else 2)
+        table = measure(problem, rounds=(10 if DEVICE.type == "cuda" else 9) if enabled else 2)
         benchmark.extra_info.update(shape._asdict(), contenders=table, environment=environment(DEVICE))
         benchmark.pedantic(sk.encode_topk, (problem.x, problem.encoder, shape.k), rounds=3, warmup_rounds=1)
     finally:

@@ -42,3 +42,42 @@ def test_refuses_wrong_results(bench):
 def test_grids_hold_the_promised_shapes(bench):
     assert len(set(bench.GPU_GRID)) == 3 * 3 * 3 * 4
     assert bench.Shape(768, 16384, 32, 512) in bench.CPU_GRID
+
+
+def test_tuning_table(bench, tmp_path, monkeypatch):
+    """A measured plan is used for its own shape, at the nearest batch, and for no other."""
+    import json
+
+    from saerl_kernels._triton import tune
+
+    plans = {n: tune.Plan("groups", T=2, BN=128, stages=n % 7)._asdict() for n in (100, 10_000)}
+    rows = [{"bits": 16, "d_in": 8, "d_sae": 64, "k": 4, "n": n, "plan": plan} for n, plan in plans.items()]
+    (tmp_path / "tuned.json").write_text(json.dumps({"Some GPU": rows}))
+    monkeypatch.setattr(tune, "TABLE", str(tmp_path / "tuned.json"))
+    tune.table.cache_clear()
+    tune.tuned.cache_clear()
+    try:
+        assert tune.tuned("Some GPU", 16, 8, 64, 4, 300) == tune.Plan(**plans[100])
+        assert tune.tuned("Some GPU", 16, 8, 64, 4, 9_000) == tune.Plan(**plans[10_000])
+        assert tune.tuned("Some GPU", 32, 8, 64, 4, 300) is None
+        assert tune.tuned("Other GPU", 16, 8, 64, 4, 300) is None
+    finally:
+        monkeypatch.undo()
+        tune.table.cache_clear()
+        tune.tuned.cache_clear()
+
+
+def test_tuner_runs(bench):
+    """The tuner times plans that agree and returns one of them."""
+    from saerl_kernels._triton.tune import Plan, candidates
+
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "tune_encode.py"
+    spec = importlib.util.spec_from_file_location("tune_encode", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    encoder = sk.pack_encoder(torch.randn(8, 256), torch.zeros(256), permute=True)
+    plans = [Plan("dense"), Plan("groups", 2, BM=16, BN=128, BK=32, warps=4)]
+    plan, milliseconds = module.best_plan(torch.randn(3, 8), encoder, 4, plans, rounds=1)
+    assert plan in plans and milliseconds > 0
+    assert {p.algorithm for p in candidates(65536, 64, 90)} == {"dense", "groups"}
+    assert [p.algorithm for p in candidates(1024, 512, 90)] == ["dense"]

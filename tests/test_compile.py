@@ -36,10 +36,12 @@ DENSE = dict(SELECT, source_ptr="*fp32")
 def jobs():
     for T, D in ((3, 2048), (4, 2304), (3, 100)):
         plan = tune.gpu_plan(16, T, arch)
-        tile = dict(D=D, T=T, BM=plan.BM, BN=plan.BN, BK=plan.BK, BAND=plan.BAND, UPCAST=False)
+        tile = dict(D=D, T=T, BM=plan.BM, BN=plan.BN, BK=plan.BK, BAND=plan.BAND)
+        tile.update(TREE=plan.tree, UPCAST=False)
         yield f"score bf16 T={T} D={D}", groups._score_groups_kernel, GROUPS, tile, plan.warps, plan.stages
     plan = tune.gpu_plan(32, 3, arch)
-    tile = dict(D=768, T=3, BM=plan.BM, BN=plan.BN, BK=plan.BK, BAND=plan.BAND, UPCAST=False)
+    tile = dict(D=768, T=3, BM=plan.BM, BN=plan.BN, BK=plan.BK, BAND=plan.BAND)
+    tile.update(TREE=plan.tree, UPCAST=False)
     yield "score fp32", groups._score_groups_kernel, F32, tile, plan.warps, plan.stages
     again = dict(D=2048, T=3, KP=64, BM=64, BK=64, BG=256, PERMUTED=True, UPCAST=False)
     yield "reopen", groups._reopen_kernel, dict(GROUPS, number_ptr="*i32", **KEYS), again, 4, 3

@@ -187,19 +187,8 @@ def test_threshold_equals_reference(backend, permute, device):
     assert_csr(got, sk.reference.encode_threshold(x, encoder, threshold=4.0))
 
 
-@pytest.mark.parametrize("T", [1, 2, 3])
-@pytest.mark.parametrize("layout", ["one_tile", "matryoshka", "duplicates", "random"])
-def test_certificate_fires_and_the_answer_stands(T, layout, device):
-    """Winners side by side, T kept per group of 32: groups must be re-opened, and it must help."""
-    x, encoder = integers(6, 11, 400, low=-9)
-    W, bias = encoder.weight.t().clone(), encoder.bias.clone()
-    if layout == "one_tile":
-        bias[256:288] += 200.0
-    elif layout == "matryoshka":
-        bias += torch.arange(400).flip(0) // 4
-    elif layout == "duplicates":
-        W, bias = W[:, torch.arange(400) // 8], bias[torch.arange(400) // 8]
-    encoder = sk.pack_encoder(W, bias, permute=layout == "random").to(device)
+def counted(x: torch.Tensor, encoder: sk.PackedEncoder, k: int, T: int, tree: bool = True):
+    """The grouped encoder's TopK, and how many groups it opened again."""
     opened = []
     select = triton_backend._select
 
@@ -210,9 +199,52 @@ def test_certificate_fires_and_the_answer_stands(T, layout, device):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_backend, "_select", spy)
-        got = triton_backend.encode_topk(x.to(device), encoder, 20, Plan("groups", T, **SMALL))
-    assert sum(opened) > 0
+        return triton_backend.encode_topk(x, encoder, k, Plan("groups", T, tree=tree, **SMALL)), sum(opened)
+
+
+@pytest.mark.parametrize(("T", "tree"), [(1, True), (2, False), (3, True), (4, True)], ids=str)
+@pytest.mark.parametrize("layout", ["one_tile", "matryoshka", "duplicates", "random"])
+def test_certificate_fires_and_the_answer_stands(T, tree, layout, device):
+    """Winners side by side, T kept per group of 32: groups must be re-opened, and it must help."""
+    x, encoder = integers(6, 11, 400, low=-9)
+    W, bias = encoder.weight.t().clone(), encoder.bias.clone()
+    if layout == "one_tile":
+        bias[256:288] += 200.0
+    elif layout == "matryoshka":
+        bias += torch.arange(400).flip(0) // 4
+    elif layout == "duplicates":
+        W, bias = W[:, torch.arange(400) // 8], bias[torch.arange(400) // 8]
+    encoder = sk.pack_encoder(W, bias, permute=layout == "random").to(device)
+    got, opened = counted(x.to(device), encoder, 20, T, tree)
+    assert opened > 0
     assert_equal(got, sk.reference.encode_topk(x.to(device), encoder, 20))
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_neighbouring_floats_in_one_group(T, device):
+    """Activations that differ only in the bits which give way to the position are still told apart."""
+    order = torch.randperm(128)
+    bias = 1 + order.float() * 2.0**-23
+    assert bias.unique().numel() == 128
+    encoder = sk.pack_encoder(torch.zeros(4, 128), bias, permute=False).to(device)
+    got = triton_backend.encode_topk(
+        torch.zeros(2, 4, device=device), encoder, 30, Plan("groups", T, **SMALL)
+    )
+    assert_equal(got, sk.reference.encode_topk(torch.zeros(2, 4, device=device), encoder, 30))
+
+
+def test_reopening_is_rare(device):
+    """On Gaussian activations about as many groups are opened again as the Poisson estimate says."""
+    from saerl_kernels._triton.tune import reopened
+
+    d_sae, k, n = 2048, 8, 24
+    encoder = sk.pack_encoder(torch.randn(16, d_sae), torch.randn(d_sae), permute=True).to(device)
+    expected = {T: n * reopened(d_sae, k, T) for T in (1, 3)}
+    assert expected[3] < 2 < 50 < expected[1]
+    for T, groups in expected.items():
+        _, opened = counted(torch.randn(n, 16, device=device), encoder, k, T)
+        assert opened <= 2 * groups + 4
+    assert opened < n
 
 
 def test_row_chunks_and_tiles(monkeypatch, device):

@@ -12,7 +12,7 @@ from .pack import PackedEncoder
 from .types import CSR, TopK, _indptr
 
 CPU_CHUNK = 1 << 23  # float32 entries of one block of scores: 32 MB, reused, so it is mapped only once
-GPU_CHUNK = 1 << 28
+GPU_CHUNK = 1 << 26
 
 
 def score_chunks(x: Tensor, encoder: PackedEncoder) -> Iterator[Tuple[int, Tensor]]:

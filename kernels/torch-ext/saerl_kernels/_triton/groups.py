@@ -20,6 +20,51 @@ def group_column(group, position):
 
 
 @triton.jit
+def _merge(a1, a2, a3, a4, b1, b2, b3, b4, T: tl.constexpr):
+    """The T largest of two descending lists: the i-th is the largest min(a_j, b_(i-j)), or a_i, or b_i."""
+    c1 = tl.maximum(a1, b1)
+    c2, c3, c4 = c1, c1, c1
+    if T > 1:
+        c2 = tl.maximum(tl.maximum(a2, b2), tl.minimum(a1, b1))
+    if T > 2:
+        c3 = tl.maximum(tl.maximum(a3, b3), tl.maximum(tl.minimum(a1, b2), tl.minimum(a2, b1)))
+    if T > 3:
+        c4 = tl.maximum(tl.minimum(a1, b3), tl.maximum(tl.minimum(a2, b2), tl.minimum(a3, b1)))
+        c4 = tl.maximum(tl.maximum(a4, b4), c4)
+    return c1, c2, c3, c4
+
+
+@triton.jit
+def _halves(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+    return tl.split(tl.reshape(x, (ROWS, GROUPS, SIZE // 2, 2)))
+
+
+@triton.jit
+def _top_of_32(keys, T: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """The T <= 4 largest of keys [ROWS, GROUPS, 32] (unsigned, all different) by a merging tree."""
+    none = tl.zeros((ROWS, GROUPS, 16), tl.uint32)  # below every key; as a constant it folds away
+    a, b = _halves(keys, ROWS, GROUPS, 32)
+    k1, k2, k3, k4 = _merge(a, none, none, none, b, none, none, none, T)
+    for level in tl.static_range(4):
+        a1, b1 = _halves(k1, ROWS, GROUPS, 16 >> level)
+        a2, b2 = _halves(k2, ROWS, GROUPS, 16 >> level)
+        a3, b3 = _halves(k3, ROWS, GROUPS, 16 >> level)
+        a4, b4 = _halves(k4, ROWS, GROUPS, 16 >> level)
+        k1, k2, k3, k4 = _merge(a1, a2, a3, a4, b1, b2, b3, b4, T)
+    SHAPE: tl.constexpr = (ROWS, GROUPS)
+    return tl.reshape(k1, SHAPE), tl.reshape(k2, SHAPE), tl.reshape(k3, SHAPE), tl.reshape(k4, SHAPE)
+
+
+@triton.jit
+def _pick(x, where, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """``x[:, :, where]`` for x [ROWS, GROUPS, 32] and where [ROWS, GROUPS], by halving on its bits."""
+    for level in tl.static_range(5):
+        even, odd = _halves(x, ROWS, GROUPS, 32 >> level)
+        x = tl.where(((where >> level) & 1)[:, :, None] == 1, odd, even)
+    return tl.reshape(x, (ROWS, GROUPS))
+
+
+@triton.jit
 def _score_groups_kernel(
     x_ptr,  # [N, D]
     w_ptr,  # [F, D]
@@ -29,15 +74,18 @@ def _score_groups_kernel(
     N,
     F,
     G,
+    HIGH,
     D: tl.constexpr,
     T: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BAND: tl.constexpr,
+    TREE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     tl.static_assert(BN % 128 == 0)
+    tl.static_assert(T <= 4)
     # Tiles go down bands of BAND row blocks, so that a wave's x and w tiles are shared through L2.
     tile = tl.program_id(0)
     n_rows, n_cols = tl.cdiv(N, BM), tl.cdiv(F, BN)
@@ -55,7 +103,8 @@ def _score_groups_kernel(
     depth = tl.arange(0, BK)
     x_at = x_ptr + x_rows[:, None] * D + depth[None, :]
     w_at = w_ptr + w_rows[None, :] * D + depth[:, None]
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    bias = tl.load(bias_ptr + cols, mask=cols < F, other=float("-inf"))
+    acc = tl.broadcast_to(bias[None, :], (BM, BN))
     for d in range(0, D, BK):
         if D % BK == 0:
             x = tl.load(x_at)
@@ -70,8 +119,6 @@ def _score_groups_kernel(
         x_at += BK
         w_at += BK
 
-    bias = tl.load(bias_ptr + cols, mask=cols < F, other=float("-inf"))
-    acc += bias[None, :]
     acc = tl.where(acc > 0.0, acc, 0.0)  # NaN becomes 0 as well
     bits = acc.to(tl.int32, bitcast=True)
     bits = tl.reshape(bits, (BM, BN // 128, 16, 4, 2))
@@ -81,12 +128,23 @@ def _score_groups_kernel(
     groups = col_block * (BN // 32) + tl.arange(0, BN // 32)
     out = rows.to(tl.int64)[:, None] * (T * G) + groups[None, :]
     keep = (rows < N)[:, None] & (groups < G)[None, :]
-    for t in tl.static_range(T):
-        top = tl.max(bits, axis=2)
-        where = tl.min(tl.where(bits == top[:, :, None], place, 32), axis=2)
-        tl.store(bits_ptr + out + t * G, top, mask=keep)
-        tl.store(place_ptr + out + t * G, where.to(tl.int8), mask=keep)
-        if t < T - 1:
+    if TREE:
+        # The low five bits give way to the position, so that a maximum knows where it came from. Positions
+        # are reversed: of two equal activations the first is larger. HIGH is -32, kept from the compiler,
+        # which would make two instructions of one if it knew.
+        packed = (bits & HIGH) | (31 - place)
+        k1, k2, k3, k4 = _top_of_32(packed.to(tl.uint32, bitcast=True), T, BM, BN // 32)
+        for t in tl.static_range(T):
+            key = k1 if t == 0 else (k2 if t == 1 else (k3 if t == 2 else k4))
+            where = 31 - (key & 31).to(tl.int32)
+            tl.store(bits_ptr + out + t * G, _pick(bits, where, BM, BN // 32), mask=keep)
+            tl.store(place_ptr + out + t * G, where.to(tl.int8), mask=keep)
+    else:  # without tensor cores a group is spread over threads, where reductions are the better way
+        for t in tl.static_range(T):
+            top = tl.max(bits, axis=2)
+            where = tl.min(tl.where(bits == top[:, :, None], place, 32), axis=2)
+            tl.store(bits_ptr + out + t * G, top, mask=keep)
+            tl.store(place_ptr + out + t * G, where.to(tl.int8), mask=keep)
             bits = tl.where(place == where[:, :, None], -1, bits)
 
 
@@ -118,7 +176,7 @@ def _reopen_kernel(
     n_open = tl.load(open_ptr + row)
     if n_open == 0:
         return
-    floor = tl.maximum(tl.load(limit_ptr + row), 1)
+    floor = tl.maximum(tl.load(limit_ptr + row), 32)
     count = tl.load(count_ptr + row)
     slot = tl.arange(0, KP)
     keys = tl.load(keys_ptr + row * K + slot, mask=slot < count, other=-1)
@@ -127,7 +185,7 @@ def _reopen_kernel(
     while n_open > 0:
         near = first + tl.arange(0, BG)
         last = tl.load(bits_ptr + (row * T + T - 1) * G + near, mask=near < G, other=-1)
-        pending = last >= floor
+        pending = (last | 31) >= floor
         found = tl.sum(pending.to(tl.int32))
         n_open -= found
         after = -1
@@ -137,7 +195,8 @@ def _reopen_kernel(
             cols = group_column(after, place)
             real = cols < F
             w_rows = tl.minimum(cols, F - 1).to(tl.int64)
-            acc = tl.zeros((BM, 32), dtype=tl.float32)
+            # The bias comes first and the depth in BK steps, as in scoring, so that both round alike.
+            acc = tl.broadcast_to(tl.load(bias_ptr + w_rows)[None, :], (BM, 32))
             lane = tl.arange(0, BM)
             for d in range(0, D, BK):
                 depth = d + tl.arange(0, BK)
@@ -150,7 +209,6 @@ def _reopen_kernel(
                     w = w.to(tl.float32)
                 acc = tl.dot(x, w, acc, input_precision="ieee")
             score = tl.sum(tl.where(lane[:, None] == 0, acc, 0.0), axis=0)
-            score += tl.load(bias_ptr + w_rows)
             score = tl.where((score > 0.0) & real, score, 0.0)
             value = score.to(tl.int32, bitcast=True)
             for t in tl.static_range(T):

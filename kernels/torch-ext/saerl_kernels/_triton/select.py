@@ -134,13 +134,14 @@ def _select_kernel(
         written += tl.sum(chosen.to(tl.int32), axis=1)
     tl.store(count_ptr + rows, written, mask=live)
     if MODE == "groups":
-        # Certificate: a group can hide a winner only if its T-th kept entry reaches the k-th value.
-        floor = tl.maximum(limit, 1)[:, None]
+        # Certificate: a group can hide a winner only if its T-th kept entry reaches the k-th value. Groups
+        # were ranked without the low five bits, by which a hidden entry may exceed the T-th.
+        floor = tl.maximum(limit, 32)[:, None]  # below 32 bits count 2^-144: that much may be lost
         hiding = tl.full((ROWS,), 0, tl.int32)
         for tile in range(0, STEPS):
             at = tile * STEP + near
             last_kept = (at >= (T - 1) * G) & (at < M) & live[:, None]
-            reach = (_load_bits(source, at, last_kept, MODE) >= floor) & last_kept
+            reach = ((_load_bits(source, at, last_kept, MODE) | 31) >= floor) & last_kept
             hiding += tl.sum(reach.to(tl.int32), axis=1)
         tl.store(limit_ptr + rows, limit, mask=live)
         tl.store(open_ptr + rows, hiding, mask=live)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import json
+import math
+import os
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import torch
 
 from ..dispatch import interpreting
 from ..pack import PackedEncoder
 from .groups import GROUP
+
+TABLE = os.path.join(os.path.dirname(__file__), "tuned.json")
 
 
 class Plan(NamedTuple):
@@ -22,6 +28,7 @@ class Plan(NamedTuple):
     BAND: int = 8
     warps: int = 8
     stages: int = 3
+    tree: bool = True  # how a group's largest are found: a merging tree in registers, or reductions
 
 
 def reopened(d_sae: int, k: int, T: int) -> float:
@@ -31,29 +38,72 @@ def reopened(d_sae: int, k: int, T: int) -> float:
     for j in range(T):
         head += term
         term *= rate / (j + 1)
-    return d_sae / GROUP * max(0.0, 1.0 - head * 2.718281828459045**-rate)
+    return d_sae / GROUP * max(0.0, 1.0 - head * math.exp(-rate))
 
 
 def plan_encode(n: int, encoder: PackedEncoder, k: int) -> Plan:
-    """Nothing here has been measured on a GPU yet; the tiles are those that compile without spills.
+    """The measured plan of this GPU and shape where ``tuned.json`` has one, else a heuristic.
 
-    Groups need few winners per group: past one re-opened group in two rows the dense path does less work.
+    The heuristic: groups need few winners per group, so past one re-opened group in two rows, and for
+    float32 weights, which have no tensor cores, the dense path does less work.
     """
-    for T in (3, 4):
-        if reopened(encoder.d_sae, k, T) <= 0.5:
-            break
-    else:
-        return Plan("dense")
     if interpreting():
-        return Plan("groups", T, BM=16, BN=128, BK=32, warps=4)
+        T = fewest_kept(encoder.d_sae, k)
+        return Plan("groups", T, BM=16, BN=128, BK=32, warps=4) if T else Plan("dense")
+    bits = encoder.weight.element_size() * 8
+    plan = tuned(torch.cuda.get_device_name(encoder.device), bits, encoder.d_in, encoder.d_sae, k, n)
+    if plan is not None:
+        return plan
+    T = fewest_kept(encoder.d_sae, k)
+    if T == 0 or bits == 32:
+        return Plan("dense")
     major, minor = torch.cuda.get_device_capability(encoder.device)
-    return gpu_plan(encoder.weight.element_size() * 8, T, major * 10 + minor)
+    return gpu_plan(bits, T, major * 10 + minor)
+
+
+def fewest_kept(d_sae: int, k: int) -> int:
+    """The smallest T of 3 and 4 that re-opens at most one group in two rows; 0 where neither does."""
+    return next((T for T in (3, 4) if reopened(d_sae, k, T) <= 0.5), 0)
 
 
 def gpu_plan(bits: int, T: int, arch: int) -> Plan:
-    """Tiles for weights of ``bits`` bits on compute capability ``arch``."""
-    if bits == 32:  # no tensor cores: float32 products are exact in their rounding, and slow
-        return Plan("groups", T, BM=64, BN=128, BK=32, warps=8, stages=2)
+    """Tiles for weights of ``bits`` bits on compute capability ``arch``: they compile without spills."""
+    if bits == 32:
+        return Plan("groups", T, BM=64, BN=128, BK=32, warps=8, stages=2, tree=False)
     if arch < 90:
-        return Plan("groups", T, BM=128, BN=128, BK=32, warps=8, stages=4)
+        return Plan("groups", T, BM=128, BN=128, BK=32, warps=8, stages=4, tree=False)
     return Plan("groups", T)
+
+
+def candidates(d_sae: int, k: int, arch: int) -> List[Plan]:
+    """The plans that a tuning run times for 16-bit weights."""
+    plans = [Plan("dense")]
+    for T in (2, 3, 4):
+        if reopened(d_sae, k, T) > 2:
+            continue
+        if arch < 90:
+            plans += [gpu_plan(16, T, arch), gpu_plan(16, T, arch)._replace(stages=3)]
+            continue
+        for BM, BN, warps, stages in ((128, 256, 8, 3), (128, 256, 8, 4), (128, 128, 8, 3), (128, 128, 4, 4)):
+            plans.append(Plan("groups", T, BM=BM, BN=BN, warps=warps, stages=stages))
+    return plans
+
+
+@functools.lru_cache(maxsize=None)
+def table() -> Dict[str, Any]:
+    """GPU name -> rows of {bits, d_in, d_sae, k, n, plan}, written by ``benchmarks/tune_encode.py``."""
+    try:
+        with open(TABLE) as file:
+            return json.load(file)
+    except OSError:
+        return {}
+
+
+@functools.lru_cache(maxsize=4096)
+def tuned(gpu: str, bits: int, d_in: int, d_sae: int, k: int, n: int) -> Optional[Plan]:
+    """The plan measured for this shape at the nearest number of rows, if any."""
+    shape = (bits, d_in, d_sae, k)
+    rows = [r for r in table().get(gpu, []) if (r["bits"], r["d_in"], r["d_sae"], r["k"]) == shape]
+    if not rows:
+        return None
+    return Plan(**min(rows, key=lambda row: abs(math.log(row["n"] / n)))["plan"])
