@@ -268,6 +268,26 @@ def test_numba_blocks(monkeypatch):
     assert_csr(got, sk.reference.encode_threshold(x, encoder, threshold=2.0))
 
 
+def test_numba_threads():
+    """Rows split over a pool of threads, also called from several threads at once."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    x, encoder = integers(131, 9, 700)
+    want = sk.reference.encode_topk(x, encoder, 13)
+    codes = sk.reference.encode_threshold(x, encoder, threshold=2.0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            kept = list(pool.map(lambda _: sk.encode_topk(x, encoder, 13, backend="numba"), range(4)))
+        for got in kept:
+            assert_equal(got, want)
+        assert_csr(sk.encode_threshold(x, encoder, threshold=2.0, backend="numba"), codes)
+        assert_equal(sk.topk(x, 5, backend="numba"), sk.reference.topk(x, 5))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @settings(max_examples=30)
 @given(st.data())
 def test_fuzz(data):

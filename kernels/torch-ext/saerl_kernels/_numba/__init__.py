@@ -43,7 +43,10 @@ def _run(function: Callable, rows: int, *args: Any) -> None:
 def _blocks(x: Tensor, encoder: PackedEncoder) -> Iterator[Tuple[int, int, Tensor]]:
     """(first row, first column, float32 pre-activations); columns ascend within a band of rows."""
     rows = min(ROWS, x.shape[0])
-    columns = min(encoder.d_sae, max(MIN_COLUMNS, BLOCK // max(1, rows)))
+    columns = max(MIN_COLUMNS, BLOCK // rows)
+    if torch.get_num_threads() > 1:
+        columns *= 4  # every product ends in a barrier, which a busy machine makes long: fewer, larger ones
+    columns = min(encoder.d_sae, columns)
     memory = torch.empty(rows * columns, dtype=torch.float32)
     for top in range(0, x.shape[0], rows):
         band = x[top : top + rows].float()
