@@ -26,7 +26,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy saerl_fast kernels/torch-ext/saerl_kernels
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m pytest -q benchmarks --benchmark-only
+	$(BIN)/python -m pytest -q benchmarks/bench_encode.py --benchmark-only
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -130,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"saerl: {err}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("saerl: interrupted; what was written stays, and `--resume` goes on from it", file=sys.stderr)
+        again = "add --resume" if args.command == "train" else "run the same command again"
+        print(f"saerl: interrupted; what was written stays; {again} to go on", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,15 +1,18 @@
-"""Arms x seeds under one config: same model, data and evaluation, only the order differs."""
+"""Arms x seeds under one config: same model, data and evaluation; prompts and their order differ.
+
+Every schedule but ``vanilla`` drops what the quality filter rejects, so filtering and ordering are told
+apart only by an arm such as ``filtered:plan.schedule=vanilla;plan.filter=true``.
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from saerl_fast.config import Config, apply_overrides, to_dict
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import write_json
-from saerl_fast.pipeline import RUN_SECTIONS, Echo, fingerprint, train_stage
+from saerl_fast.fileio import read_json, write_json
+from saerl_fast.fingerprint import RUN_SECTIONS, fingerprint
+from saerl_fast.pipeline import Echo, print_line, train_stage
 from saerl_fast.report import write_report
 
 
@@ -25,8 +28,10 @@ def parse_arm(text: str) -> tuple[str, list[str]]:
             raise SaerlError(f"arm {text!r} sets {item!r}; an arm may set plan.* and train.* only")
     if not any(item.startswith("plan.schedule=") for item in overrides):
         overrides.insert(0, f"plan.schedule={name}")
-    if not name.replace("-", "_").isidentifier():
-        raise SaerlError(f"arm name {name!r} must be letters, digits, '-' or '_'; it becomes a folder")
+    if not name.replace("-", "_").isidentifier() or name == "sae":
+        raise SaerlError(
+            f"arm name {name!r} must be letters, digits, '-' or '_', and not 'sae'; it becomes a folder"
+        )
     return name, overrides
 
 
@@ -51,23 +56,18 @@ def compare(config: Config, echo: Echo) -> list[Path]:
             mine = apply_overrides(config, [*overrides, f"train.seed={seed}"])
             folder = name if seed == seeds[0] else f"{name}.seed-{seed}"
             jobs.append((name, mine, root / folder))
+    states = [_state(mine, out) for _, mine, out in jobs]  # all of them before the first one runs
     write_json(root / "compare.json", to_dict(config.compare))
-    for i, (name, mine, out) in enumerate(jobs, 1):
+    for i, ((name, mine, out), (started, finished)) in enumerate(zip(jobs, states, strict=True), 1):
         echo(f"[{i}/{len(jobs)}] {name}, seed {mine.train.seed}")
-        started, finished = _state(mine, out)
         if finished:
             echo(f"{out} is finished already; kept")
             continue
-        train_stage(mine, echo, out=out, arm=name, resume=started, overwrite=not started)
-    paths = write_report(root, echo=print_table)
+        train_stage(mine, echo, out=out, arm=name, resume=started)
+    paths = write_report(root, echo=print_line)
     for path in paths:
         echo(f"wrote {path}")
     return paths
-
-
-def print_table(line: str) -> None:
-    """The result is printed even under --quiet."""
-    print(line, flush=True)  # noqa: T201
 
 
 def _state(config: Config, out: Path) -> tuple[bool, bool]:
@@ -75,7 +75,7 @@ def _state(config: Config, out: Path) -> tuple[bool, bool]:
     described = out / "run.json"
     if not described.is_file():
         return False, False
-    record: dict[str, Any] = json.loads(described.read_text())
+    record = read_json(described, "saerl compare")
     if record.get("fingerprint") != fingerprint(config, RUN_SECTIONS):
         raise SaerlError(f"{out} holds a run with other settings; remove it or choose another run_dir")
     return True, (out / "summary.json").is_file()

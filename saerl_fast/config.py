@@ -112,7 +112,7 @@ class AdaptiveConfig:
     target_end: float = 0.40  # ... and at the end of the run
     noise: float = 0.05  # Gumbel scale on the distance to the target
     cooldown: int = 60  # steps before a prompt may return (shortened when the pool is small)
-    refresh_features: bool = False  # replace a prompt's features by those captured during its rollouts
+    refresh_features: bool = True  # replace a prompt's features by those captured during its rollouts
     use_labels: bool = True  # start from the pass rates known at scoring time; false starts cold
 
 
@@ -134,7 +134,6 @@ class RolloutConfig:
     max_new_tokens: int = 64
     temperature: float = 1.0
     top_p: float = 1.0
-    engine: str = "auto"  # auto, transformers
     batch_size: int | None = None  # sequences generated at once; None: all of a step
 
 
@@ -175,7 +174,7 @@ class TrainConfig:
     micro_tokens: int = 16384  # tokens of a forward/backward
     gradient_checkpointing: bool = False
     reward: str = "exact"  # exact, numeric, maths, reasoning-gym, or module:function (TRL's signature)
-    capture: bool = True  # hidden states -> SAE -> pooled features during rollouts
+    capture: bool = True  # read features off the rollouts' own prefill, when the plan makes use of them
     save_every: int = 20  # steps between checkpoints; 0: only at the end
     keep: int = 2  # checkpoints kept
     rollout_log: int = 2  # prompts whose rollouts are saved each step
@@ -194,7 +193,6 @@ class CompareConfig:
     targets: list[float] = field(default_factory=lambda: [0.6, 0.8])  # shares of the first arm's gain
     target_values: list[float] | None = None  # accuracies registered beforehand; replace `targets`
     smooth: int = 3  # evaluations in the running mean that is tested against a target
-    bootstrap: int = 2000
 
 
 @dataclass
@@ -219,7 +217,12 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
 
     Raises SaerlError on a missing file, an unknown key or a value of the wrong type.
     """
-    import yaml
+    try:
+        import yaml
+    except ImportError:
+        raise SaerlError(
+            "the commands need more than the kernels do; run `pip install saerl-fast[rl]`"
+        ) from None
 
     tree: dict[str, Any] = {}
     if path is not None:
@@ -233,12 +236,12 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
         if loaded is not None and not isinstance(loaded, dict):
             raise SaerlError(f"config file {file} must hold sections, not a {type(loaded).__name__}")
         tree = loaded or {}
-    return _build(Config, _override(tree, overrides), "")
+    return check_ranges(_build(Config, _override(tree, overrides), ""))
 
 
 def apply_overrides(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
     """A copy of ``config`` with ``key.sub=value`` items applied in order; errors as in `load_config`."""
-    return _build(Config, _override(to_dict(config), overrides), "")
+    return check_ranges(_build(Config, _override(to_dict(config), overrides), ""))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -345,6 +348,28 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         wanted = getattr(hint, "__name__", None) if origin is None else str(hint)
         raise SaerlError(f"{where}={value!r} is not a valid {wanted}") from None
     return value
+
+
+def check_ranges(config: Config) -> Config:
+    """The config itself; SaerlError for numbers that no stage could work with."""
+    least = {
+        "threads": 1,
+        "seed": 0,
+        "data.limit": 1,
+        "data.eval_limit": 1,
+        "data.size": 1,
+        "score.batch_tokens": 1,
+    }
+    least |= {"score.shard": 1, "plan.window": 1, "difficulty.n_labels": 0, "difficulty.rollouts": 1}
+    least |= {"diversity.n_clusters": 1, "train.seed": 0, "train.steps": 0, "train.warmup.batch_size": 1}
+    least |= {"train.rollout.prompts_per_step": 1, "train.rollout.max_new_tokens": 1, "train.eval.samples": 1}
+    for key, low in least.items():
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        if value is not None and value < low:
+            raise SaerlError(f"{key}={value} must be at least {low}")
+    return config
 
 
 def from_dict(cls: type, tree: Any, where: str = "") -> Any:

@@ -7,7 +7,6 @@ stops, because silently mixing the two would make every figure after it wrong.
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -20,21 +19,21 @@ import numpy as np
 from saerl_fast.config import Config, to_dict
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_json
+from saerl_fast.fingerprint import (
+    LABEL_SECTIONS,
+    RUN_SECTIONS,
+    SAE_SECTIONS,
+    SCORE_SECTIONS,
+    check_same,
+    fingerprint,
+    training_seed,
+)
 
 if TYPE_CHECKING:
     from saerl_fast.data.plan import Plan
     from saerl_fast.data.score import Scores
     from saerl_fast.prompts import Pool
     from saerl_fast.sae.model import TopKSAE
-
-SAE_SECTIONS = ("model", "data", "sae")  # what a trained SAE depends on
-SCORE_SECTIONS = (*SAE_SECTIONS, "score", "quality", "difficulty", "diversity")
-RUN_SECTIONS = (*SCORE_SECTIONS, "plan", "train")
-NOT_RESULTS = {  # where, how fast and what is kept of it: no part of what comes out
-    "model": ("device", "attn", "trust_remote_code"),
-    "score": ("batch_tokens", "shard", "backend"),
-    "train": ("micro_tokens", "save_every", "keep", "rollout_log", "tensorboard", "save_model"),
-}
 
 
 @dataclass
@@ -76,41 +75,40 @@ class Session:
 
 
 def set_up(config: Config) -> None:
-    """Process-wide settings: CPU threads, and a quiet transformers."""
+    """CPU threads, a quiet transformers, and a run folder that can be written to, all before any work."""
+    from saerl_fast.fileio import atomic_path
+
+    probe = Path(config.run_dir) / ".writable"
+    with atomic_path(probe):
+        pass
+    probe.unlink()
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        raise SaerlError("transformers is not installed; run `pip install saerl-fast[all]`") from None
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     if config.threads is not None:
-        if config.threads < 1:
-            raise SaerlError(f"threads={config.threads} must be at least 1")
         import torch
 
         torch.set_num_threads(config.threads)
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def open_session(config: Config, echo: Callable[[str], None]) -> Session:
     """Load model, tokenizer and prompts; prompts that do not fit the context are dropped and counted."""
-    from saerl_fast.models import load_model
+    from saerl_fast.models import load_model, max_positions
     from saerl_fast.prompts import fit_context, load_split
 
     train, evaluation = load_split(config.data, config.seed)
     model, tokenizer = load_model(config.model)
-    train, evaluation = (fit_context(pool, tokenizer, config.data) for pool in (train, evaluation))
+    positions = max_positions(model)
+    limit = None if positions is None else positions - config.train.rollout.max_new_tokens
+    train = fit_context(train, tokenizer, config.data, limit=limit)
+    evaluation = fit_context(evaluation, tokenizer, config.data, limit=limit)
     parameters = sum(p.numel() for p in model.parameters())
     echo(f"model {config.model.path}: {parameters / 1e6:.1f}M parameters on {model.device}, {model.dtype}")
     echo(f"prompts: {len(train)} to train on, {len(evaluation)} held out")
     return Session(model, tokenizer, train, evaluation)
-
-
-def fingerprint(config: Config, sections: tuple[str, ...]) -> str:
-    """A short hash of the settings that a stage's output depends on."""
-    tree = {name: to_dict(getattr(config, name)) for name in sections}
-    for name, left_out in NOT_RESULTS.items():
-        for key in left_out if name in tree else ():
-            del tree[name][key]
-    tree["seed"] = {"seed": config.seed if "score" in sections else 0}
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # --- SAE -------------------------------------------------------------------------------------------
@@ -175,7 +173,7 @@ def find_sae(config: Config, echo: Echo, session: Session) -> TopKSAE:
     if not folder.is_dir():
         return sae_stage(config, echo, session)
     record = read_json(folder / "train.json", "saerl sae train")
-    _same_settings(record.get("fingerprint"), config, SAE_SECTIONS, folder, "saerl sae train")
+    check_same(record.get("fingerprint"), config, SAE_SECTIONS, folder, "saerl sae train")
     return load_sae(folder).to(session.model.device)
 
 
@@ -239,7 +237,7 @@ def find_scores(config: Config, echo: Echo, session: Session | None = None) -> S
         return score_stage(config, echo, session)
     scores = Scores.load(config.run_dir)
     found = scores.metadata.get("fingerprint")
-    _same_settings(found, config, SCORE_SECTIONS, Path(config.run_dir) / "scores.parquet", "saerl score")
+    check_same(found, config, SCORE_SECTIONS, Path(config.run_dir) / "scores.parquet", "saerl score")
     return scores
 
 
@@ -255,7 +253,13 @@ def difficulty_labels(
     pool, settings = session.train, config.difficulty
     if settings.label_column is not None:
         values = pool.column(settings.label_column)
-        rates = np.array([np.nan if value is None else float(value) for value in values])
+        try:
+            rates = np.array([np.nan if value is None else float(value) for value in values])
+        except (TypeError, ValueError):
+            name = settings.label_column
+            raise SaerlError(
+                f"difficulty.label_column={name!r} must hold pass rates in [0, 1] or null"
+            ) from None
         return rates, {"labelled": float(np.isfinite(rates).sum()), "rollouts": 0.0}
     if settings.n_labels < 1:
         return None, {"labelled": 0.0, "rollouts": 0.0}
@@ -265,7 +269,7 @@ def difficulty_labels(
 
     chosen = np.random.default_rng([config.seed, 1]).permutation(len(pool))[: settings.n_labels]
     file = Path(config.run_dir) / "labels.json"
-    mark = fingerprint(config, ("model", "data", "difficulty")) + f"-{config.train.reward}"
+    mark = fingerprint(config, LABEL_SECTIONS)
     record: dict[str, Any] = {"fingerprint": mark, "rates": {}, "tokens": 0, "seconds": 0.0}
     if file.is_file():
         saved = read_json(file, "saerl score")
@@ -315,8 +319,6 @@ def make_plan(config: Config, echo: Echo, session: Session | None = None) -> Pla
         seed=training_seed(config) if config.plan.seed is None else config.plan.seed,
     )
     echo(f"plan: {config.plan.schedule}, {len(plan.prompt_ids)} prompts kept, {len(plan.dropped)} dropped")
-    for note in plan.notes:
-        echo(f"  note: {note}")
     return plan
 
 
@@ -328,11 +330,6 @@ def plan_stage(config: Config, echo: Echo) -> Path:
     save_plan(make_plan(config, echo), path)
     echo(f"wrote {path}")
     return path
-
-
-def training_seed(config: Config) -> int:
-    """The seed of sampling and order."""
-    return config.seed if config.train.seed is None else config.train.seed
 
 
 def train_stage(
@@ -355,24 +352,36 @@ def train_stage(
     from saerl_fast.rl.trainer import train
     from saerl_fast.sae.capture import FeatureCapture
 
-    arm = arm or config.plan.schedule
+    given = load_plan(plan_file) if plan_file else None
+    arm = arm or (given.schedule if given else config.plan.schedule)
     out = out or Path(config.run_dir) / arm
-    if (out / "metrics.jsonl").is_file() and not resume and not overwrite:
-        raise SaerlError(f"{out} holds a run already; add --resume to go on, or --overwrite to replace it")
+    described = {
+        "arm": arm,
+        "seed": training_seed(config),
+        "fingerprint": fingerprint(config, RUN_SECTIONS),
+        "resumable": fingerprint(config, RUN_SECTIONS, without=("steps",)),
+        "plan": hashlib.sha256(Path(plan_file).read_bytes()).hexdigest() if plan_file else None,
+        "config": to_dict(config),
+    }
+    _check_target(out, described, resume=resume, overwrite=overwrite)
     reward = get_reward(config.train.reward)
     session = open_session(config, echo)
-    plan = load_plan(plan_file) if plan_file else make_plan(config, echo, session)
+    plan = given or make_plan(config, echo, session)
+    if plan.batch_size != config.train.rollout.prompts_per_step or plan.total_steps < config.train.steps:
+        raise SaerlError(
+            f"{plan_file} is a plan of {plan.total_steps} batches of {plan.batch_size} prompts; set "
+            "train.steps and train.rollout.prompts_per_step to match"
+        )
     capture = None
-    if config.train.capture and plan.schedule != "vanilla":
+    if config.train.capture and plan.wants_features:
         sae = find_sae(config, echo, session)
         capture = FeatureCapture(
             session.model, sae, config.score.reduce, config.score.backend, layer=config.sae.layer
         )
         capture.warm_up()
-    if overwrite and out.exists() and not resume:
+    if overwrite and out.exists():
         shutil.rmtree(out)
-    described = {"arm": arm, "seed": training_seed(config), "fingerprint": fingerprint(config, RUN_SECTIONS)}
-    write_json(out / "run.json", described | {"config": to_dict(config)})
+    write_json(out / "run.json", described)
     save_plan(plan, out / "plan.json")
     echo(f"training into {out}")
     summary = train(
@@ -392,16 +401,34 @@ def train_stage(
     )
     echo(f"wrote {out}")
     if with_report:
-        for path in write_report(out, echo=echo):
+        for path in write_report(out, echo=print_line):
             echo(f"wrote {path}")
     return summary
 
 
-def _same_settings(
-    found: str | None, config: Config, sections: tuple[str, ...], what: Path, command: str
-) -> None:
-    if found != fingerprint(config, sections):
+def print_line(line: str) -> None:
+    """What even ``--quiet`` shows: results."""
+    print(line, flush=True)  # noqa: T201 - the command line's own voice
+
+
+def _check_target(out: Path, described: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """SaerlError before anything in ``out`` is touched that must not be."""
+    if resume and overwrite:
+        raise SaerlError("--resume goes on with a run and --overwrite replaces it; choose one")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / "run.json").is_file():
+        raise SaerlError(f"{out} holds files that are no run of saerl; choose another run_dir")
+    if overwrite:
+        return
+    if not resume:
+        raise SaerlError(f"{out} holds a run already; add --resume to go on, or --overwrite to replace it")
+    before = read_json(out / "run.json", "saerl train")
+    if any(before.get(key) != described[key] for key in ("resumable", "plan")):
         raise SaerlError(
-            f"{what} was made with other settings in {', '.join(sections)}; run `{command}` again with this "
-            "config, or choose another run_dir"
+            f"{out} was started with other settings; resume with the same ones (train.steps may grow), or "
+            "choose another run_dir"
         )
+    steps, planned = described["config"]["train"]["steps"], before["config"]["train"]["steps"]
+    if steps < planned:
+        raise SaerlError(f"train.steps={steps} is less than the {planned} this run was started with")

@@ -15,7 +15,9 @@ def test_an_arm_is_a_schedule_or_a_name_with_settings():
     assert parse_arm("vanilla:train.lr=1e-5")[1] == ["plan.schedule=vanilla", "train.lr=1e-5"]
 
 
-@pytest.mark.parametrize("text", ["a/b", "../x:plan.schedule=global", "x:data.limit=3", "x:seed=1", ""])
+@pytest.mark.parametrize(
+    "text", ["a/b", "sae", "../x:plan.schedule=global", "x:data.limit=3", "x:seed=1", ""]
+)
 def test_bad_arms(text):
     with pytest.raises(SaerlError):
         parse_arm(text)
@@ -26,7 +28,7 @@ def recorded(monkeypatch):
     """Replace training by a record of what would run."""
     calls = []
 
-    def fake(config, echo, *, out, arm, resume, overwrite):
+    def fake(config, echo, *, out, arm, resume):
         calls.append((arm, config.plan.schedule, config.train.seed, out.name, resume))
         out.mkdir(parents=True, exist_ok=True)
         mark = module.fingerprint(config, module.RUN_SECTIONS)

@@ -115,6 +115,66 @@ def test_interrupted_labels_end_the_same(scored, tmp_path, monkeypatch):
     assert json.loads((folder / "labels.json").read_text())["rates"] == whole
 
 
+def test_changed_prompts_do_not_meet_old_scores(tmp_path, capsys):
+    rows = [json.loads(line) for line in (ROOT / "examples/demo/pool.jsonl").read_text().splitlines()[:40]]
+    plain = [{key: row[key] for key in ("prompt", "answer")} for row in rows]
+    pool, settings = tmp_path / "pool.jsonl", ["data.id_column=", f"data.train={tmp_path / 'pool.jsonl'}"]
+    write_pool(pool, plain)
+    assert saerl("train", tmp_path / "r", *settings, "train.steps=1") == 0
+    write_pool(pool, plain[::-1])  # same numbers for other prompts
+    assert saerl("train", tmp_path / "r", *settings, "train.steps=1", "--overwrite") == 2
+    one_sentence(capsys, "was made with other settings")
+
+
+def test_a_reward_of_another_kind_needs_other_labels(scored, tmp_path, capsys):
+    folder = copy_of(scored, tmp_path / "demo")
+    assert saerl("train", folder, "train.reward=numeric") == 2
+    one_sentence(capsys, "saerl score")
+
+
+def test_folders_that_are_no_runs_stay(scored, tmp_path, capsys):
+    folder = copy_of(scored, tmp_path / "demo")
+    (folder / "adaptive").mkdir()
+    (folder / "adaptive" / "notes.txt").write_text("mine")
+    assert saerl("compare", folder) == 2
+    one_sentence(capsys, "no run of saerl")
+    assert saerl("train", folder, "--overwrite") == 2
+    assert (folder / "adaptive" / "notes.txt").read_text() == "mine"
+
+
+def test_resume_refuses_other_settings_and_touches_nothing(scored, tmp_path, capsys):
+    folder = copy_of(scored, tmp_path / "demo")
+    assert saerl("train", folder) == 0
+    kept = {name: (folder / "adaptive" / name).read_bytes() for name in ("run.json", "plan.json")}
+    for setting in ("train.seed=5", "train.lr=9", "plan.adaptive.noise=0.7", "train.steps=1"):
+        assert saerl("train", folder, "--resume", setting) == 2
+        one_sentence(capsys, "was started with" if setting != "train.steps=1" else "train.steps=1 is less")
+    assert kept == {name: (folder / "adaptive" / name).read_bytes() for name in kept}
+    assert saerl("train", folder, "--resume", "train.steps=3") == 0
+    rows = (folder / "adaptive" / "metrics.jsonl").read_text().splitlines()
+    assert [row["step"] for row in map(json.loads, rows) if row["kind"] == "train"] == [1, 2, 3]
+
+
+def test_a_run_of_train_is_kept_by_compare(scored, tmp_path):
+    folder = copy_of(scored, tmp_path / "demo")
+    assert saerl("train", folder) == 0
+    before = (folder / "adaptive" / "metrics.jsonl").read_text()
+    assert saerl("compare", folder) == 0
+    assert (folder / "adaptive" / "metrics.jsonl").read_text() == before
+
+
+def test_a_plan_file_is_followed(scored, tmp_path, capsys):
+    folder = copy_of(scored, tmp_path / "demo")
+    assert saerl("plan", folder, "plan.schedule=global") == 0
+    plan = json.loads((folder / "plan.json").read_text())
+    command = ["train", "--quiet", "--config", "examples/demo.yaml", "--plan", f"{folder / 'plan.json'}", *SMALL]
+    assert cli.main([*command, f"run_dir={folder}"]) == 0
+    assert json.loads((folder / "global" / "run.json").read_text())["arm"] == "global"
+    assert json.loads((folder / "global" / "plan.json").read_text())["sha256"] == plan["sha256"]
+    assert cli.main([*command, f"run_dir={folder}", "--overwrite", "train.rollout.prompts_per_step=8"]) == 2
+    one_sentence(capsys, "batches of 4 prompts")
+
+
 def write_pool(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

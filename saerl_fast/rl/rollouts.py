@@ -335,8 +335,6 @@ def _check(cfg: RolloutConfig) -> None:
             f"rollout.temperature={cfg.temperature}, top_p={cfg.top_p}: the temperature must not be negative "
             "and top_p must lie in (0, 1]"
         )
-    if cfg.engine not in ("auto", "transformers"):
-        raise SaerlError(f"rollout.engine={cfg.engine!r} is unknown; use auto or transformers")
 
 
 def _join(parts: list[Any]) -> Any:
