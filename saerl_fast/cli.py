@@ -94,8 +94,9 @@ def run(args: argparse.Namespace) -> None:
 
     config = read_config(args)
     from saerl_fast import compare, pipeline
+    from saerl_fast.console import Echo
 
-    echo = pipeline.Echo(quiet=args.quiet)
+    echo = Echo(quiet=args.quiet)
     pipeline.set_up(config)
     if args.command == "sae":
         pipeline.sae_stage(config, echo)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from saerl_fast.config import Config, apply_overrides, to_dict
+from saerl_fast.console import Echo
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_json
 from saerl_fast.fingerprint import RUN_SECTIONS, fingerprint
-from saerl_fast.pipeline import Echo, print_line, train_stage
+from saerl_fast.pipeline import train_stage
 from saerl_fast.report import write_report
 
 
@@ -64,7 +65,7 @@ def compare(config: Config, echo: Echo) -> list[Path]:
             echo(f"{out} is finished already; kept")
             continue
         train_stage(mine, echo, out=out, arm=name, resume=started)
-    paths = write_report(root, echo=print_line)
+    paths = write_report(root, echo=echo.result)
     for path in paths:
         echo(f"wrote {path}")
     return paths

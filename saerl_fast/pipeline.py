@@ -7,7 +7,6 @@ stops, because silently mixing the two would make every figure after it wrong.
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from saerl_fast.config import Config, to_dict
+from saerl_fast.console import Echo
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_json
 from saerl_fast.fingerprint import (
@@ -34,33 +34,6 @@ if TYPE_CHECKING:
     from saerl_fast.data.score import Scores
     from saerl_fast.prompts import Pool
     from saerl_fast.sae.model import TopKSAE
-
-
-@dataclass
-class Echo:
-    """Where progress goes: lines on stdout, and a bar on stderr while something long runs."""
-
-    quiet: bool = False
-
-    def __call__(self, line: str) -> None:
-        if not self.quiet:
-            print(line, flush=True)  # noqa: T201 - the command line's own voice
-
-    def bar(self, label: str) -> Callable[[int, int], None]:
-        """A callback ``(done, total)`` that keeps a progress bar up to date."""
-        from tqdm import tqdm
-
-        shown: list[Any] = []
-
-        def update(done: int, total: int) -> None:
-            if not shown:
-                interval = 0.2 if sys.stderr.isatty() else 10.0
-                shown.append(tqdm(total=total, desc=label, disable=self.quiet, mininterval=interval))
-            shown[0].update(done - shown[0].n)
-            if done >= total:
-                shown[0].close()
-
-        return update
 
 
 @dataclass
@@ -401,14 +374,9 @@ def train_stage(
     )
     echo(f"wrote {out}")
     if with_report:
-        for path in write_report(out, echo=print_line):
+        for path in write_report(out, echo=echo.result):
             echo(f"wrote {path}")
     return summary
-
-
-def print_line(line: str) -> None:
-    """What even ``--quiet`` shows: results."""
-    print(line, flush=True)  # noqa: T201 - the command line's own voice
 
 
 def _check_target(out: Path, described: dict[str, Any], *, resume: bool, overwrite: bool) -> None:

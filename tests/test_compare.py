@@ -5,6 +5,7 @@ import pytest
 from saerl_fast import compare as module
 from saerl_fast.compare import compare, parse_arm
 from saerl_fast.config import load_config
+from saerl_fast.console import Echo
 from saerl_fast.errors import SaerlError
 
 
@@ -49,7 +50,7 @@ def settings(tmp_path, *more):
 
 def test_arms_times_seeds_then_only_what_is_missing(tmp_path, recorded):
     config = settings(tmp_path, "compare.arms=vanilla,global", "compare.seeds=4,7")
-    compare(config, lambda line: None)
+    compare(config, Echo(quiet=True))
     assert recorded == [
         ("vanilla", "vanilla", 4, "vanilla", False),
         ("global", "global", 4, "global", False),
@@ -58,20 +59,20 @@ def test_arms_times_seeds_then_only_what_is_missing(tmp_path, recorded):
     ]
     assert "| vanilla | 2 |" in (tmp_path / "report.md").read_text()
     recorded.clear()
-    compare(config, lambda line: None)  # vanilla has finished; global was cut off and is resumed
+    compare(config, Echo(quiet=True))  # vanilla has finished; global was cut off and is resumed
     assert [(arm, resume) for arm, *_, resume in recorded] == [("global", True), ("global", True)]
 
 
 def test_a_run_with_other_settings_is_not_touched(tmp_path, recorded):
-    compare(settings(tmp_path, "compare.arms=vanilla"), lambda line: None)
+    compare(settings(tmp_path, "compare.arms=vanilla"), Echo(quiet=True))
     before = (tmp_path / "vanilla" / "metrics.jsonl").read_text()
     with pytest.raises(SaerlError, match="other settings"):
-        compare(settings(tmp_path, "compare.arms=vanilla", "train.lr=0.5"), lambda line: None)
+        compare(settings(tmp_path, "compare.arms=vanilla", "train.lr=0.5"), Echo(quiet=True))
     assert (tmp_path / "vanilla" / "metrics.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize("bad", ["compare.arms=vanilla,vanilla", "compare.seeds=1,1", "compare.arms=zigzag"])
 def test_wrong_lists_stop_before_anything_runs(tmp_path, recorded, bad):
     with pytest.raises(SaerlError):
-        compare(settings(tmp_path / "r", bad), lambda line: None)
+        compare(settings(tmp_path / "r", bad), Echo(quiet=True))
     assert recorded == []

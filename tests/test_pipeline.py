@@ -167,7 +167,15 @@ def test_a_plan_file_is_followed(scored, tmp_path, capsys):
     folder = copy_of(scored, tmp_path / "demo")
     assert saerl("plan", folder, "plan.schedule=global") == 0
     plan = json.loads((folder / "plan.json").read_text())
-    command = ["train", "--quiet", "--config", "examples/demo.yaml", "--plan", f"{folder / 'plan.json'}", *SMALL]
+    command = [
+        "train",
+        "--quiet",
+        "--config",
+        "examples/demo.yaml",
+        "--plan",
+        f"{folder / 'plan.json'}",
+        *SMALL,
+    ]
     assert cli.main([*command, f"run_dir={folder}"]) == 0
     assert json.loads((folder / "global" / "run.json").read_text())["arm"] == "global"
     assert json.loads((folder / "global" / "plan.json").read_text())["sha256"] == plan["sha256"]
