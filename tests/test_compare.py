@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -7,6 +8,8 @@ from saerl_fast.compare import compare, parse_arm
 from saerl_fast.config import load_config
 from saerl_fast.console import Echo
 from saerl_fast.errors import SaerlError
+
+POOL = Path(__file__).parents[1] / "examples" / "demo" / "pool.jsonl"
 
 
 def test_an_arm_is_a_schedule_or_a_name_with_settings():
@@ -45,7 +48,7 @@ def recorded(monkeypatch):
 
 
 def settings(tmp_path, *more):
-    return load_config(None, [f"run_dir={tmp_path}", *more])
+    return load_config(None, [f"run_dir={tmp_path}", f"data.train={POOL}", *more])
 
 
 def test_arms_times_seeds_then_only_what_is_missing(tmp_path, recorded):
