@@ -86,8 +86,12 @@ class Pool:
 def load_prompts(spec: str, cfg: DataConfig, *, split_role: Role = "train", seed: int = 0) -> Pool:
     """Read or generate one pool. ``split_role`` chooses the hub split and the reasoning-gym half.
 
-    Raises SaerlError on a missing file or column, an empty pool, an empty prompt or duplicate ids.
+    Raises SaerlError on a missing file or column, an empty pool, an empty prompt, duplicate ids or a
+    row limit below 1 (`load_split` applies the limits).
     """
+    for name, value in (("limit", cfg.limit), ("eval_limit", cfg.eval_limit)):
+        if value is not None and value < 1:
+            raise SaerlError(f"data.{name}={value} keeps no row; use at least 1, or null for all")
     if not spec:
         raise SaerlError("data.train is empty; name a file, a hub dataset or reasoning-gym:NAME")
     if spec.startswith(reasoning_gym_pool.PREFIX):
@@ -133,7 +137,8 @@ def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> list[str]:
     """Final prompt strings, to be tokenised with the tokenizer's defaults.
 
     A chat template is applied when ``cfg.chat`` says so. A beginning-of-sequence token that both the
-    template and the tokenizer would add is kept once: it is removed from the string.
+    template and the tokenizer would add is kept once: it is removed from the string. Raises SaerlError
+    when the template rejects a prompt's messages (some know no system role, say).
     """
     template = getattr(tokenizer, "chat_template", None)
     if cfg.chat == "always" and not template:
@@ -142,26 +147,49 @@ def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> list[str]:
     if cfg.chat == "never" or not template:
         return [p if isinstance(p, str) else "\n\n".join(m["content"] for m in p) for p in prompts]
     chats = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-    texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+    try:
+        from jinja2 import TemplateError
+    except ImportError:
+        raise SaerlError(
+            "the tokenizer's chat template needs jinja2; pip install jinja2, or set data.chat=never"
+        ) from None
+    texts = []
+    for name, chat in zip(pool.column("prompt_id"), chats, strict=True):
+        try:
+            texts.append(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        except TemplateError as err:
+            roles = ", ".join(message["role"] for message in chat)
+            reason = (str(err).strip().splitlines() or [type(err).__name__])[0].rstrip(".")
+            raise SaerlError(
+                f"the chat template rejects prompt {name!r} with roles {roles} ({reason}); "
+                "change its messages, or set data.chat=never"
+            ) from None
     bos = getattr(tokenizer, "bos_token", None)
     if bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         texts = [text.removeprefix(bos) for text in texts]
     return texts
 
 
-def fit_context(pool: Pool, tokenizer: Any, cfg: DataConfig) -> Pool:
-    """The rows whose rendered prompt has at most `max_prompt_tokens` tokens; the others are logged."""
+def fit_context(pool: Pool, tokenizer: Any, cfg: DataConfig, *, limit: int | None = None) -> Pool:
+    """The rows whose rendered prompt has at most `max_prompt_tokens` tokens; the others are logged.
+
+    ``limit``: tokens the model can take for a prompt (its positions less `max_new_tokens`), where that
+    is known; the smaller of the two holds. Raises SaerlError, naming it, when no row is short enough.
+    """
+    most, which, fix = cfg.max_prompt_tokens, "data.max_prompt_tokens", "raise it"
+    if limit is not None and limit < most:
+        most, which = limit, "the model's positions less train.rollout.max_new_tokens"
+        fix = "lower max_new_tokens, or use a model that reads more"
     texts = render(pool, tokenizer, cfg)
     lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
-    keep = [i for i, length in enumerate(lengths) if length <= cfg.max_prompt_tokens]
+    keep = [i for i, length in enumerate(lengths) if length <= most]
     if not keep:
         raise SaerlError(
-            f"all {len(pool)} prompts are longer than data.max_prompt_tokens={cfg.max_prompt_tokens} "
-            f"(the shortest has {min(lengths)}); raise it"
+            f"all {len(pool)} prompts are longer than {which}={most} (the shortest has {min(lengths)}); {fix}"
         )
     if len(keep) < len(pool):
         dropped = len(pool) - len(keep)
-        log.warning("dropped %d of %d prompts over %d tokens", dropped, len(pool), cfg.max_prompt_tokens)
+        log.warning("dropped %d of %d prompts over %d tokens (%s)", dropped, len(pool), most, which)
     return pool.select(keep)
 
 

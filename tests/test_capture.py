@@ -11,6 +11,8 @@ from saerl_fast.models import blocks
 from saerl_fast.sae.capture import (
     Capture,
     FeatureCapture,
+    _warn_once,
+    check_width,
     hidden_states,
     iter_hidden,
     iter_hidden_ids,
@@ -276,3 +278,24 @@ def test_bad_activations_and_settings_are_one_sentence() -> None:
         model(ids, attention_mask=mask)
     with pytest.raises(SaerlError, match="layer 2 are not finite"):
         capture.take()
+
+
+def test_layers_and_models_that_the_sae_does_not_name_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    _warn_once.cache_clear()
+    model = tiny_model("llama")
+    model.config._name_or_path = "someone/tiny-7"
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            assert resolve_layer(model, sae_for(16, hook_layer=None)) == 2
+        assert len(caplog.messages) == 1 and "reads the middle one, 2; sae.layer" in caplog.text
+        caplog.clear()
+        assert resolve_layer(model, sae_for(16), 3) == 3
+        assert len(caplog.messages) == 1 and "sae.layer=3, but the SAE was trained on layer 2" in caplog.text
+        caplog.clear()
+        check_width(model, sae_for(16, model_name="someone/tiny-8"))
+        assert len(caplog.messages) == 1 and "someone/tiny-8 but the model is someone/tiny-7" in caplog.text
+        caplog.clear()
+        for name in (None, "tiny-7", "other/Tiny-7", "/models/tiny-7", "/models/tiny-7/weights.gguf"):
+            check_width(model, sae_for(16, model_name=name))
+        assert resolve_layer(model, sae_for(16)) == resolve_layer(model, sae_for(16), 2) == 2
+        assert resolve_layer(model) == 2 and not caplog.messages

@@ -115,3 +115,12 @@ def test_an_empty_pool() -> None:
     empty = Pool({"prompt_id": [], "prompt": [], "answer": []})
     with pytest.raises(SaerlError, match="evaluation pool is empty"):
         evaluate(tiny_model(), TOKENIZER, empty, [], first_letter, EvalConfig(), ROLLOUT)
+
+
+def test_prob_mode_without_answers_is_refused() -> None:
+    blank = Pool(POOL.columns | {"answer": ["", " ", ""]})
+    with pytest.raises(SaerlError, match="train.eval.mode=prob needs reference answers.*data.answer_column"):
+        evaluate(tiny_model(), TOKENIZER, blank, PROMPTS, first_letter, EvalConfig(mode="prob"), ROLLOUT)
+    partly = Pool(POOL.columns | {"answer": ["", "b", ""]})
+    cfg = EvalConfig(mode="prob")
+    assert len(evaluate(tiny_model(), TOKENIZER, partly, PROMPTS, first_letter, cfg, ROLLOUT).items) == 3

@@ -222,6 +222,8 @@ def test_vanilla_needs_nothing_but_ids():
         ({"features": 1}, {"schedule": "adaptive"}, "needs the prompts' SAE features"),
         ({}, {"schedule": "vanilla", "batch_size": 0}, "batch_size"),
         ({}, {"schedule": "vanilla", "seed": -1}, "seed"),
+        ({}, {"schedule": "global", "window": -1}, "plan.window=-1"),
+        ({}, {"schedule": "global", "window": 0}, "plan.window=0"),
         ({}, {"schedule": "adaptive", "adaptive": AdaptiveConfig(forgetting=1.5)}, "forgetting"),
     ],
 )
@@ -264,3 +266,10 @@ def test_state_of_another_plan_is_refused():
         make_plan("global")[0].load_state_dict(state)
     with pytest.raises(SaerlError, match="seed"):
         make_plan("vanilla", seed=9)[0].load_state_dict(state)
+
+
+def test_only_an_adaptive_plan_that_refreshes_wants_features():
+    assert not any(make_plan(schedule)[0].wants_features for schedule in SCHEDULES)
+    refresh = AdaptiveConfig(refresh_features=True)
+    wanting = [s for s in SCHEDULES if make_plan(s, adaptive=refresh)[0].wants_features]
+    assert wanting == ["adaptive"]

@@ -360,6 +360,45 @@ def test_long_prompts_are_dropped_and_counted(chat_tokenizer, caplog):
     assert "all 2 prompts" in message and "max_prompt_tokens=2" in message and "has 6" in message
 
 
+@pytest.mark.parametrize(
+    ("most", "limit", "kept", "named"),
+    [(9, 6, 1, "over 6 tokens (the model"), (6, 9, 1, "over 6 tokens (data."), (9, 9, 2, "")],
+)
+def test_the_smaller_prompt_limit_holds(chat_tokenizer, caplog, most, limit, kept, named):
+    with caplog.at_level(logging.WARNING):
+        pool = fit_context(small_pool(), chat_tokenizer, DataConfig(max_prompt_tokens=most), limit=limit)
+    assert len(pool) == kept and named in caplog.text and bool(caplog.text) == (kept < 2)
+
+
+def test_prompts_longer_than_the_model_reads_name_that_limit(chat_tokenizer):
+    for limit in (2, -5):
+        with pytest.raises(SaerlError, match=f"max_new_tokens={limit} .*lower max_new_tokens"):
+            fit_context(small_pool(), chat_tokenizer, DataConfig(max_prompt_tokens=9), limit=limit)
+    with pytest.raises(SaerlError, match="data.max_prompt_tokens=2"):
+        fit_context(small_pool(), chat_tokenizer, DataConfig(max_prompt_tokens=2), limit=5)
+
+
+def test_a_chat_template_that_rejects_a_message_names_the_prompt(chat_tokenizer):
+    chat_tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}{{ m['content'] }}{% endfor %}"
+    )
+    message = message_of(render, small_pool(), chat_tokenizer, DataConfig())
+    assert "'1'" in message and "System role not supported" in message and "data.chat=never" in message
+    assert render(small_pool(), chat_tokenizer, DataConfig(chat="never"))[1] == "short\n\nb c"
+
+
+@pytest.mark.parametrize("value", [0, -3])
+@pytest.mark.parametrize("name", ["limit", "eval_limit"])
+def test_a_row_limit_keeps_at_least_one_row(tmp_path, name, value):
+    path = save(tmp_path / "pool.jsonl", ROWS)
+    cfg = DataConfig(train=path, eval_size=2, **{name: value})
+    for call in (lambda: load_split(cfg), lambda: load_prompts(path, cfg)):
+        assert f"data.{name}={value} " in message_of(call)
+    train, held_out = load_split(replace(cfg, limit=1, eval_limit=1))
+    assert len(train) == len(held_out) == 1
+
+
 @pytest.mark.slow
 def test_a_real_chat_template(smollm2):
     from transformers import AutoTokenizer

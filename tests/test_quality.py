@@ -102,3 +102,15 @@ def test_too_little_to_learn_from_is_a_note(labels, cfg, words):
 def test_wrong_input_is_refused(labels, cfg, words):
     with pytest.raises(SaerlError, match=words):
         fit_quality(planted(40)[0], labels, cfg)
+
+
+def test_accuracy_is_measured_on_rows_the_calibration_did_not_see(monkeypatch):
+    X, good = planted(200)
+
+    def memorise(held_out, labels, scores):
+        seen = dict(zip(held_out, labels, strict=True))
+        return np.array([seen.get(score, 0.0) for score in scores])
+
+    monkeypatch.setattr("saerl_fast.data.quality._calibrate", memorise)
+    accuracy = fit_quality(X, good, QualityConfig()).metrics["accuracy"]
+    assert accuracy == pytest.approx(1 - good.mean(), abs=0.02)

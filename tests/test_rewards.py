@@ -295,3 +295,14 @@ def test_rows_must_match_the_completions():
     assert "'answer'" in message_of(score_rewards, get_reward("exact"), ["p"], ["a"], {"answer": ["1", "2"]})
     assert "prompts" in message_of(score_rewards, get_reward("exact"), ["p", "q"], ["a"], {"answer": ["1"]})
     assert "'answer'" in message_of(score_rewards, get_reward("exact"), ["p"], ["a"], {"n": [1]})
+
+
+@pytest.mark.parametrize("name", ["exact", "numeric", "maths"])
+def test_empty_answers_throughout_are_refused(name):
+    prompts, completions = ["p", "q"], ["", "1"]
+    message = message_of(score_rewards, get_reward(name), prompts, completions, {"answer": ["", " "]})
+    assert name in message and "data.answer_column" in message
+    scores = score_rewards(get_reward(name), prompts, completions, {"answer": ["", "1"]})
+    assert scores[1] == 1
+    # rollouts of one prompt: a bad row among good ones must not end the run
+    assert len(score_rewards(get_reward(name), ["p", "p"], completions, {"answer": ["", ""]})) == 2

@@ -73,3 +73,16 @@ def test_bad_input() -> None:
         warm_up(tiny_model(), TOKENIZER, [""], ["1"], WarmupConfig(steps=1))
     with pytest.raises(SaerlError, match="131 tokens"):
         warm_up(tiny_model(), TOKENIZER, ["a" * 30], ["b" * 100], WarmupConfig(steps=1))
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_an_impossible_batch_size(size: int) -> None:
+    with pytest.raises(SaerlError, match=f"train.warmup.batch_size={size} "):
+        warm_up(tiny_model(), TOKENIZER, PROMPTS, ANSWERS, WarmupConfig(steps=1, batch_size=size))
+
+
+def test_without_answers_there_is_nothing_to_learn() -> None:
+    cfg = WarmupConfig(steps=1, batch_size=2)
+    with pytest.raises(SaerlError, match="the warm-up needs reference answers"):
+        warm_up(tiny_model(), TOKENIZER, ["a", "b"], ["", ""], cfg)
+    assert warm_up(tiny_model(), TOKENIZER, ["a", "b"], ["", "c"], cfg)["steps"] == 1

@@ -73,6 +73,7 @@ class AdaptivePlan(Plan):
     ) -> None:
         super().__init__(prompt_ids, cfg, **kwargs)
         settings = cfg.adaptive
+        self.wants_features = settings.refresh_features
         for name, low, high in (
             ("forgetting", 1e-6, 1.0),
             ("target_start", 0.0, 1.0),
@@ -142,7 +143,7 @@ class AdaptivePlan(Plan):
         rows, rates = self._check(prompt_ids, pass_rates)
         if not len(rows):
             return
-        if features is not None and self.cfg.adaptive.refresh_features:
+        if features is not None and self.wants_features:
             fresh = self.embedding.project(features)
             if len(fresh) != len(rows):
                 raise SaerlError(f"observe got {len(fresh)} feature rows for {len(rows)} prompt ids")

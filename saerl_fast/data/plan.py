@@ -33,10 +33,12 @@ class Plan(ABC):
     ``batch_size``; ``total_steps``, the length the schedule is paced for (``next_batch`` goes on
     after it); ``seed``; ``step``, batches handed out so far; ``notes``, sentences for the user;
     ``table``, the per-prompt score columns (float32 or int32 [n], rows as in ``prompt_ids``);
-    ``dropped_table``, the same columns of the dropped ids.
+    ``dropped_table``, the same columns of the dropped ids; ``wants_features``, whether ``observe``
+    uses features captured during rollouts (if not, capturing them for the plan is wasted).
     """
 
     schedule: str
+    wants_features: bool = False
 
     def __init__(
         self,
@@ -243,6 +245,8 @@ def build_plan(
     for name, value, low in (("mix", cfg.mix, 0.0), ("medium_keep", cfg.medium_keep, 1e-9)):
         if not low <= value <= 1:
             raise SaerlError(f"plan.{name}={value} is not a share between 0 and 1")
+    if cfg.window < 1:
+        raise SaerlError(f"plan.window={cfg.window} is no number of batches; use at least 1")
     ids = scores.prompt_ids
     if not ids:
         raise SaerlError("the pool has no prompts to plan; check data.train and data.limit")

@@ -48,6 +48,7 @@ def fit_quality(
     did not see their label. Held out are ``auc`` (logistic) and ``spearman`` (ridge). Logistic
     scores are probabilities of a good row, calibrated on the held-out ones (Platt, 1999), so that
     a threshold of 0.5 means what it says; a probe no better than chance gives every row the same.
+    ``accuracy``, at that threshold, takes each row's curve from the other folds.
 
     Too few labels are no error: the scores are NaN, ``metrics["note"]`` says why, and plans filter
     nothing (unless told to: then they refuse).
@@ -84,7 +85,8 @@ def fit_quality(
     fit = _logistic if cfg.head == "logistic" else _ridge
     scores = fit(matrix[rows], known, matrix, cfg.c)
     held_out = np.empty(len(rows))
-    for train, test in _folds(cfg, known, seed):
+    folds = list(_folds(cfg, known, seed))
+    for train, test in folds:
         held_out[test] = fit(matrix[rows[train]], known[train], matrix[rows[test]], cfg.c)
     scores[rows] = held_out
     if cfg.head == "logistic":
@@ -93,7 +95,9 @@ def fit_quality(
         metrics["auc"] = float(roc_auc_score(known, held_out))
         metrics["good_share"] = float(known.mean())
         scores = _calibrate(held_out, known, scores)
-        calibrated = scores[rows]
+        calibrated = np.empty(len(rows))
+        for train, test in folds:
+            calibrated[test] = _calibrate(held_out[train], known[train], held_out[test])
         metrics["accuracy"] = float(((calibrated >= 0.5) == (known == 1)).mean())
     else:
         from scipy.stats import spearmanr

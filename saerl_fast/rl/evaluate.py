@@ -13,7 +13,7 @@ from saerl_fast.config import EvalConfig, RolloutConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.prompts import Pool
 from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
-from saerl_fast.rl.rewards import score_rewards
+from saerl_fast.rl.rewards import check_answers, score_rewards
 from saerl_fast.rl.rollouts import Rollouts, generate
 from saerl_fast.rl.warmup import answer_rows
 
@@ -60,13 +60,15 @@ def evaluate(
     evaluations differ by the weights and not by luck; greedy: reward of the likeliest completion; prob:
     probability that the model samples exactly the reference answer and then ends, exp of the sum of
     teacher-forced log-probabilities at ``cfg.temperature``, which has no sampling noise at all.
-    ``max_tokens`` bounds a forward pass in prob mode; ``rollout`` bounds one in the others.
+    ``max_tokens`` bounds a forward pass in prob mode; ``rollout`` bounds one in the others. SaerlError
+    on an empty pool, and in prob mode when no row has an answer.
     """
     check_eval(cfg)
     if len(pool) == 0:
         raise SaerlError("the evaluation pool is empty; check data.eval and data.eval_size")
     ids = pool.column("prompt_id")
     if cfg.mode == "prob":
+        check_answers(pool.column("answer"), "train.eval.mode=prob")
         scores = answer_probabilities(
             model, tokenizer, prompts, pool.column("answer"), cfg.temperature, max_tokens
         )

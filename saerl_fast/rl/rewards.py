@@ -103,9 +103,17 @@ def score_rewards(
     return scores
 
 
+def check_answers(answers: Sequence[Any], use: str) -> None:
+    """SaerlError when no row has a reference answer (data.answer_column=null, say), but ``use`` needs it."""
+    if len(answers) and not any(str(answer).strip() for answer in answers):
+        raise SaerlError(
+            f"{use} needs reference answers, but all {len(answers)} are empty; set data.answer_column"
+        )
+
+
 def exact(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
     """1.0 when the whole completion is the answer, white space aside."""
-    answers = _need(columns, "answer", "exact")
+    answers = _answers(columns, prompts, "exact")
     return [float(_squeeze(_text(c)) == _squeeze(a)) for c, a in zip(completions, answers, strict=True)]
 
 
@@ -116,7 +124,7 @@ def numeric(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) 
     An answer without a number (a bad row) scores 0 whatever the completion; the first one is logged.
     """
     scores = []
-    for completion, answer in zip(completions, _need(columns, "answer", "numeric"), strict=True):
+    for completion, answer in zip(completions, _answers(columns, prompts, "numeric"), strict=True):
         wanted = last_number(answer)
         if wanted is None:
             _say_no_number(str(answer)[:80])
@@ -132,7 +140,7 @@ def maths(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) ->
     tools = _math_verify()
     return [
         float(_same_maths(_text(c), a, tools))
-        for c, a in zip(completions, _need(columns, "answer", "maths"), strict=True)
+        for c, a in zip(completions, _answers(columns, prompts, "maths"), strict=True)
     ]
 
 
@@ -304,6 +312,13 @@ def _need(columns: Mapping[str, Any], name: str, reward: str) -> Sequence[Any]:
             f"the reward {reward} needs the column {name!r}; there are {', '.join(columns) or 'none'}"
         )
     return columns[name]
+
+
+def _answers(columns: Mapping[str, Any], prompts: Sequence[Any], reward: str) -> Sequence[Any]:
+    answers = _need(columns, "answer", reward)
+    if any(prompt != prompts[0] for prompt in prompts):  # a single prompt may just be a bad row
+        check_answers(answers, f"the reward {reward}")
+    return answers
 
 
 def _text(completion: Any) -> str:

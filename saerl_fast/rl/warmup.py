@@ -19,6 +19,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.models import max_positions, token_ids
 from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
 from saerl_fast.rl.optimizer import Optimizer, training_mode
+from saerl_fast.rl.rewards import check_answers
 from saerl_fast.rl.rollouts import stop_tokens
 
 
@@ -66,6 +67,9 @@ def warm_up(
     """
     if not prompts:
         raise SaerlError("the warm-up has no rows; check data.train and train.warmup.rows")
+    if cfg.batch_size < 1:
+        raise SaerlError(f"train.warmup.batch_size={cfg.batch_size} must be at least 1")
+    check_answers(answers, "the warm-up")
     started = time.perf_counter()
     rng = np.random.default_rng([seed, 4])
     rows = rng.permutation(len(prompts))[: cfg.rows]

@@ -7,8 +7,12 @@ shows the last entry after the final norm and this module never does (SAEs are t
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
 
     from saerl_fast.sae.model import TopKSAE
     from saerl_kernels import CSR
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
 
@@ -269,8 +275,13 @@ def check_layer(model: nn.Module, layer: int) -> int:
 
 
 def resolve_layer(model: nn.Module, sae: TopKSAE | None = None, layer: int | None = None) -> int:
-    """The layer asked for, else the SAE's own, else the middle one (checked against the model)."""
+    """The layer asked for, else the SAE's own, else the middle one (checked against the model).
+
+    A layer other than the SAE's own, and the middle one for an SAE that names none, are said in the log.
+    """
     if layer is not None:
+        if sae is not None and sae.layer not in (None, layer):
+            _warn_once(f"sae.layer={layer}, but the SAE was trained on layer {sae.layer}; unset sae.layer")
         return check_layer(model, layer)
     if sae is not None:
         if sae.layer is not None:
@@ -279,17 +290,37 @@ def resolve_layer(model: nn.Module, sae: TopKSAE | None = None, layer: int | Non
             raise SaerlError(
                 f"the SAE reads {sae.hook_name!r}, which is no residual stream; set sae.layer if you mean to"
             )
+        middle = n_blocks(model) // 2
+        _warn_once(f"the SAE names no layer: it reads the middle one, {middle}; sae.layer sets another")
     return n_blocks(model) // 2
 
 
 def check_width(model: nn.Module, sae: TopKSAE) -> None:
-    """SaerlError naming both widths when the SAE was made for another model."""
+    """SaerlError naming both widths when the SAE was made for another width.
+
+    An SAE of the right width that names another model is only warned of: names of one model differ.
+    """
     width = hidden_size(model)
     if sae.d_in != width:
         raise SaerlError(
             f"the SAE reads activations of width {sae.d_in} but the model's hidden size is {width}; "
             "use an SAE trained on this model's width"
         )
+    own, loaded = sae.cfg["model_name"], getattr(model.config, "_name_or_path", None)
+    if own and loaded and not _short_names(own) & _short_names(loaded):
+        _warn_once(f"the SAE was trained on {own} but the model is {loaded}; check that they belong together")
+
+
+def _short_names(name: str) -> set[str]:
+    """What a model may be called without its owner or folder; a GGUF file also goes by its folder."""
+    path = Path(name.lower() if not Path(name).exists() else os.path.abspath(name).lower())
+    return set(path.parts[-2:] if path.suffix == ".gguf" else path.parts[-1:])
+
+
+@cache
+def _warn_once(sentence: str) -> None:
+    """Scoring asks shard by shard; one line is enough."""
+    log.warning(sentence)
 
 
 def check_finite(x: Tensor, layer: int) -> None:
