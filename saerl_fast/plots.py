@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 
 from saerl_fast.fileio import atomic_path
-from saerl_fast.runs import SAERL_PHASES, RunRecord
+from saerl_fast.runs import SAERL_PHASES, RunRecord, eval_modes
 
+MODE_LABELS = {
+    "sample": "held-out accuracy (avg@k)",
+    "greedy": "held-out accuracy (greedy)",
+    "prob": "P(reference answer), held out",
+}
 PALETTE = ("#4a5568", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d6a9f", "#2e4057", "#b56576")
 
 
@@ -44,6 +49,14 @@ def colours(runs: list[RunRecord]) -> dict[str, str]:
     return {arm: PALETTE[i % len(PALETTE)] for i, arm in enumerate(arms)}
 
 
+def accuracy_label(runs: list[RunRecord]) -> str:
+    """What the evaluations measured, for an axis; runs of several modes share no scale."""
+    modes = eval_modes(runs)
+    if len(modes) > 1:
+        return f"held-out figure (modes: {', '.join(modes)})"
+    return MODE_LABELS.get(modes[0], "held-out accuracy") if modes else "held-out accuracy"
+
+
 def learning_curves(runs: list[RunRecord], targets: dict[str, float], path: Path) -> Path:
     """Held-out accuracy against steps and against rollouts; thin lines are seeds, thick ones their mean."""
     colour = colours(runs)
@@ -66,7 +79,7 @@ def learning_curves(runs: list[RunRecord], targets: dict[str, float], path: Path
         for name, value in targets.items():
             axes[0].axhline(value, color="#999999", lw=0.8, ls="--")
             axes[0].annotate(name, (0, value), fontsize=8, color="#777777", va="bottom")
-        axes[0].set(xlabel="GRPO steps", ylabel="held-out accuracy")
+        axes[0].set(xlabel="GRPO steps", ylabel=accuracy_label(runs))
         axes[1].set(xlabel="rollouts spent")
         axes[0].legend(frameon=False)
 
@@ -121,15 +134,18 @@ def batches(runs: list[RunRecord], path: Path) -> Path:
 
 
 def signals(columns: dict[str, list[Any]], path: Path) -> Path:
-    """Histograms of quality and difficulty, and cluster sizes, split by task where the pool names one."""
+    """Histograms of quality and difficulty, and cluster sizes.
+
+    ``columns`` are those of scores.parquet. The histograms are split by the pool's optional column
+    ``quality_label`` (see `label_groups`) where it holds labels, and not at all otherwise.
+    """
+    split = label_groups(columns.get("quality_label")) or {"all": np.ones(len(columns["prompt_id"]), bool)}
+    names = list(split)
 
     def draw(figure: Any, axes: Any) -> None:
-        kinds = columns.get("kind") or ["all"] * len(columns["prompt_id"])
-        names = sorted(set(map(str, kinds)))
         for axis, key in ((axes[0], "saerl_quality"), (axes[1], "saerl_difficulty")):
             values = np.asarray(columns[key], dtype=np.float64)
-            groups = [values[[str(kind) == name for kind in kinds]] for name in names]
-            groups = [group[np.isfinite(group)] for group in groups]
+            groups = [values[mask & np.isfinite(values)] for mask in split.values()]
             shades = [PALETTE[i % len(PALETTE)] for i in range(len(names))]
             axis.hist(groups, bins=25, stacked=True, label=names, color=shades)
             axis.set(xlabel=key.removeprefix("saerl_"), ylabel="prompts")
@@ -140,3 +156,23 @@ def signals(columns: dict[str, list[Any]], path: Path) -> Path:
         axes[2].set(xlabel="clusters, by size", ylabel="prompts")
 
     return _figure(path, (11, 3.2), draw, columns=3)
+
+
+def label_groups(labels: list[Any] | None) -> dict[str, np.ndarray]:
+    """Masks [n] of the rows labelled good (1), labelled bad (0) and unlabelled (null); empty ones left out.
+
+    Labels that are scores, not 0 or 1, make one group "labelled". {} when there is nothing to split by: no
+    column, no label in it, or labels that are no numbers.
+    """
+    try:
+        values = np.asarray(labels if labels is not None else [], dtype=np.float64)
+    except (TypeError, ValueError):
+        return {}
+    known = np.isfinite(values)
+    if not known.any():
+        return {}
+    if np.isin(values[known], (0, 1)).all():
+        groups = {"labelled good": values == 1, "labelled bad": values == 0, "unlabelled": ~known}
+    else:
+        groups = {"labelled": known, "unlabelled": ~known}
+    return {name: mask for name, mask in groups.items() if mask.any()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,29 @@ from saerl_fast import plots
 from saerl_fast.config import CompareConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import write_text
-from saerl_fast.runs import SAERL_PHASES, RunRecord, load_runs
+from saerl_fast.runs import SAERL_PHASES, RunRecord, eval_modes, load_runs, read_object
 from saerl_fast.stats import area_under_curve, paired_ratio, smooth, steps_to_target
 
 Table = tuple[str, list[str], list[list[str]], str]  # title, header, rows, note
+
+SIGNALS_NOTE = (
+    "Out of fold, on rows whose labels the fit had not seen: quality.auc or quality.spearman, "
+    "difficulty.spearman and difficulty.r2. Not so quality.accuracy: its threshold of 0.5 sits on a "
+    "calibration curve fitted to the very rows it is measured on, so it flatters. Silhouette and purity "
+    "describe the rows that were clustered, next to their values by chance."
+)
+MODE_NOTES = {
+    "sample": "Accuracy is the mean reward of sampled completions of held-out prompts (avg@k).",
+    "greedy": "Accuracy is the mean reward of the greedy completion of each held-out prompt.",
+    "prob": "Accuracy is here the teacher-forced probability of the reference answer, averaged over the "
+    "held-out prompts (train.eval.mode=prob), and not a share of generated answers that were right.",
+}
 
 
 def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: None) -> list[Path]:
     """Write report.md, report.html and the figures into ``root``; returns the paths.
 
+    ``root`` is a run_dir or the folder of a single run in one, whose scores and SAE lie a level above.
     Raises SaerlError when ``root`` holds no run.
     """
     root = Path(root)
@@ -32,13 +45,13 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
         raise SaerlError(f"the runs in {root} recorded no step yet; let `saerl train` finish one first")
     settings = _settings(root)
     targets = find_targets(runs, settings)
-    scores = _read_json(root / "scores.json").get("metadata", {})
+    scores = read_object(_shared(root, "scores.json")).get("metadata", {})
     paired = paired_table(runs, targets, settings)
     paired = (*paired[:3], f"{paired[3]} {label_cost(runs, scores)}".strip())
     tables = [main_table(runs, targets, settings), paired, phase_table(runs)]
-    tables += signal_tables(scores, _read_json(root / "sae" / "train.json"))
+    tables += signal_tables(scores, read_object(_shared(root, "sae/train.json")))
     shown = [table for table in tables if table[2]]
-    figures = _draw(runs, {name: value for name, value in targets.items()}, root)
+    figures = _draw(runs, targets, root)
     title = f"{root.name}: {', '.join(dict.fromkeys(run.arm for run in runs))}"
     for table in shown[:2]:
         echo(_text(table))
@@ -47,6 +60,13 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
         write_text(root / "report.html", _html(title, shown, figures)),
         *figures,
     ]
+
+
+def _shared(root: Path, name: str) -> Path:
+    """A file that all runs of a run_dir share; for the folder of a single run, the one beside it."""
+    own = root / name
+    alone = not own.exists() and (root / "metrics.jsonl").is_file()
+    return root.resolve().parent / name if alone else own
 
 
 def find_targets(runs: list[RunRecord], settings: CompareConfig) -> dict[str, float]:
@@ -65,7 +85,8 @@ def find_targets(runs: list[RunRecord], settings: CompareConfig) -> dict[str, fl
 
 def main_table(runs: list[RunRecord], targets: dict[str, float], settings: CompareConfig) -> Table:
     """One row an arm: accuracy, steps to each target, rollouts, seconds and overhead."""
-    header = ["arm", "seeds", "accuracy before", "after", "mean over run"]
+    measure = "P(reference answer)" if eval_modes(runs) == ["prob"] else "accuracy"
+    header = ["arm", "seeds", f"{measure} before", "after", "mean over run"]
     header += [f"steps to {value:.3f} ({name})" for name, value in targets.items()]
     header += ["rollouts", "seconds/step", "SAE + plan overhead"]
     rows = []
@@ -90,14 +111,25 @@ def main_table(runs: list[RunRecord], targets: dict[str, float], settings: Compa
     basis = (
         "were registered before the run" if settings.target_values else "come from the first arm's own curve"
     )
-    note = (
-        f"Targets {basis}; curves are averaged over {settings.smooth} evaluations before they are compared."
-    )
-    return ("Result", header, rows, note if targets else "")
+    notes = [_mode_note(runs)]
+    if targets:
+        window = f"{settings.smooth} evaluations"
+        notes.append(f"Targets {basis}; curves are averaged over {window} before they are compared.")
+    return ("Result", header, rows, " ".join(note for note in notes if note))
+
+
+def _mode_note(runs: list[RunRecord]) -> str:
+    """What "accuracy" means in these runs."""
+    modes = eval_modes(runs)
+    if len(modes) > 1:
+        return (
+            f"The runs were evaluated in different modes ({', '.join(modes)}): do not compare their figures."
+        )
+    return MODE_NOTES.get(modes[0], "") if modes else ""
 
 
 def paired_table(runs: list[RunRecord], targets: dict[str, float], settings: CompareConfig) -> Table:
-    """Steps to target relative to the first arm, paired by seed, with a bootstrap interval."""
+    """Steps to target relative to the first arm, paired by seed, with a t interval."""
     arms = list(dict.fromkeys(run.arm for run in runs))
     by_key = {(run.arm, run.seed): run for run in runs if run.eval}
     seeds = sorted({run.seed for run in runs})
@@ -106,36 +138,30 @@ def paired_table(runs: list[RunRecord], targets: dict[str, float], settings: Com
         pairs = [s for s in seeds if (arms[0], s) in by_key and (arm, s) in by_key]
         for name, value in targets.items():
             both = [[_steps(by_key[one, s], value, settings.smooth) for s in pairs] for one in (arms[0], arm)]
-            result = paired_ratio(both[0], both[1], settings.bootstrap) if pairs else None
+            result = paired_ratio(both[0], both[1])
             if result is None:
-                rows.append([arm, name, "no pair where both arrive", "-", str(len(pairs)), "-"])
+                why = f"{len(pairs)} of {len(pairs)} pairs left out" if pairs else "no paired seed"
+                rows.append([arm, name, "-", "-", f"0 (+{len(pairs)})", f"no claim ({why})"])
                 continue
-            interval = (
-                f"[{1 - result.high:+.0%}, {1 - result.low:+.0%}]" if result.pairs > 2 else "too few pairs"
-            )
-            verdict = "no claim"
-            if result.pairs > 2 and (result.high < 1 or result.low > 1):
-                verdict = "fewer steps" if result.high < 1 else "more steps"
-            row = [
-                arm,
-                name,
-                f"{1 - result.ratio:+.0%}",
-                interval,
-                f"{result.pairs} (+{result.censored})",
-                verdict,
-            ]
-            rows.append(row)
+            interval = "too few pairs"
+            if result.interval is not None:
+                low, high = result.interval
+                interval = f"[{1 - high:+.0%}, {1 - low:+.0%}]"
+            used = f"{result.pairs} (+{result.censored + result.zero})"
+            rows.append([arm, name, f"{1 - result.ratio:+.0%}", interval, used, result.verdict])
     note = (
-        f"Geometric mean over paired seeds; the interval resamples seeds ({settings.bootstrap:,} rounds). "
-        "Pairs in brackets never arrived in at least one arm and are not in the mean. One or two pairs prove "
-        "nothing: the same order run twice with other seeds differs by as much."
+        "Geometric mean over paired seeds; the interval is Student's t on the logarithms of the ratios. "
+        "Pairs in brackets are not in the mean: at least one run never reached the target (censored), or was "
+        "there at step 0, where a ratio means nothing. Any such pair rules out a verdict, for the others are "
+        "a selection. One or two pairs prove nothing: the same order run twice with other seeds differs by "
+        "as much. Each line is tested at 5% by itself; the more lines, the likelier a false verdict in one."
     )
     header = [
         "arm",
         "target",
         f"steps saved against {arms[0]}",
         "95% interval",
-        "pairs (+censored)",
+        "pairs (+left out)",
         "verdict",
     ]
     return ("Paired comparison", header, rows, note)
@@ -170,11 +196,11 @@ def phase_table(runs: list[RunRecord]) -> Table:
 
 
 def signal_tables(scores: dict[str, Any], sae: dict[str, Any]) -> list[Table]:
-    """Held-out quality of every probe and the one-off costs, as scoring recorded them."""
+    """Figures of every probe and the one-off costs, as scoring recorded them."""
     tables: list[Table] = []
-    for title, record in (("Signals, measured on held-out rows", scores), ("SAE training", sae)):
+    for title, record, note in (("Signals", scores, SIGNALS_NOTE), ("SAE training", sae, "")):
         rows = [[key, _cell(value)] for key, value in _flatten(record) if not isinstance(value, (list, dict))]
-        tables.append((title, ["figure", "value"], rows, ""))
+        tables.append((title, ["figure", "value"], rows, note))
     return tables
 
 
@@ -201,26 +227,19 @@ def _draw(runs: list[RunRecord], targets: dict[str, float], root: Path) -> list[
     if any(run.train for run in runs):
         figures.append(plots.batches(runs, root / "batches.png"))
         figures.append(plots.phases(runs, root / "phases.png"))
-    if (root / "scores.parquet").is_file():
+    scores = _shared(root, "scores.parquet")
+    if scores.is_file():
         import pyarrow.parquet as pq
 
-        columns = pq.read_table(root / "scores.parquet").to_pydict()
+        columns = pq.read_table(scores).to_pydict()
         figures.append(plots.signals(columns, root / "signals.png"))
     return figures
 
 
 def _settings(root: Path) -> CompareConfig:
-    recorded = _read_json(root / "compare.json")
+    recorded = read_object(root / "compare.json")
     known = {key: recorded[key] for key in CompareConfig.__dataclass_fields__ if key in recorded}
     return CompareConfig(**known)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text()) if path.is_file() else {}
-    except json.JSONDecodeError:
-        raise SaerlError(f"{path} is damaged; make it again or remove it") from None
-    return value if isinstance(value, dict) else {}
 
 
 def _steps(run: RunRecord, target: float, window: int) -> float | None:

@@ -29,6 +29,11 @@ class RunRecord:
         return [row["step"] for row in self.eval]
 
     @property
+    def eval_mode(self) -> str | None:
+        """How the last evaluation measured ``accuracy``: sample, greedy or prob; None if not recorded."""
+        return next((row["mode"] for row in reversed(self.eval) if row.get("mode")), None)
+
+    @property
     def accuracy(self) -> list[float]:
         return [row["accuracy"] for row in self.eval]
 
@@ -54,7 +59,8 @@ class RunRecord:
 def load_runs(root: str | Path) -> list[RunRecord]:
     """Every run below ``root`` (or ``root`` itself), ordered as the comparison listed its arms.
 
-    Raises SaerlError when there is none.
+    Without a compare.json the arm ``vanilla`` comes first, since the first arm is the baseline; the others
+    follow by name. Raises SaerlError when there is no run or a file is damaged.
     """
     root = Path(root)
     if not root.is_dir():
@@ -68,17 +74,36 @@ def load_runs(root: str | Path) -> list[RunRecord]:
     order: list[str] = []
     comparison = root / "compare.json"
     if comparison.is_file():
-        listed = json.loads(comparison.read_text())
+        listed = read_object(comparison)
         order = [arm.partition(":")[0] for arm in listed.get("arms", [])]
         runs = [run for run in runs if run.arm in order and run.seed in listed.get("seeds", [])] or runs
     rank = {arm: i for i, arm in enumerate(order)}
-    return sorted(runs, key=lambda run: (rank.get(run.arm, len(rank)), run.arm, run.seed))
+    return sorted(
+        runs, key=lambda run: (rank.get(run.arm, len(rank)), run.arm != "vanilla", run.arm, run.seed)
+    )
+
+
+def eval_modes(runs: list[RunRecord]) -> list[str]:
+    """The evaluation modes that these runs recorded, sorted."""
+    return sorted({run.eval_mode for run in runs if run.eval_mode is not None})
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``, {} when there is no such file; SaerlError when it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # no JSON, or no text
+        value = None
+    if not isinstance(value, dict):
+        raise SaerlError(f"{path} is damaged (not a JSON object); make it again or remove it")
+    return value
 
 
 def _load_run(folder: Path) -> RunRecord:
     rows = read_metrics(folder / "metrics.jsonl")
-    described = folder / "run.json"
-    config = json.loads(described.read_text()) if described.is_file() else {}
+    config = read_object(folder / "run.json")
     record = RunRecord(config.get("arm", folder.name), int(config.get("seed", 0)), folder, config)
     record.train = [row for row in rows if row.get("kind") == "train"]
     record.eval = [row for row in rows if row.get("kind") == "eval"]

@@ -1,5 +1,7 @@
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from saerl_fast.config import CompareConfig
@@ -10,7 +12,7 @@ from saerl_fast.runs import load_runs
 TIMES = {"generate": 0.5, "update": 0.4, "reward": 0.1, "capture": 0.01, "encode": 0.02, "plan": 0.01}
 
 
-def record_run(folder, arm, seed, accuracy, every=10, time=TIMES):
+def record_run(folder, arm, seed, accuracy, every=10, time=TIMES, mode="prob"):
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({"arm": arm, "seed": seed}))
     rows = [
@@ -26,7 +28,7 @@ def record_run(folder, arm, seed, accuracy, every=10, time=TIMES):
         for s in range(1, every * (len(accuracy) - 1) + 1)
     ]
     rows += [
-        {"step": every * i, "kind": "eval", "accuracy": a, "n": 32, "mode": "prob"}
+        {"step": every * i, "kind": "eval", "accuracy": a, "n": 32, "mode": mode}
         for i, a in enumerate(accuracy)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -87,6 +89,87 @@ def test_one_seed_claims_nothing(tmp_path):
 def test_single_run_folder(tmp_path):
     record_run(tmp_path / "adaptive", "adaptive", 3, [0.2, 0.3])
     assert (tmp_path / "adaptive" / "report.md") in write_report(tmp_path / "adaptive")
+
+
+def write_scores(run_dir, auc):
+    quality = {"auc": auc, "accuracy": 0.987}
+    (run_dir / "scores.json").write_text(json.dumps({"metadata": {"quality": quality}}))
+    (run_dir / "sae").mkdir(exist_ok=True)
+    (run_dir / "sae" / "train.json").write_text(json.dumps({"fvu": 0.123}))
+    columns = {"prompt_id": ["a", "b"], "saerl_quality": [0.1, 0.9], "saerl_difficulty": [0.2, 0.8]}
+    pq.write_table(pa.table(columns | {"saerl_cluster": [0, 1]}), run_dir / "scores.parquet")
+
+
+def test_single_run_folder_shows_the_scores_beside_it(tmp_path):
+    record_run(tmp_path / "adaptive", "adaptive", 3, [0.2, 0.3])
+    write_scores(tmp_path, 0.777)
+    paths = write_report(tmp_path / "adaptive")
+    text = (tmp_path / "adaptive" / "report.md").read_text()
+    assert "0.777" in text and "0.123" in text
+    assert tmp_path / "adaptive" / "signals.png" in paths
+    write_scores(tmp_path / "adaptive", 0.555)
+    write_report(tmp_path / "adaptive")
+    text = (tmp_path / "adaptive" / "report.md").read_text()
+    assert "0.555" in text and "0.777" not in text
+
+
+def test_a_run_dir_shows_no_scores_of_the_folder_above(tmp_path):
+    record_run(tmp_path / "run" / "adaptive", "adaptive", 3, [0.2, 0.3])
+    write_scores(tmp_path, 0.777)
+    paths = write_report(tmp_path / "run")
+    assert "0.777" not in (tmp_path / "run" / "report.md").read_text()
+    assert "signals.png" not in {path.name for path in paths}
+
+
+def test_accuracy_of_quality_is_not_called_held_out(tmp_path):
+    record_run(tmp_path / "adaptive", "adaptive", 0, [0.2, 0.3])
+    write_scores(tmp_path, 0.777)
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "## Signals\n" in text and "| quality.accuracy | 0.987 |" in text
+    assert "Not so quality.accuracy" in text and "held-out rows" not in text
+
+
+@pytest.mark.parametrize(
+    ("mode", "head", "note"),
+    [
+        ("prob", "P(reference answer) before", "teacher-forced probability"),
+        ("sample", "accuracy before", "avg@k"),
+        ("greedy", "accuracy before", "greedy completion"),
+    ],
+)
+def test_the_note_says_what_accuracy_is(tmp_path, mode, head, note):
+    record_run(tmp_path / "vanilla", "vanilla", 0, [0.2, 0.3], mode=mode)
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert f"| {head} |" in text and note in text
+    assert ("teacher-forced" in text) == (mode == "prob")
+
+
+def test_modes_are_not_to_be_compared(tmp_path):
+    record_run(tmp_path / "vanilla", "vanilla", 0, [0.2, 0.3], mode="prob")
+    record_run(tmp_path / "static", "static", 0, [0.2, 0.3], mode="sample")
+    write_report(tmp_path)
+    assert "different modes (prob, sample)" in (tmp_path / "report.md").read_text()
+
+
+def test_a_run_that_never_arrives_rules_out_the_verdict(comparison):
+    record_run(comparison / "vanilla" / "seed-4", "vanilla", 4, [0.2, 0.3, 0.4, 0.4])
+    record_run(comparison / "adaptive" / "seed-4", "adaptive", 4, [0.2, 0.2, 0.2, 0.2])
+    settings = {"arms": ["vanilla", "adaptive"], "seeds": [0, 1, 2, 3, 4], "smooth": 1}
+    (comparison / "compare.json").write_text(json.dumps(settings))
+    write_report(comparison)
+    text = (comparison / "report.md").read_text()
+    assert "| 4 (+1) | no claim (1 pair censored) |" in text and "fewer steps |" not in text
+
+
+def test_no_pair_arrives(tmp_path):
+    record_run(tmp_path / "vanilla", "vanilla", 0, [0.2, 0.4])
+    record_run(tmp_path / "static", "static", 0, [0.2, 0.2])
+    record_run(tmp_path / "other", "other", 1, [0.2, 0.4])
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "no claim (1 of 1 pairs left out)" in text and "no claim (no paired seed)" in text
 
 
 def test_a_torn_last_line_is_no_obstacle(tmp_path):

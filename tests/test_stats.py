@@ -37,15 +37,53 @@ def test_paired_ratio_is_geometric_and_counts_the_censored():
     result = paired_ratio([10, 10, 10, None], [5, 20, 10, 7])
     assert result is not None
     assert result.ratio == pytest.approx(1.0)
-    assert (result.pairs, result.censored) == (3, 1)
-    assert result.low < 1 < result.high
+    assert (result.pairs, result.censored, result.zero) == (3, 1, 0)
+    assert result.interval[0] < 1 < result.interval[1]
 
 
 def test_consistent_saving_excludes_one():
     result = paired_ratio([10, 20, 30, 40], [8, 15, 24, 33])
-    assert result is not None and result.high < 1
+    assert result is not None and result.interval[1] < 1 and result.verdict == "fewer steps"
+    back = paired_ratio([8, 15, 24, 33], [10, 20, 30, 40])
+    assert back is not None and back.interval[0] > 1 and back.verdict == "more steps"
     assert result.ratio == pytest.approx(math.exp(np.mean(np.log([0.8, 0.75, 0.8, 33 / 40]))))
+
+
+def test_interval_is_students():
+    logs = np.array([-0.3, -0.1, 0.1, -0.2])
+    result = paired_ratio([10.0] * 4, list(10 * np.exp(logs)))
+    half = 3.182446 * logs.std(ddof=1) / 2  # t at 97.5%, three degrees of freedom
+    assert result.interval == pytest.approx((math.exp(-0.125 - half), math.exp(-0.125 + half)))
+
+
+@pytest.mark.parametrize("pairs", [3, 4, 8])
+def test_false_verdicts_without_a_difference_are_rare(pairs):
+    rng = np.random.default_rng(0)
+    runs = np.exp(rng.normal(3.0, 0.3, size=(400, 2, pairs)))
+    verdicts = [paired_ratio(list(one), list(other)).verdict for one, other in runs]
+    assert sum(verdict != "no claim" for verdict in verdicts) <= 0.08 * 400
+
+
+def test_two_pairs_have_no_interval():
+    result = paired_ratio([10, 20], [5, 10])
+    assert result.interval is None and result.ratio == pytest.approx(0.5)
+    assert result.verdict == "no claim (too few pairs)"
+
+
+def test_a_censored_pair_rules_out_a_verdict():
+    saving = [10, 20, 30, 40], [8, 15, 24, 33]
+    assert paired_ratio([*saving[0], 50], [*saving[1], None]).verdict == "no claim (1 pair censored)"
+    many = paired_ratio([*saving[0], None, 9], [*saving[1], 5, None])
+    assert many.verdict == "no claim (2 pairs censored)" and many.interval[1] < 1
+
+
+def test_step_zero_is_reached_not_censored():
+    result = paired_ratio([10, 20, 30, 0], [8, 15, 24, 33])
+    assert (result.pairs, result.censored, result.zero) == (3, 0, 1)
+    assert result.verdict == "no claim (1 pair at step 0)"
 
 
 def test_nothing_to_compare():
     assert paired_ratio([None], [3.0]) is None
+    assert paired_ratio([0.0], [3.0]) is None
+    assert paired_ratio([], []) is None
