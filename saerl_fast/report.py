@@ -21,9 +21,8 @@ Table = tuple[str, list[str], list[list[str]], str]  # title, header, rows, note
 
 SIGNALS_NOTE = (
     "Out of fold, on rows whose labels the fit had not seen: quality.auc or quality.spearman, "
-    "difficulty.spearman and difficulty.r2. Not so quality.accuracy: its threshold of 0.5 sits on a "
-    "calibration curve fitted to the very rows it is measured on, so it flatters. Silhouette and purity "
-    "describe the rows that were clustered, next to their values by chance."
+    "quality.accuracy (calibrated on the other folds), difficulty.spearman and difficulty.r2. Silhouette and "
+    "purity describe the rows that were clustered, next to their values by chance."
 )
 MODE_NOTES = {
     "sample": "Accuracy is the mean reward of sampled completions of held-out prompts (avg@k).",
