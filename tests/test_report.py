@@ -121,13 +121,13 @@ def test_a_run_dir_shows_no_scores_of_the_folder_above(tmp_path):
     assert "signals.png" not in {path.name for path in paths}
 
 
-def test_accuracy_of_quality_is_not_called_held_out(tmp_path):
+def test_signals_say_what_is_out_of_fold(tmp_path):
     record_run(tmp_path / "adaptive", "adaptive", 0, [0.2, 0.3])
     write_scores(tmp_path, 0.777)
     write_report(tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "## Signals\n" in text and "| quality.accuracy | 0.987 |" in text
-    assert "Not so quality.accuracy" in text and "held-out rows" not in text
+    assert "Out of fold" in text
 
 
 @pytest.mark.parametrize(

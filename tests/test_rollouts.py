@@ -200,7 +200,6 @@ def test_stop_tokens_and_texts() -> None:
         (["a"], {"max_new_tokens": 0}, "max_new_tokens=0"),
         (["a"], {"temperature": -1.0}, "temperature=-1.0"),
         (["a"], {"top_p": 0.0}, "top_p=0.0"),
-        (["a"], {"engine": "vllm2"}, "vllm2"),
     ],
 )
 def test_bad_input(prompts: list[str], change: dict, message: str) -> None:
