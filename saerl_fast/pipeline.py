@@ -94,6 +94,8 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> Top
     from saerl_fast.sae.files import save_sae
     from saerl_fast.sae.train import collect_activations, train_sae
 
+    if config.sae.path is not None:
+        raise SaerlError(f"sae.path={config.sae.path} names an SAE already; leave it out to train one")
     folder = Path(config.run_dir) / "sae"
     session = session or open_session(config, echo)
     layer = resolve_layer(session.model, None, config.sae.layer)

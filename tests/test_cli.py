@@ -49,6 +49,8 @@ def test_help_is_fast_and_imports_nothing_heavy():
         (["score", "data.train=examples/demo/pool.jsonl"], "model.path"),
         (["report", "nowhere"], "nowhere is not a folder"),
         (["sae", "info", "nowhere"], "nowhere"),
+        (["sae", "train", "--sae", "somewhere"], "names an SAE already"),
+        (["train", "data.limit=0"], "data.limit=0 must be at least 1"),
         (["report", "x", "a.b=1"], "takes no settings"),
         (["frobnicate"], "invalid choice"),
     ],
