@@ -145,7 +145,11 @@ def test_config(monkeypatch: pytest.MonkeyPatch, make_demo: ModuleType) -> None:
     assert Path(cfg.model.path, "config.json").is_file()
     assert Path(cfg.data.train).is_file() and Path(str(cfg.data.eval)).is_file()
     assert cfg.data.template == make_demo.TEMPLATE
-    assert cfg.train.eval.mode == "prob" and cfg.compare.arms == ["vanilla", "adaptive"]
+    assert cfg.train.eval.mode == "prob" and cfg.compare.arms == [
+        "vanilla",
+        "filtered:plan.schedule=vanilla;plan.filter=true",
+        "adaptive",
+    ]
 
 
 def test_make_demo_runs_from_scratch(

@@ -16,7 +16,7 @@ SMALL = """
     threads=1 data.limit=96 data.eval_limit=12 sae.steps=30 sae.d_sae=256 sae.k=8 sae.max_tokens=3000
     difficulty.n_labels=32 difficulty.rollouts=2 diversity.n_clusters=4 diversity.null_rounds=1
     plan.adaptive.svd=8 train.steps=2 train.rollout.prompts_per_step=4 train.rollout.group_size=4
-    train.eval.every=1 train.save_every=1 train.warmup.steps=0
+    train.eval.every=1 train.save_every=1 train.warmup.steps=0 compare.arms=vanilla,adaptive compare.seeds=0
 """.split()  # noqa: SIM905 - read as it would be typed
 
 
