@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from saerl_fast.config import Config, to_dict
 from saerl_fast.console import Echo
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import read_json, write_json
+from saerl_fast.fileio import atomic_path, read_json, write_json
 from saerl_fast.fingerprint import (
     LABEL_SECTIONS,
     RUN_SECTIONS,
@@ -44,13 +44,10 @@ class Session:
     tokenizer: Any
     train: Pool
     eval: Pool
-    notes: list[str] = field(default_factory=list)
 
 
 def set_up(config: Config) -> None:
     """CPU threads, a quiet transformers, and a run folder that can be written to, all before any work."""
-    from saerl_fast.fileio import atomic_path
-
     probe = Path(config.run_dir) / ".writable"
     with atomic_path(probe):
         pass
@@ -182,8 +179,8 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None) -> S
     sae = find_sae(config, echo, session)
     labels, label_costs = difficulty_labels(config, echo, session)
     weights = torch.cat([sae.b_enc, sae.b_dec, sae.W_enc[0]]).detach().float().cpu().numpy().tobytes()
-    mark = f"{fingerprint(config, SCORE_SECTIONS)}-{hashlib.sha256(weights).hexdigest()[:8]}"
-    shards = Shards(config.run_dir, mark, config.score.shard)
+    mark = fingerprint(config, SCORE_SECTIONS)
+    shards = Shards(config.run_dir, f"{mark}-{hashlib.sha256(weights).hexdigest()[:8]}", config.score.shard)
     scores = score_pool(
         session.train,
         render(session.train, session.tokenizer, config.data),
@@ -197,7 +194,7 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None) -> S
         shards=shards,
     )
     scores.metadata["difficulty_labels"] = label_costs
-    scores.metadata["fingerprint"] = fingerprint(config, SCORE_SECTIONS)
+    scores.metadata["fingerprint"] = mark
     folder = scores.save(config.run_dir)
     shards.clear()
     echo(f"wrote {folder / 'scores.parquet'}, scores.json and features.safetensors")
@@ -291,7 +288,7 @@ def make_plan(config: Config, echo: Echo, session: Session | None = None) -> Pla
         config.plan,
         batch_size=config.train.rollout.prompts_per_step,
         total_steps=config.train.steps,
-        seed=training_seed(config) if config.plan.seed is None else config.plan.seed,
+        seed=training_seed(config),
     )
     echo(f"plan: {config.plan.schedule}, {len(plan.prompt_ids)} prompts kept, {len(plan.dropped)} dropped")
     return plan

@@ -15,6 +15,18 @@ from saerl_fast.data.plan import Plan
 from saerl_fast.errors import SaerlError
 
 
+def dataset_rows(plan: Plan, ids: Sequence[str]) -> dict[str, int]:
+    """The dataset row of every prompt id; SaerlError when the plan has prompts that ``ids`` lacks."""
+    rows = {name: i for i, name in enumerate(ids)}
+    missing = [name for name in plan.prompt_ids if name not in rows]
+    if missing:
+        raise SaerlError(
+            f"{len(missing)} of the plan's prompts are not in the dataset, first {missing[0]!r}; "
+            "pass the dataset the plan was made for"
+        )
+    return rows
+
+
 class PlanBatchSampler(Sampler[list[int]]):
     """Yields lists of dataset row indices, one per batch of the plan (``DataLoader(batch_sampler=...)``).
 
@@ -24,13 +36,7 @@ class PlanBatchSampler(Sampler[list[int]]):
 
     def __init__(self, plan: Plan, ids: Sequence[str]) -> None:
         self.plan = plan
-        self._index = {name: i for i, name in enumerate(ids)}
-        missing = [name for name in plan.prompt_ids if name not in self._index]
-        if missing:
-            raise SaerlError(
-                f"{len(missing)} of the plan's prompts are not in the dataset, first {missing[0]!r}; "
-                "pass the ids of the dataset the plan was made for"
-            )
+        self._index = dataset_rows(plan, ids)
 
     def __len__(self) -> int:
         return self.plan.total_steps

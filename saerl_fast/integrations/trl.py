@@ -22,6 +22,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from saerl_fast.data.plan import Plan
+from saerl_fast.data.sampler import dataset_rows
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_text
 
@@ -39,13 +40,7 @@ class PlanRepeatSampler(Sampler[int]):
 
     def __init__(self, plan: Plan, ids: Sequence[str], group_size: int, repeats: int) -> None:
         self.plan, self.group_size, self.repeats = plan, group_size, repeats
-        self._row = {name: i for i, name in enumerate(ids)}
-        missing = [name for name in plan.prompt_ids if name not in self._row]
-        if missing:
-            raise SaerlError(
-                f"{len(missing)} of the plan's prompts are not in the dataset, first {missing[0]!r}; "
-                "pass the dataset the plan was made for"
-            )
+        self._row = dataset_rows(plan, ids)
         self.events: list[list[Any]] = []
         self._drawn: list[list[str]] = []
         self._epoch = 0
