@@ -2,26 +2,19 @@
 
     pytest benchmarks/bench_encode.py --benchmark-json=benchmarks/results/cpu/encode.json
 
-Each round times every contender once, in turn, so that a busy machine slows all of them; ratios are medians
-over rounds. A contender whose result is wrong fails the run instead of being timed. On one CPU thread the
-clock is the thread's CPU time, elsewhere wall time; on a GPU events around the call, with L2 flushed.
+How time is taken: harness.py.
 """
 
 from __future__ import annotations
 
 import os
-import platform
-import statistics
-import subprocess
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import saerl_kernels as sk
+from benchmarks.harness import DEVICE, Contender, environment, measure
 
 
 class Shape(NamedTuple):
@@ -48,7 +41,6 @@ GPU_GRID = [
     for k in (32, 64, 100)
     for batch in (1024, 4096, 16384, 65536)
 ]
-Contender = Callable[[], Any]
 
 
 class Problem:
@@ -128,92 +120,6 @@ class Problem:
         assert bool((result.indices.long().sort(-1).values.diff(dim=-1) > 0).all()), "an index came twice"
 
 
-def timed(call: Contender, device: torch.device, flush: torch.Tensor | None) -> float:
-    """Seconds of one call."""
-    if device.type != "cuda":
-        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-        start = clock()
-        call()
-        return clock() - start
-    assert flush is not None
-    flush.zero_()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000
-
-
-def measure(problem: Problem, rounds: int) -> dict[str, dict[str, float]]:
-    """Check, warm up, then time all contenders in turn: name -> milliseconds, ratio to linear, memory."""
-    contenders = problem.contenders()
-    flush = torch.empty(1 << 26, device=problem.device) if problem.device.type == "cuda" else None
-    memory = {}
-    for name, call in contenders.items():
-        if flush is not None:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        problem.check(name, call())
-        if flush is not None:
-            memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, call in contenders.items():
-            times[name].append(timed(call, problem.device, flush))
-    base = times.get("linear")
-    table = {}
-    for name, seconds in times.items():
-        p20, p50, p80 = (statistics.quantiles(seconds, n=10, method="inclusive")[i] for i in (1, 4, 7))
-        table[name] = {"p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3}
-        if base is not None:
-            table[name]["ratio"] = statistics.median(a / b for a, b in zip(seconds, base, strict=True))
-        if name in memory:
-            table[name]["peak_mb"] = memory[name]
-    return table
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a number means nothing without."""
-    root = Path(__file__).resolve().parents[1]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True
-    ).stdout.strip()
-    found: dict[str, Any] = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-    }
-    for module in ("triton", "numba", "sae_lens"):
-        try:
-            found[module] = __import__(module).__version__
-        except (ImportError, AttributeError):
-            found[module] = None
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name()
-        found["cuda"] = torch.version.cuda
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    else:
-        found["cpu"] = _cpu_name()
-        found["threads"] = torch.get_num_threads()
-        found["clock"] = "thread cpu time" if torch.get_num_threads() == 1 else "wall"
-        found["load"] = os.getloadavg()[0]
-    return found
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @pytest.mark.parametrize(
     "shape", GPU_GRID if DEVICE.type == "cuda" else CPU_GRID, ids=lambda s: "x".join(map(str, s))
 )
@@ -224,7 +130,8 @@ def test_encode_topk(benchmark: Any, shape: Shape) -> None:
     if DEVICE.type == "cpu":
         torch.set_num_threads(int(os.environ.get("SAERL_BENCH_THREADS", "1")))
     try:
-        table = measure(problem, rounds=(10 if DEVICE.type == "cuda" else 9) if enabled else 2)
+        rounds = (10 if DEVICE.type == "cuda" else 9) if enabled else 2
+        table = measure(problem.contenders(), DEVICE, rounds, base="linear", check=problem.check)
         benchmark.extra_info.update(shape._asdict(), contenders=table, environment=environment(DEVICE))
         benchmark.pedantic(sk.encode_topk, (problem.x, problem.encoder, shape.k), rounds=3, warmup_rounds=1)
     finally:

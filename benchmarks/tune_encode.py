@@ -1,6 +1,6 @@
 """Time every candidate plan of the fused encoder on this GPU and store the winners.
 
-    python benchmarks/tune_encode.py [SECONDS]
+    python -m benchmarks.tune_encode [SECONDS]
 
 writes kernels/torch-ext/saerl_kernels/_triton/tuned.json, which ``backend="triton"`` reads. Shapes come in
 the order of the benchmark grid and those left when SECONDS (default 240) are over keep the heuristic. A plan
@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.bench_encode import GPU_GRID, Shape
+from benchmarks.harness import timed
 from saerl_kernels import PackedEncoder, pack_encoder
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from bench_encode import GPU_GRID, Shape, timed  # noqa: E402
 
 
 def best_plan(

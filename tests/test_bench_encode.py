@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
 import saerl_kernels as sk
+from benchmarks import bench_encode
 
 
 @pytest.fixture(scope="module")
 def bench():
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_encode.py"
-    spec = importlib.util.spec_from_file_location("bench_encode", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return bench_encode
 
 
 def test_measures_every_contender(bench):
     problem = bench.Problem(bench.Shape(16, 128, 4, 9), torch.device("cpu"))
-    table = bench.measure(problem, rounds=2)
+    table = bench.measure(problem.contenders(), torch.device("cpu"), 2, base="linear", check=problem.check)
     assert {"linear", "linear + torch.topk", "saerl_kernels torch", "saerl_kernels numba"} <= set(table)
     assert table["linear"]["ratio"] == 1.0
     assert all(row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] for row in table.values())
@@ -69,15 +63,12 @@ def test_tuning_table(bench, tmp_path, monkeypatch):
 
 def test_tuner_runs(bench):
     """The tuner times plans that agree and returns one of them."""
+    from benchmarks import tune_encode
     from saerl_kernels._triton.tune import Plan, candidates
 
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "tune_encode.py"
-    spec = importlib.util.spec_from_file_location("tune_encode", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     encoder = sk.pack_encoder(torch.randn(8, 256), torch.zeros(256), permute=True)
     plans = [Plan("dense"), Plan("groups", 2, BM=16, BN=128, BK=32, warps=4)]
-    plan, milliseconds = module.best_plan(torch.randn(3, 8), encoder, 4, plans, rounds=1)
+    plan, milliseconds = tune_encode.best_plan(torch.randn(3, 8), encoder, 4, plans, rounds=1)
     assert plan in plans and milliseconds > 0
     assert {p.algorithm for p in candidates(65536, 64, 90)} == {"dense", "groups"}
     assert [p.algorithm for p in candidates(1024, 512, 90)] == ["dense"]
