@@ -3,7 +3,7 @@
 Needs torch; uses Triton on CUDA devices and, where installed, numba on the CPU.
 """
 
-from . import reference
+from . import csr, reference
 from .decode import sparse_decode
 from .dispatch import use_backend
 from .encode import encode_threshold, encode_topk
@@ -16,6 +16,7 @@ __all__ = [
     "CSR",
     "PackedEncoder",
     "TopK",
+    "csr",
     "encode_pool",
     "encode_threshold",
     "encode_topk",
