@@ -197,9 +197,7 @@ def test_stream_may_be_cut_anywhere(lengths, cuts, reduce, data):
     stream = sk.PoolStream(encoder, 5, reduce)
     edges, done = sorted({0, n, *(c for c in cuts if c < n)}), 0
     for at, end in zip(edges[:-1], edges[1:], strict=True):
-        stop = (
-            len(lengths) if end == n else int((ends[1:] < end).sum()) + 1
-        )  # sequences that start before end
+        stop = len(lengths) if end == n else int((ends[1:] < end).sum()) + 1  # those that start before end
         local = (ends[done : stop + 1].clamp(at, end) - at).tolist()
         unfinished = stop > done and int(ends[stop]) > end
         part = {"mask": None if mask is None else mask[at:end]}

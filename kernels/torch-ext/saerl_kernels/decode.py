@@ -125,7 +125,7 @@ def sparse_decode(
     name = resolve(backend, W_dec.device)
     if W_dec.device.type == "cpu" if check is None else check:
         check_indices(indices, W_dec.shape[0])
-    elif name != "triton" or torch.is_grad_enabled():  # Triton's forward kernel masks them itself
+    elif not _masked_in_kernel(name, values, W_dec):
         values, indices = _inside(values, indices, W_dec.shape[0])
     if name == "reference":
         return reference.sparse_decode(values, indices, W_dec, b_dec)
@@ -158,9 +158,9 @@ def decode_csr(
     if n_cols != W_dec.shape[0]:
         raise ValueError(f"csr has {n_cols} columns but W_dec has {W_dec.shape[0]} rows")
     _check_parts(values, indices, W_dec, b_dec)
-    safe = check_csr(csr, W_dec.device.type == "cpu" if check is None else check)
     name = resolve(backend, W_dec.device)
-    if not safe:
+    checked = check_csr(csr, W_dec.device.type == "cpu" if check is None else check)
+    if not (checked or _masked_in_kernel(name, values, W_dec)):
         values, indices = _inside(values, indices, n_cols)
         indptr = indptr.clamp(0, csr.nnz).cummax(0).values
     if name == "reference":
@@ -183,6 +183,12 @@ def _check_parts(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Optional
     if len(set(devices.values())) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"{where}: move them to one device")
+
+
+def _masked_in_kernel(name: str, values: Tensor, W_dec: Tensor) -> bool:
+    """Triton's forward kernel follows no index or row start that leaves the tensors; its gradients may."""
+    needs_grad = torch.is_grad_enabled() and (values.requires_grad or W_dec.requires_grad)
+    return name == "triton" and not needs_grad
 
 
 def _inside(values: Tensor, indices: Tensor, d_sae: int) -> Tuple[Tensor, Tensor]:
