@@ -281,10 +281,15 @@ def pool_rows(
                     touched[n] = column
                     n += 1
                 total[column] = max(before, value) if kind == 0 else before + value
-        order = np.sort(touched[:n])
-        for j in range(n):
-            out_columns[written] = order[j]
-            out[written] = total[order[j]]
-            total[order[j]] = 0.0
-            written += 1
+        if n * 16 > n_cols:  # a walk over all columns is then cheaper than a sort
+            for column in range(n_cols):
+                if total[column] != 0.0:
+                    out_columns[written], out[written] = column, total[column]
+                    total[column] = 0.0
+                    written += 1
+        else:
+            for column in np.sort(touched[:n]):
+                out_columns[written], out[written] = column, total[column]
+                total[column] = 0.0
+                written += 1
         indptr[seq + 1] = written
