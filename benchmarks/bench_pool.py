@@ -86,7 +86,7 @@ class Problem:
         return dense.view(-1).scatter_reduce_(0, at.view(-1), values.view(-1), "amax").view_as(dense)
 
     def encode_then_coalesce(self) -> torch.Tensor:
-        """Our encoder, then torch's sparse tensors. coalesce can only add: another result, timed unchecked."""
+        """Our encoder, then torch's sparse tensors. coalesce can only add: another result, unchecked."""
         values, indices = sk.encode_topk(self.x, self.encoder, self.shape.k)
         at = torch.stack([self.owner.repeat_interleave(self.shape.k), indices.view(-1).long()])
         size = (self.shape.sequences, self.shape.d_sae)
