@@ -281,7 +281,7 @@ def pool_rows(
                     touched[n] = column
                     n += 1
                 total[column] = max(before, value) if kind == 0 else before + value
-        if n * 16 > n_cols:  # a walk over all columns is then cheaper than a sort
+        if n * 64 > n_cols:  # a walk over all columns is then cheaper than a sort
             for column in range(n_cols):
                 if total[column] != 0.0:
                     out_columns[written], out[written] = column, total[column]
