@@ -22,7 +22,7 @@ import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from saerl_kernels._triton import codes, groups, select, tune
+from saerl_kernels._triton import chunked, codes, groups, select, tune
 
 sys.setrecursionlimit(10_000)
 arch = int(sys.argv[1])
@@ -30,7 +30,7 @@ GROUPS = dict(x_ptr="*bf16", w_ptr="*bf16", bias_ptr="*fp32", bits_ptr="*i32", p
 KEYS = dict(keys_ptr="*i64", count_ptr="*i32", limit_ptr="*i32", open_ptr="*i32")
 F32 = dict(GROUPS, x_ptr="*fp32", w_ptr="*fp32")
 SELECT = dict(source_ptr="*i32", place_ptr="*i8", number_ptr="*i32", **KEYS)
-DENSE = dict(SELECT, source_ptr="*fp32")
+SIGNED = dict(SELECT, source_ptr="*fp32")
 
 
 def jobs():
@@ -50,9 +50,13 @@ def jobs():
     pick = dict(T=3, ROWS=1, BLOCK=8192, TILES=1, STEP=2048, STEPS=3, MODE="groups", PERMUTED=True)
     yield "select groups", select._select_kernel, SELECT, pick, 8, 3
     yield "select tiles", select._select_kernel, SELECT, dict(pick, BLOCK=16384, TILES=6, STEPS=48), 16, 3
-    pick = dict(pick, BLOCK=16384, TILES=4, STEPS=32, MODE="relu", PERMUTED=False)
-    yield "select dense", select._select_kernel, DENSE, pick, 16, 3
-    yield "select signed", select._select_kernel, DENSE, dict(pick, MODE="signed", TILES=1), 16, 3
+    pick = dict(pick, BLOCK=16384, TILES=1, STEPS=8, MODE="signed", PERMUTED=False)
+    yield "select signed", select._select_kernel, SIGNED, pick, 16, 3
+    pointers = dict(score_ptr="*fp32", bias_ptr="*fp32", number_ptr="*i32", keys_ptr="*i64", count_ptr="*i32")
+    pointers.update(limit_ptr="*i32", last_ptr="*i32")
+    for k in (32, 512):
+        gate = dict(ROWS=1, BLOCK=chunked.TILE, TILES=2, SLOTS=chunked.slots(k), PERMUTED=True)
+        yield f"gate {k}", chunked._gate_kernel, pointers, gate, tune.chunked_plan(4096, 65536).warps, 3
     out = dict(keys_ptr="*i64", count_ptr="*i32", values_ptr="*i32", indices_ptr="*i32")
     for KP in (32, 64, 512):
         order = dict(ROWS=2048 // KP, KP=KP, SIGNED=False, COUNT=False)

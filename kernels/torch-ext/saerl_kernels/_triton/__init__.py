@@ -13,6 +13,7 @@ from .. import _torch
 from ..dispatch import interpreting
 from ..pack import PackedEncoder
 from ..types import CSR, TopK, _indptr
+from .chunked import launch_chunked
 from .codes import (
     _count_above_kernel,
     _decode_kernel,
@@ -33,9 +34,11 @@ TILE = 16384  # candidates a program ranks in registers
 def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, plan: Optional[Plan] = None) -> TopK:
     """``x`` [n, d_in] as ``PackedEncoder.prepare`` returns it; ``plan`` overrides the table's choice."""
     plan = plan or plan_encode(x.shape[0], encoder, k)
-    if plan.algorithm == "dense":
-        return _encode_dense(x, encoder, k)
     kept = TopK.empty((x.shape[0], k), x.device)
+    if plan.algorithm == "chunked":
+        for start, keys, counts in launch_chunked(x, encoder, _numbers(encoder), k, plan):
+            _finish(keys, counts, kept, start, keys.shape[0], k, signed=False)
+        return kept
     n_groups = triton.cdiv(encoder.d_sae, 128) * 4
     rows = max(plan.BM, SCRATCH // (5 * plan.T * n_groups) // plan.BM * plan.BM)
     rows = min(rows, x.shape[0])
@@ -95,15 +98,6 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, plan: Optional[Plan] 
     return kept
 
 
-def _encode_dense(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
-    kept = TopK.empty((x.shape[0], k), x.device)
-    for start, scores in _torch.score_chunks(x, encoder):
-        n = scores.shape[0]
-        keys, counts, _, _ = _select(scores, scores, encoder, n, k, 1, "relu")
-        _finish(keys, counts, kept, start, n, k, signed=False)
-    return kept
-
-
 def topk(scores: Tensor, k: int) -> TopK:
     """``scores`` [n, F]: see the public op."""
     scores = scores.float().contiguous()
@@ -153,8 +147,8 @@ def _finish(keys: Tensor, counts: Tensor, kept: TopK, start: int, n: int, k: int
     values, indices = kept.values[start : start + n].view(torch.int32), kept.indices[start : start + n]
     rows = _rows(n, _width(k) ** 2 if interpreting() else _width(k))
     grid = (triton.cdiv(n, rows),)
-    shape = {"ROWS": rows, "KP": _width(k), "SIGNED": signed, "COUNT": interpreting()}
-    _order_kernel[grid](keys, counts, values, indices, n, k, **shape, num_warps=4)
+    shape = {"ROWS": rows, "KP": _width(k), "SIGNED": signed, "COUNT": interpreting() and k <= 1024}
+    _order_kernel[grid](keys, counts, values, indices, n, k, keys.stride(0), **shape, num_warps=4)
     if not signed:
         _pad_kernel[(n,)](counts, values, indices, k, KP=_width(k), num_warps=1)
 
