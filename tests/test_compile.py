@@ -55,11 +55,12 @@ def jobs():
     pointers = dict(score_ptr="*fp32", bias_ptr="*fp32", number_ptr="*i32", keys_ptr="*i64", count_ptr="*i32")
     pointers.update(limit_ptr="*i32", last_ptr="*i32")
     for k in (32, 512):
-        gate = dict(ROWS=1, BLOCK=chunked.TILE, TILES=2, SLOTS=chunked.slots(k), PERMUTED=True)
-        yield f"gate {k}", chunked._gate_kernel, pointers, gate, tune.chunked_plan(4096, 65536).warps, 3
-    out = dict(keys_ptr="*i64", count_ptr="*i32", values_ptr="*i32", indices_ptr="*i32")
+        plan = tune.chunked_plan(4096, 65536)
+        gate = dict(ROWS=1, BLOCK=plan.BK, TILES=2, SLOTS=chunked.slots(k, plan.BK), PERMUTED=True)
+        yield f"gate {k}", chunked._gate_kernel, pointers, gate, plan.warps, 3
+    out = dict(keys_ptr="*i64", count_ptr="*i32", number_ptr="*i32", values_ptr="*i32", indices_ptr="*i32")
     for KP in (32, 64, 512):
-        order = dict(ROWS=2048 // KP, KP=KP, SIGNED=False, COUNT=False)
+        order = dict(ROWS=2048 // KP, KP=KP, SIGNED=False, PERMUTED=KP == 64, COUNT=False)
         yield f"order {KP}", select._order_kernel, out, order, 4, 3
         pad = dict(count_ptr="*i32", values_ptr="*i32", indices_ptr="*i32")
         yield f"pad {KP}", select._pad_kernel, pad, dict(KP=KP), 1, 3

@@ -37,7 +37,7 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, plan: Optional[Plan] 
     kept = TopK.empty((x.shape[0], k), x.device)
     if plan.algorithm == "chunked":
         for start, keys, counts in launch_chunked(x, encoder, _numbers(encoder), k, plan):
-            _finish(keys, counts, kept, start, keys.shape[0], k, signed=False)
+            _finish(keys, counts, kept, start, keys.shape[0], k, numbers=encoder.permutation)
         return kept
     n_groups = triton.cdiv(encoder.d_sae, 128) * 4
     rows = max(plan.BM, SCRATCH // (5 * plan.T * n_groups) // plan.BM * plan.BM)
@@ -94,7 +94,7 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, plan: Optional[Plan] 
             UPCAST=interpreting(),
             num_warps=4,
         )
-        _finish(keys, counts, kept, start, n, k, signed=False)
+        _finish(keys, counts, kept, start, n, k)
     return kept
 
 
@@ -143,12 +143,34 @@ def _select(
     return keys, counts, limits, opened
 
 
-def _finish(keys: Tensor, counts: Tensor, kept: TopK, start: int, n: int, k: int, signed: bool) -> None:
+def _finish(
+    keys: Tensor,
+    counts: Tensor,
+    kept: TopK,
+    start: int,
+    n: int,
+    k: int,
+    signed: bool = False,
+    numbers: Optional[Tensor] = None,
+) -> None:
     values, indices = kept.values[start : start + n].view(torch.int32), kept.indices[start : start + n]
     rows = _rows(n, _width(k) ** 2 if interpreting() else _width(k))
     grid = (triton.cdiv(n, rows),)
-    shape = {"ROWS": rows, "KP": _width(k), "SIGNED": signed, "COUNT": interpreting() and k <= 1024}
-    _order_kernel[grid](keys, counts, values, indices, n, k, keys.stride(0), **shape, num_warps=4)
+    shape = {"ROWS": rows, "KP": _width(k), "SIGNED": signed, "PERMUTED": numbers is not None}
+    columns = counts if numbers is None else numbers
+    _order_kernel[grid](
+        keys,
+        counts,
+        columns,
+        values,
+        indices,
+        n,
+        k,
+        keys.stride(0),
+        **shape,
+        COUNT=interpreting() and k <= 1024,
+        num_warps=4,
+    )
     if not signed:
         _pad_kernel[(n,)](counts, values, indices, k, KP=_width(k), num_warps=1)
 

@@ -147,6 +147,7 @@ def _select_kernel(
 def _order_kernel(
     keys_ptr,  # int64 [N, STRIDE], of which the first `count` are ordered
     count_ptr,  # int32 [N]
+    number_ptr,  # int32 [F]: original feature of a packed column (read when PERMUTED)
     values_ptr,  # int32 [N, K] view of the float32 result
     indices_ptr,  # int32 [N, K]
     N,
@@ -155,6 +156,7 @@ def _order_kernel(
     ROWS: tl.constexpr,
     KP: tl.constexpr,
     SIGNED: tl.constexpr,
+    PERMUTED: tl.constexpr,  # the keys hold packed columns
     COUNT: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -163,6 +165,10 @@ def _order_kernel(
     wide = rows.to(tl.int64)[:, None]
     lowest = tl.full((ROWS, KP), -0x8000000000000000, tl.int64)
     keys = tl.load(keys_ptr + wide * STRIDE + slot, mask=slot < count, other=0)
+    if PERMUTED:
+        column = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
+        number = tl.load(number_ptr + column, mask=slot < count, other=0)
+        keys = ((keys >> 32) << 32) | (0x7FFFFFFF - number).to(tl.int64)
     keys = tl.where(slot < count, keys, lowest)
     if COUNT:  # the interpreter's sort takes seconds; there each key goes where its number of betters says
         slot = tl.sum((keys[:, None, :] > keys[:, :, None]).to(tl.int32), axis=2)
