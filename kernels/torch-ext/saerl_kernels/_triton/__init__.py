@@ -89,7 +89,7 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, plan: Optional[Plan] 
             KP=_width(k),
             BM=16 if interpreting() else 64,  # 64 rows are what wgmma, and so the scoring pass, takes
             BK=plan.BK,
-            BG=256,
+            BG=512,
             PERMUTED=encoder.permutation is not None,
             UPCAST=interpreting(),
             num_warps=4,
@@ -115,7 +115,8 @@ def _select(
     keys = torch.empty((n, k), dtype=torch.int64, device=device)
     counts, limits, opened = torch.empty((3, n), dtype=torch.int32, device=device)
     width = source[0].numel()
-    block = min(TILE, triton.next_power_of_2(width))
+    # Scores of any sign take more registers: half the tile for as many threads.
+    block = min(TILE // 2 if mode == "signed" else TILE, triton.next_power_of_2(width))
     step = min(block, 2048)
     rows = _rows(n, block)
     _select_kernel[(triton.cdiv(n, rows),)](
@@ -138,7 +139,7 @@ def _select(
         STEPS=triton.cdiv(width, step),
         MODE=mode,
         PERMUTED=encoder is not None and encoder.permutation is not None,
-        num_warps=min(16, max(4, block // 1024)),
+        num_warps=min(16, max(4, block // (512 if mode == "signed" else 1024))),
     )
     return keys, counts, limits, opened
 
