@@ -160,12 +160,16 @@ def _gate_kernel(
     count = tl.load(count_ptr + rows, mask=live, other=0)
     limit = tl.load(limit_ptr + rows, mask=live, other=0)
     last = tl.load(last_ptr + rows, mask=live, other=0)
+    at = tl.arange(0, BLOCK)[None, :]
+    scores = score_ptr + wide * STRIDE
+    ahead = tl.load(scores + at, mask=(at < WIDTH) & live[:, None], other=float("-inf"))
     for tile in range(0, TILES):
         at = tile * BLOCK + tl.arange(0, BLOCK)[None, :]
         column = FIRST + at + tl.zeros((ROWS, BLOCK), tl.int32)
-        real = at < WIDTH
-        score = tl.load(score_ptr + wide * STRIDE + at, mask=real & live[:, None], other=float("-inf"))
-        score += tl.load(bias_ptr + FIRST + at, mask=real, other=0.0)
+        score = ahead + tl.load(bias_ptr + FIRST + at, mask=at < WIDTH, other=0.0)
+        # The next scores travel while these are gated.
+        near = at + BLOCK
+        ahead = tl.load(scores + near, mask=(near < WIDTH) & live[:, None], other=float("-inf"))
         score = tl.where(score > 0.0, score, -1.0)  # negative float bits are negative; so is NaN from here on
         bits = score.to(tl.int32, bitcast=True)
         tied = bits == limit[:, None]

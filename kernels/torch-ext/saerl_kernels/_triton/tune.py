@@ -79,14 +79,14 @@ def chunked_plan(n: int, d_sae: int) -> Plan:
     """Blocks of 2^22 scores: 16 MB, which leaves room in L2 for the x and weight that make them."""
     rows = min(2048, 1 << (n - 1).bit_length())
     columns = min((1 << 22) // rows, 1 << 15, 1 << (d_sae - 1).bit_length())
-    return Plan("chunked", BM=rows, BN=columns, BK=1024, warps=4)
+    return Plan("chunked", BM=rows, BN=columns, BK=512, warps=4)
 
 
 def candidates(d_sae: int, k: int, arch: int) -> List[Plan]:
     """The plans that a tuning run times for 16-bit weights."""
     blocks = ((2048, 2048), (4096, 1024), (4096, 2048), (2048, 4096), (1024, 8192))
-    plans = [Plan("chunked", BM=BM, BN=BN, BK=1024, warps=4) for BM, BN in blocks]
-    plans += [plans[0]._replace(BK=BK, warps=warps) for BK, warps in ((512, 2), (512, 4), (2048, 8))]
+    plans = [Plan("chunked", BM=BM, BN=BN, BK=512, warps=4) for BM, BN in blocks]
+    plans += [plans[0]._replace(BK=BK, warps=warps) for BK, warps in ((512, 2), (1024, 4), (2048, 8))]
     for T in (2, 3, 4):
         if reopened(d_sae, k, T) > 2:
             continue
