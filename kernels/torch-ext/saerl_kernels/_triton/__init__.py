@@ -13,6 +13,7 @@ from .. import _torch
 from ..dispatch import interpreting
 from ..pack import PackedEncoder
 from ..types import CSR, TopK, _indptr
+from .chunked import launch_chunked
 from .codes import (
     _count_above_kernel,
     _decode_kernel,
@@ -42,9 +43,11 @@ TILE = 16384  # candidates a program ranks in registers
 def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, plan: Optional[Plan] = None) -> TopK:
     """``x`` [n, d_in] as ``PackedEncoder.prepare`` returns it; ``plan`` overrides the table's choice."""
     plan = plan or plan_encode(x.shape[0], encoder, k)
-    if plan.algorithm == "dense":
-        return _encode_dense(x, encoder, k)
     kept = TopK.empty((x.shape[0], k), x.device)
+    if plan.algorithm == "chunked":
+        for start, keys, counts in launch_chunked(x, encoder, _numbers(encoder), k, plan):
+            _finish(keys, counts, kept, start, keys.shape[0], k, numbers=encoder.permutation)
+        return kept
     n_groups = triton.cdiv(encoder.d_sae, 128) * 4
     rows = max(plan.BM, SCRATCH // (5 * plan.T * n_groups) // plan.BM * plan.BM)
     rows = min(rows, x.shape[0])
@@ -95,21 +98,12 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, plan: Optional[Plan] 
             KP=_width(k),
             BM=16 if interpreting() else 64,  # 64 rows are what wgmma, and so the scoring pass, takes
             BK=plan.BK,
-            BG=256,
+            BG=512,
             PERMUTED=encoder.permutation is not None,
             UPCAST=interpreting(),
             num_warps=4,
         )
-        _finish(keys, counts, kept, start, n, k, signed=False)
-    return kept
-
-
-def _encode_dense(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
-    kept = TopK.empty((x.shape[0], k), x.device)
-    for start, scores in _torch.score_chunks(x, encoder):
-        n = scores.shape[0]
-        keys, counts, _, _ = _select(scores, scores, encoder, n, k, 1, "relu")
-        _finish(keys, counts, kept, start, n, k, signed=False)
+        _finish(keys, counts, kept, start, n, k)
     return kept
 
 
@@ -130,7 +124,8 @@ def _select(
     keys = torch.empty((n, k), dtype=torch.int64, device=device)
     counts, limits, opened = torch.empty((3, n), dtype=torch.int32, device=device)
     width = source[0].numel()
-    block = min(TILE, triton.next_power_of_2(width))
+    # Scores of any sign take more registers: half the tile for as many threads.
+    block = min(TILE // 2 if mode == "signed" else TILE, triton.next_power_of_2(width))
     step = min(block, 2048)
     rows = _rows(n, block)
     _select_kernel[(triton.cdiv(n, rows),)](
@@ -153,17 +148,39 @@ def _select(
         STEPS=triton.cdiv(width, step),
         MODE=mode,
         PERMUTED=encoder is not None and encoder.permutation is not None,
-        num_warps=min(16, max(4, block // 1024)),
+        num_warps=min(16, max(4, block // (512 if mode == "signed" else 1024))),
     )
     return keys, counts, limits, opened
 
 
-def _finish(keys: Tensor, counts: Tensor, kept: TopK, start: int, n: int, k: int, signed: bool) -> None:
+def _finish(
+    keys: Tensor,
+    counts: Tensor,
+    kept: TopK,
+    start: int,
+    n: int,
+    k: int,
+    signed: bool = False,
+    numbers: Optional[Tensor] = None,
+) -> None:
     values, indices = kept.values[start : start + n].view(torch.int32), kept.indices[start : start + n]
     rows = _rows(n, _width(k) ** 2 if interpreting() else _width(k))
     grid = (triton.cdiv(n, rows),)
-    shape = {"ROWS": rows, "KP": _width(k), "SIGNED": signed, "COUNT": interpreting()}
-    _order_kernel[grid](keys, counts, values, indices, n, k, **shape, num_warps=4)
+    shape = {"ROWS": rows, "KP": _width(k), "SIGNED": signed, "PERMUTED": numbers is not None}
+    columns = counts if numbers is None else numbers
+    _order_kernel[grid](
+        keys,
+        counts,
+        columns,
+        values,
+        indices,
+        n,
+        k,
+        keys.stride(0),
+        **shape,
+        COUNT=interpreting() and k <= 1024,
+        num_warps=4,
+    )
     if not signed:
         _pad_kernel[(n,)](counts, values, indices, k, KP=_width(k), num_warps=1)
 
