@@ -7,6 +7,7 @@ from . import csr, reference
 from .decode import sparse_decode
 from .dispatch import use_backend
 from .encode import encode_threshold, encode_topk
+from .kmeans import KMeans, kmeans_assign, kmeans_update, spherical_kmeans
 from .pack import PackedEncoder, pack_encoder
 from .pool import encode_pool
 from .topk import topk
@@ -14,15 +15,19 @@ from .types import CSR, TopK
 
 __all__ = [
     "CSR",
+    "KMeans",
     "PackedEncoder",
     "TopK",
     "csr",
     "encode_pool",
     "encode_threshold",
     "encode_topk",
+    "kmeans_assign",
+    "kmeans_update",
     "pack_encoder",
     "reference",
     "sparse_decode",
+    "spherical_kmeans",
     "topk",
     "use_backend",
 ]
