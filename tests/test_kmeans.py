@@ -1,4 +1,4 @@
-"""Spherical k-means on sparse rows: every backend against the definition, and what Lloyd's iterations promise."""
+"""Spherical k-means on sparse rows: backends against the definition, and Lloyd's promises."""
 
 from __future__ import annotations
 

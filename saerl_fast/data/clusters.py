@@ -144,7 +144,7 @@ def _cluster(rows: csr_matrix, cfg: DiversityConfig, engine: str, seed: int) -> 
     n_clusters = min(cfg.n_clusters, rows.shape[0])
     if n_clusters == 1:
         labels = np.zeros(rows.shape[0], dtype=np.int64)
-        return labels, _centroids(rows, labels, 1)
+        return labels, _centroids(rows, labels, 1, engine)
     if cfg.svd:
         dense = svd_reduce(rows, cfg.svd, seed)[0]
         dense = dense / np.maximum(np.linalg.norm(dense, axis=1, keepdims=True), 1e-12)
@@ -155,16 +155,17 @@ def _cluster(rows: csr_matrix, cfg: DiversityConfig, engine: str, seed: int) -> 
         labels = _sparse_kmeans(rows, n_clusters, engine, n_init=cfg.n_init, seed=seed)
     # Clusters that lost all rows are closed: labels without gaps, first come first.
     labels = np.unique(labels, return_inverse=True)[1]
-    return labels, _centroids(rows, labels, int(labels.max()) + 1)
+    return labels, _centroids(rows, labels, int(labels.max()) + 1, engine)
 
 
-def _centroids(rows: csr_matrix, labels: np.ndarray, count: int) -> np.ndarray:
+def _centroids(rows: csr_matrix, labels: np.ndarray, count: int, engine: str = "sklearn") -> np.ndarray:
     """float32 [count, d]: each cluster's direction, zeros for one without rows."""
     import torch
 
     from saerl_kernels import CSR, kmeans_update
 
-    return kmeans_update(CSR.from_scipy(rows), torch.from_numpy(labels), count, backend="torch").numpy()
+    backend = _sparse_backend(rows, count, engine)
+    return kmeans_update(CSR.from_scipy(rows), torch.from_numpy(labels), count, backend=backend).numpy()
 
 
 def _sparse_kmeans(
@@ -175,14 +176,18 @@ def _sparse_kmeans(
 
     from saerl_kernels import CSR, spherical_kmeans
 
-    small = rows.nnz * n_clusters < NUMBA_WORK
-    backend = {"cuml": "auto", "numba": "numba", "sklearn": "torch"}.get(
-        engine, "torch" if small else "numba"
-    )
+    backend = _sparse_backend(rows, n_clusters, engine)
     X = CSR.from_scipy(rows).to("cuda" if engine == "cuml" else "cpu")
     start = None if init is None else torch.from_numpy(init).to(X.device)
     found: KMeans = spherical_kmeans(X, n_clusters, init=start, backend=backend, **settings)
     return found.labels.cpu().numpy().astype(np.int64)
+
+
+def _sparse_backend(rows: csr_matrix, n_clusters: int, engine: str) -> str:
+    """The backend of saerl_kernels that stands for an engine."""
+    small = rows.nnz * n_clusters < NUMBA_WORK
+    by_size = "torch" if small else "numba"
+    return {"cuml": "auto", "numba": "numba", "sklearn": "torch"}.get(engine, by_size)
 
 
 def _kmeans(data: np.ndarray, n_clusters: int, n_init: int, engine: str, seed: int) -> np.ndarray:
