@@ -144,6 +144,30 @@ def test_threads_do_not_change_a_bit(monkeypatch):
     assert torch.equal(one.labels, four.labels) and torch.equal(one.centroids, four.centroids)
 
 
+@pytest.mark.parametrize("ties", [False, True], ids=["rounded", "ties"])
+def test_comparing_with_moved_centroids_only_does_not_change_a_bit(ties):
+    """Some centroids move nearer, some away; whole numbers make equal products common."""
+    kmeans = pytest.importorskip("saerl_kernels._numba.kmeans")
+    g = torch.Generator().manual_seed(0)
+    X = rows(400, 37, 0.5, signed=True)
+    table = torch.randn(37, 23, generator=g)
+    if ties:
+        X = X._replace(values=(X.values * 2).round())
+        table = (table * 2).round()
+    labels, similarity = kmeans.assign(X, table)
+    again = 0
+    for _ in range(30):
+        moved = torch.rand(23, generator=g) < 0.2
+        step = torch.randn(37, 23, generator=g) * 0.2
+        table = torch.where(moved, table + ((step * 8).round() / 2 if ties else step), table)
+        want = kmeans.assign(X, table)
+        got = kmeans.reassign(X, table, labels, similarity, moved)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+        again += int((want[0] != labels).sum())
+        labels, similarity = want
+    assert again > 100
+
+
 @pytest.mark.parametrize("backend", ["torch", "numba", "reference"])
 def test_planted_topics_are_found(backend):
     from sklearn.metrics import adjusted_rand_score

@@ -170,12 +170,20 @@ def _lloyd(steps: Any, rows: CSR, flipped: CSR, table: Tensor, max_iter: int, to
     n_active = int(active.sum())
     labels, similarity = steps.assign(rows, table)
     total, n_iter = float(similarity.double().sum()), 0
+    source: Optional[Tensor] = None  # the labels that the table was made from
     while n_iter < max_iter + n_clusters:
         filled = _fill_empty(steps, rows, flipped, labels, similarity, active, n_clusters)
         if n_iter >= max_iter and filled is labels:
             break
         table = steps.update(flipped, filled, n_clusters)
-        nearest, similarity = steps.assign(rows, table)
+        if source is None or not hasattr(steps, "reassign"):
+            nearest, similarity = steps.assign(rows, table)
+        else:  # a cluster that kept its rows kept its centroid, bit for bit
+            changed = source != filled
+            moved = torch.zeros(n_clusters, dtype=torch.bool, device=rows.device)
+            moved[torch.cat([source[changed], filled[changed]]).long()] = True
+            nearest, similarity = steps.reassign(rows, table, labels, similarity, moved)
+        source = filled
         before, total = total, float(similarity.double().sum())
         n_iter += 1
         same = bool(torch.equal(nearest, filled))
@@ -248,7 +256,7 @@ def _active(rows: CSR) -> Tensor:
 
 
 def _steps(name: str) -> Any:
-    """transpose, assign, update, row_similarity and table_of of a backend."""
+    """transpose, assign, update, row_similarity, table_of of a backend, and reassign where it has that."""
     return importlib.import_module("._torch_kmeans" if name == "torch" else f"._{name}.kmeans", __package__)
 
 

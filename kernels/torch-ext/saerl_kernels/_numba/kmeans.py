@@ -17,9 +17,10 @@ from ..types import CSR, _indptr
 from . import _run
 from .select import jit
 
-__all__ = ["assign", "row_similarity", "table_of", "transpose", "update"]
+__all__ = ["assign", "reassign", "row_similarity", "table_of", "transpose", "update"]
 
 BLOCK = 64  # features whose squares are summed before the blocks are
+MOVED = 0.5  # share of centroids that changed, above which all are compared again
 
 
 def transpose(X: CSR) -> CSR:
@@ -36,6 +37,26 @@ def assign(X: CSR, table: Tensor) -> Tuple[Tensor, Tensor]:
     labels = torch.empty(X.n_rows, dtype=torch.int32)
     similarity = torch.empty(X.n_rows, dtype=torch.float32)
     _run(_assign_rows, X.n_rows, *_arrays(X), table.numpy(), labels.numpy(), similarity.numpy())
+    return labels, similarity
+
+
+def reassign(
+    X: CSR, table: Tensor, labels: Tensor, similarity: Tensor, moved: Tensor
+) -> Tuple[Tensor, Tensor]:
+    """``assign(X, table)``, bit for bit, from its result before the columns ``moved`` bool [K] changed.
+
+    Centroids that stayed are no nearer than the row's own was. So where that one stayed too, or came nearer,
+    only the moved ones can win; elsewhere the row is compared with all of them.
+    """
+    ids = moved.nonzero().squeeze(-1)
+    if len(ids) > MOVED * len(moved):
+        return assign(X, table)
+    place = torch.full((len(moved),), -1, dtype=torch.int32)
+    place[ids] = torch.arange(len(ids), dtype=torch.int32)
+    part = table[:, ids].contiguous()
+    labels, similarity = labels.clone(), similarity.clone()
+    args = (table.numpy(), part.numpy(), ids.numpy(), place.numpy(), labels.numpy(), similarity.numpy())
+    _run(_reassign_rows, X.n_rows, *_arrays(X), *args)
     return labels, similarity
 
 
@@ -77,33 +98,56 @@ def _flip(indptr, indices, values, cursor, out_rows, out_values):
 
 
 @jit
-def _assign_rows(indptr, indices, values, table, labels, similarity, start, stop):
+def _nearest(indices, values, table, at, end, total):
+    """The first largest of the products of entries at .. end - 1 with ``table``, which ``total`` receives."""
     count = table.shape[1]
-    total = np.empty(count, dtype=np.float32)
+    total[:count] = 0
+    while at + 8 <= end:  # eight lines at once, so that the sums are loaded and stored an eighth as often
+        v0, v1, v2, v3 = values[at], values[at + 1], values[at + 2], values[at + 3]
+        v4, v5, v6, v7 = values[at + 4], values[at + 5], values[at + 6], values[at + 7]
+        l0, l1 = table[indices[at]], table[indices[at + 1]]
+        l2, l3 = table[indices[at + 2]], table[indices[at + 3]]
+        l4, l5 = table[indices[at + 4]], table[indices[at + 5]]
+        l6, l7 = table[indices[at + 6]], table[indices[at + 7]]
+        for k in range(count):
+            low = v0 * l0[k] + v1 * l1[k] + v2 * l2[k] + v3 * l3[k]
+            total[k] += low + (v4 * l4[k] + v5 * l5[k] + v6 * l6[k] + v7 * l7[k])
+        at += 8
+    while at < end:
+        value, line = values[at], table[indices[at]]
+        for k in range(count):
+            total[k] += value * line[k]
+        at += 1
+    best = 0
+    for k in range(1, count):
+        if total[k] > total[best]:
+            best = k
+    return best
+
+
+@jit
+def _assign_rows(indptr, indices, values, table, labels, similarity, start, stop):
+    total = np.empty(table.shape[1], dtype=np.float32)
     for row in range(start, stop):
-        total[:] = 0
-        at, end = indptr[row], indptr[row + 1]
-        while at + 8 <= end:  # eight lines at once, so that the sums are loaded and stored an eighth as often
-            v0, v1, v2, v3 = values[at], values[at + 1], values[at + 2], values[at + 3]
-            v4, v5, v6, v7 = values[at + 4], values[at + 5], values[at + 6], values[at + 7]
-            l0, l1 = table[indices[at]], table[indices[at + 1]]
-            l2, l3 = table[indices[at + 2]], table[indices[at + 3]]
-            l4, l5 = table[indices[at + 4]], table[indices[at + 5]]
-            l6, l7 = table[indices[at + 6]], table[indices[at + 7]]
-            for k in range(count):
-                low = v0 * l0[k] + v1 * l1[k] + v2 * l2[k] + v3 * l3[k]
-                total[k] += low + (v4 * l4[k] + v5 * l5[k] + v6 * l6[k] + v7 * l7[k])
-            at += 8
-        while at < end:
-            value, line = values[at], table[indices[at]]
-            for k in range(count):
-                total[k] += value * line[k]
-            at += 1
-        best = 0
-        for k in range(1, count):
-            if total[k] > total[best]:
-                best = k
+        best = _nearest(indices, values, table, indptr[row], indptr[row + 1], total)
         labels[row], similarity[row] = best, total[best]
+
+
+@jit
+def _reassign_rows(indptr, indices, values, table, part, ids, place, labels, similarity, start, stop):
+    """Rows against ``part``, the columns ``ids`` of ``table``; place [K]: a column's in part, or -1."""
+    total = np.empty(table.shape[1], dtype=np.float32)
+    for row in range(start, stop):
+        best = _nearest(indices, values, part, indptr[row], indptr[row + 1], total)
+        own, before = place[labels[row]], similarity[row]
+        if own < 0:
+            if total[best] < before or (total[best] == before and ids[best] > labels[row]):
+                continue
+        elif total[own] < before:
+            best = _nearest(indices, values, table, indptr[row], indptr[row + 1], total)
+            labels[row], similarity[row] = best, total[best]
+            continue
+        labels[row], similarity[row] = ids[best], total[best]
 
 
 @jit
