@@ -75,6 +75,7 @@ def jobs():
     part.update(labels_ptr="*i32", similarity_ptr="*fp32")
     for K in (16, 64, 1000):
         yield f"k-means assign {K}", kmeans._assign_kernel, part, kmeans.blocks(K, 256), 4, 3
+    yield "k-means assign 1", kmeans._assign_kernel, part, dict(kmeans.blocks(1, 256), K=1), 4, 3
     part = dict(indptr_ptr="*i64", owners_ptr="*i32", values_ptr="*fp32", table_ptr="*fp32")
     yield "k-means update", kmeans._update_kernel, part, kmeans.blocks(1000, 64), 4, 3
 

@@ -50,7 +50,7 @@ def kmeans_assign(
     name = resolve(backend, X.device)
     if name == "reference":
         return reference.kmeans_assign(X, centroids)
-    return _steps(name).assign(X, centroids.detach().float().t().contiguous())
+    return _steps(name).assign(_plain(X), centroids.detach().float().t().contiguous())
 
 
 def kmeans_update(
@@ -79,13 +79,13 @@ def kmeans_update(
         return reference.kmeans_update(X, labels, n_clusters)
     steps = _steps(name)
     if transposed is None:
-        transposed = steps.transpose(X)
+        transposed = steps.transpose(_plain(X))
     elif (transposed.n_rows, transposed.n_cols, transposed.nnz) != (X.n_cols, X.n_rows, X.nnz):
         raise ValueError(
             f"transposed is {transposed.n_rows} x {transposed.n_cols} with {transposed.nnz} entries, "
             f"expected {X.n_cols} x {X.n_rows} with {X.nnz}"
         )
-    return steps.update(transposed, labels, n_clusters).t()
+    return steps.update(_plain(transposed), labels, n_clusters).t()
 
 
 def spherical_kmeans(
@@ -140,7 +140,7 @@ def spherical_kmeans(
         else:
             labels = _check_labels(X, init, n_clusters, check)
     name = resolve(backend, X.device)
-    rows = l2_rows(CSR(X.indptr, X.indices, X.values.detach(), X.n_cols))
+    rows = l2_rows(_plain(X))
     if name == "reference":
         start = None if init is None else (labels if table is None else table.t())
         found = reference.spherical_kmeans(
@@ -253,6 +253,12 @@ def _active(rows: CSR) -> Tensor:
     filled = torch.zeros(rows.n_rows, dtype=torch.bool, device=rows.device)
     filled[rows.row_ids()[rows.values != 0]] = True
     return filled
+
+
+def _plain(X: CSR) -> CSR:
+    """X without gradients or gaps between entries, as the kernels read it."""
+    values = X.values.detach().contiguous()
+    return CSR(X.indptr.contiguous(), X.indices.contiguous(), values, X.n_cols)
 
 
 def _steps(name: str) -> Any:

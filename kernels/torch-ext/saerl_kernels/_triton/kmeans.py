@@ -26,7 +26,7 @@ def assign(X: CSR, table: Tensor) -> Tuple[Tensor, Tensor]:
     labels = torch.empty(X.n_rows, dtype=torch.int32, device=X.device)
     similarity = torch.empty(X.n_rows, dtype=torch.float32, device=X.device)
     if X.n_rows:
-        args = (X.indptr, X.indices.contiguous(), X.values.contiguous(), table, labels, similarity)
+        args = (X.indptr, X.indices, X.values, table, labels, similarity)
         _assign_kernel[(X.n_rows,)](*args, table.shape[1], **blocks(table.shape[1], 256), num_warps=4)
     return labels, similarity
 
@@ -39,9 +39,8 @@ def update(flipped: CSR, labels: Tensor, n_clusters: int) -> Tensor:
     owners = labels[flipped.indices.long()]
     if flipped.n_rows:
         grid = (flipped.n_rows, triton.cdiv(n_clusters, shape["BK"]))
-        _update_kernel[grid](
-            flipped.indptr, owners, flipped.values.contiguous(), table, n_clusters, **shape, num_warps=4
-        )
+        args = (flipped.indptr, owners, flipped.values, table, n_clusters)
+        _update_kernel[grid](*args, **shape, num_warps=4)
     return normalise_(table)
 
 
