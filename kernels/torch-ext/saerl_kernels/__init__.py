@@ -7,6 +7,7 @@ from . import csr, reference
 from .decode import decode_csr, sparse_decode
 from .dispatch import use_backend
 from .encode import encode_threshold, encode_topk
+from .kmeans import KMeans, kmeans_assign, kmeans_update, spherical_kmeans
 from .pack import PackedEncoder, pack_encoder
 from .pool import PoolStream, encode_pool
 from .topk import topk
@@ -14,6 +15,7 @@ from .types import CSR, TopK
 
 __all__ = [
     "CSR",
+    "KMeans",
     "PackedEncoder",
     "PoolStream",
     "TopK",
@@ -22,9 +24,12 @@ __all__ = [
     "encode_pool",
     "encode_threshold",
     "encode_topk",
+    "kmeans_assign",
+    "kmeans_update",
     "pack_encoder",
     "reference",
     "sparse_decode",
+    "spherical_kmeans",
     "topk",
     "use_backend",
 ]
