@@ -24,13 +24,12 @@ class SparseDecode(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], None, Optional[Tensor], None]:
         values, indices, W_dec = ctx.saved_tensors
-        grad_values, grad_weight = implementation(ctx.name).decode_grads(
-            grad.contiguous(), values, indices, W_dec, ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-        )
-        if grad_values is not None:
-            grad_values = grad_values.to(values.dtype)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(W_dec.dtype)
+        backend, grad = implementation(ctx.name), grad.contiguous()
+        grad_values = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_values = backend.value_grads(grad, indices, W_dec).to(values.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_weight = backend.weight_grads(grad, values, indices, W_dec.shape[0])[0].to(W_dec.dtype)
         return grad_values, None, grad_weight, None
 
 

@@ -10,12 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._torch import decode_grads, linear, sparse_decode
+from .._torch import linear, sparse_decode
 from ..pack import PackedEncoder
 from ..types import CSR, TopK, _indptr
 from . import select
+from .grads import value_grads, weight_grads
 
-__all__ = ["decode_grads", "encode_threshold", "encode_topk", "pool_codes", "sparse_decode", "topk"]
+__all__ = [
+    "encode_threshold",
+    "encode_topk",
+    "pool_codes",
+    "sparse_decode",
+    "topk",
+    "value_grads",
+    "weight_grads",
+]
 
 ROWS = 1024  # rows of a block; more would only enlarge the block
 BLOCK = 1 << 18  # float32 scores in a block, 1 MB (4 MB at most): selection reads them from cache

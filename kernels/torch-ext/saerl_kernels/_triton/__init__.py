@@ -13,18 +13,13 @@ from .. import _torch
 from ..dispatch import interpreting
 from ..pack import PackedEncoder
 from ..types import CSR, TopK, _indptr
-from .codes import (
-    _count_above_kernel,
-    _decode_kernel,
-    _grad_values_kernel,
-    _grad_weight_kernel,
-    _place_above_kernel,
-)
+from .codes import _count_above_kernel, _decode_kernel, _place_above_kernel
+from .grads import value_grads, weight_grads
 from .groups import GROUP, _reopen_kernel, _score_groups_kernel
 from .select import _order_kernel, _pad_kernel, _select_kernel
 from .tune import Plan, plan_encode
 
-__all__ = ["decode_grads", "encode_threshold", "encode_topk", "sparse_decode", "topk"]
+__all__ = ["encode_threshold", "encode_topk", "sparse_decode", "topk", "value_grads", "weight_grads"]
 
 SCRATCH = 1 << 28  # bytes of group maxima held at once
 TILE = 16384  # candidates a program ranks in registers
@@ -207,32 +202,6 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
         args = (values.contiguous(), indices.contiguous(), W_dec.contiguous(), out, k, d_in)
         _decode_kernel[grid](*args, BD=block, WIDE=wide_tl)
     return out
-
-
-def decode_grads(
-    grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, need_values: bool, need_weight: bool
-) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-    """Gradients of ``sparse_decode``: [n, k] and [d_sae, d_in]. No atomics, so they are deterministic."""
-    n, k = values.shape
-    d_sae, d_in = W_dec.shape
-    wide, wide_tl = _wide(W_dec)
-    block = min(1024, triton.next_power_of_2(d_in))
-    indices = indices.contiguous()
-    grad_values = grad_weight = None
-    if need_values:
-        grad_values = torch.empty((n, k), dtype=wide, device=grad.device)
-        if n:
-            args = (grad, indices, W_dec.contiguous(), grad_values, k, d_in)
-            _grad_values_kernel[(n * k,)](*args, BD=block, WIDE=wide_tl)
-    if need_weight:
-        flat = indices.reshape(-1)
-        ordered, order = flat.sort(stable=True)
-        features = torch.arange(d_sae + 1, device=grad.device, dtype=flat.dtype)
-        starts = torch.searchsorted(ordered, features)
-        grad_weight = torch.empty((d_sae, d_in), dtype=wide, device=grad.device)
-        args = (grad, values.contiguous(), order, starts, grad_weight, k, d_in)
-        _grad_weight_kernel[(d_sae, triton.cdiv(d_in, block))](*args, BD=block, WIDE=wide_tl)
-    return grad_values, grad_weight
 
 
 def _wide(W_dec: Tensor) -> Tuple[torch.dtype, tl.dtype]:
