@@ -10,15 +10,18 @@ from .encode import encode_threshold, encode_topk
 from .pack import PackedEncoder, pack_encoder
 from .pool import encode_pool
 from .topk import topk
+from .train import encode_batch_topk_train, encode_topk_train
 from .types import CSR, TopK
 
 __all__ = [
     "CSR",
     "PackedEncoder",
     "TopK",
+    "encode_batch_topk_train",
     "encode_pool",
     "encode_threshold",
     "encode_topk",
+    "encode_topk_train",
     "pack_encoder",
     "reference",
     "sparse_decode",

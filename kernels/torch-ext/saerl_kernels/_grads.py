@@ -57,8 +57,9 @@ def weight_grads(
 ) -> Tuple[Tensor, Tensor]:
     """``sum value * dense[row]`` and ``sum value`` over the entries of every feature.
 
-    dense [n, d] float32 or float64; returns [d_sae, d] and [d_sae] in its dtype. Deterministic.
+    dense [n, d] floating; returns [d_sae, d] and [d_sae], float32 (float64 for float64). Deterministic.
     """
+    dense = dense if dense.dtype == torch.float64 else dense.float()
     tokens, scales, starts = segments(values.to(dense.dtype), indices, d_sae, indptr)
     if tokens.numel() == 0:
         return dense.new_zeros((d_sae, dense.shape[1])), dense.new_zeros(d_sae)

@@ -14,11 +14,13 @@ from .._torch import linear, sparse_decode
 from ..pack import PackedEncoder
 from ..types import CSR, TopK, _indptr
 from . import select
+from .batch import gather_survivors
 from .grads import value_grads, weight_grads
 
 __all__ = [
     "encode_threshold",
     "encode_topk",
+    "gather_survivors",
     "pool_codes",
     "sparse_decode",
     "topk",

@@ -52,7 +52,7 @@ def sort_by_feature(values, indices, indptr, starts, tokens, scales):
 
 @jit
 def sum_segments(dense, tokens, scales, starts, out, sums, start, stop):
-    """out[f] = sum scale * dense[token] and sums[f] = sum scale over the segments of features start .. stop."""
+    """out[f] = sum scale * dense[token] and sums[f] = sum scale, for the features start .. stop."""
     width = np.uint64(dense.shape[1])
     for feature in range(start, stop):
         row, first, last = out[feature], starts[feature], starts[feature + 1]
@@ -84,6 +84,7 @@ def weight_grads(
     """See ``_grads.weight_grads``."""
     from . import _run
 
+    dense = dense if dense.dtype == torch.float64 else dense.float()
     flat, scales = indices.reshape(-1).numpy(), values.to(dense.dtype).reshape(-1).numpy()
     starts, tokens = np.zeros(d_sae + 1, dtype=np.int64), np.empty(len(flat), dtype=np.int32)
     ordered = np.empty_like(scales)

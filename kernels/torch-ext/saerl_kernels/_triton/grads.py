@@ -154,7 +154,7 @@ def weight_grads(
     indptr: Optional[Tensor] = None,
     chunk: int = CHUNK,
 ) -> Tuple[Tensor, Tensor]:
-    """See ``_grads.weight_grads``. No atomics: a feature of many entries is summed in chunks, then over them."""
+    """See ``_grads.weight_grads``. No atomics: long segments are summed in chunks, then over chunks."""
     device, d_in = dense.device, dense.shape[1]
     wide = torch.float64 if dense.dtype == torch.float64 else torch.float32
     tokens, scales, starts = segments(values, indices, d_sae, indptr)
