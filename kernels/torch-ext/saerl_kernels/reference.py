@@ -108,7 +108,7 @@ def encode_topk_train(
     relu: bool = True,
     dtype: Optional[torch.dtype] = None,
 ) -> TopK:
-    """Top-k of ``relu((x - b_dec) @ W_enc + b_enc)`` among ``features``; torch's autograd differentiates it."""
+    """Top-k of ``relu((x - b_dec) @ W_enc + b_enc)`` among ``features``, differentiable in torch."""
     pre = _train_scores(x, W_enc, b_enc, b_dec, dtype)
     pre = pre if features is None else pre[..., features.long()]
     pre = torch.where(pre > 0, pre, 0.0) if relu else pre

@@ -73,7 +73,8 @@ def value_grads(grad: Tensor, indices: Tensor, weight: Tensor, indptr: Optional[
 
     out = torch.empty(indices.shape, dtype=grad.dtype)
     flat = indices.contiguous().view(-1).numpy()
-    args = (grad.contiguous().numpy(), flat, _starts(indices, indptr), weight.numpy(), out.view(-1).numpy())
+    grad, weight = grad.detach().contiguous(), weight.detach()
+    args = (grad.numpy(), flat, _starts(indices, indptr), weight.numpy(), out.view(-1).numpy())
     _run(dot_rows, grad.shape[0], *args)
     return out
 
@@ -84,8 +85,8 @@ def weight_grads(
     """See ``_grads.weight_grads``."""
     from . import _run
 
-    dense = dense if dense.dtype == torch.float64 else dense.float()
-    flat, scales = indices.reshape(-1).numpy(), values.to(dense.dtype).reshape(-1).numpy()
+    dense = dense.detach().to(torch.float64 if dense.dtype == torch.float64 else torch.float32)
+    flat, scales = indices.reshape(-1).numpy(), values.detach().to(dense.dtype).reshape(-1).numpy()
     starts, tokens = np.zeros(d_sae + 1, dtype=np.int64), np.empty(len(flat), dtype=np.int32)
     ordered = np.empty_like(scales)
     sort_by_feature(scales, flat, _starts(indices, indptr), starts, tokens, ordered)
