@@ -5,8 +5,8 @@
 Every contender starts from equal weights and must give equal gradients before it is timed. Peers keep their
 own defaults (SAELens ranks activations times decoder norms, which are 1 here; sparsify runs in bfloat16
 autocast on a GPU), each with its own reconstruction loss and without an auxiliary one; all use the same
-fused Adam and hold no gradients between steps. On a GPU ours multiplies in bfloat16 with float32 weights, so SAELens
-is also run under bfloat16 autocast.
+fused Adam and hold no gradients between steps. On a GPU ours multiplies in bfloat16 with float32 weights, so
+SAELens is also run under bfloat16 autocast.
 
 Peak memory is what a step takes beyond weights and optimizer state, its gradients included: on a GPU from the
 allocator, on a CPU the growth of the largest resident set in a forked child. How time is taken: harness.py.
