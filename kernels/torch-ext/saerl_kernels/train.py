@@ -154,13 +154,13 @@ def _encode(
     if x.shape[0] == 0:
         kept = TopK.empty((0, 1 if mode == "batch" else k), x.device)
         return kept.values.to(exact), kept.indices
-    module, rows = _backend(backend, x.device), _rows(x, b_dec, dtype)
+    module, rows = _backend(backend, x.device), _rows(x, b_dec, dtype).detach()
     narrow = torch.float32 if dtype == torch.float64 else dtype
     zero = torch.zeros(weight.shape[0], device=x.device)
-    packed = weight.to(narrow)
+    packed = weight.detach().to(narrow)
     if resolve(backend, x.device) == "triton":
         packed = packed.contiguous()
-    encoder = PackedEncoder(packed, zero if bias is None else bias.float())
+    encoder = PackedEncoder(packed, zero if bias is None else bias.detach().float())
     ranked = rows.to(narrow)
     if mode == "topk":
         kept = module.encode_topk(ranked, encoder, k)
