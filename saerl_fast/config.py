@@ -53,6 +53,7 @@ class SAEConfig:
     path: str | None = None  # SAELens or sparsify folder; None uses <run_dir>/sae, training it if absent
     layer: int | None = None  # hidden state after this many blocks; None: the SAE's own, else the middle
     d_sae: int = 1024
+    activation: Literal["topk", "batchtopk"] = "topk"  # batchtopk: k features a token on average over a batch
     k: int = 16
     steps: int = 1000  # training steps
     batch_size: int = 1024  # tokens a step

@@ -128,7 +128,7 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> Top
     }
     write_json(folder / "train.json", record)
     echo(
-        f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.k}, unexplained variance "
+        f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.cfg['k']}, unexplained variance "
         f"{metrics['fvu']:.3f} on held-out tokens, {metrics['dead_fraction']:.1%} dead features"
     )
     echo(f"wrote {folder}")
@@ -154,9 +154,7 @@ def describe_sae(path: str) -> str:
     from saerl_fast.sae.files import load_sae
 
     sae = load_sae(path)
-    lines = [
-        f"{path}: {sae.cfg.get('architecture', 'topk')} SAE, d_in={sae.d_in}, d_sae={sae.d_sae}, k={sae.k}"
-    ]
+    lines = [f"{path}: {sae.architecture} SAE, d_in={sae.d_in}, d_sae={sae.d_sae}, k={sae.cfg['k']}"]
     lines += [f"  {key}: {value}" for key, value in sorted(sae.cfg.items()) if value is not None]
     trained = Path(path) / "train.json"
     if trained.is_file():

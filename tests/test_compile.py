@@ -22,7 +22,7 @@ import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from saerl_kernels._triton import chunked, codes, groups, kmeans, pool, select, tune
+from saerl_kernels._triton import chunked, codes, grads, groups, kmeans, pool, select, tune
 
 sys.setrecursionlimit(10_000)
 arch = int(sys.argv[1])
@@ -78,10 +78,18 @@ def jobs():
     for key, add in (("*i32", True), ("*i64", False)):
         part = dict(keys_ptr=key, totals_ptr="*fp64", out_ptr="*fp64")
         yield f"pool {key}", pool._pool_runs_kernel, part, dict(ADD=add, BLOCK=128), 4, 3
-    part = dict(grad_ptr="*fp32", indices_ptr="*i32", w_ptr="*bf16", out_ptr="*fp32")
-    yield "grad values", codes._grad_values_kernel, part, wide, 4, 3
-    part = dict(grad_ptr="*fp32", values_ptr="*fp32", order_ptr="*i64", starts_ptr="*i64", out_ptr="*fp32")
-    yield "grad weight", codes._grad_weight_kernel, part, wide, 4, 3
+    tile = dict(R=8, BD=512, WIDE=triton.language.float32)
+    part = dict(grad_ptr="*fp32", indices_ptr="*i32", indptr_ptr="*i64", w_ptr="*fp32", out_ptr="*fp32")
+    yield "grad values", grads._grad_values_kernel, part, dict(tile, FIXED=True), 4, 3
+    part = dict(part, w_ptr="*bf16")
+    yield "grad values csr", grads._grad_values_kernel, part, dict(tile, FIXED=False), 4, 3
+    part = dict(dense_ptr="*fp32", tokens_ptr="*i64", scales_ptr="*fp32", starts_ptr="*i64", first_ptr="*i64")
+    rest = dict(owner_ptr="*i64", out_ptr="*fp32", sums_ptr="*fp32", rest_ptr="*fp32", rest_sums_ptr="*fp32")
+    tile = dict(tile, CHUNK=128)
+    yield "grad weight", grads._grad_weight_kernel, dict(part, **rest), tile, 4, 3
+    yield "grad weight bf16", grads._grad_weight_kernel, dict(part, dense_ptr="*bf16", **rest), tile, 4, 3
+    wide = dict(BD=512, WIDE=triton.language.float32)
+    yield "add rest", grads._add_rest_kernel, dict(rest, first_ptr="*i64"), wide, 4, 3
     part = dict(indptr_ptr="*i64", indices_ptr="*i32", values_ptr="*fp32", table_ptr="*fp32")
     part.update(labels_ptr="*i32", similarity_ptr="*fp32")
     for K in (16, 64, 1000):

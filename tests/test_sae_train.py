@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saerl_fast.config import SAEConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.sae.train import _Encode, _Trainer, collect_activations, geometric_median, train_sae
+from saerl_fast.sae.train import _Trainer, collect_activations, geometric_median, train_sae
 
 
 def planted(n: int, d: int = 32, features: int = 48, active: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -111,17 +111,21 @@ def test_few_activations_batches_and_half_precision() -> None:
     assert torch.isfinite(constant(torch.ones(1, 8))).all()
 
 
-def test_selected_encoder_gradient_equals_the_dense_one() -> None:
-    x = torch.randn(20, 6)
-    weight, bias = torch.randn(30, 6).requires_grad_(), (torch.randn(30) - 4).requires_grad_()
-    target = torch.randn(20, 4)
-    values, indices = _Encode.apply(x, weight, bias, 4, "auto")
-    assert 0 < int((values == 0).sum()) < values.numel()  # rows with fewer than k positive features
-    got = torch.autograd.grad((values * target).sum(), (weight, bias))
-    dense = torch.relu(x @ weight.t() + bias)
-    want = torch.autograd.grad((dense.gather(1, indices.long()) * target).sum(), (weight, bias))
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)
+def test_batchtopk_trains_and_keeps_k_on_average(device: torch.device) -> None:
+    """The running threshold makes the SAE as sparse as it was in training, and is in the data's units."""
+    x, directions = (part.to(device) for part in planted(6500))
+    cfg = SAEConfig(**SMALL | {"activation": "batchtopk"})
+    sae, metrics = train_sae(x[:6000], cfg)
+    assert sae.architecture == "batchtopk" and sae.cfg["k"] == 3
+    assert recovery(directions, sae.W_dec) > 0.93 and metrics["fvu"] < 0.1
+    assert 2.0 < metrics["l0"] < 4.0
+    assert sae.threshold is not None
+    assert float(sae.threshold.min().detach()) == float(sae.threshold.max().detach()) > 0
+    again, _ = train_sae(x[:6000], cfg)
+    assert torch.equal(sae.threshold, again.threshold) and torch.equal(sae.W_enc, again.W_enc)
+    scaled, figures = train_sae(100 * x[:6000], cfg)
+    assert float((scaled.threshold / sae.threshold)[0].detach()) == pytest.approx(100, rel=0.05)
+    assert figures["l0"] == pytest.approx(metrics["l0"], abs=0.3)
 
 
 def test_geometric_median_ignores_outliers() -> None:

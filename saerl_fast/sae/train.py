@@ -1,10 +1,11 @@
-"""Training a TopK sparse autoencoder on hidden states: small, seeded, good enough to score data with.
+"""Training a TopK or BatchTopK sparse autoencoder on hidden states: small, seeded, good enough to score with.
 
-TopK and the auxiliary loss for dead features follow Gao et al. 2024 (arXiv 2406.04093); decoder rows
-are kept at unit norm and their gradients orthogonal to them (Bricken et al. 2023). Our own choices:
-the input is centred on its geometric median and scaled to unit variance per dimension while training
-(folded back at the end), and attention-sink tokens, whose norm is a hundred times the others' (Sun et
-al. 2024, arXiv 2402.17762), are left out of training and of pooling.
+TopK and the auxiliary loss for dead features follow Gao et al. 2024 (arXiv 2406.04093), BatchTopK Bussmann
+et al. 2024 (arXiv 2412.06410) with SAELens' running threshold for inference; decoder rows are kept at unit
+norm and their gradients orthogonal to them (Bricken et al. 2023). Our own choices: the input is centred on
+its geometric median and scaled to unit variance per dimension while training (folded back at the end), and
+attention-sink tokens, whose norm is a hundred times the others' (Sun et al. 2024, arXiv 2402.17762), are
+left out of training and of pooling.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.models import token_ids
 from saerl_fast.sae.capture import Progress, iter_hidden_ids
 from saerl_fast.sae.model import TopKSAE
-from saerl_kernels import CSR, encode_topk, pack_encoder, sparse_decode
+from saerl_kernels import TopK, encode_batch_topk_train, encode_topk_train, sparse_decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,7 @@ OnStep = Callable[[int, dict[str, float]], None]
 _LOG_EVERY = 25  # steps between callbacks; each one waits for the device
 _DEAD_EVERY = 10  # steps between recounts of the dead features
 _AUX_WEIGHT = 1 / 32  # of the auxiliary loss, as in Gao et al.
+_THRESHOLD_RATE = 0.03  # of BatchTopK's running threshold; SAELens' 0.01 is meant for longer runs
 _HELD_OUT = 8192  # at most this many tokens, and at most a tenth
 _MEASURED = 32768  # training tokens on which dead features are also looked for
 
@@ -150,6 +152,9 @@ class _Trainer:
         self.optimizer = torch.optim.Adam(weights, lr=cfg.lr, betas=(0.9, 0.999), fused=True)
         self.last_fired = torch.zeros(cfg.d_sae, dtype=torch.long, device=device)
         self.dead_index: Tensor | None = None
+        self.threshold = torch.zeros(
+            (), device=device
+        )  # BatchTopK: running mean of the least activation kept
         self.queue = torch.empty(0, dtype=torch.long, device=device)
 
     def lr(self, step: int) -> float:
@@ -186,17 +191,22 @@ class _Trainer:
             self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8)
             active = torch.where(values > 0, step, 0).flatten()
             self.last_fired.scatter_reduce_(0, indices.long().flatten(), active, "amax")
+            least = torch.where(values > 0, values, torch.inf).amin()
+            rate = max(_THRESHOLD_RATE, 1 / step)
+            self.threshold.lerp_(torch.where(least.isinf(), self.threshold, least), rate)
         return loss.detach(), fvu.detach()
 
     def finished(self, settings: dict[str, Any]) -> TopKSAE:
         """The SAE in the data's own coordinates: decoder rows of unit norm, activations in its units."""
+        batch = self.cfg.activation == "batchtopk"
         with torch.no_grad():
             return TopKSAE(
                 self.W_enc_t.detach().t().contiguous(),
                 self.b_enc.detach() / self.scale,
                 self.W_dec.detach().clone(),
                 self.center + self.b_dec.detach() / self.scale,
-                cfg=settings,
+                threshold=(self.threshold / self.scale).expand(self.cfg.d_sae).clone() if batch else None,
+                cfg={**settings, "architecture": self.cfg.activation},
             ).eval()
 
     def _batch(self) -> Tensor:
@@ -208,19 +218,24 @@ class _Trainer:
         rows, self.queue = self.queue[:size], self.queue[size:]
         return (self.x[rows].float() - self.center) * self.scale
 
-    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        # (x - b_dec) @ W_enc + b_enc with the two biases as one, so that x itself needs no gradient
-        bias = self.b_enc - self.W_enc_t @ self.b_dec
-        return _Encode.apply(x, self.W_enc_t, bias, self.cfg.k, self.backend)
+    def _encode(self, x: Tensor) -> TopK:
+        encode = encode_batch_topk_train if self.cfg.activation == "batchtopk" else encode_topk_train
+        return encode(x, self.W_enc_t.t(), self.b_enc, self.cfg.k, b_dec=self.b_dec, backend=self.backend)
 
     def _auxiliary(self, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
         """How badly the best ``aux_k`` dead features explain what the living ones left over."""
         k = min(self.cfg.aux_k, len(dead))
-        weight = self.W_enc_t[dead]
-        # no ReLU: a feature pushed below zero everywhere could not come back
-        pre = (x - self.b_dec.detach()) @ weight.t() + self.b_enc[dead]
-        values, local = pre.topk(k, sorted=False)
-        recon = sparse_decode(values, dead[local], self.W_dec, backend=self.backend)
+        values, indices = encode_topk_train(
+            x,
+            self.W_enc_t.t(),
+            self.b_enc,
+            k,
+            b_dec=self.b_dec.detach(),
+            features=dead,
+            relu=False,  # a feature pushed below zero everywhere could not come back
+            backend=self.backend,
+        )
+        recon = sparse_decode(values, indices, self.W_dec, backend=self.backend)
         return (recon - error).pow(2).sum() / error.pow(2).sum().clamp(min=1e-12) * (k / self.cfg.aux_k)
 
     @torch.no_grad()
@@ -231,39 +246,6 @@ class _Trainer:
         square = float(recon.pow(2).sum())
         if square > 0:
             self.W_enc_t *= max(float((recon * x).sum()) / square, 0.01)
-
-
-class _Encode(torch.autograd.Function):
-    """Top-k of ``relu(x @ W_enc_t.T + bias)``; the gradient touches the selected features only."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W_enc_t: Tensor, bias: Tensor, k: int, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        if x.is_cuda:
-            values, indices = encode_topk(
-                x, pack_encoder(W_enc_t.t(), bias, permute=False), k, backend=backend
-            )
-        else:  # order and ties do not matter here, and packing every step would cost as much as encoding
-            values, picked = torch.addmm(bias, x, W_enc_t.t()).topk(k, sorted=False)
-            values, indices = values.relu_(), picked.int()
-        ctx.save_for_backward(x, W_enc_t, values, indices)
-        ctx.backend = backend
-        ctx.mark_non_differentiable(indices)
-        return values, indices
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        x, W_enc_t, values, indices = ctx.saved_tensors
-        grad = torch.where(values > 0, grad, 0)
-        with torch.enable_grad():
-            # sum over tokens of grad[n, j] * x[n] into row indices[n, j]: a sparse decoder's weight gradient
-            weight = W_enc_t.detach().requires_grad_()
-            out = sparse_decode(grad, indices, weight, backend=ctx.backend)
-        (grad_weight,) = torch.autograd.grad(out, weight, x)
-        grad_bias = torch.zeros_like(W_enc_t[:, 0]).index_add_(0, indices.long().flatten(), grad.flatten())
-        return None, grad_weight, grad_bias, None, None
 
 
 @torch.no_grad()
@@ -323,7 +305,6 @@ def _measure(sae: TopKSAE, x: Tensor, backend: str) -> tuple[float, float, Tenso
     fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=x.device)
     for part in x.split(4096):
         codes = sae.encode(part, backend=backend)
-        assert not isinstance(codes, CSR)
         part = part.float()
         error += float((part - sae.decode(codes)).pow(2).sum())
         total += float((part - mean).pow(2).sum())

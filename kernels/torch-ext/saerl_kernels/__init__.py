@@ -11,6 +11,7 @@ from .kmeans import KMeans, kmeans_assign, kmeans_update, spherical_kmeans
 from .pack import PackedEncoder, pack_encoder
 from .pool import PoolStream, encode_pool
 from .topk import topk
+from .train import encode_batch_topk_train, encode_topk_train
 from .types import CSR, TopK
 
 __all__ = [
@@ -21,9 +22,11 @@ __all__ = [
     "TopK",
     "csr",
     "decode_csr",
+    "encode_batch_topk_train",
     "encode_pool",
     "encode_threshold",
     "encode_topk",
+    "encode_topk_train",
     "kmeans_assign",
     "kmeans_update",
     "pack_encoder",

@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._grads import value_grads, weight_grads
 from .pack import PackedEncoder
 from .types import CSR, TopK, _indptr
+
+__all__ = ["encode_threshold", "encode_topk", "sparse_decode", "topk", "value_grads", "weight_grads"]
 
 CPU_CHUNK = 1 << 23  # float32 entries of one block of scores: 32 MB, reused, so it is mapped only once
 GPU_CHUNK = 1 << 26
@@ -171,29 +174,3 @@ def decode_csr(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor) -
         per_sample_weights=values.to(wide),
         include_last_offset=True,
     )
-
-
-def decode_grads(
-    grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, need_values: bool, need_weight: bool
-) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-    """Gradients of ``sparse_decode`` for ``grad`` [n, d_in]: [n, k] and [d_sae, d_in]; deterministic."""
-    grad_values = grad_weight = None
-    if need_values:
-        grad_values = torch.empty_like(values, dtype=grad.dtype)
-        step = max(1, (1 << 22) // max(1, indices.shape[1] * W_dec.shape[1]))  # bounds the gathered rows
-        for start in range(0, len(grad), step):
-            rows = W_dec[indices[start : start + step].long()].to(grad.dtype)
-            part = torch.bmm(rows, grad[start : start + step].unsqueeze(-1))
-            grad_values[start : start + step] = part.squeeze(-1)
-    if need_weight:
-        flat = indices.reshape(-1).long()
-        order = flat.argsort(stable=True)
-        used, lengths = torch.unique_consecutive(flat[order], return_counts=True)
-        tokens = torch.div(order, indices.shape[1], rounding_mode="floor")
-        starts = _indptr(lengths)[:-1]
-        scale = values.reshape(-1)[order].to(grad.dtype)
-        grad_weight = torch.zeros(W_dec.shape, dtype=grad.dtype, device=grad.device)
-        if flat.numel():
-            sums = F.embedding_bag(tokens, grad, starts, mode="sum", per_sample_weights=scale)
-            grad_weight[used] = sums
-    return grad_values, grad_weight

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import reference
 from ._check import check_csr, check_indices
-from .csr import transpose
 from .dispatch import implementation, resolve
 from .types import CSR
 
@@ -30,13 +29,12 @@ class SparseDecode(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], None, Optional[Tensor], None]:
         values, indices, W_dec = ctx.saved_tensors
-        grad_values, grad_weight = implementation(ctx.name).decode_grads(
-            grad.contiguous(), values, indices, W_dec, ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-        )
-        if grad_values is not None:
-            grad_values = grad_values.to(values.dtype)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(W_dec.dtype)
+        backend, grad = implementation(ctx.name), grad.contiguous()
+        grad_values = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_values = backend.value_grads(grad, indices, W_dec).to(values.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_weight = backend.weight_grads(grad, values, indices, W_dec.shape[0])[0].to(W_dec.dtype)
         return grad_values, None, grad_weight, None
 
 
@@ -55,43 +53,14 @@ class DecodeCSR(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], None, None, Optional[Tensor], None]:
         values, indptr, indices, W_dec = ctx.saved_tensors
-        csr = CSR(indptr, indices, values, W_dec.shape[0])
+        backend, grad = implementation(ctx.name), grad.contiguous()
         grad_values = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_values = _entry_dots(csr, grad, W_dec, ctx.name).to(values.dtype)
+            grad_values = backend.value_grads(grad, indices, W_dec, indptr).to(values.dtype)
         if ctx.needs_input_grad[3]:
-            # The sum of value * grad[row] over a feature's entries: grad as decoder of the transpose.
-            turned = transpose(csr)
-            grad_weight = implementation(ctx.name).decode_csr(
-                turned.indptr, turned.indices, turned.values, grad.contiguous()
-            )
+            grad_weight = backend.weight_grads(grad, values, indices, W_dec.shape[0], indptr)[0]
             grad_weight = grad_weight.to(W_dec.dtype)
         return grad_values, None, None, grad_weight, None
-
-
-def _entry_dots(csr: CSR, grad: Tensor, W_dec: Tensor, name: str) -> Tensor:
-    """grad[row] . W_dec[column] of every entry, [nnz].
-
-    Rows are cut into pieces of the mean row's length, at most twice as many as rows, on which the kernel for
-    a fixed number of entries serves.
-    """
-    if csr.nnz == 0:
-        return grad.new_zeros(0)
-    width = -(-csr.nnz // csr.n_rows)
-    counts = csr.indptr.diff()
-    rows = csr.row_ids()
-    rank = torch.arange(csr.nnz, device=csr.device) - csr.indptr[rows]
-    pieces = torch.div(counts + width - 1, width, rounding_mode="floor")
-    place = ((pieces.cumsum(0) - pieces)[rows] + torch.div(rank, width, rounding_mode="floor"), rank % width)
-    shape = (csr.n_rows + csr.nnz // width, width)
-    features = csr.indices.new_zeros(shape)
-    features[place] = csr.indices
-    owner = rows.new_zeros(shape[0])
-    owner[place[0]] = rows
-    dots, _ = implementation(name).decode_grads(
-        grad[owner], csr.values.new_zeros(shape), features, W_dec, True, False
-    )
-    return dots[place]
 
 
 def sparse_decode(

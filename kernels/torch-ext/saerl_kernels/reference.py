@@ -208,3 +208,59 @@ def _kmeans_fill(dense: Tensor, labels: Tensor, similarity: Tensor, n_clusters: 
                 labels[equal] = cluster
                 break
     return labels
+
+
+def encode_topk_train(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Optional[Tensor],
+    k: int,
+    *,
+    b_dec: Optional[Tensor] = None,
+    features: Optional[Tensor] = None,
+    relu: bool = True,
+    dtype: Optional[torch.dtype] = None,
+) -> TopK:
+    """Top-k of ``relu((x - b_dec) @ W_enc + b_enc)`` among ``features``, differentiable in torch."""
+    pre = _train_scores(x, W_enc, b_enc, b_dec, dtype)
+    pre = pre if features is None else pre[..., features.long()]
+    pre = torch.where(pre > 0, pre, 0.0) if relu else pre
+    indices = topk(pre, k).indices
+    values = pre.gather(-1, indices.long())
+    return TopK(values, indices if features is None else features[indices.long()].int())
+
+
+def encode_batch_topk_train(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Optional[Tensor],
+    k: int,
+    *,
+    b_dec: Optional[Tensor] = None,
+    dtype: Optional[torch.dtype] = None,
+) -> TopK:
+    """The n * k largest positive activations of ``x`` [n, d_in], rows padded with 0.0 at feature 0."""
+    pre = _train_scores(x, W_enc, b_enc, b_dec, dtype)
+    pre = torch.where(pre > 0, pre, 0.0)
+    flat = pre.detach().float().reshape(-1)
+    chosen = flat.sort(descending=True, stable=True).indices[: k * x.shape[0]]
+    kept = torch.zeros_like(flat).index_fill_(0, chosen, 1.0).reshape(pre.shape) * (flat > 0).view(pre.shape)
+    width = max(1, int(kept.sum(-1).max())) if x.shape[0] else 1
+    found = topk(torch.where(kept > 0, pre.detach(), -1.0), width)
+    indices = torch.where(found.values > 0, found.indices, 0)
+    values = torch.where(found.values > 0, pre.gather(-1, indices.long()), 0.0)
+    return TopK(values, indices)
+
+
+def _train_scores(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Optional[Tensor],
+    b_dec: Optional[Tensor],
+    dtype: Optional[torch.dtype],
+) -> Tensor:
+    wide = torch.float64 if W_enc.dtype == torch.float64 else torch.float32
+    dtype = dtype or W_enc.dtype
+    x = x if b_dec is None else x.to(wide) - b_dec.to(wide)
+    pre = x.to(dtype).to(wide) @ W_enc.to(dtype).to(wide)
+    return pre if b_enc is None else pre + b_enc.to(wide)

@@ -11,19 +11,23 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from .._torch import decode_grads, linear
+from .._torch import linear
 from ..pack import PackedEncoder
 from ..types import CSR, TopK, _indptr
 from . import decode, select
+from .batch import gather_survivors
+from .grads import value_grads, weight_grads
 
 __all__ = [
     "decode_csr",
-    "decode_grads",
     "encode_threshold",
     "encode_topk",
+    "gather_survivors",
     "pool_codes",
     "sparse_decode",
     "topk",
+    "value_grads",
+    "weight_grads",
 ]
 
 ROWS = 1024  # rows of a block; more would only enlarge the block

@@ -14,13 +14,8 @@ from ..dispatch import interpreting
 from ..pack import PackedEncoder
 from ..types import CSR, TopK, _indptr
 from .chunked import launch_chunked
-from .codes import (
-    _count_above_kernel,
-    _decode_kernel,
-    _grad_values_kernel,
-    _grad_weight_kernel,
-    _place_above_kernel,
-)
+from .codes import _count_above_kernel, _decode_kernel, _place_above_kernel
+from .grads import value_grads, weight_grads
 from .groups import GROUP, _reopen_kernel, _score_groups_kernel
 from .pool import pool_codes
 from .select import _order_kernel, _pad_kernel, _select_kernel
@@ -28,12 +23,13 @@ from .tune import Plan, plan_encode
 
 __all__ = [
     "decode_csr",
-    "decode_grads",
     "encode_threshold",
     "encode_topk",
     "pool_codes",
     "sparse_decode",
     "topk",
+    "value_grads",
+    "weight_grads",
 ]
 
 SCRATCH = 1 << 28  # bytes of group maxima held at once
@@ -243,32 +239,6 @@ def _decode(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor, n: i
         grid = (n, triton.cdiv(d_in, block))
         _decode_kernel[grid](*parts, out, *sizes, BE=4, BD=block, WIDE=wide_tl)
     return out
-
-
-def decode_grads(
-    grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, need_values: bool, need_weight: bool
-) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-    """Gradients of ``sparse_decode``: [n, k] and [d_sae, d_in]. No atomics, so they are deterministic."""
-    n, k = values.shape
-    d_sae, d_in = W_dec.shape
-    wide, wide_tl = _wide(W_dec)
-    block = min(1024, triton.next_power_of_2(d_in))
-    indices = indices.contiguous()
-    grad_values = grad_weight = None
-    if need_values:
-        grad_values = torch.empty((n, k), dtype=wide, device=grad.device)
-        if n:
-            args = (grad, indices, W_dec.contiguous(), grad_values, k, d_in)
-            _grad_values_kernel[(n * k,)](*args, BD=block, WIDE=wide_tl)
-    if need_weight:
-        flat = indices.reshape(-1)
-        ordered, order = flat.sort(stable=True)
-        features = torch.arange(d_sae + 1, device=grad.device, dtype=flat.dtype)
-        starts = torch.searchsorted(ordered, features)
-        grad_weight = torch.empty((d_sae, d_in), dtype=wide, device=grad.device)
-        args = (grad, values.contiguous(), order, starts, grad_weight, k, d_in)
-        _grad_weight_kernel[(d_sae, triton.cdiv(d_in, block))](*args, BD=block, WIDE=wide_tl)
-    return grad_values, grad_weight
 
 
 def _wide(W_dec: Tensor) -> Tuple[torch.dtype, tl.dtype]:

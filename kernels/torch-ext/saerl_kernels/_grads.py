@@ -1,0 +1,67 @@
+"""Gradients of sparse codes in torch alone, and what the backends share.
+
+Codes are values and indices [n, k], or flat [nnz] with ``indptr`` int64 [n + 1] as in a CSR matrix.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CPU_CHUNK = 1 << 17  # entries x d_in gathered at once: half a megabyte, which stays in cache
+GPU_CHUNK = 1 << 24
+
+
+class Segments(NamedTuple):
+    """Entries sorted by feature, in token order within a feature."""
+
+    tokens: Tensor  # int64 [nnz]
+    scales: Tensor  # [nnz]
+    starts: Tensor  # int64 [d_sae + 1]
+
+
+def owners(indices: Tensor, indptr: Optional[Tensor]) -> Tensor:
+    """int64 [nnz]: the row of every entry."""
+    device = indices.device
+    if indptr is None:
+        n, k = indices.shape
+        return torch.arange(n, device=device).unsqueeze(1).expand(n, k).reshape(-1)
+    rows = torch.arange(indptr.shape[0] - 1, device=device)
+    return torch.repeat_interleave(rows, indptr.diff(), output_size=indices.shape[0])
+
+
+def segments(values: Tensor, indices: Tensor, d_sae: int, indptr: Optional[Tensor]) -> Segments:
+    """The entries by feature; a stable sort, so sums over a segment are reproducible."""
+    ordered, order = indices.reshape(-1).sort(stable=True)
+    features = torch.arange(d_sae + 1, device=indices.device, dtype=ordered.dtype)
+    starts = torch.searchsorted(ordered, features)
+    return Segments(owners(indices, indptr)[order], values.reshape(-1)[order], starts)
+
+
+def value_grads(grad: Tensor, indices: Tensor, weight: Tensor, indptr: Optional[Tensor] = None) -> Tensor:
+    """``grad[row] . weight[index]`` for every entry, shaped like indices; grad [n, d], weight [d_sae, d]."""
+    flat, rows = indices.reshape(-1).long(), owners(indices, indptr)
+    out = torch.empty(flat.shape, dtype=grad.dtype, device=grad.device)
+    step = max(1, (CPU_CHUNK if grad.device.type == "cpu" else GPU_CHUNK) // max(1, weight.shape[1]))
+    for start in range(0, len(flat), step):
+        part = slice(start, start + step)
+        out[part] = (weight[flat[part]].to(grad.dtype) * grad[rows[part]]).sum(-1)
+    return out.view(indices.shape)
+
+
+def weight_grads(
+    dense: Tensor, values: Tensor, indices: Tensor, d_sae: int, indptr: Optional[Tensor] = None
+) -> Tuple[Tensor, Tensor]:
+    """``sum value * dense[row]`` and ``sum value`` over the entries of every feature.
+
+    dense [n, d] floating; returns [d_sae, d] and [d_sae], float32 (float64 for float64). Deterministic.
+    """
+    dense = dense if dense.dtype == torch.float64 else dense.float()
+    tokens, scales, starts = segments(values.to(dense.dtype), indices, d_sae, indptr)
+    if tokens.numel() == 0:
+        return dense.new_zeros((d_sae, dense.shape[1])), dense.new_zeros(d_sae)
+    total = F.embedding_bag(tokens, dense, starts[:-1], mode="sum", per_sample_weights=scales)
+    return total, torch.segment_reduce(scales, "sum", lengths=starts.diff(), unsafe=True)
