@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-report clean
 
 # Built once; again whenever pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
@@ -27,6 +27,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest -q benchmarks/bench_encode.py --benchmark-only
+
+bench-report: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf $(VENV) build *.egg-info
