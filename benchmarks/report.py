@@ -216,7 +216,7 @@ def render(tables: list[Table]) -> str:
         BEGIN,
         "",
         "Written by `make bench-report` from `results/<device>/*.json`. The base is in milliseconds, every",
-        "other contender is the ratio of its time to the base's (median over rounds in turn); the lowest is bold.",
+        "other contender as the ratio of its time to the base's (median over rounds); the lowest is bold.",
         "The JSON files also hold the 20th and 80th percentiles.",
     ]
     if not any(table.on_gpu for table in tables):
