@@ -26,10 +26,10 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy saerl_fast kernels/torch-ext/saerl_kernels
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m pytest -q benchmarks/bench_encode.py --benchmark-only
+	PYTHONPATH=. $(BIN)/python -m benchmarks.run_all
 
 bench-report: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.report
+	PYTHONPATH=. $(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf $(VENV) build *.egg-info
