@@ -39,6 +39,7 @@ CPU_GRID = [
     Shape(64, 1024, 16, 1),
     Shape(64, 1024, 16, 8),
 ]
+TINY = [Shape(64, 1024, 16, 33)]  # SAERL_BENCH_GRID=tiny
 GPU_GRID = [  # a run that is cut short still has every width and k
     Shape(d_in, d_sae, k, batch)
     for batch in (4096, 1024, 16384, 65536)
@@ -131,9 +132,12 @@ class Problem:
         assert bool((result.indices.long().sort(-1).values.diff(dim=-1) > 0).all()), "an index came twice"
 
 
-@pytest.mark.parametrize(
-    "shape", GPU_GRID if DEVICE.type == "cuda" else CPU_GRID, ids=lambda s: "x".join(map(str, s))
-)
+GRID = GPU_GRID if DEVICE.type == "cuda" else CPU_GRID
+if os.environ.get("SAERL_BENCH_GRID") == "tiny":
+    GRID = TINY
+
+
+@pytest.mark.parametrize("shape", GRID, ids=lambda s: "x".join(map(str, s)))
 def test_encode_topk(benchmark: Any, shape: Shape) -> None:
     problem = Problem(shape, DEVICE)
     enabled = not benchmark.disabled

@@ -15,7 +15,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,15 @@ def measure(
             break
         for name in times:
             times[name].append(timed(contenders[name], device, flush))
+    table = summary(times, base)
+    for name, peak in peaks.items():
+        if peak is not None:
+            table[name]["peak_mb"] = peak
+    return table
+
+
+def summary(times: Mapping[str, Sequence[float]], base: str) -> dict[str, dict[str, float]]:
+    """Name -> p20_ms, p50_ms, p80_ms and ratio to ``base`` of the seconds in each round."""
     reference = times.get(base)
     table = {}
     for name, seconds in times.items():
@@ -86,9 +95,6 @@ def measure(
         table[name] = {"p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3}
         if reference is not None:
             table[name]["ratio"] = statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
-        peak = peaks[name]
-        if peak is not None:
-            table[name]["peak_mb"] = peak
     return table
 
 

@@ -27,7 +27,7 @@ from saerl_fast.fileio import write_json
 ROOT = Path(__file__).resolve().parents[1]
 GPU_SECONDS = 510.0
 GRACE = 10.0  # what a part that is told to stop may take to write its results
-TESTS = ("encode", "chunked", "topk", "pool", "decode", "csr", "train_ops", "kmeans")
+TESTS = ("encode", "encode_gpu", "chunked", "topk", "pool", "decode", "csr", "train_ops", "kmeans")
 
 
 class Part(NamedTuple):
