@@ -190,7 +190,7 @@ def memory_table(table: Table) -> list[str]:
     lines = []
     for row in measured:
         peaks = [row.contenders.get(name, {}).get("peak_mb") for name in table.names]
-        cells = ["" if peak is None else f"{max(peak, 0.0):.0f}" for peak in peaks]
+        cells = ["" if peak is None else "<1" if peak < 1 else f"{peak:.0f}" for peak in peaks]
         lines.append([str(row.shape[key]) for key in keys] + cells)
     return _grid([*keys, *table.names], lines, len(keys))
 
