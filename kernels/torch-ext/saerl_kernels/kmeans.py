@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._check import check_csr
+from ._check import check_rows
 from .csr import l2_rows
 from .dispatch import resolve
 from .types import CSR
@@ -45,7 +45,7 @@ def kmeans_assign(
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and for what ``check`` finds.
     """
-    check_csr(X, check)
+    check_rows(X, check)
     _check_centroids(X, centroids, check)
     name = resolve(backend, X.device)
     if name == "reference":
@@ -71,7 +71,7 @@ def kmeans_update(
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and for what ``check`` finds.
     """
-    check_csr(X, check)
+    check_rows(X, check)
     _check_count(n_clusters)
     labels = _check_labels(X, labels, n_clusters, check)
     name = resolve(backend, X.device)
@@ -121,7 +121,7 @@ def spherical_kmeans(
 
     Raises ValueError for what cannot be clustered, naming the value.
     """
-    check_csr(X, check)
+    check_rows(X, check)
     _check_count(n_clusters)
     if n_clusters > X.n_rows:
         raise ValueError(f"n_clusters={n_clusters} is larger than the number of rows, {X.n_rows}")
