@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TRITON := 3.6.0
 TORCH := 2.11.0
 
-.PHONY: demo test test-triton lint bench clean
+.PHONY: demo test test-triton lint bench bench-report clean
 
 # Built once; again whenever pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
@@ -37,7 +37,10 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy saerl_fast kernels/torch-ext/saerl_kernels
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m pytest -q benchmarks/bench_encode.py --benchmark-only
+	PYTHONPATH=. $(BIN)/python -m benchmarks.run_all
+
+bench-report: $(VENV)/.installed
+	PYTHONPATH=. $(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf $(VENV) $(VENV)-triton-* build *.egg-info

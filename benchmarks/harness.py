@@ -3,16 +3,19 @@
 Each round calls every contender once, in turn, so that a busy machine slows all of them alike; ratios are
 medians over rounds. A contender whose result is wrong fails the run instead of being timed. On one CPU thread
 the clock is the thread's CPU time, elsewhere wall time; on a GPU events around the call, with L2 flushed.
+Rounds end early when a shape has had its seconds: SAERL_BENCH_SHAPE_SECONDS, 1.5 on a GPU, no limit on a CPU.
 """
 
 from __future__ import annotations
 
+import ctypes
+import importlib.metadata
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import torch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Contender = Callable[[], Any]
 Check = Callable[[str, Any], None]
+LEAST_ROUNDS = 3  # however slow a shape is
 
 
 def timed(call: Contender, device: torch.device, flush: torch.Tensor | None) -> float:
@@ -47,29 +51,43 @@ def measure(
     *,
     base: str,
     check: Check | None = None,
+    memory: bool = True,
 ) -> dict[str, dict[str, float]]:
     """Check, warm up, then time all contenders in turn.
 
     Returns name -> p20_ms, p50_ms, p80_ms; ``ratio``, the median over rounds of its time to that of ``base``
-    (absent where ``base`` is no contender); on a GPU ``peak_mb``, what the call allocated beyond what was
-    held before. ``check(name, result)`` raises when a result is wrong.
+    (absent where ``base`` is no contender); with ``memory`` also peak_mb (``peak_memory``).
+    ``check(name, result)`` raises when a result is wrong. What does not fit the GPU's memory is left out.
     """
     flush = torch.empty(1 << 26, device=device) if device.type == "cuda" else None
-    memory = {}
+    peaks: dict[str, float | None] = {}
     for name, call in contenders.items():
-        if flush is not None:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        result = call()
+        try:
+            result = call()  # also compiles, tunes and fills caches, which is nobody's peak
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            continue
         if check is not None:
             check(name, result)
         del result
-        if flush is not None:
-            memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, call in contenders.items():
-            times[name].append(timed(call, device, flush))
+        peaks[name] = peak_memory(call, device) if memory else None
+    limit = os.environ.get("SAERL_BENCH_SHAPE_SECONDS") or ("1.5" if device.type == "cuda" else "inf")
+    stop = time.monotonic() + float(limit)
+    times: dict[str, list[float]] = {name: [] for name in peaks}
+    for done in range(rounds):
+        if done >= LEAST_ROUNDS and time.monotonic() > stop:
+            break
+        for name in times:
+            times[name].append(timed(contenders[name], device, flush))
+    table = summary(times, base)
+    for name, peak in peaks.items():
+        if peak is not None:
+            table[name]["peak_mb"] = peak
+    return table
+
+
+def summary(times: Mapping[str, Sequence[float]], base: str) -> dict[str, dict[str, float]]:
+    """Name -> p20_ms, p50_ms, p80_ms and ratio to ``base`` of the seconds in each round."""
     reference = times.get(base)
     table = {}
     for name, seconds in times.items():
@@ -77,9 +95,35 @@ def measure(
         table[name] = {"p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3}
         if reference is not None:
             table[name]["ratio"] = statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
-        if name in memory:
-            table[name]["peak_mb"] = memory[name]
     return table
+
+
+def peak_memory(call: Contender, device: torch.device) -> float | None:
+    """MB (2**20 bytes) that ``call`` needs at its peak, its result included, beyond what is held before.
+
+    On a GPU what torch allocates. On a CPU the growth of the resident set, after freed memory has gone back
+    to the system (without that, glibc would serve the call from pages that already count); to 1 MB or so,
+    since the kernel counts pages in batches. None where the system cannot tell (Linux with glibc can).
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+        resident = _status("VmRSS")
+        call()
+        return max(0.0, (_status("VmHWM") - resident) / 2**10)
+    except (AttributeError, OSError, KeyError):
+        return None
+
+
+def _status(field: str) -> int:
+    """A size in kB from /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(dict(line.split(":", 1) for line in lines)[field].split()[0])
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -93,11 +137,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit,
     }
-    for module in ("triton", "numba", "sae_lens"):
+    for package in ("triton", "numba", "sae-lens", "eai-sparsify"):
         try:
-            found[module] = __import__(module).__version__
-        except (ImportError, AttributeError):
-            found[module] = None
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
         found["cuda"] = torch.version.cuda

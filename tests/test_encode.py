@@ -242,6 +242,30 @@ def test_numba_blocks(monkeypatch):
     assert_csr(got, sk.reference.encode_threshold(x, encoder, threshold=2.0))
 
 
+@pytest.mark.parametrize("n", [1, 3, 7, 8, 9])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_numba_few_rows(n, threads, monkeypatch):
+    """Rows that are encoded at once: by our own product, by torch's, and with the features shared out."""
+    from saerl_kernels import _numba
+
+    x, encoder = integers(n, 9, 700)
+    want = sk.reference.encode_topk(x, encoder, 13)
+    wide, W = torch.randn(n, 1000), torch.randn(1000, 2500)  # enough work for threads
+    real = sk.pack_encoder(W, torch.randn(2500))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for own in (_numba.FEW_SMALL, 0, 100):
+            monkeypatch.setattr(_numba, "FEW_SMALL", own)
+            assert_equal(sk.encode_topk(x, encoder, 13, backend="numba"), want)
+            got = sk.encode_topk(wide, real, 20, backend="numba")
+            torch.testing.assert_close(
+                got.values, sk.reference.encode_topk(wide, real, 20).values, rtol=1e-5, atol=1e-4
+            )
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_numba_threads():
     """Rows split over a pool of threads, also called from several threads at once."""
     from concurrent.futures import ThreadPoolExecutor
@@ -260,6 +284,21 @@ def test_numba_threads():
         assert_equal(sk.topk(x, 5, backend="numba"), sk.reference.topk(x, 5))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("n", "width"), [(3, 128), (20, 128), (20, 131), (20, 200), (9, 2)])
+def test_torch_ties_at_the_last_place(n, width):
+    """Values in eighths of 0 .. 5 tie at the k-th place of many rows, and elsewhere in others."""
+    from saerl_kernels import _torch
+
+    scores = torch.randint(-40, 41, (n, width)) / 8
+    scores[0, : width // 2], scores[1] = torch.nan, -1.0
+    scores[2] = torch.randperm(width) + 1.0  # nothing to settle
+    want = torch.where(scores > 0, scores, 0.0)
+    got = _torch.exact_topk(scores.clone(), 2, relu=True)
+    assert_equal(got, sk.reference.topk(want, 2))
+    finite = torch.where(scores.isnan(), -torch.inf, scores)
+    assert_equal(_torch.exact_topk(finite.clone(), 2), sk.reference.topk(finite, 2))
 
 
 @settings(max_examples=30)

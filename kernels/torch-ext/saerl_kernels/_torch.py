@@ -20,9 +20,15 @@ GPU_CHUNK = 1 << 26
 
 def score_chunks(x: Tensor, encoder: PackedEncoder) -> Iterator[Tuple[int, Tensor]]:
     """(first row, float32 pre-activations [rows, d_sae]) of ``x`` [n, d_in]; the block is reused."""
-    limit = CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK
-    rows = min(x.shape[0], max(1, limit // encoder.d_sae))
+    if x.device.type == "cpu":  # enough rows for an efficient product, few enough to stay in cache
+        rows = min(max(1, CPU_CHUNK // encoder.d_sae), max(256, (1 << 19) // encoder.d_sae))
+    else:
+        rows = max(1, GPU_CHUNK // encoder.d_sae)
+    rows = min(x.shape[0], rows)
     block = torch.empty((rows, encoder.d_sae), dtype=torch.float32, device=x.device)
+    if rows == x.shape[0]:
+        yield 0, linear(x, encoder.weight, encoder.bias, block)
+        return
     for start in range(0, x.shape[0], rows):
         part = x[start : start + rows]
         yield start, linear(part, encoder.weight, encoder.bias, block[: part.shape[0]])
@@ -46,28 +52,39 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
 
 
 def exact_topk(scores: Tensor, k: int, relu: bool = False) -> TopK:
-    """Top-k of float32 ``scores`` [n, F] with ties to the lower index, which torch.topk does not promise.
+    """Top-k of float32 ``scores`` [n, F], which may be overwritten; ties go to the lower index.
 
     ``relu`` ranks max(scores, 0) with NaN as 0; without it scores must hold no NaN.
     """
-    # One entry more than asked for shows whether a tie at the k-th place leaves a choice.
-    values, indices = torch.topk(scores, min(k + 1, scores.shape[-1]), dim=-1, sorted=True)
-    redo = (values[:, 1:] == values[:, :-1]).any(-1)
-    if relu:  # clipped entries are ties too, and torch ranks NaN first
-        redo = redo | ~(values[:, k - 1] > 0) | values[:, 0].isnan()
-    values, indices = values[:, :k].contiguous(), indices[:, :k].int()
-    rows = redo.nonzero().squeeze(-1)
-    if rows.numel():  # the few rows where order is a matter of index
-        tight = scores[rows]
-        if relu:
-            tight = torch.fmax(tight, tight.new_zeros(()))  # of NaN and 0 it takes 0
-        limit = tight.topk(k, dim=-1, sorted=True).values[:, k - 1 :]
-        above, equal = tight > limit, tight == limit
-        room = k - above.sum(-1, keepdim=True)
-        chosen = above | (equal & (equal.cumsum(-1) <= room))
-        columns = chosen.nonzero()[:, 1].view(-1, k)
-        values[rows], order = tight.gather(-1, columns).sort(dim=-1, descending=True, stable=True)
-        indices[rows] = columns.gather(-1, order).int()
+    # The entry after the k-th shows whether a tie there leaves a choice. Where asking torch.topk for k + 1
+    # entries changes its algorithm (64 k > F on a CPU, twice the time), a pass over the rest finds it.
+    n, width = scores.shape
+    slower = scores.device.type == "cpu" and 64 * k <= width < 64 * (k + 1) and n > 8
+    spare = int(k < width and not slower)
+    values, indices = torch.topk(scores, k + spare, dim=-1, sorted=True)
+    if not spare:
+        after = scores.scatter_(-1, indices, -torch.inf).amax(-1, keepdim=True)
+        values = torch.cat([values, after], dim=-1)
+    if relu:  # what is clipped is a tie as well
+        values[:, k:].clamp_(min=0.0)
+    falls = values[:, :k] > values[:, 1:]  # false beside a NaN, which torch ranks first
+    values, indices = values[:, :k], indices[:, :k]
+    if bool(falls.all()):
+        return TopK(values.contiguous(), indices.int())
+    rows = (~falls.all(-1)).nonzero().squeeze(-1)  # the few where order is a matter of index
+    tight = scores[rows]
+    if not spare:
+        tight.scatter_(-1, indices[rows], values[rows])
+    if relu:
+        tight = torch.fmax(tight, tight.new_zeros(()))  # of NaN and 0 it takes 0
+    limit = tight.topk(k, dim=-1, sorted=True).values[:, k - 1 :]
+    above, equal = tight > limit, tight == limit
+    room = k - above.sum(-1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(-1) <= room))
+    columns = chosen.nonzero()[:, 1].view(-1, k)
+    values, indices = values.contiguous(), indices.int()
+    values[rows], order = tight.gather(-1, columns).sort(dim=-1, descending=True, stable=True)
+    indices[rows] = columns.gather(-1, order).int()
     return TopK(values, indices)
 
 
@@ -79,13 +96,10 @@ def topk(scores: Tensor, k: int) -> TopK:
 
 def encode_topk(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
     """``x`` [n, d_in] as ``PackedEncoder.prepare`` returns it."""
-    encoder = encoder.natural()
-    values, indices = TopK.empty((x.shape[0], k), x.device)
-    for start, scores in score_chunks(x, encoder):
-        kept = exact_topk(scores, k, relu=True)
-        values[start : start + len(scores)] = kept.values
-        indices[start : start + len(scores)] = kept.indices
-    return TopK(values, indices)
+    kept = [exact_topk(scores, k, relu=True) for _, scores in score_chunks(x, encoder.natural())]
+    if len(kept) == 1:
+        return kept[0]
+    return TopK(torch.cat([part.values for part in kept]), torch.cat([part.indices for part in kept]))
 
 
 def encode_threshold(x: Tensor, encoder: PackedEncoder, threshold: Tensor) -> CSR:

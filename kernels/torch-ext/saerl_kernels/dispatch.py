@@ -83,6 +83,7 @@ def _check(name: str, where: str) -> None:
         raise ValueError(f"{where}={name!r} is unknown; choose one of {', '.join(BACKENDS)}")
 
 
+@functools.lru_cache(maxsize=None)
 def implementation(name: str) -> Any:
     """The module that implements backend ``name``, imported at first use."""
     if name == "torch":

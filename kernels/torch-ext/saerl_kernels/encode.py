@@ -50,6 +50,8 @@ def encode_topk(
     if rows.shape[0] == 0:
         return TopK.empty(shape, x.device)
     kept = implementation(name).encode_topk(rows, encoder, k)
+    if len(shape) == 2:
+        return kept
     return TopK(kept.values.reshape(shape), kept.indices.reshape(shape))
 
 

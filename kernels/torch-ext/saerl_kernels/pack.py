@@ -109,7 +109,9 @@ class PackedEncoder:
             raise ValueError(f"x must be floating point, got {x.dtype}")
         if x.device != self.device:
             raise ValueError(f"x is on {x.device} but the encoder is on {self.device}; move one of them")
-        x = x.detach().reshape(-1, self.d_in)
+        x = x.detach()
+        if x.dim() != 2:
+            x = x.reshape(-1, self.d_in)
         if self.normalize_input == "layer_norm":
             x = x.float()
             x = x - x.mean(-1, keepdim=True)
@@ -117,7 +119,7 @@ class PackedEncoder:
         elif self.normalize_input == "constant_norm_rescale":
             x = x.float()
             x = x * (self.d_in**0.5 / x.norm(dim=-1, keepdim=True))
-        return x.to(self.dtype).contiguous()
+        return (x if x.dtype == self.dtype else x.to(self.dtype)).contiguous()
 
 
 def pack_encoder(

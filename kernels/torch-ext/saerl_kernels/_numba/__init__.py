@@ -33,14 +33,18 @@ __all__ = [
 ROWS = 1024  # rows of a block; more would only enlarge the block
 BLOCK = 1 << 18  # float32 scores in a block, 1 MB (4 MB at most): selection reads them from cache
 MIN_COLUMNS = 1024
+WHOLE = 1 << 16  # scores that are held whole, since every further call costs more than cache misses
+FEW_ROWS = 8  # up to here the weight's way through memory is the cost, and our own product is the faster
+FEW_SMALL = 6  # the same where the weight fits in cache
+SMALL_WEIGHT = 1 << 22
 
 _pool: Optional[Tuple[int, int, ThreadPoolExecutor]] = None
 
 
-def _run(function: Callable, rows: int, *args: Any) -> None:
-    """``function(*args, start, stop)`` over ``rows``, split over torch's thread count."""
+def _run(function: Callable, rows: int, *args: Any, least: int = 32) -> None:
+    """``function(*args, start, stop)`` over ``rows``, split over torch's threads, ``least`` rows to each."""
     global _pool
-    threads = min(torch.get_num_threads(), rows // 32)
+    threads = min(torch.get_num_threads(), rows // least)
     if threads <= 1:
         function(*args, 0, rows)
         return
@@ -73,8 +77,10 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
     """``x`` [n, d_in] as ``PackedEncoder.prepare`` returns it."""
     encoder = encoder.natural()
     n = x.shape[0]
+    if encoder.dtype == torch.float32 and (n <= FEW_ROWS or n * encoder.d_sae <= WHOLE):
+        return _encode_whole(x, encoder, k)
     values, indices = TopK.empty((n, k))
-    keys = np.empty((min(ROWS, n), _room(k)), dtype=np.int64)
+    keys = np.empty((min(ROWS, n), select.room_for(k)), dtype=np.int64)
     counts = np.zeros(len(keys), dtype=np.int64)
     floor = np.zeros(len(keys), dtype=np.int32)
     for top, left, scores in _blocks(x, encoder):
@@ -83,8 +89,7 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
             counts[:], floor[:] = 0, 0
         bits = scores.numpy().view(np.int32)
 
-        lanes = 64 * -(-2 * k // 64) if left == 0 else 0
-        lanes = lanes if scores.shape[1] >= 4 * lanes else 0  # of too few values each, they bound badly
+        lanes = select.lanes_for(k, scores.shape[1]) if left == 0 else 0
 
         def gate(
             start: int, stop: int, bits: np.ndarray = bits, left: int = left, lanes: int = lanes
@@ -99,9 +104,26 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
     return TopK(values, indices)
 
 
-def _room(k: int) -> int:
-    """Candidates a row may hold: k, as many again before the next selection, and one block."""
-    return k + max(k, 64) + select.BLOCK
+def _encode_whole(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
+    """The same where all scores may be held at once. Microseconds count here: hence numpy's outputs."""
+    n, weight = x.shape[0], encoder.weight
+    values, indices = np.empty((n, k), dtype=np.float32), np.empty((n, k), dtype=np.int32)
+    bits = values.view(np.int32)
+    if n > (FEW_SMALL if weight.numel() < SMALL_WEIGHT else FEW_ROWS):
+        scores = torch.addmm(encoder.bias, x, weight.t()).numpy()
+        select.select_few(scores, k, bits, indices)
+    else:
+        if "numpy" not in encoder._cache:
+            encoder._cache["numpy"] = (weight.numpy(), encoder.bias.numpy())
+        args = (x.numpy(), *encoder._cache["numpy"])
+        least = max(1, (1 << 20) // x.numel())  # features worth a thread: about 0.1 ms of work
+        if torch.get_num_threads() == 1 or len(weight) < 2 * least:
+            select.encode_few(*args, k, bits, indices)
+        else:
+            scores = np.empty((n, len(weight)), dtype=np.float32)
+            _run(select.product, len(weight), *args, scores, least=least)
+            select.select_few(scores, k, bits, indices)
+    return TopK(torch.from_numpy(values), torch.from_numpy(indices))
 
 
 def topk(scores: Tensor, k: int) -> TopK:
@@ -110,7 +132,7 @@ def topk(scores: Tensor, k: int) -> TopK:
     n = scores.shape[0]
     values, indices = TopK.empty((n, k))
     step = min(n, 4096)
-    keys = np.empty((step, _room(k)), dtype=np.int64)
+    keys = np.empty((step, select.room_for(k)), dtype=np.int64)
     for top in range(0, n, step):
         bits = scores[top : top + step].numpy().view(np.int32)
 

@@ -16,12 +16,32 @@ BLOCK = 64
 PART = 16
 
 
-def jit(function):
+def jit(function, fastmath=False):
     """njit with an on-disk cache where the folder (or the user's cache) is writable."""
     try:
-        return njit(nogil=True, cache=True)(function)
+        return njit(nogil=True, cache=True, fastmath=fastmath)(function)
     except RuntimeError:
-        return njit(nogil=True)(function)
+        return njit(nogil=True, fastmath=fastmath)(function)
+
+
+def reassociating_jit(function):
+    """``jit`` that may reorder sums, which SIMD needs; NaN and infinities keep their meaning."""
+    return jit(function, {"reassoc", "contract"})
+
+
+@reassociating_jit
+def product(x, weight, bias, scores, start, stop):
+    """scores[:, start:stop] of ``x @ weight.T + bias`` for a few rows; every feature is read once.
+
+    Reading the weight is all that counts here, and BLAS takes one to three rows feature by row: this runs at
+    the speed of memory.
+    """
+    for feature in range(start, stop):
+        for row in range(x.shape[0]):
+            total = np.float32(0.0)
+            for i in range(x.shape[1]):
+                total += weight[feature, i] * x[row, i]
+            scores[row, feature] = total + bias[feature]
 
 
 @jit
@@ -201,6 +221,39 @@ def finish_rows(keys, counts, k, values, indices, start, stop):
                 values[row, j] = 0
                 indices[row, j] = column
                 column += 1
+
+
+@jit
+def room_for(k):
+    """Candidates a row may hold: k, as many again before the next selection, and one block."""
+    return k + max(k, 64) + BLOCK
+
+
+@jit
+def lanes_for(k, width):
+    """Lanes of a first bound for rows of ``width``; of too few values each, they bound badly: then none."""
+    lanes = 64 * ((2 * k + 63) // 64)
+    return lanes if width >= 4 * lanes else 0
+
+
+@jit
+def select_few(scores, k, values, indices):
+    """Top-k of ReLU(scores) [n, F] of a few rows, in one call; values [n, k] are float32 bits."""
+    n, width = scores.shape
+    keys = np.empty((n, room_for(k)), dtype=np.int64)
+    counts = np.zeros(n, dtype=np.int64)
+    floor = np.zeros(n, dtype=np.int32)
+    lanes = np.empty(lanes_for(k, width), dtype=np.int32)
+    gate_rows(scores.view(np.int32), 0, lanes, keys, counts, floor, k, 0, n)
+    finish_rows(keys, counts, k, values, indices, 0, n)
+
+
+@jit
+def encode_few(x, weight, bias, k, values, indices):
+    """``product`` and ``select_few`` in one call."""
+    scores = np.empty((x.shape[0], weight.shape[0]), dtype=np.float32)
+    product(x, weight, bias, scores, 0, weight.shape[0])
+    select_few(scores, k, values, indices)
 
 
 @jit
