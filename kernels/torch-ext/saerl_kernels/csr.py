@@ -31,8 +31,8 @@ def transpose(csr: CSR) -> CSR:
 def idf(csr: CSR, floor: float = 0.0) -> Tensor:
     """Inverse document frequency, float32 [n_cols]: floor + ln((1 + n_rows) / (1 + rows with the feature)).
 
-    Smoothed as if one more row held every feature (scikit-learn's ``smooth_idf``, which has floor 1). A feature
-    stored in all rows weighs ``floor``. A stored zero counts as present.
+    Smoothed as if one more row held every feature (scikit-learn's ``smooth_idf``, which has floor 1): one
+    that all rows store weighs ``floor``. A stored zero counts as present.
     """
     rows_with = torch.bincount(csr.indices, minlength=csr.n_cols)
     return (floor + torch.log((1.0 + csr.n_rows) / (1.0 + rows_with.double()))).float()
