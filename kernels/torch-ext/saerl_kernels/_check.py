@@ -130,31 +130,3 @@ def check_finite(x: Tensor) -> None:
     """One pass over x and one host synchronisation; the ops do it only when asked."""
     if not bool(torch.isfinite(x).all()):
         raise ValueError("x holds NaN or infinite values; drop those rows or find where they come from")
-
-
-def check_csr(X: CSR, entries: bool) -> None:
-    """Shapes, dtypes and devices of ``X``; with ``entries`` also ranges and finiteness, in passes over X."""
-    if X.indptr.dim() != 1 or X.indptr.shape[0] < 1 or X.indptr.dtype != torch.int64:
-        raise ValueError(f"X.indptr must be int64 [n_rows + 1], got {X.indptr.dtype} {tuple(X.indptr.shape)}")
-    if X.indices.dim() != 1 or X.indices.dtype != torch.int32 or X.values.shape != X.indices.shape:
-        raise ValueError(
-            f"X.indices must be int32 [nnz] and X.values as long, got {X.indices.dtype} "
-            f"{tuple(X.indices.shape)} and {tuple(X.values.shape)}"
-        )
-    if X.values.dtype != torch.float32:
-        raise ValueError(f"X.values must be float32, got {X.values.dtype}")
-    if not X.indptr.device == X.indices.device == X.values.device:
-        raise ValueError(
-            f"X is on {X.indptr.device}, {X.indices.device} and {X.values.device}; move it to one device"
-        )
-    if not entries:
-        return
-    if int(X.indptr[0]) != 0 or int(X.indptr[-1]) != X.nnz or bool((X.indptr.diff() < 0).any()):
-        raise ValueError(f"X.indptr must start with 0, never fall and end with nnz={X.nnz}")
-    if X.nnz and (int(X.indices.min()) < 0 or int(X.indices.max()) >= X.n_cols):
-        raise ValueError(
-            f"X.indices reach {int(X.indices.min())}..{int(X.indices.max())}, outside 0..{X.n_cols - 1}"
-        )
-    if not bool(torch.isfinite(X.values).all()):
-        row = int(X.row_ids()[int((~torch.isfinite(X.values)).nonzero()[0])])
-        raise ValueError(f"X.values of row {row} are NaN or infinite; drop the row or find the cause")
