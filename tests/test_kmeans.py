@@ -310,9 +310,9 @@ def test_bad_arguments(change, message):
     ("change", "message"),
     [
         (dict(values=torch.tensor([1.0, torch.nan, 1.0])), "row 1 are NaN or infinite"),
-        (dict(values=torch.ones(3).double()), "csr.values float32, got torch.int32 and torch.float64"),
-        (dict(values=torch.ones(2)), r"must both be \[nnz\]"),
-        (dict(indices=torch.tensor([0, 1, 0])), "csr.indices must be int32"),
+        (dict(values=torch.ones(3).double()), "csr.values float32"),
+        (dict(values=torch.ones(2)), "must both be"),
+        (dict(indices=torch.tensor([0, 1, 0])), r"csr\.indices must be int32"),
         (dict(indices=torch.tensor([0, 3, 0], dtype=torch.int32)), r"reach 0\.\.3, outside 0\.\.2"),
         (dict(indptr=torch.tensor([0, 2, 1, 3])), "falls 1 times"),
         (dict(indptr=torch.tensor([0, 1, 2, 2])), "rise from 0 to nnz=3"),

@@ -130,3 +130,15 @@ def check_finite(x: Tensor) -> None:
     """One pass over x and one host synchronisation; the ops do it only when asked."""
     if not bool(torch.isfinite(x).all()):
         raise ValueError("x holds NaN or infinite values; drop those rows or find where they come from")
+
+
+def check_rows(X: CSR, contents: bool) -> None:
+    """As ``check_csr``, and int32 indices, float32 values; with ``contents`` finite ones."""
+    check_csr(X, contents)
+    if X.indices.dtype != torch.int32 or X.values.dtype != torch.float32:
+        raise ValueError(
+            f"csr.indices must be int32 and csr.values float32, got {X.indices.dtype} and {X.values.dtype}"
+        )
+    if contents and not bool(torch.isfinite(X.values).all()):
+        row = int(X.row_ids()[int((~torch.isfinite(X.values)).nonzero()[0])])
+        raise ValueError(f"csr.values of row {row} are NaN or infinite; drop the row or find the cause")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._check import check_csr
+from ._check import check_rows
 from .csr import l2_rows
 from .dispatch import resolve
 from .types import CSR
@@ -45,7 +45,7 @@ def kmeans_assign(
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and for what ``check`` finds.
     """
-    _check_rows(X, check)
+    check_rows(X, check)
     _check_centroids(X, centroids, check)
     name = resolve(backend, X.device)
     if name == "reference":
@@ -71,7 +71,7 @@ def kmeans_update(
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and for what ``check`` finds.
     """
-    _check_rows(X, check)
+    check_rows(X, check)
     _check_count(n_clusters)
     labels = _check_labels(X, labels, n_clusters, check)
     name = resolve(backend, X.device)
@@ -121,7 +121,7 @@ def spherical_kmeans(
 
     Raises ValueError for what cannot be clustered, naming the value.
     """
-    _check_rows(X, check)
+    check_rows(X, check)
     _check_count(n_clusters)
     if n_clusters > X.n_rows:
         raise ValueError(f"n_clusters={n_clusters} is larger than the number of rows, {X.n_rows}")
@@ -264,17 +264,6 @@ def _plain(X: CSR) -> CSR:
 def _steps(name: str) -> Any:
     """transpose, assign, update, row_similarity, table_of of a backend, and reassign where it has that."""
     return importlib.import_module("._torch_kmeans" if name == "torch" else f"._{name}.kmeans", __package__)
-
-
-def _check_rows(X: CSR, check: bool) -> None:
-    check_csr(X, check)
-    if X.indices.dtype != torch.int32 or X.values.dtype != torch.float32:
-        raise ValueError(
-            f"csr.indices must be int32 and csr.values float32, got {X.indices.dtype} and {X.values.dtype}"
-        )
-    if check and not bool(torch.isfinite(X.values).all()):
-        row = int(X.row_ids()[int((~torch.isfinite(X.values)).nonzero()[0])])
-        raise ValueError(f"csr.values of row {row} are NaN or infinite; drop the row or find the cause")
 
 
 def _check_count(n_clusters: int) -> None:
