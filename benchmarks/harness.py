@@ -12,7 +12,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,14 @@ def measure(
     for _ in range(rounds):
         for name, call in contenders.items():
             times[name].append(timed(call, device, flush))
+    table = summary(times, base)
+    for name, peak in memory.items():
+        table[name]["peak_mb"] = peak
+    return table
+
+
+def summary(times: Mapping[str, Sequence[float]], base: str) -> dict[str, dict[str, float]]:
+    """Name -> p20_ms, p50_ms, p80_ms and ratio to ``base`` of the seconds in each round."""
     reference = times.get(base)
     table = {}
     for name, seconds in times.items():
@@ -77,8 +85,6 @@ def measure(
         table[name] = {"p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3}
         if reference is not None:
             table[name]["ratio"] = statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
-        if name in memory:
-            table[name]["peak_mb"] = memory[name]
     return table
 
 
