@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,8 +127,12 @@ def test_another_plan_and_a_started_plan_are_refused():
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A random two-layer Llama over characters, and its tokenizer."""
     pytest.importorskip("trl")
+    return make_tiny()
+
+
+def make_tiny():
+    """Makes a random two-layer Llama over characters; and its tokenizer."""
     import tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -198,6 +206,8 @@ def test_trl_feeds_an_adaptive_plan_and_resumes_exactly(tiny, tmp_path):
     assert seen != [blind.next_batch() for _ in range(6)]  # what it observed changed the order
     events = json.loads((tmp_path / "whole" / "checkpoint-6" / "saerl_plan.json").read_text())
     observed = [event for event in events if len(event) == 2]
+    # drawn and observed in turn, one batch ahead: the data loader has fetched the next one
+    assert [len(event) for event in events[:7]] == [1, 1, 2, 1, 2, 1, 2]
     assert [ids for ids, _ in observed] == seen
     assert np.allclose(observed[0][1], [int(name[1:]) / N for name in seen[0]])
 
@@ -206,14 +216,55 @@ def test_trl_feeds_an_adaptive_plan_and_resumes_exactly(tiny, tmp_path):
     assert first + rest == seen
 
 
+TWO_PROCESSES = """
+import json, os, sys
+from pathlib import Path
+from tests.test_integrations import make_plan, make_tiny, trl_run
+
+out, tiny, seen = Path(sys.argv[1]), make_tiny(), []
+sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+for name, steps, resume in [("whole", 4, None), ("cut", 2, None), ("cut", 4, True)]:
+    plan = make_plan("adaptive")
+    seen.append(trl_run(tiny, out / name, plan, max_steps=steps, resume=resume, **sizes)[0])
+(out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
+"""
+
+
+def test_trl_on_two_processes(tiny, tmp_path):
+    """Both see the halves of the planned batches and tell both copies of the plan all pass rates."""
+    root = Path(__file__).parents[1]
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    paths = os.pathsep.join([str(root), str(root / "kernels" / "torch-ext")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path)],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (whole, *parts), (other, *others) = (json.loads((tmp_path / f"rank{i}.json").read_text()) for i in (0, 1))
+    events = json.loads((tmp_path / "whole" / "checkpoint-4" / "saerl_plan.json").read_text())
+    batches = [event[0] for event in events if len(event) == 1][:4]
+    assert [a + b for a, b in zip(whole, other, strict=True)] == batches
+    observed = [event for event in events if len(event) == 2]
+    assert [ids for ids, _ in observed] == batches
+    assert np.allclose(observed[3][1], [int(name[1:]) / N for name in batches[3]])
+    blind = make_plan("adaptive")
+    assert batches != [blind.next_batch() for _ in range(4)]
+    assert parts[0] + parts[1] == whole and others[0] + others[1] == other  # stopped after two steps
+
+
 def test_trl_sizes_must_agree_with_the_plan(tiny, tmp_path):
     with pytest.raises(SaerlError, match="4 prompts at once .* batches of 3; set generation_batch_size=6"):
         trl_run(tiny, tmp_path, make_plan("vanilla", batch_size=3), max_steps=1)
 
 
 def test_without_trl_the_sentence_says_what_to_install(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(SaerlError, match="pip install trl"):
         plan_trainer(make_plan("vanilla"))
