@@ -298,7 +298,7 @@ def _differences(
     scale = max(float(g.abs().max()) for g in theirs)
     return {
         "advantages": float((advantage - made["advantages"]).abs().max()),
-        "loss": abs(float(loss) - float(expected)),
+        "loss": float((loss - expected).detach().abs()),
         "gradients": max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)) / scale,
         "scale": scale,
     }
