@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from saerl_kernels import CSR
 
 Pair = tuple["CSR", "CSR | None"]
-Compute = Callable[[int, int, Callable[[int, int], None]], Pair]
+Compute = Callable[[int, int, Callable[[int, int], None] | None], Pair]
 
 
 class Shards:
@@ -40,7 +40,7 @@ class Shards:
         """Make the shard that begins at row ``start``, unless it is on the disk: for several processes."""
         end = min(start + self.size, len(prompt_ids))
         if self._read(start, prompt_ids[start:end]) is None:
-            self._write(start, prompt_ids[start:end], compute(start, end, lambda done, total: None))
+            self._write(start, prompt_ids[start:end], compute(start, end, None))
 
     def collect(
         self,

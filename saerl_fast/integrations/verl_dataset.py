@@ -29,6 +29,8 @@ class PlanDataset(RLHFDataset):
     when a planned prompt is not in the files, or was dropped for its length.
     """
 
+    dataframe: Any  # datasets.Dataset
+
     def _read_files_and_tokenize(self) -> None:
         super()._read_files_and_tokenize()
         if not set(_names(self.original_data_files)) <= set(_names(self.config.get("train_files", []))):
