@@ -103,11 +103,11 @@ def tabulate(reports: Reports, job: Job, base: str) -> dict[str, dict[str, Any]]
             "samples_per_s": job.prompts * job.group / seconds,
             "tokens_per_s": tokens / seconds,
         }
-        if "phases" in rows[0]:
-            phases = {phase for row in rows for phase in row["phases"]}
-            table[name]["phases_ms"] = {
-                phase: 1e3 * statistics.median(row["phases"].get(phase, 0.0) for row in rows)
-                for phase in sorted(phases)
+        if "phases" in rows[0]:  # in wall time, unlike the rest: as shares
+            names = sorted({phase for row in rows for phase in row["phases"]})
+            medians = [statistics.median(row["phases"].get(phase, 0.0) for row in rows) for phase in names]
+            table[name]["phases"] = {
+                phase: value / sum(medians) for phase, value in zip(names, medians, strict=True)
             }
     return table
 

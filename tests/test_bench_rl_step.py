@@ -56,7 +56,7 @@ def test_both_trainers_compute_the_same_and_generate_as_much(job):
     assert table["TRL"]["ratio"] == 1.0 and table["ours"]["ratio"] > 0
     assert {row["tokens_per_step"] for row in table.values()} == {2 * 4 * 3}
     assert table["ours"]["samples_per_s"] == pytest.approx(8 / (table["ours"]["p50_ms"] / 1e3))
-    assert table["ours"]["phases_ms"]["generate"] > 0
+    assert 0 < table["ours"]["phases"]["generate"] < sum(table["ours"]["phases"].values()) < 1.001
 
 
 def test_a_wrong_loss_is_noticed(job, monkeypatch):
