@@ -32,6 +32,7 @@ from saerl_fast.fingerprint import (
 if TYPE_CHECKING:
     from saerl_fast.data.plan import Plan
     from saerl_fast.data.score import Scores
+    from saerl_fast.data.shards import Shards
     from saerl_fast.prompts import Pool
     from saerl_fast.sae.model import TopKSAE
 
@@ -167,18 +168,13 @@ def describe_sae(path: str) -> str:
 
 def score_stage(config: Config, echo: Echo, session: Session | None = None) -> Scores:
     """Score every training prompt; writes scores.parquet, scores.json and features.safetensors."""
-    import torch
-
     from saerl_fast.data.score import score_pool
-    from saerl_fast.data.shards import Shards
     from saerl_fast.prompts import render
 
     session = session or open_session(config, echo)
     sae = find_sae(config, echo, session)
     labels, label_costs = difficulty_labels(config, echo, session)
-    weights = torch.cat([sae.b_enc, sae.b_dec, sae.W_enc[0]]).detach().float().cpu().numpy().tobytes()
-    mark = fingerprint(config, SCORE_SECTIONS)
-    shards = Shards(config.run_dir, f"{mark}-{hashlib.sha256(weights).hexdigest()[:8]}", config.score.shard)
+    shards = score_shards(config, sae)
     scores = score_pool(
         session.train,
         render(session.train, session.tokenizer, config.data),
@@ -192,11 +188,22 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None) -> S
         shards=shards,
     )
     scores.metadata["difficulty_labels"] = label_costs
-    scores.metadata["fingerprint"] = mark
+    scores.metadata["fingerprint"] = fingerprint(config, SCORE_SECTIONS)
     folder = scores.save(config.run_dir)
     shards.clear()
     echo(f"wrote {folder / 'scores.parquet'}, scores.json and features.safetensors")
     return scores
+
+
+def score_shards(config: Config, sae: TopKSAE) -> Shards:
+    """Where the features of these settings and this SAE are kept until they are complete."""
+    import torch
+
+    from saerl_fast.data.shards import Shards
+
+    weights = torch.cat([sae.b_enc, sae.b_dec, sae.W_enc[0]]).detach().float().cpu().numpy().tobytes()
+    mark = f"{fingerprint(config, SCORE_SECTIONS)}-{hashlib.sha256(weights).hexdigest()[:8]}"
+    return Shards(config.run_dir, mark, config.score.shard)
 
 
 def find_scores(config: Config, echo: Echo, session: Session | None = None) -> Scores:

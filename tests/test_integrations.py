@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from saerl_fast.config import PlanConfig
-from saerl_fast.data.plan import Plan, build_plan
+from saerl_fast.data.plan import Plan, build_plan, save_plan
 from saerl_fast.data.score import Scores
 from saerl_fast.errors import SaerlError
 from saerl_fast.integrations.columns import add_scores, to_dataset
@@ -123,8 +127,12 @@ def test_another_plan_and_a_started_plan_are_refused():
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A random two-layer Llama over characters, and its tokenizer."""
     pytest.importorskip("trl")
+    return make_tiny()
+
+
+def make_tiny():
+    """Makes a random two-layer Llama over characters; and its tokenizer."""
     import tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -198,6 +206,8 @@ def test_trl_feeds_an_adaptive_plan_and_resumes_exactly(tiny, tmp_path):
     assert seen != [blind.next_batch() for _ in range(6)]  # what it observed changed the order
     events = json.loads((tmp_path / "whole" / "checkpoint-6" / "saerl_plan.json").read_text())
     observed = [event for event in events if len(event) == 2]
+    # drawn and observed in turn, one batch ahead: the data loader has fetched the next one
+    assert [len(event) for event in events[:7]] == [1, 1, 2, 1, 2, 1, 2]
     assert [ids for ids, _ in observed] == seen
     assert np.allclose(observed[0][1], [int(name[1:]) / N for name in seen[0]])
 
@@ -206,14 +216,55 @@ def test_trl_feeds_an_adaptive_plan_and_resumes_exactly(tiny, tmp_path):
     assert first + rest == seen
 
 
+TWO_PROCESSES = """
+import json, os, sys
+from pathlib import Path
+from tests.test_integrations import make_plan, make_tiny, trl_run
+
+out, tiny, seen = Path(sys.argv[1]), make_tiny(), []
+sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+for name, steps, resume in [("whole", 4, None), ("cut", 2, None), ("cut", 4, True)]:
+    plan = make_plan("adaptive")
+    seen.append(trl_run(tiny, out / name, plan, max_steps=steps, resume=resume, **sizes)[0])
+(out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
+"""
+
+
+def test_trl_on_two_processes(tiny, tmp_path):
+    """Both see the halves of the planned batches and tell both copies of the plan all pass rates."""
+    root = Path(__file__).parents[1]
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    paths = os.pathsep.join([str(root), str(root / "kernels" / "torch-ext")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path)],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (whole, *parts), (other, *others) = (json.loads((tmp_path / f"rank{i}.json").read_text()) for i in (0, 1))
+    events = json.loads((tmp_path / "whole" / "checkpoint-4" / "saerl_plan.json").read_text())
+    batches = [event[0] for event in events if len(event) == 1][:4]
+    assert [a + b for a, b in zip(whole, other, strict=True)] == batches
+    observed = [event for event in events if len(event) == 2]
+    assert [ids for ids, _ in observed] == batches
+    assert np.allclose(observed[3][1], [int(name[1:]) / N for name in batches[3]])
+    blind = make_plan("adaptive")
+    assert batches != [blind.next_batch() for _ in range(4)]
+    assert parts[0] + parts[1] == whole and others[0] + others[1] == other  # stopped after two steps
+
+
 def test_trl_sizes_must_agree_with_the_plan(tiny, tmp_path):
     with pytest.raises(SaerlError, match="4 prompts at once .* batches of 3; set generation_batch_size=6"):
         trl_run(tiny, tmp_path, make_plan("vanilla", batch_size=3), max_steps=1)
 
 
 def test_without_trl_the_sentence_says_what_to_install(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(SaerlError, match="pip install trl"):
         plan_trainer(make_plan("vanilla"))
@@ -249,10 +300,86 @@ def test_verl_refuses_what_it_cannot_do(tmp_path):
     target = tmp_path / "train.parquet"
     with pytest.raises(SaerlError, match="'adaptive' chooses by pass rates"):
         write_parquet(make_plan("adaptive"), make_pool(), target)
-    with pytest.raises(SaerlError, match="23 of the plan's prompts are not in the pool, first 'p1'"):
+    with pytest.raises(SaerlError, match="23 of the plan's prompts are not in the dataset, first 'p1'"):
         write_parquet(make_plan("vanilla"), make_pool().select([0]), target)
     with pytest.raises(SaerlError, match="unknown reward"):
         write_parquet(make_plan("vanilla"), make_pool(), target, reward="exactly")
     with pytest.raises(SaerlError, match="'gsm8k' was not written by write_parquet"):
         compute_score("gsm8k", "1", "1", {})
     assert not target.exists()
+
+
+@pytest.fixture
+def verl_data(tmp_path):
+    """(settings of verl's data section, a loader as verl's trainer makes it, its reward function)."""
+    pytest.importorskip("verl")
+    from omegaconf import OmegaConf
+    from torchdata.stateful_dataloader import StatefulDataLoader
+    from verl.trainer.ppo.reward import get_custom_reward_fn
+    from verl.trainer.ppo.utils import create_rl_dataset, create_rl_sampler
+    from verl.utils.dataset.rl_dataset import collate_fn
+
+    data = {"train_files": [], "train_batch_size": 4, "shuffle": False, "filter_overlong_prompts": False}
+    data |= {"cache_dir": str(tmp_path / "cache"), "prompt_key": "prompt"}
+
+    def load(files=None, **settings):
+        config = OmegaConf.create(data | settings)
+        dataset = create_rl_dataset(files or config.train_files, config, None, None)
+        return StatefulDataLoader(
+            dataset,
+            batch_size=config.train_batch_size,
+            sampler=create_rl_sampler(config, dataset),
+            collate_fn=collate_fn,
+            drop_last=True,
+        )
+
+    path = {"path": "pkg://saerl_fast.integrations.verl", "name": "compute_score"}
+    reward = get_custom_reward_fn(OmegaConf.create({"reward": {"custom_reward_function": path}}))
+    return load, reward
+
+
+def ids_of(batches):
+    return [[info["prompt_id"] for info in batch["extra_info"]] for batch in batches]
+
+
+def test_verl_loads_the_parquet_in_plan_order(verl_data, tmp_path):
+    load, reward = verl_data
+    path = str(write_parquet(make_plan("global"), make_pool(), tmp_path / "train.parquet", reward="numeric"))
+    batches = list(load(train_files=[path]))
+    fresh = make_plan("global")
+    assert ids_of(batches) == [fresh.next_batch() for _ in range(6)]
+    row = {name: batches[0][name][0] for name in ("data_source", "reward_model", "extra_info")}
+    told = {"data_source": row["data_source"], "ground_truth": row["reward_model"]["ground_truth"]}
+    assert [reward(solution_str=text, extra_info=row["extra_info"], **told) for text in ("7", "8")] == [1, 0]
+
+
+def test_verl_dataset_puts_a_parquet_of_its_own_in_plan_order(verl_data, tmp_path):
+    import pickle
+
+    load, _ = verl_data
+    plan = make_plan("literal")
+    save_plan(plan, tmp_path / "plan.json")
+    path = str(write_parquet(make_plan("vanilla"), make_pool(), tmp_path / "train.parquet"))
+    ours = {"path": "pkg://saerl_fast.integrations.verl_dataset", "name": "PlanDataset"}
+    settings = {"train_files": [path], "custom_cls": ours, "saerl_plan": str(tmp_path / "plan.json")}
+    expected = [plan.next_batch() for _ in range(6)]
+    loader = load(**settings)
+    rows = iter(loader)
+    first = ids_of([next(rows), next(rows)])
+    state = loader.state_dict()
+    again = load(**settings)
+    again.load_state_dict(state)
+    assert first + ids_of(again) == expected
+    copied = pickle.loads(pickle.dumps(loader.dataset))
+    copied.resume_dataset_state()  # what verl does with a dataset out of a checkpoint
+    assert [copied[i]["extra_info"]["prompt_id"] for i in range(4)] == expected[0]
+
+    other = str(write_parquet(make_plan("vanilla", seed=3), make_pool(), tmp_path / "validation.parquet"))
+    assert ids_of(load([other], **settings)) == ids_of(load([other], train_files=[path]))
+    for change, match in [
+        ({"shuffle": True}, "set data.shuffle=False"),
+        ({"train_batch_size": 3}, "set data.train_batch_size=4"),
+        ({"saerl_plan": None}, "needs a plan"),
+    ]:
+        with pytest.raises(SaerlError, match=match):
+            load(**settings | change)

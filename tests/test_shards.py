@@ -10,11 +10,12 @@ DENSE = torch.rand(23, 9, generator=torch.Generator().manual_seed(0)).clamp_min(
 
 
 def computing(calls, stop_at=None):
-    def compute(start, end, progress):
+    def compute(start, end, progress=None):
         if stop_at is not None and start >= stop_at:
             raise KeyboardInterrupt
         calls.append((start, end))
-        progress(end - start, end - start)
+        if progress is not None:
+            progress(end - start, end - start)
         return CSR.from_dense(DENSE[start:end]), CSR.from_dense(DENSE[start:end] * 2)
 
     return compute
@@ -56,3 +57,14 @@ def test_one_shard_leaves_no_file(tmp_path):
 def test_a_shard_needs_a_size(tmp_path):
     with pytest.raises(SaerlError, match="score.shard=0"):
         Shards(tmp_path, "m", 0)
+
+
+def test_shards_filled_by_others_are_read(tmp_path):
+    shards, calls = Shards(tmp_path, "m", 10), []
+    assert shards.ranges(len(IDS)) == [(0, 10), (10, 20), (20, 23)] and shards.ranges(0) == [(0, 0)]
+    for start in (20, 0, 0):
+        Shards(tmp_path, "m", 10).fill(start, IDS, computing(calls))
+    assert calls == [(20, 23), (0, 10)]
+    prompt, _ = shards.collect(IDS, computing(calls))
+    assert calls[2:] == [(10, 20)]
+    torch.testing.assert_close(prompt.to_dense(), DENSE, rtol=0, atol=0)

@@ -20,7 +20,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import atomic_path, read_json, write_json
 
 if TYPE_CHECKING:
-    from saerl_fast.data.shards import Shards
+    from saerl_fast.data.shards import Compute, Shards
     from saerl_fast.prompts import Pool
     from saerl_kernels import CSR
 
@@ -201,6 +201,44 @@ def score_features(
     return Scores({**pool.columns, **added}, metadata, prompt_features)
 
 
+def feature_pass(
+    pool: Pool,
+    prompts: Sequence[str],
+    model: Any,
+    tokenizer: Any,
+    sae: Any,
+    config: Config,
+    *,
+    layer: int | None = None,
+) -> Compute:
+    """``compute(start, end, progress)``: pooled features of these rows, of prompts and (or None) answers.
+
+    With ``score.include_answer`` and an answer in every row, the quality probe reads the answers' too.
+    """
+    from saerl_fast.sae.pooled import pooled_features
+
+    answers: list[str] | None = None
+    column = pool.columns.get("answer")
+    if config.score.include_answer and config.quality.head != "none" and column is not None:
+        answers = None if any(answer is None for answer in column) else [str(answer) for answer in column]
+
+    def compute(start: int, end: int, progress: Callable[[int, int], None] | None) -> Any:
+        return pooled_features(
+            model,
+            tokenizer,
+            sae,
+            prompts[start:end],
+            None if answers is None else answers[start:end],
+            layer=layer,
+            reduce=config.score.reduce,
+            batch_tokens=config.score.batch_tokens,
+            backend=config.score.backend,
+            on_progress=progress,
+        )
+
+    return compute
+
+
 def score_pool(
     pool: Pool,
     prompts: Sequence[str],
@@ -217,32 +255,10 @@ def score_pool(
     """:func:`score_features` on features captured now, in one early-stopped pass over the pool.
 
     ``shards`` keeps finished parts of the pass on the disk; without it the pass is made in one go.
-    ``prompts``: the final text of every row, as the policy will see it. With ``score.include_answer``
-    and an answer in every row, the quality probe reads the answers' features too.
+    ``prompts``: the final text of every row, as the policy will see it.
     """
-    from saerl_fast.sae.pooled import pooled_features
-
-    answers = None
-    if config.score.include_answer and config.quality.head != "none":
-        column = pool.columns.get("answer")
-        if column is not None and all(answer is not None for answer in column):
-            answers = [str(answer) for answer in column]
     began = time.perf_counter()
-
-    def capture(start: int, end: int, progress: Callable[[int, int], None] | None) -> Any:
-        return pooled_features(
-            model,
-            tokenizer,
-            sae,
-            prompts[start:end],
-            None if answers is None else answers[start:end],
-            layer=layer,
-            reduce=config.score.reduce,
-            batch_tokens=config.score.batch_tokens,
-            backend=config.score.backend,
-            on_progress=progress,
-        )
-
+    capture = feature_pass(pool, prompts, model, tokenizer, sae, config, layer=layer)
     if shards is None:
         prompt_features, answer_features = capture(0, len(prompts), on_progress)
     else:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from saerl_kernels import CSR
 
 Pair = tuple["CSR", "CSR | None"]
-Compute = Callable[[int, int, Callable[[int, int], None]], Pair]
+Compute = Callable[[int, int, Callable[[int, int], None] | None], Pair]
 
 
 class Shards:
@@ -32,6 +32,16 @@ class Shards:
             if old != self.folder:
                 shutil.rmtree(old)
 
+    def ranges(self, total: int) -> list[tuple[int, int]]:
+        """First row and end of every shard of ``total`` prompts; one, empty, for none."""
+        return [(start, min(start + self.size, total)) for start in range(0, max(total, 1), self.size)]
+
+    def fill(self, start: int, prompt_ids: Sequence[str], compute: Compute) -> None:
+        """Make the shard that begins at row ``start``, unless it is on the disk: for several processes."""
+        end = min(start + self.size, len(prompt_ids))
+        if self._read(start, prompt_ids[start:end]) is None:
+            self._write(start, prompt_ids[start:end], compute(start, end, None))
+
     def collect(
         self,
         prompt_ids: Sequence[str],
@@ -43,8 +53,7 @@ class Shards:
 
         parts: list[Pair] = []
         total = len(prompt_ids)
-        for start in range(0, max(total, 1), self.size):
-            end = min(start + self.size, total)
+        for start, end in self.ranges(total):
             ids = prompt_ids[start:end]
             pair = self._read(start, ids)
             if pair is None:

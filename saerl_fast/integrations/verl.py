@@ -4,11 +4,15 @@
 
     data.train_files=train.parquet data.shuffle=False data.filter_overlong_prompts=False
     data.train_batch_size=<plan.batch_size> trainer.total_epochs=1
-    custom_reward_function.path=pkg://saerl_fast.integrations.verl custom_reward_function.name=compute_score
+    reward.custom_reward_function.path=pkg://saerl_fast.integrations.verl
+    reward.custom_reward_function.name=compute_score
 
-verl reads a file, so a plan that answers to pass rates (adaptive) cannot be used with it. Drop prompts
-that are too long beforehand (`fit_context`): rows that verl drops would shift every later batch.
-Schema, dataset class and reward call checked with verl 0.9.1; no training run was made with it.
+A Parquet file that is in verl's schema already needs no rewriting: see integrations.verl_dataset.
+
+verl decides on the order before it trains, so a plan that answers to pass rates (adaptive) cannot be used
+with it. Drop prompts that are too long beforehand (`fit_context`): rows that verl drops would shift every
+later batch. verl makes one optimizer step of a batch when actor_rollout_ref.actor.ppo_mini_batch_size is the
+batch size. Checked with verl 0.9.1's own data loading and reward code; no training run was made with it.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from saerl_fast.data.plan import Plan, StaticPlan
+from saerl_fast.data.sampler import dataset_rows
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import atomic_path
 from saerl_fast.prompts import Pool
@@ -36,20 +41,13 @@ def write_parquet(plan: Plan, pool: Pool, path: str | Path, *, reward: str = "ex
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    if not isinstance(plan, StaticPlan):
-        raise SaerlError(
-            f"schedule {plan.schedule!r} chooses by pass rates, which a file cannot; "
-            "use vanilla, literal, global or medium with verl"
-        )
+    batches = planned_batches(plan)
     get_reward(reward)
-    row = {name: i for i, name in enumerate(pool.column("prompt_id"))}
-    missing = [name for name in plan.prompt_ids if name not in row]
-    if missing:
-        raise SaerlError(f"{len(missing)} of the plan's prompts are not in the pool, first {missing[0]!r}")
+    row = dataset_rows(plan, pool.column("prompt_id"))
     others = [name for name in pool.columns if name not in ("prompt_id", "prompt", "answer")]
     rows: list[dict[str, Any]] = []
-    for step in range(plan.total_steps):
-        for name in plan.next_batch():
+    for step, batch in enumerate(batches):
+        for name in batch:
             cells = {key: column[row[name]] for key, column in pool.columns.items()}
             prompt = cells["prompt"]
             rows.append(
@@ -69,6 +67,16 @@ def write_parquet(plan: Plan, pool: Pool, path: str | Path, *, reward: str = "ex
     with atomic_path(path) as temporary:
         parquet.write_table(pa.Table.from_pylist(rows), temporary)
     return Path(path)
+
+
+def planned_batches(plan: Plan) -> list[list[str]]:
+    """The ``plan.total_steps`` batches of ids from where ``plan`` stands; SaerlError when it is adaptive."""
+    if not isinstance(plan, StaticPlan):
+        raise SaerlError(
+            f"schedule {plan.schedule!r} chooses by pass rates, which a file cannot; "
+            "use vanilla, literal, global or medium with verl"
+        )
+    return [plan.next_batch() for _ in range(plan.total_steps)]
 
 
 def compute_score(
