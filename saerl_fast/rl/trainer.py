@@ -11,7 +11,8 @@ Groups whose rewards are all equal have zero advantages: they are left out of th
 passes but counted in the rollouts, in the loss's normaliser and in every figure of the log except
 ``loss``, ``entropy``, ``clipped``, ``kl`` and ``mismatch``, which are about the groups used.
 
-All randomness comes from (seed, purpose, step), so a resumed run needs no generator state to go on.
+All randomness comes from (seed, purpose, step), so a resumed run needs no generator state to go on. For
+several processes see :mod:`saerl_fast.rl.distributed`: a checkpoint of N processes goes on with any number.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,11 +34,13 @@ from saerl_fast.fileio import write_json
 from saerl_fast.log import JsonlLog, MetricsLog
 from saerl_fast.prompts import Pool, render
 from saerl_fast.rl import checkpoint as ckpt
-from saerl_fast.rl.evaluate import check_eval, evaluate, pass_rates, sample_pass_rates, score_rollouts
+from saerl_fast.rl import distributed
+from saerl_fast.rl.batch import Batch, sample_batch
+from saerl_fast.rl.evaluate import check_eval, evaluate, pass_rates, sample_pass_rates
 from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
 from saerl_fast.rl.loss import BatchSize, advantages, check_loss, policy_loss
 from saerl_fast.rl.optimizer import Optimizer, training_mode
-from saerl_fast.rl.rollouts import Rollouts, generate
+from saerl_fast.rl.rollouts import Rollouts
 from saerl_fast.rl.runtime import Clock, derived_seed, graceful_interrupt
 from saerl_fast.rl.warmup import warm_up
 
@@ -86,7 +88,7 @@ def train(
         with graceful_interrupt() as interrupted:
             if start is None:
                 run.begin()
-                if interrupted():
+                if any(distributed.share(interrupted)):
                     run.stop(0)
             for step in range((start or 0) + 1, cfg.steps + 1):
                 run.step(step)
@@ -97,7 +99,7 @@ def train(
                     run.save(step)
                 if progress is not None:
                     progress(step, cfg.steps)
-                if interrupted() and not last:
+                if any(distributed.share(interrupted)) and not last:
                     run.stop(step)
         return run.finish()
     finally:
@@ -139,6 +141,12 @@ class _Run:
         unknown = [name for name in self.plan.prompt_ids if name not in self.row]
         if unknown:
             raise SaerlError(f"the plan has prompt {unknown[0]!r}, which the pool lacks; make the plan again")
+        if distributed.size() > cfg.rollout.prompts_per_step:
+            raise SaerlError(
+                f"{distributed.size()} processes cannot share train.rollout.prompts_per_step="
+                f"{cfg.rollout.prompts_per_step}; start fewer processes or raise it"
+            )
+        self.writes = distributed.rank() == 0
         self.micro_tokens = cfg.micro_tokens
         self.reference: Any | None = None
         self.counters: dict[str, Any] = {
@@ -150,7 +158,8 @@ class _Run:
         }
 
     def say(self, line: str) -> None:
-        (self.echo or log.info)(line)
+        if self.writes:
+            (self.echo or log.info)(line)
 
     # --- life of a run -----------------------------------------------------------------------------
 
@@ -171,9 +180,14 @@ class _Run:
             self.say(f"resuming after step {found.step} from {found.path}")
         elif resume:
             self.say(f"no checkpoint in {self.out_dir}: starting at step 0")
+        at = found.step if found is not None else None
+        if len(set(distributed.share(lambda: at))) > 1:
+            raise SaerlError(f"the processes find different checkpoints in {self.out_dir}; share the folder")
+        distributed.same_everywhere(list(ckpt.model_tensors(self.model).values()))
+        if not self.writes:
+            return at
         if found is None:
             ckpt.set_aside(self.out_dir)
-        at = found.step if found is not None else None
         self.metrics = MetricsLog(self.out_dir, at, echo=self.echo, tensorboard=self.cfg.tensorboard)
         self.eval_items = JsonlLog(self.out_dir / "eval_items.jsonl", at)
         self.rollout_log = JsonlLog(self.out_dir / "rollouts.jsonl", at)
@@ -196,11 +210,11 @@ class _Run:
             )
             self._count_seconds({"warmup": row["seconds"]})
             timing = {"warmup": row.pop("seconds")}
-            self.metrics.log({"step": 0, "kind": "warmup", **row, "time": timing})
+            self._record({"step": 0, "kind": "warmup", **row, "time": timing})
         self._make_optimizer()
         if cfg.loss.beta > 0:
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
-            ckpt.save_reference(self.out_dir, self.model)
+            distributed.on_first(lambda: ckpt.save_reference(self.out_dir, self.model))
         if cfg.eval.every > 0 or cfg.steps == 0:
             self.evaluate(0)
         if cfg.warmup.steps > 0 or cfg.steps == 0:
@@ -208,14 +222,16 @@ class _Run:
 
     def save(self, step: int) -> None:
         started = time.perf_counter()
-        ckpt.save_checkpoint(
-            self.out_dir,
-            step,
-            model=self.model,
-            optimizer=self.optimizer.state_dict(),
-            plan=self.plan.state_dict(),
-            counters=self.counters | {"micro_tokens": self.micro_tokens},
-            keep=self.cfg.keep,
+        distributed.on_first(
+            lambda: ckpt.save_checkpoint(
+                self.out_dir,
+                step,
+                model=self.model,
+                optimizer=self.optimizer.state_dict(),
+                plan=self.plan.state_dict(),
+                counters=self.counters | {"micro_tokens": self.micro_tokens},
+                keep=self.cfg.keep,
+            )
         )
         self._count_seconds({"save": time.perf_counter() - started})
 
@@ -227,13 +243,6 @@ class _Run:
 
     def finish(self) -> dict[str, Any]:
         """Write the final model and the summary."""
-        if self.cfg.save_model:
-            target = self.out_dir / "model"
-            try:
-                self.model.save_pretrained(target)
-                self.tokenizer.save_pretrained(target)
-            except OSError as err:
-                raise SaerlError(f"cannot write {target}: {err.strerror or err}; free some space") from err
         summary = {
             "schedule": self.plan.schedule,
             "seed": self.seed,
@@ -241,12 +250,27 @@ class _Run:
             "mode": self.cfg.eval.mode,
             **self.counters,
         }
-        write_json(self.out_dir / "summary.json", summary)
+        distributed.on_first(lambda: self._write_results(summary))
         return summary
 
+    def _write_results(self, summary: dict[str, Any]) -> None:
+        if self.cfg.save_model:
+            target = self.out_dir / "model"
+            try:
+                self.model.save_pretrained(target)
+                self.tokenizer.save_pretrained(target)
+            except OSError as err:
+                raise SaerlError(f"cannot write {target}: {err.strerror or err}; free some space") from err
+        write_json(self.out_dir / "summary.json", summary)
+
     def close(self) -> None:
-        for file in (self.metrics, self.eval_items, self.rollout_log):
-            file.close()
+        if self.writes:
+            for file in (self.metrics, self.eval_items, self.rollout_log):
+                file.close()
+
+    def _record(self, row: dict[str, Any]) -> None:
+        if self.writes:
+            self.metrics.log(row)
 
     def _make_optimizer(self) -> None:
         cfg = self.cfg
@@ -262,50 +286,50 @@ class _Run:
     def step(self, step: int) -> None:
         cfg, clock = self.cfg, Clock(self.model.device)
         with clock("plan"):
-            ids = self.plan.next_batch()
+            ids = distributed.share(self.plan.next_batch)[0]  # one order, even if machines round differently
         rows = [self.row[name] for name in ids]
-        prompts = [self.texts["train"][i] for i in rows]
         # not Pool.select: a small pool may repeat a prompt inside a batch
         columns = {name: [column[i] for i in rows] for name, column in self.pools["train"].columns.items()}
-        rollouts = generate(
+        rollouts, batch = sample_batch(
             self.model,
             self.tokenizer,
-            prompts,
+            [self.texts["train"][i] for i in rows],
+            columns,
+            self.reward,
             cfg.rollout,
             seed=derived_seed(self.seed, ROLLOUT_SEED, step),
             capture=self.capture,
+            clock=clock,
+            n_examples=cfg.rollout_log,
         )
-        for phase, seconds in rollouts.timings.items():
-            clock.add(phase, seconds)
-        with clock("reward"):
-            rewards = score_rollouts(rollouts, columns, prompts, self.reward)
-        rates = pass_rates(rewards)
+        rates = pass_rates(batch.rewards)
         with clock("plan"):
-            self.plan.observe(ids, rates, rollouts.features)
-        advantage, used = advantages(torch.from_numpy(rewards), cfg.loss)
+            self.plan.observe(ids, rates, batch.features)
         lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
-        update = self._update(rollouts, advantage, used, lr, clock)
-        lengths = rollouts.lengths
+        advantage, used = advantages(torch.from_numpy(batch.rewards), cfg.loss)
+        update = self._update(rollouts, advantage, used, batch, lr, clock)
         counts = {
-            "rollouts": len(lengths),
-            "tokens": int(lengths.sum()),
+            "rollouts": batch.rewards.size,
+            "tokens": batch.tokens,
             "groups": len(ids),
             "groups_used": int(used.sum()),
         }
         for name, value in counts.items():
             self.counters[name] += value
         self._count_seconds(clock.seconds)
-        self._log_rollouts(step, ids, prompts, columns, rollouts, rewards)
-        self.metrics.log(
+        if not self.writes:
+            return
+        self.rollout_log.write({"step": step, **row} for row in batch.examples)
+        self._record(
             {
                 "step": step,
                 "kind": "train",
-                "reward": float(rewards.mean()),
+                "reward": float(batch.rewards.mean()),
                 "pass_rate": float(rates.mean()),
                 **update,
                 **counts,
                 "length": counts["tokens"] / counts["rollouts"],
-                "finished": float(rollouts.finished.float().mean()),
+                "finished": batch.finished / counts["rollouts"],
                 "lr": lr,
                 "plan": self.plan.metrics(),
                 "time": clock.seconds,
@@ -313,63 +337,75 @@ class _Run:
         )
 
     def _update(
-        self, rollouts: Rollouts, advantage: Tensor, used: Tensor, lr: float, clock: Clock
+        self, rollouts: Rollouts, advantage: Tensor, used: Tensor, batch: Batch, lr: float, clock: Clock
     ) -> dict[str, float | None]:
-        """One optimizer step; figures for the log. Without any usable group, weights and moments stay."""
+        """One optimizer step; figures for the log. Without any usable group, weights and moments stay.
+
+        ``rollouts`` are this process's, ``advantage`` and ``used`` those of all processes.
+        """
         cfg, device = self.cfg, self.model.device
         keep = torch.ones_like(used) if cfg.loss.beta > 0 else used
-        chosen = keep.repeat_interleave(rollouts.group_size).nonzero()[:, 0].to(device)
-        names = ("loss", "entropy", "clipped", "kl", "mismatch")
-        if len(chosen) == 0:
-            return {**dict.fromkeys(names), "grad_norm": None}
+        names = ("loss", "entropy", "clipped", "kl", "mismatch", "tokens")
+        if not keep.any():
+            return {**dict.fromkeys(names[:-1]), "grad_norm": None}
+        here = distributed.block(len(used))
+        chosen = keep[here].repeat_interleave(rollouts.group_size).nonzero()[:, 0].to(device)
         ids, starts, lengths = (part[chosen] for part in rollouts.sequences())
         owner = chosen // rollouts.group_size
         old, mask = rollouts.logprobs[chosen], rollouts.completion_mask[chosen]
-        weight = advantage.flatten().to(device)[chosen]
-        size = BatchSize(len(rollouts.texts), int(rollouts.lengths.sum()), cfg.rollout.max_new_tokens)
-        while True:
-            sums = dict.fromkeys(names, torch.zeros((), device=device))
-            try:
-                with training_mode(self.model, cfg.gradient_checkpointing):
-                    for part in micro_batches(starts + lengths, self.micro_tokens, owner):
-                        with clock("logprob"):
-                            batch = (ids[part], starts[part], lengths[part])
-                            options: dict[str, Any] = {
-                                "temperature": cfg.rollout.temperature,
-                                "owner": owner[part],
-                            }
-                            new, entropy = completion_logprobs(self.model, *batch, **options)
-                            reference = self._reference_logprobs(batch, options)
-                        with clock("update"):
-                            loss, found = policy_loss(
-                                new,
-                                old[part][mask[part]],
-                                weight[part],
-                                lengths[part],
-                                size,
-                                cfg.loss,
-                                reference,
-                            )
-                            loss.backward()
-                            self.optimizer.collect()
-                        found |= {"loss": loss.detach(), "entropy": entropy.sum()}
-                        sums = {name: sums[name] + found[name] for name in names}
-                break
-            except torch.OutOfMemoryError:
-                self.optimizer.clear()
-                longest = int((starts + lengths).max())
-                if self.micro_tokens <= longest:
-                    raise SaerlError(
-                        f"out of memory on a single sequence of {longest} tokens; lower "
-                        "rollout.max_new_tokens or set train.gradient_checkpointing=true"
-                    ) from None
-                self.micro_tokens = max(longest, min(self.micro_tokens, int((starts + lengths).sum())) // 2)
-                log.warning("out of memory in a micro-batch: micro_tokens is now %d", self.micro_tokens)
+        weight = advantage[here].flatten().to(device)[chosen]
+        size = BatchSize(batch.rewards.size, batch.tokens, cfg.rollout.max_new_tokens)
+
+        def accumulate() -> Tensor:
+            """Gradients of this process's share, micro-batch by micro-batch; sums for the log [6]."""
+            sums = torch.zeros(len(names), device=device)
+            sums[-1] = lengths.sum()
+            for part in micro_batches(starts + lengths, self.micro_tokens, owner) if len(chosen) else ():
+                with clock("logprob"):
+                    part_ids = (ids[part], starts[part], lengths[part])
+                    options: dict[str, Any] = {"temperature": cfg.rollout.temperature, "owner": owner[part]}
+                    new, entropy = completion_logprobs(self.model, *part_ids, **options)
+                    reference = self._reference_logprobs(part_ids, options)
+                with clock("update"):
+                    loss, found = policy_loss(
+                        new, old[part][mask[part]], weight[part], lengths[part], size, cfg.loss, reference
+                    )
+                    loss.backward()
+                    self.optimizer.collect()
+                found |= {"loss": loss.detach(), "entropy": entropy.sum()}
+                sums[:-1] += torch.stack([found[name] for name in names[:-1]])
+            return sums
+
+        with training_mode(self.model, cfg.gradient_checkpointing):
+            sums = self._with_less_memory(accumulate, starts + lengths)
         with clock("update"):
+            distributed.add_up([sums])
             norm = self.optimizer.step(lr, cfg.grad_norm)
-        tokens = int(lengths.sum())
-        figures = {name: float(sums[name]) / tokens for name in names[1:]}
-        return {"loss": float(sums["loss"]), **figures, "grad_norm": norm}
+        loss, *rest, tokens = sums.tolist()
+        figures = {name: value / tokens for name, value in zip(names[1:-1], rest, strict=True)}
+        return {"loss": loss, **figures, "grad_norm": norm}
+
+    def _with_less_memory(self, accumulate: Callable[[], Tensor], lengths: Tensor) -> Tensor:
+        """What ``accumulate`` returns, with smaller micro-batches (in this process) when memory runs out."""
+        kept: list[Tensor] = []
+
+        def attempt() -> None:
+            while not kept:
+                try:
+                    kept.append(accumulate())
+                except torch.OutOfMemoryError:
+                    self.optimizer.clear()
+                    longest = int(lengths.max())
+                    if self.micro_tokens <= longest:
+                        raise SaerlError(
+                            f"out of memory on a single sequence of {longest} tokens; lower "
+                            "rollout.max_new_tokens or set train.gradient_checkpointing=true"
+                        ) from None
+                    self.micro_tokens = max(longest, min(self.micro_tokens, int(lengths.sum())) // 2)
+                    log.warning("out of memory in a micro-batch: micro_tokens is now %d", self.micro_tokens)
+
+        distributed.share(attempt)
+        return kept[0]
 
     def _reference_logprobs(self, batch: Sequence[Tensor], options: dict[str, Any]) -> Tensor | None:
         if self.reference is None:
@@ -393,7 +429,8 @@ class _Run:
                 seed=derived_seed(self.seed, EVAL_SEED, 0),
                 max_tokens=cfg.micro_tokens,
             )
-        self.eval_items.write({"step": step, **item} for item in result.items)
+        if self.writes:
+            self.eval_items.write({"step": step, **item} for item in result.items)
         self._count_seconds(clock.seconds)
         self.counters.setdefault("accuracy_first", result.mean)
         self.counters["accuracy"] = result.mean
@@ -405,20 +442,4 @@ class _Run:
             "n": len(result.items),
             "mode": result.mode,
         }
-        self.metrics.log(row | {"tokens": result.tokens, "time": clock.seconds})
-
-    def _log_rollouts(
-        self,
-        step: int,
-        ids: list[str],
-        prompts: list[str],
-        columns: Mapping[str, list[Any]],
-        rollouts: Rollouts,
-        rewards: np.ndarray,
-    ) -> None:
-        """The first few prompts of the step with all their completions."""
-        group = rollouts.group_size
-        for i in range(min(self.cfg.rollout_log, len(ids))):
-            texts = rollouts.texts[i * group : (i + 1) * group]
-            row = {"step": step, "prompt_id": ids[i], "prompt": prompts[i], "answer": columns["answer"][i]}
-            self.rollout_log.write([row | {"completions": texts, "rewards": rewards[i].tolist()}])
+        self._record(row | {"tokens": result.tokens, "time": clock.seconds})
