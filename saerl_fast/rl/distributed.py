@@ -49,7 +49,7 @@ def start() -> None:
 def leave() -> None:
     """Wait for all processes, then part: torchrun ends the others as soon as one has ended with an error."""
     if size() > 1:
-        share(lambda: None)
+        dist.all_gather_object([None] * size(), None)
         dist.destroy_process_group()
 
 
@@ -91,7 +91,12 @@ def share(make: Callable[[], T]) -> list[T]:
 
 def on_first(make: Callable[[], Any]) -> None:
     """Run ``make`` in process 0 while the others wait; its SaerlError is raised in all."""
-    share(lambda: make() and None if rank() == 0 else None)
+
+    def run() -> None:
+        if rank() == 0:
+            make()
+
+    share(run)
 
 
 def tell(error: SaerlError) -> None:
