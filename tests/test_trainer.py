@@ -194,7 +194,7 @@ def test_interrupt_saves_the_step(tmp_path: Path) -> None:
     assert same_weights(straight, resumed)
 
 
-@pytest.mark.parametrize("kind", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("kind", ["dapo", "grpo", "dr_grpo", "gspo", "cispo"])
 def test_micro_batches_give_the_same_update(tmp_path: Path, kind: str) -> None:
     loss = LossConfig(kind=kind)
     whole, _, _ = run(tmp_path / "one", small(steps=1, loss=loss, warmup_steps=0))

@@ -5,11 +5,15 @@ that prefill); rewards become pass rates, which the plan is told, and advantages
 policy-gradient step is made from micro-batches. As there is exactly one step per batch, the sampled
 log-probabilities are those of the policy being updated, so they serve as the old ones and no forward
 pass is spent on recomputing them. What the two engines (cached decoding, full forward) disagree by is
-logged as ``mismatch``, the mean absolute difference per token.
+logged as ``mismatch``, the mean absolute difference per token. gspo's clip range is narrower than that
+difference in half precision, so it alone takes the full forward's values, detached, as the old ones.
 
 Groups whose rewards are all equal have zero advantages: they are left out of the forward and backward
 passes but counted in the rollouts, in the loss's normaliser and in every figure of the log except
-``loss``, ``entropy``, ``clipped``, ``kl`` and ``mismatch``, which are about the groups used.
+``loss``, ``entropy``, ``clipped``, ``kl`` and ``mismatch``, which are about the groups used. With
+``train.dynamic_sampling`` a step draws further batches from the plan while too few groups have a signal
+(:mod:`saerl_fast.rl.collect`). Every draw counts: in the rollouts, in the plan's memory and as one of the
+plan's steps, so a schedule paced for ``total_steps`` ends early and the plan goes on after its end.
 
 All randomness comes from (seed, purpose, step), so a resumed run needs no generator state to go on.
 """
@@ -34,9 +38,10 @@ from saerl_fast.fileio import write_json
 from saerl_fast.log import JsonlLog, MetricsLog
 from saerl_fast.prompts import Pool, render
 from saerl_fast.rl import checkpoint as ckpt
+from saerl_fast.rl.collect import Draw, join
 from saerl_fast.rl.evaluate import check_eval, evaluate, pass_rates, sample_pass_rates, score_rollouts
 from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
-from saerl_fast.rl.loss import BatchSize, advantages, check_loss, policy_loss
+from saerl_fast.rl.loss import BatchSize, advantages, check_loss, overlong_penalty, policy_loss
 from saerl_fast.rl.optimizer import Optimizer, training_mode
 from saerl_fast.rl.rollouts import Rollouts, generate
 from saerl_fast.rl.runtime import Clock, derived_seed, graceful_interrupt
@@ -261,6 +266,41 @@ class _Run:
 
     def step(self, step: int) -> None:
         cfg, clock = self.cfg, Clock(self.model.device)
+        draws = [self._draw(step, 0, clock)]
+        wanted = cfg.rollout.prompts_per_step
+        while len(draws) <= cfg.dynamic_sampling and sum(int(d.used.sum()) for d in draws) < wanted:
+            draws.append(self._draw(step, len(draws), clock))
+        rollouts, advantage, used = join(draws, wanted)
+        lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
+        update = self._update(rollouts, advantage, used, lr, clock)
+        counts = {"groups_used": int(used.sum())}
+        for draw in draws:
+            for name, value in draw.counts().items():
+                counts[name] = counts.get(name, 0) + value
+        for name, value in counts.items():
+            self.counters[name] += value
+        self._count_seconds(clock.seconds)
+        self._log_rollouts(step, draws[0])
+        rewards = np.concatenate([draw.rewards for draw in draws])
+        finished = torch.cat([draw.rollouts.finished for draw in draws])
+        row = {
+            "step": step,
+            "kind": "train",
+            "reward": float(rewards.mean()),
+            "pass_rate": float(pass_rates(rewards).mean()),
+            **update,
+            **counts,
+            "length": counts["tokens"] / counts["rollouts"],
+            "finished": float(finished.float().mean()),
+            "lr": lr,
+            "plan": self.plan.metrics(),
+            "time": clock.seconds,
+        }
+        self.metrics.log(row | ({"draws": len(draws)} if cfg.dynamic_sampling else {}))
+
+    def _draw(self, step: int, number: int, clock: Clock) -> Draw:
+        """The plan's next batch: sampled, rewarded, told to the plan."""
+        cfg = self.cfg
         with clock("plan"):
             ids = self.plan.next_batch()
         rows = [self.row[name] for name in ids]
@@ -272,45 +312,18 @@ class _Run:
             self.tokenizer,
             prompts,
             cfg.rollout,
-            seed=derived_seed(self.seed, ROLLOUT_SEED, step),
+            seed=derived_seed(self.seed, ROLLOUT_SEED, step, number),
             capture=self.capture,
         )
         for phase, seconds in rollouts.timings.items():
             clock.add(phase, seconds)
         with clock("reward"):
             rewards = score_rollouts(rollouts, columns, prompts, self.reward)
-        rates = pass_rates(rewards)
         with clock("plan"):
-            self.plan.observe(ids, rates, rollouts.features)
-        advantage, used = advantages(torch.from_numpy(rewards), cfg.loss)
-        lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
-        update = self._update(rollouts, advantage, used, lr, clock)
-        lengths = rollouts.lengths
-        counts = {
-            "rollouts": len(lengths),
-            "tokens": int(lengths.sum()),
-            "groups": len(ids),
-            "groups_used": int(used.sum()),
-        }
-        for name, value in counts.items():
-            self.counters[name] += value
-        self._count_seconds(clock.seconds)
-        self._log_rollouts(step, ids, prompts, columns, rollouts, rewards)
-        self.metrics.log(
-            {
-                "step": step,
-                "kind": "train",
-                "reward": float(rewards.mean()),
-                "pass_rate": float(rates.mean()),
-                **update,
-                **counts,
-                "length": counts["tokens"] / counts["rollouts"],
-                "finished": float(rollouts.finished.float().mean()),
-                "lr": lr,
-                "plan": self.plan.metrics(),
-                "time": clock.seconds,
-            }
-        )
+            self.plan.observe(ids, pass_rates(rewards), rollouts.features)
+        shaped = torch.from_numpy(rewards)
+        shaped = shaped + overlong_penalty(rollouts.lengths.cpu(), cfg).view_as(shaped)
+        return Draw(ids, prompts, columns, rollouts, rewards, *advantages(shaped, cfg.loss))
 
     def _update(
         self, rollouts: Rollouts, advantage: Tensor, used: Tensor, lr: float, clock: Clock
@@ -318,7 +331,8 @@ class _Run:
         """One optimizer step; figures for the log. Without any usable group, weights and moments stay."""
         cfg, device = self.cfg, self.model.device
         keep = torch.ones_like(used) if cfg.loss.beta > 0 else used
-        chosen = keep.repeat_interleave(rollouts.group_size).nonzero()[:, 0].to(device)
+        counted = rollouts.finished | (not cfg.loss.mask_truncated)
+        chosen = (keep.to(device).repeat_interleave(rollouts.group_size) & counted).nonzero()[:, 0]
         names = ("loss", "entropy", "clipped", "kl", "mismatch")
         if len(chosen) == 0:
             return {**dict.fromkeys(names), "grad_norm": None}
@@ -326,7 +340,8 @@ class _Run:
         owner = chosen // rollouts.group_size
         old, mask = rollouts.logprobs[chosen], rollouts.completion_mask[chosen]
         weight = advantage.flatten().to(device)[chosen]
-        size = BatchSize(len(rollouts.texts), int(rollouts.lengths.sum()), cfg.rollout.max_new_tokens)
+        tokens = int((rollouts.lengths * counted).sum())
+        size = BatchSize(int(counted.sum()), tokens, cfg.rollout.max_new_tokens)
         while True:
             sums = dict.fromkeys(names, torch.zeros((), device=device))
             try:
@@ -341,9 +356,10 @@ class _Run:
                             new, entropy = completion_logprobs(self.model, *batch, **options)
                             reference = self._reference_logprobs(batch, options)
                         with clock("update"):
+                            before, now = old[part][mask[part]], new.detach()
                             loss, found = policy_loss(
                                 new,
-                                old[part][mask[part]],
+                                now if cfg.loss.kind == "gspo" else before,
                                 weight[part],
                                 lengths[part],
                                 size,
@@ -353,6 +369,7 @@ class _Run:
                             loss.backward()
                             self.optimizer.collect()
                         found |= {"loss": loss.detach(), "entropy": entropy.sum()}
+                        found["mismatch"] = (now - before).abs().sum()
                         sums = {name: sums[name] + found[name] for name in names}
                 break
             except torch.OutOfMemoryError:
@@ -407,18 +424,11 @@ class _Run:
         }
         self.metrics.log(row | {"tokens": result.tokens, "time": clock.seconds})
 
-    def _log_rollouts(
-        self,
-        step: int,
-        ids: list[str],
-        prompts: list[str],
-        columns: Mapping[str, list[Any]],
-        rollouts: Rollouts,
-        rewards: np.ndarray,
-    ) -> None:
+    def _log_rollouts(self, step: int, draw: Draw) -> None:
         """The first few prompts of the step with all their completions."""
-        group = rollouts.group_size
-        for i in range(min(self.cfg.rollout_log, len(ids))):
-            texts = rollouts.texts[i * group : (i + 1) * group]
-            row = {"step": step, "prompt_id": ids[i], "prompt": prompts[i], "answer": columns["answer"][i]}
-            self.rollout_log.write([row | {"completions": texts, "rewards": rewards[i].tolist()}])
+        group = draw.rollouts.group_size
+        for i in range(min(self.cfg.rollout_log, len(draw.ids))):
+            row = {"step": step, "prompt_id": draw.ids[i], "prompt": draw.prompts[i]}
+            row |= {"answer": draw.columns["answer"][i], "rewards": draw.rewards[i].tolist()}
+            row["completions"] = draw.rollouts.texts[i * group : (i + 1) * group]
+            self.rollout_log.write([row])
