@@ -149,6 +149,13 @@ class LossConfig:
 
 
 @dataclass
+class LoRAConfig:
+    rank: int = 0  # of the adapters (needs peft); 0 trains all weights
+    alpha: float = 32.0  # the adapters' product is scaled by alpha / rank
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])  # module names, or all-linear
+
+
+@dataclass
 class WarmupConfig:
     steps: int = 0  # supervised steps on `prompt -> answer` before GRPO
     batch_size: int = 16
@@ -168,7 +175,7 @@ class EvalConfig:
 class TrainConfig:
     steps: int = 100
     seed: int | None = None  # of sampling and order; None: the run's seed. The data split keeps the latter
-    lr: float = 1e-6
+    lr: float = 1e-6  # about ten times as much with train.lora
     warmup_steps: int = 10  # of the learning rate
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -184,6 +191,7 @@ class TrainConfig:
     save_model: bool = True  # write the final model to <out_dir>/model, for from_pretrained
     tensorboard: bool = False
     loss: LossConfig = field(default_factory=LossConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -364,7 +372,13 @@ def check_ranges(config: Config) -> Config:
         "score.batch_tokens": 1,
     }
     least |= {"score.shard": 1, "plan.window": 1, "difficulty.n_labels": 0, "difficulty.rollouts": 1}
-    least |= {"diversity.n_clusters": 1, "train.seed": 0, "train.steps": 0, "train.dynamic_sampling": 0}
+    least |= {
+        "diversity.n_clusters": 1,
+        "train.seed": 0,
+        "train.steps": 0,
+        "train.dynamic_sampling": 0,
+        "train.lora.rank": 0,
+    }
     least |= {"train.warmup.batch_size": 1, "train.rollout.prompts_per_step": 1}
     least |= {"train.rollout.max_new_tokens": 1, "train.eval.samples": 1}
     for key, low in least.items():

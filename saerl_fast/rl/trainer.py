@@ -24,6 +24,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ from saerl_fast.rl import checkpoint as ckpt
 from saerl_fast.rl.collect import Draw, join
 from saerl_fast.rl.evaluate import check_eval, evaluate, pass_rates, sample_pass_rates, score_rollouts
 from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
+from saerl_fast.rl.lora import add_adapters, merge_adapters
 from saerl_fast.rl.loss import BatchSize, advantages, check_loss, overlong_penalty, policy_loss
 from saerl_fast.rl.optimizer import Optimizer, training_mode
 from saerl_fast.rl.rollouts import Rollouts, generate
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = ["sample_pass_rates", "train"]
 log = logging.getLogger(__name__)
-ROLLOUT_SEED, EVAL_SEED = 1, 2  # purposes of a derived seed
+ROLLOUT_SEED, EVAL_SEED, ADAPTER_SEED = 1, 2, 3  # purposes of a derived seed
 
 
 def train(
@@ -77,7 +79,10 @@ def train(
     ``data`` says how prompts are rendered. ``capture``: a context manager around each prefill with
     ``features()`` -> CSR, one row per prompt, handed to ``plan.observe``. ``echo`` gets a line of text per
     row of the log, ``progress`` (step, steps). Files in ``out_dir``: metrics.jsonl, eval_items.jsonl,
-    rollouts.jsonl, checkpoints/, summary.json and model/.
+    rollouts.jsonl, checkpoints/, summary.json and model/. With ``cfg.lora.rank`` > 0 the warm-up and the
+    steps train adapters alone, the reference policy (``cfg.loss.beta`` > 0) is the model without them, so
+    as it was before the warm-up, and at the end they are written to adapter/ and merged into ``model``
+    and model/.
 
     With ``resume`` the run goes on from its latest intact checkpoint, bit for bit on a CPU; without any
     checkpoint it starts afresh. The first interrupt (Ctrl-C) finishes the step, saves and raises
@@ -145,6 +150,7 @@ class _Run:
         if unknown:
             raise SaerlError(f"the plan has prompt {unknown[0]!r}, which the pool lacks; make the plan again")
         self.micro_tokens = cfg.micro_tokens
+        self.keeps_reference = cfg.loss.beta > 0 and cfg.lora.rank == 0
         self.reference: Any | None = None
         self.counters: dict[str, Any] = {
             "rollouts": 0,
@@ -162,8 +168,9 @@ class _Run:
     def open(self, resume: bool) -> int | None:
         """Restore the latest checkpoint when resuming, open the logs; its step, or None for a fresh start."""
         found = ckpt.load_latest(self.out_dir) if resume else None
+        self.model = add_adapters(self.model, self.cfg.lora, derived_seed(self.seed, ADAPTER_SEED, 0))
         if found is not None:
-            if self.cfg.loss.beta > 0:
+            if self.keeps_reference:
                 self.reference = copy.deepcopy(self.model).requires_grad_(False)
                 ckpt.load_reference(self.out_dir, self.reference)
             ckpt.load_model_tensors(self.model, found.model)
@@ -203,7 +210,7 @@ class _Run:
             timing = {"warmup": row.pop("seconds")}
             self.metrics.log({"step": 0, "kind": "warmup", **row, "time": timing})
         self._make_optimizer()
-        if cfg.loss.beta > 0:
+        if self.keeps_reference:
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
             ckpt.save_reference(self.out_dir, self.model)
         if cfg.eval.every > 0 or cfg.steps == 0:
@@ -232,6 +239,8 @@ class _Run:
 
     def finish(self) -> dict[str, Any]:
         """Write the final model and the summary."""
+        if self.cfg.lora.rank:
+            self.model = merge_adapters(self.model, self.out_dir / "adapter" if self.cfg.save_model else None)
         if self.cfg.save_model:
             target = self.out_dir / "model"
             try:
@@ -252,6 +261,10 @@ class _Run:
     def close(self) -> None:
         for file in (self.metrics, self.eval_items, self.rollout_log):
             file.close()
+        if self.cfg.lora.rank and hasattr(
+            self.model, "unload"
+        ):  # stopped early: the caller's model is as it was
+            self.model.unload()
 
     def _make_optimizer(self) -> None:
         cfg = self.cfg
@@ -389,10 +402,11 @@ class _Run:
         return {"loss": float(sums["loss"]), **figures, "grad_norm": norm}
 
     def _reference_logprobs(self, batch: Sequence[Tensor], options: dict[str, Any]) -> Tensor | None:
-        if self.reference is None:
+        if self.cfg.loss.beta == 0:
             return None
-        with torch.no_grad():
-            return completion_logprobs(self.reference, *batch, with_entropy=False, **options)[0]
+        frozen = self.reference
+        with torch.no_grad(), nullcontext() if frozen is not None else self.model.disable_adapter():
+            return completion_logprobs(frozen or self.model, *batch, with_entropy=False, **options)[0]
 
     # --- around the steps --------------------------------------------------------------------------
 
