@@ -92,9 +92,10 @@ def test_two_processes_give_the_run_of_one(both) -> None:
     assert (folder / "together" / "model" / "config.json").is_file()
 
 
-def test_the_kl_term_too(both) -> None:
+def test_the_kl_term_and_dynamic_sampling_too(both) -> None:
     folder, _ = both
     assert_alike(folder / "kl-alone", folder / "kl")
+    assert max(row.get("draws", 0) for row in read_metrics(folder / "kl")) == 2
 
 
 def test_one_process_and_two_take_turns(both) -> None:

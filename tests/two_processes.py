@@ -38,7 +38,7 @@ def whole_run(out: Path, *, beta: float = 0.0, resume: bool = False, reward: Any
     torch.set_num_threads(1)
     model = tiny_model()
     plan, capture = adaptive_plan(model, sums(10))
-    cfg = settings(loss=LossConfig(beta=beta))
+    cfg = settings(loss=LossConfig(beta=beta), dynamic_sampling=int(beta > 0))
     return run(out, cfg, model=model, plan=plan, capture=capture, resume=resume, reward=reward)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,11 @@ class Rollouts:
     def lengths(self) -> Tensor:
         """Tokens in each completion, int64 [N]."""
         return self.completion_mask.sum(1)
+
+    def to(self, device: torch.device | str) -> Rollouts:
+        """The same with its tensors on ``device`` (features stay where they are)."""
+        moved = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     def sequences(self) -> tuple[Tensor, Tensor, Tensor]:
         """Prompt and completion joined without a gap, for training.

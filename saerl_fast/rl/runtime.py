@@ -37,9 +37,9 @@ class Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
 
-def derived_seed(seed: int, purpose: int, step: int) -> int:
-    """An independent seed for each purpose and step of a run."""
-    return int(np.random.SeedSequence([seed, purpose, step]).generate_state(1)[0])
+def derived_seed(seed: int, purpose: int, step: int, draw: int = 0) -> int:
+    """An independent seed for each purpose, step and draw within the step."""
+    return int(np.random.SeedSequence([seed, purpose, step, draw]).generate_state(1)[0])
 
 
 @contextmanager

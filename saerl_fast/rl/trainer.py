@@ -5,11 +5,15 @@ that prefill); rewards become pass rates, which the plan is told, and advantages
 policy-gradient step is made from micro-batches. As there is exactly one step per batch, the sampled
 log-probabilities are those of the policy being updated, so they serve as the old ones and no forward
 pass is spent on recomputing them. What the two engines (cached decoding, full forward) disagree by is
-logged as ``mismatch``, the mean absolute difference per token.
+logged as ``mismatch``, the mean absolute difference per token. gspo's clip range is narrower than that
+difference in half precision, so it alone takes the full forward's values, detached, as the old ones.
 
 Groups whose rewards are all equal have zero advantages: they are left out of the forward and backward
 passes but counted in the rollouts, in the loss's normaliser and in every figure of the log except
-``loss``, ``entropy``, ``clipped``, ``kl`` and ``mismatch``, which are about the groups used.
+``loss``, ``entropy``, ``clipped``, ``kl`` and ``mismatch``, which are about the groups used. With
+``train.dynamic_sampling`` a step draws further batches from the plan while too few groups have a signal
+(:mod:`saerl_fast.rl.collect`). Every draw counts: in the rollouts, in the plan's memory and as one of the
+plan's steps, so a schedule paced for ``total_steps`` ends early and the plan goes on after its end.
 
 All randomness comes from (seed, purpose, step), so a resumed run needs no generator state to go on. For
 several processes see :mod:`saerl_fast.rl.distributed`: a checkpoint of N processes goes on with any number.
@@ -21,10 +25,12 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,10 +41,11 @@ from saerl_fast.log import JsonlLog, MetricsLog
 from saerl_fast.prompts import Pool, render
 from saerl_fast.rl import checkpoint as ckpt
 from saerl_fast.rl import distributed
-from saerl_fast.rl.batch import Batch, sample_batch
+from saerl_fast.rl.collect import Draw, join, sample_together
 from saerl_fast.rl.evaluate import check_eval, evaluate, pass_rates, sample_pass_rates
 from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
-from saerl_fast.rl.loss import BatchSize, advantages, check_loss, policy_loss
+from saerl_fast.rl.lora import add_adapters, merge_adapters
+from saerl_fast.rl.loss import BatchSize, advantages, check_loss, overlong_penalty, policy_loss
 from saerl_fast.rl.optimizer import Optimizer, training_mode
 from saerl_fast.rl.rollouts import Rollouts
 from saerl_fast.rl.runtime import Clock, derived_seed, graceful_interrupt
@@ -49,7 +56,7 @@ if TYPE_CHECKING:
 
 __all__ = ["sample_pass_rates", "train"]
 log = logging.getLogger(__name__)
-ROLLOUT_SEED, EVAL_SEED = 1, 2  # purposes of a derived seed
+ROLLOUT_SEED, EVAL_SEED, ADAPTER_SEED = 1, 2, 3  # purposes of a derived seed
 
 
 def train(
@@ -74,7 +81,10 @@ def train(
     ``data`` says how prompts are rendered. ``capture``: a context manager around each prefill with
     ``features()`` -> CSR, one row per prompt, handed to ``plan.observe``. ``echo`` gets a line of text per
     row of the log, ``progress`` (step, steps). Files in ``out_dir``: metrics.jsonl, eval_items.jsonl,
-    rollouts.jsonl, checkpoints/, summary.json and model/.
+    rollouts.jsonl, checkpoints/, summary.json and model/. With ``cfg.lora.rank`` > 0 the warm-up and the
+    steps train adapters alone, the reference policy (``cfg.loss.beta`` > 0) is the model without them, so
+    as it was before the warm-up, and at the end they are written to adapter/ and merged into ``model``
+    and model/.
 
     With ``resume`` the run goes on from its latest intact checkpoint, bit for bit on a CPU; without any
     checkpoint it starts afresh. The first interrupt (Ctrl-C) finishes the step, saves and raises
@@ -148,6 +158,7 @@ class _Run:
             )
         self.writes = distributed.rank() == 0
         self.micro_tokens = cfg.micro_tokens
+        self.keeps_reference = cfg.loss.beta > 0 and cfg.lora.rank == 0
         self.reference: Any | None = None
         self.counters: dict[str, Any] = {
             "rollouts": 0,
@@ -166,8 +177,9 @@ class _Run:
     def open(self, resume: bool) -> int | None:
         """Restore the latest checkpoint when resuming, open the logs; its step, or None for a fresh start."""
         found = ckpt.load_latest(self.out_dir) if resume else None
+        self.model = add_adapters(self.model, self.cfg.lora, derived_seed(self.seed, ADAPTER_SEED, 0))
         if found is not None:
-            if self.cfg.loss.beta > 0:
+            if self.keeps_reference:
                 self.reference = copy.deepcopy(self.model).requires_grad_(False)
                 ckpt.load_reference(self.out_dir, self.reference)
             ckpt.load_model_tensors(self.model, found.model)
@@ -212,7 +224,7 @@ class _Run:
             timing = {"warmup": row.pop("seconds")}
             self._record({"step": 0, "kind": "warmup", **row, "time": timing})
         self._make_optimizer()
-        if cfg.loss.beta > 0:
+        if self.keeps_reference:
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
             distributed.on_first(lambda: ckpt.save_reference(self.out_dir, self.model))
         if cfg.eval.every > 0 or cfg.steps == 0:
@@ -243,6 +255,9 @@ class _Run:
 
     def finish(self) -> dict[str, Any]:
         """Write the final model and the summary."""
+        if self.cfg.lora.rank:
+            adapter = self.out_dir / "adapter" if self.cfg.save_model and self.writes else None
+            self.model = merge_adapters(self.model, adapter)
         summary = {
             "schedule": self.plan.schedule,
             "seed": self.seed,
@@ -267,6 +282,10 @@ class _Run:
         if self.writes:
             for file in (self.metrics, self.eval_items, self.rollout_log):
                 file.close()
+        if self.cfg.lora.rank and hasattr(
+            self.model, "unload"
+        ):  # stopped early: the caller's model is as it was
+            self.model.unload()
 
     def _record(self, row: dict[str, Any]) -> None:
         if self.writes:
@@ -285,94 +304,114 @@ class _Run:
 
     def step(self, step: int) -> None:
         cfg, clock = self.cfg, Clock(self.model.device)
+        draws = [self._draw(step, 0, clock)]
+        wanted = cfg.rollout.prompts_per_step
+        while len(draws) <= cfg.dynamic_sampling and sum(int(d.used.sum()) for d in draws) < wanted:
+            draws.append(self._draw(step, len(draws), clock))
+        rollouts, advantage, used = join(draws, wanted)
+        lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
+        update = self._update(rollouts, advantage, used, lr, clock)
+        counts = {"groups_used": int(used.sum())}
+        for draw in draws:
+            for name, value in draw.counts().items():
+                counts[name] = counts.get(name, 0) + value
+        for name, value in counts.items():
+            self.counters[name] += value
+        self._count_seconds(clock.seconds)
+        if self.writes:
+            self._log_rollouts(step, draws[0])
+        rewards = np.concatenate([draw.rewards for draw in draws])
+        finished = torch.cat([draw.rollouts.finished for draw in draws])
+        row = {
+            "step": step,
+            "kind": "train",
+            "reward": float(rewards.mean()),
+            "pass_rate": float(pass_rates(rewards).mean()),
+            **update,
+            **counts,
+            "length": counts["tokens"] / counts["rollouts"],
+            "finished": float(finished.float().mean()),
+            "lr": lr,
+            "plan": self.plan.metrics(),
+            "time": clock.seconds,
+        }
+        self._record(row | ({"draws": len(draws)} if cfg.dynamic_sampling else {}))
+
+    def _draw(self, step: int, number: int, clock: Clock) -> Draw:
+        """The plan's next batch: sampled, rewarded, told to the plan."""
+        cfg = self.cfg
         with clock("plan"):
             ids = distributed.share(self.plan.next_batch)[0]  # one order, even if machines round differently
         rows = [self.row[name] for name in ids]
         # not Pool.select: a small pool may repeat a prompt inside a batch
         columns = {name: [column[i] for i in rows] for name, column in self.pools["train"].columns.items()}
-        rollouts, batch = sample_batch(
+        prompts = [self.texts["train"][i] for i in rows]
+        rollouts, rewards = sample_together(
             self.model,
             self.tokenizer,
-            [self.texts["train"][i] for i in rows],
+            prompts,
             columns,
             self.reward,
             cfg.rollout,
-            seed=derived_seed(self.seed, ROLLOUT_SEED, step),
+            seed=derived_seed(self.seed, ROLLOUT_SEED, step, number),
             capture=self.capture,
             clock=clock,
-            n_examples=cfg.rollout_log,
         )
-        rates = pass_rates(batch.rewards)
         with clock("plan"):
-            self.plan.observe(ids, rates, batch.features)
-        lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
-        advantage, used = advantages(torch.from_numpy(batch.rewards), cfg.loss)
-        update = self._update(rollouts, advantage, used, batch, lr, clock)
-        counts = {
-            "rollouts": batch.rewards.size,
-            "tokens": batch.tokens,
-            "groups": len(ids),
-            "groups_used": int(used.sum()),
-        }
-        for name, value in counts.items():
-            self.counters[name] += value
-        self._count_seconds(clock.seconds)
-        if not self.writes:
-            return
-        self.rollout_log.write({"step": step, **row} for row in batch.examples)
-        self._record(
-            {
-                "step": step,
-                "kind": "train",
-                "reward": float(batch.rewards.mean()),
-                "pass_rate": float(rates.mean()),
-                **update,
-                **counts,
-                "length": counts["tokens"] / counts["rollouts"],
-                "finished": batch.finished / counts["rollouts"],
-                "lr": lr,
-                "plan": self.plan.metrics(),
-                "time": clock.seconds,
-            }
-        )
+            self.plan.observe(ids, pass_rates(rewards), rollouts.features)
+        shaped = torch.from_numpy(rewards)
+        shaped = shaped + overlong_penalty(rollouts.lengths.cpu(), cfg).view_as(shaped)
+        return Draw(ids, prompts, columns, rollouts, rewards, *advantages(shaped, cfg.loss))
 
     def _update(
-        self, rollouts: Rollouts, advantage: Tensor, used: Tensor, batch: Batch, lr: float, clock: Clock
+        self, rollouts: Rollouts, advantage: Tensor, used: Tensor, lr: float, clock: Clock
     ) -> dict[str, float | None]:
         """One optimizer step; figures for the log. Without any usable group, weights and moments stay.
 
-        ``rollouts`` are this process's, ``advantage`` and ``used`` those of all processes.
+        Several processes hold the same rollouts and take a share of the groups each.
         """
         cfg, device = self.cfg, self.model.device
         keep = torch.ones_like(used) if cfg.loss.beta > 0 else used
+        counted = rollouts.finished | (not cfg.loss.mask_truncated)
+        whole = keep.to(device).repeat_interleave(rollouts.group_size) & counted
         names = ("loss", "entropy", "clipped", "kl", "mismatch", "tokens")
-        if not keep.any():
+        if not whole.any():
             return {**dict.fromkeys(names[:-1]), "grad_norm": None}
-        here = distributed.block(len(used))
-        chosen = keep[here].repeat_interleave(rollouts.group_size).nonzero()[:, 0].to(device)
+        groups = keep.nonzero()[:, 0]
+        mine = torch.zeros_like(keep).index_fill_(0, groups[distributed.block(len(groups))], True)
+        chosen = (mine.to(device).repeat_interleave(rollouts.group_size) & whole).nonzero()[:, 0]
         ids, starts, lengths = (part[chosen] for part in rollouts.sequences())
         owner = chosen // rollouts.group_size
         old, mask = rollouts.logprobs[chosen], rollouts.completion_mask[chosen]
-        weight = advantage[here].flatten().to(device)[chosen]
-        size = BatchSize(batch.rewards.size, batch.tokens, cfg.rollout.max_new_tokens)
+        weight = advantage.flatten().to(device)[chosen]
+        tokens = int((rollouts.lengths * counted).sum())
+        size = BatchSize(int(counted.sum()), tokens, cfg.rollout.max_new_tokens)
 
         def accumulate() -> Tensor:
-            """Gradients of this process's share, micro-batch by micro-batch; sums for the log [6]."""
+            """Gradients of this process's groups, micro-batch by micro-batch; sums for the log [6]."""
             sums = torch.zeros(len(names), device=device)
             sums[-1] = lengths.sum()
             for part in micro_batches(starts + lengths, self.micro_tokens, owner) if len(chosen) else ():
                 with clock("logprob"):
-                    part_ids = (ids[part], starts[part], lengths[part])
+                    batch = (ids[part], starts[part], lengths[part])
                     options: dict[str, Any] = {"temperature": cfg.rollout.temperature, "owner": owner[part]}
-                    new, entropy = completion_logprobs(self.model, *part_ids, **options)
-                    reference = self._reference_logprobs(part_ids, options)
+                    new, entropy = completion_logprobs(self.model, *batch, **options)
+                    reference = self._reference_logprobs(batch, options)
                 with clock("update"):
+                    before, now = old[part][mask[part]], new.detach()
                     loss, found = policy_loss(
-                        new, old[part][mask[part]], weight[part], lengths[part], size, cfg.loss, reference
+                        new,
+                        now if cfg.loss.kind == "gspo" else before,
+                        weight[part],
+                        lengths[part],
+                        size,
+                        cfg.loss,
+                        reference,
                     )
                     loss.backward()
                     self.optimizer.collect()
                 found |= {"loss": loss.detach(), "entropy": entropy.sum()}
+                found["mismatch"] = (now - before).abs().sum()
                 sums[:-1] += torch.stack([found[name] for name in names[:-1]])
             return sums
 
@@ -408,10 +447,11 @@ class _Run:
         return kept[0]
 
     def _reference_logprobs(self, batch: Sequence[Tensor], options: dict[str, Any]) -> Tensor | None:
-        if self.reference is None:
+        if self.cfg.loss.beta == 0:
             return None
-        with torch.no_grad():
-            return completion_logprobs(self.reference, *batch, with_entropy=False, **options)[0]
+        frozen = self.reference
+        with torch.no_grad(), nullcontext() if frozen is not None else self.model.disable_adapter():
+            return completion_logprobs(frozen or self.model, *batch, with_entropy=False, **options)[0]
 
     # --- around the steps --------------------------------------------------------------------------
 
@@ -443,3 +483,12 @@ class _Run:
             "mode": result.mode,
         }
         self._record(row | {"tokens": result.tokens, "time": clock.seconds})
+
+    def _log_rollouts(self, step: int, draw: Draw) -> None:
+        """The first few prompts of the step with all their completions."""
+        group = draw.rollouts.group_size
+        for i in range(min(self.cfg.rollout_log, len(draw.ids))):
+            row = {"step": step, "prompt_id": draw.ids[i], "prompt": draw.prompts[i]}
+            row |= {"answer": draw.columns["answer"][i], "rewards": draw.rewards[i].tolist()}
+            row["completions"] = draw.rollouts.texts[i * group : (i + 1) * group]
+            self.rollout_log.write([row])
