@@ -104,8 +104,8 @@ def generate(
     ``first``: how many prompts of the same batch come before these, in other processes; each prompt gets
     the random numbers that it would get if they were all here.
 
-    ``capture`` is entered around each prefill and then asked for ``features()``, a CSR with one row per
-    prompt of that prefill, or None. The model is put into eval mode and back.
+    ``capture`` is entered around each prefill and asked for ``features()`` after the decoding, a CSR with one
+    row per prompt of that prefill, or None. The model is put into eval mode and back.
     Raises SaerlError on an empty batch, an empty prompt or one that does not fit the model's context.
     """
     _check(cfg)
@@ -217,13 +217,7 @@ def _decode(
             use_cache=True,
             logits_to_keep=1,
         )
-    features = None
-    if capture is not None:
-        features = capture.features()
-        spent = getattr(capture, "timings", {})
-        for name, seconds in spent.items():
-            timings[name] = timings.get(name, 0.0) + seconds
-        started += sum(spent.values())  # not generation
+    started += sum(getattr(capture, "timings", {}).values())  # hooks are not generation
     _expand(cache, cfg.group_size, limit)
     logits = output.logits[:, -1].repeat_interleave(cfg.group_size, 0)
     next_position = lens.repeat_interleave(cfg.group_size)[:, None]
@@ -265,6 +259,11 @@ def _decode(
         logits = output.logits[:, -1]
     used = max(int(kept.any(0).sum()), 1)
     timings["generate"] += time.perf_counter() - started
+    features = None
+    if capture is not None:  # asked for last: on a GPU they are made beside the decoding
+        features = capture.features()
+        for name, seconds in getattr(capture, "timings", {}).items():
+            timings[name] = timings.get(name, 0.0) + seconds
     return tokens[:, :used], logprobs[:, :used], kept[:, :used], features
 
 
