@@ -41,45 +41,31 @@ def join(draws: Sequence[Draw], most: int) -> tuple[Rollouts, Tensor, Tensor]:
     A single draw is taken whole. Of several, the first ``most`` groups with a signal make the batch, and
     nothing else counts in the loss's normaliser; if no group has one, the first draw stands for them.
     """
-    first = draws[0]
-    chosen, parts = [], []
-    for draw in draws:
-        rows = draw.used.nonzero()[: most - sum(map(len, chosen)), 0]
-        chosen.append(rows)
-        parts.append(_groups(draw.rollouts, rows))
-    if len(draws) == 1 or not any(map(len, chosen)):
+    first, used = draws[0], torch.cat([draw.used for draw in draws])
+    if len(draws) == 1 or not used.any():
         return first.rollouts, first.advantage, first.used
+    chosen = used.nonzero()[:most, 0]
+    size, device = first.rollouts.group_size, first.rollouts.logprobs.device
+    groups = chosen.to(device)
+    members = (groups[:, None] * size + torch.arange(size, device=device)).flatten()
+    parts = [draw.rollouts for draw in draws]
     width = max(part.prompt_ids.shape[1] for part in parts)
     longest = max(part.completion_ids.shape[1] for part in parts)
-    joined = replace(
+
+    def joined(name: str) -> Tensor:
+        fields = [getattr(part, name) for part in parts]
+        return torch.cat([pad(field, (0, longest - field.shape[1])) for field in fields])[members]
+
+    texts = [text for part in parts for text in part.texts]
+    rollouts = replace(
         first.rollouts,
-        prompt_ids=torch.cat([pad(p.prompt_ids, (width - p.prompt_ids.shape[1], 0)) for p in parts]),
-        prompt_lens=torch.cat([part.prompt_lens for part in parts]),
-        texts=[text for part in parts for text in part.texts],
-        finished=torch.cat([part.finished for part in parts]),
-        features=None,
-        **{
-            name: torch.cat([pad(getattr(p, name), (0, longest - p.completion_ids.shape[1])) for p in parts])
-            for name in ("completion_ids", "completion_mask", "logprobs")
-        },
-    )
-    advantage = torch.cat([draw.advantage[rows] for draw, rows in zip(draws, chosen, strict=True)])
-    return joined, advantage, torch.ones(len(advantage), dtype=torch.bool)
-
-
-def _groups(rollouts: Rollouts, groups: Tensor) -> Rollouts:
-    """The given groups (int64 indices) alone."""
-    size = rollouts.group_size
-    rows = (groups[:, None] * size + torch.arange(size)).flatten()
-    here, groups = rows.to(rollouts.logprobs.device), groups.to(rollouts.logprobs.device)
-    return replace(
-        rollouts,
-        prompt_ids=rollouts.prompt_ids[groups],
-        prompt_lens=rollouts.prompt_lens[groups],
-        completion_ids=rollouts.completion_ids[here],
-        completion_mask=rollouts.completion_mask[here],
-        logprobs=rollouts.logprobs[here],
-        texts=[rollouts.texts[i] for i in rows.tolist()],
-        finished=rollouts.finished[here],
+        prompt_ids=torch.cat([pad(p.prompt_ids, (width - p.prompt_ids.shape[1], 0)) for p in parts])[groups],
+        prompt_lens=torch.cat([part.prompt_lens for part in parts])[groups],
+        completion_ids=joined("completion_ids"),
+        completion_mask=joined("completion_mask"),
+        logprobs=joined("logprobs"),
+        texts=[texts[i] for i in members.tolist()],
+        finished=torch.cat([part.finished for part in parts])[members],
         features=None,
     )
+    return rollouts, torch.cat([draw.advantage for draw in draws])[chosen], used[chosen]
