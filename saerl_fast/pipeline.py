@@ -1,7 +1,9 @@
 """The stages behind the commands: SAE, scores, plan, training. Each writes what the next one reads.
 
 A stage that finds its input missing makes it; one that finds it made with other settings says so and
-stops, because silently mixing the two would make every figure after it wrong.
+stops, because silently mixing the two would make every figure after it wrong. Under torchrun only training
+runs, and a missing SAE or missing scores are refused: made by one process, they would keep the GPUs of the
+others waiting for as long as that takes.
 """
 
 from __future__ import annotations
@@ -143,6 +145,7 @@ def find_sae(config: Config, echo: Echo, session: Session) -> TopKSAE:
         return load_sae(config.sae.path).to(session.model.device)
     folder = Path(config.run_dir) / "sae"
     if not folder.is_dir():
+        _refuse_together(folder, "saerl sae train")
         return sae_stage(config, echo, session)
     record = read_json(folder / "train.json", "saerl sae train")
     check_same(record.get("fingerprint"), config, SAE_SECTIONS, folder, "saerl sae train")
@@ -205,12 +208,23 @@ def find_scores(config: Config, echo: Echo, session: Session | None = None) -> S
     """The scores of this run, made now when they are missing."""
     from saerl_fast.data.score import Scores
 
-    if not (Path(config.run_dir) / "scores.parquet").is_file():
+    file = Path(config.run_dir) / "scores.parquet"
+    if not file.is_file():
+        _refuse_together(file, "saerl score")
         return score_stage(config, echo, session)
     scores = Scores.load(config.run_dir)
     found = scores.metadata.get("fingerprint")
-    check_same(found, config, SCORE_SECTIONS, Path(config.run_dir) / "scores.parquet", "saerl score")
+    check_same(found, config, SCORE_SECTIONS, file, "saerl score")
     return scores
+
+
+def _refuse_together(missing: Path, command: str) -> None:
+    from saerl_fast.rl import distributed
+
+    if distributed.size() > 1:
+        raise SaerlError(
+            f"{missing} does not exist; make it with `{command}`, in one process, before torchrun"
+        )
 
 
 def difficulty_labels(
@@ -320,6 +334,7 @@ def train_stage(
 
     from saerl_fast.data.plan import load_plan, save_plan
     from saerl_fast.report import write_report
+    from saerl_fast.rl import distributed
     from saerl_fast.rl.rewards import get_reward
     from saerl_fast.rl.trainer import train
     from saerl_fast.sae.capture import FeatureCapture
@@ -335,7 +350,9 @@ def train_stage(
         "plan": hashlib.sha256(Path(plan_file).read_bytes()).hexdigest() if plan_file else None,
         "config": to_dict(config),
     }
-    _check_target(out, described, resume=resume, overwrite=overwrite)
+    if distributed.size() > 1 and ":" in config.model.device:
+        raise SaerlError(f"model.device={config.model.device} is one device for all processes; set auto")
+    distributed.on_first(lambda: _check_target(out, described, resume=resume, overwrite=overwrite))
     reward = get_reward(config.train.reward)
     session = open_session(config, echo)
     plan = given or make_plan(config, echo, session)
@@ -351,10 +368,14 @@ def train_stage(
             session.model, sae, config.score.reduce, config.score.backend, layer=config.sae.layer
         )
         capture.warm_up()
-    if overwrite and out.exists():
-        shutil.rmtree(out)
-    write_json(out / "run.json", described)
-    save_plan(plan, out / "plan.json")
+
+    def prepare() -> None:
+        if overwrite and out.exists():
+            shutil.rmtree(out)
+        write_json(out / "run.json", described)
+        save_plan(plan, out / "plan.json")
+
+    distributed.on_first(prepare)
     echo(f"training into {out}")
     summary = train(
         session.model,
@@ -372,7 +393,7 @@ def train_stage(
         echo=echo,
     )
     echo(f"wrote {out}")
-    if with_report:
+    if with_report and distributed.rank() == 0:
         for path in write_report(out, echo=echo.result):
             echo(f"wrote {path}")
     return summary

@@ -6,7 +6,7 @@ draw on; train on the first batch's worth of those that do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from saerl_fast.rl.rollouts import Rollouts
+from saerl_fast.config import RolloutConfig
+from saerl_fast.rl import distributed
+from saerl_fast.rl.evaluate import score_rollouts
+from saerl_fast.rl.rollouts import Rollouts, generate
+from saerl_fast.rl.runtime import Clock
 
 
 @dataclass
@@ -35,6 +39,68 @@ class Draw:
         return {"rollouts": len(lengths), "tokens": int(lengths.sum()), "groups": len(self.ids)}
 
 
+def sample_together(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    columns: Mapping[str, list[Any]],
+    reward: Callable[..., Any],
+    cfg: RolloutConfig,
+    *,
+    seed: int,
+    capture: Any | None,
+    clock: Clock,
+) -> tuple[Rollouts, np.ndarray]:
+    """The rollouts of a batch and their rewards float64 [P, G]; each process makes a share, all get all.
+
+    The reward function is called once in every process, with that process's share.
+    """
+    here = distributed.block(len(prompts))
+
+    def sample() -> tuple[Rollouts, np.ndarray]:
+        mine = prompts[here]
+        made = generate(model, tokenizer, mine, cfg, seed=seed, first=here.start, capture=capture)
+        for phase, seconds in made.timings.items():
+            clock.add(phase, seconds)
+        with clock("reward"):
+            part = {name: column[here] for name, column in columns.items()}
+            rewards = score_rollouts(made, part, mine, reward)
+        return made.to("cpu") if distributed.size() > 1 else made, rewards
+
+    parts = distributed.share(sample)
+    if len(parts) == 1:
+        return parts[0]
+    whole = concat([rollouts for rollouts, _ in parts]).to(model.device)
+    return whole, np.concatenate([rewards for _, rewards in parts])
+
+
+def concat(parts: Sequence[Rollouts]) -> Rollouts:
+    """Rollouts of several batches of prompts, one after the other, padded to one width."""
+    width = max(part.prompt_ids.shape[1] for part in parts)
+    longest = max(part.completion_ids.shape[1] for part in parts)
+
+    def padded(name: str) -> Tensor:
+        fields = [getattr(part, name) for part in parts]
+        return torch.cat([pad(field, (0, longest - field.shape[1])) for field in fields])
+
+    features = None
+    if all(part.features is not None for part in parts):
+        from saerl_kernels import CSR
+
+        features = CSR.concat([part.features for part in parts if part.features is not None])
+    return replace(
+        parts[0],
+        prompt_ids=torch.cat([pad(p.prompt_ids, (width - p.prompt_ids.shape[1], 0)) for p in parts]),
+        prompt_lens=torch.cat([part.prompt_lens for part in parts]),
+        texts=[text for part in parts for text in part.texts],
+        finished=torch.cat([part.finished for part in parts]),
+        features=features,
+        completion_ids=padded("completion_ids"),
+        completion_mask=padded("completion_mask"),
+        logprobs=padded("logprobs"),
+    )
+
+
 def join(draws: Sequence[Draw], most: int) -> tuple[Rollouts, Tensor, Tensor]:
     """What to train on: rollouts, advantages [P, G] and which groups carry a signal, bool [P].
 
@@ -45,27 +111,18 @@ def join(draws: Sequence[Draw], most: int) -> tuple[Rollouts, Tensor, Tensor]:
     if len(draws) == 1 or not used.any():
         return first.rollouts, first.advantage, first.used
     chosen = used.nonzero()[:most, 0]
-    size, device = first.rollouts.group_size, first.rollouts.logprobs.device
+    whole = concat([replace(draw.rollouts, features=None) for draw in draws])
+    size, device = whole.group_size, whole.logprobs.device
     groups = chosen.to(device)
-    members = (groups[:, None] * size + torch.arange(size, device=device)).flatten()
-    parts = [draw.rollouts for draw in draws]
-    width = max(part.prompt_ids.shape[1] for part in parts)
-    longest = max(part.completion_ids.shape[1] for part in parts)
-
-    def joined(name: str) -> Tensor:
-        fields = [getattr(part, name) for part in parts]
-        return torch.cat([pad(field, (0, longest - field.shape[1])) for field in fields])[members]
-
-    texts = [text for part in parts for text in part.texts]
+    rows = (groups[:, None] * size + torch.arange(size, device=device)).flatten()
     rollouts = replace(
-        first.rollouts,
-        prompt_ids=torch.cat([pad(p.prompt_ids, (width - p.prompt_ids.shape[1], 0)) for p in parts])[groups],
-        prompt_lens=torch.cat([part.prompt_lens for part in parts])[groups],
-        completion_ids=joined("completion_ids"),
-        completion_mask=joined("completion_mask"),
-        logprobs=joined("logprobs"),
-        texts=[texts[i] for i in members.tolist()],
-        finished=torch.cat([part.finished for part in parts])[members],
-        features=None,
+        whole,
+        prompt_ids=whole.prompt_ids[groups],
+        prompt_lens=whole.prompt_lens[groups],
+        completion_ids=whole.completion_ids[rows],
+        completion_mask=whole.completion_mask[rows],
+        logprobs=whole.logprobs[rows],
+        texts=[whole.texts[i] for i in rows.tolist()],
+        finished=whole.finished[rows],
     )
     return rollouts, torch.cat([draw.advantage for draw in draws])[chosen], used[chosen]

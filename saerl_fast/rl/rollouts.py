@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,11 @@ class Rollouts:
         """Tokens in each completion, int64 [N]."""
         return self.completion_mask.sum(1)
 
+    def to(self, device: torch.device | str) -> Rollouts:
+        """The same with its tensors on ``device`` (features stay where they are)."""
+        moved = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
     def sequences(self) -> tuple[Tensor, Tensor, Tensor]:
         """Prompt and completion joined without a gap, for training.
 
@@ -91,9 +96,13 @@ def generate(
     cfg: RolloutConfig,
     *,
     seed: int = 0,
+    first: int = 0,
     capture: Any | None = None,
 ) -> Rollouts:
     """Sample ``cfg.group_size`` completions of every prompt; temperature 0 takes the likeliest token.
+
+    ``first``: how many prompts of the same batch come before these, in other processes; each prompt gets
+    the random numbers that it would get if they were all here.
 
     ``capture`` is entered around each prefill and then asked for ``features()``, a CSR with one row per
     prompt of that prefill, or None. The model is put into eval mode and back.
@@ -106,32 +115,32 @@ def generate(
         tokenizer.pad_token = tokenizer.eos_token
     ids, lens = left_pad(_encode(model, tokenizer, prompts, cfg), tokenizer.pad_token_id or 0, model.device)
     group, n_rows = cfg.group_size, len(prompts) * cfg.group_size
-    uniforms = torch.rand(n_rows, cfg.max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    rows_before = first * group
+    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(rows_before + n_rows, cfg.max_new_tokens, generator=generator)[rows_before:]
     uniforms = uniforms.to(model.device)
     stops = torch.tensor(stop_tokens(model, tokenizer), device=model.device, dtype=torch.long)
 
     width = max(1, (cfg.batch_size or n_rows) // group)
-    todo = [(start, min(start + width, len(prompts))) for start in range(0, len(prompts), width)]
+    todo = [(i, min(i + width, len(prompts))) for i in range(0, len(prompts), width)]
     parts: list[tuple[Tensor, Tensor, Tensor, Any]] = []
     timings = {"generate": 0.0, "capture": 0.0, "encode": 0.0}
     was_training = model.training
     model.eval()
     try:
         while todo:
-            first, last = todo.pop(0)
+            start, end = todo.pop(0)
             try:
-                rows = slice(first * group, last * group)
+                rows = slice(start * group, end * group)
                 part = _decode(
-                    model, ids[first:last], lens[first:last], uniforms[rows], stops, cfg, capture, timings
+                    model, ids[start:end], lens[start:end], uniforms[rows], stops, cfg, capture, timings
                 )
             except torch.OutOfMemoryError:
-                if last - first == 1:
+                if end - start == 1:
                     raise
-                middle = (first + last) // 2
-                log.warning(
-                    "out of memory generating for %d prompts; trying %d", last - first, middle - first
-                )
-                todo[:0] = [(first, middle), (middle, last)]
+                middle = (start + end) // 2
+                log.warning("out of memory generating for %d prompts; trying %d", end - start, middle - start)
+                todo[:0] = [(start, middle), (middle, end)]
                 continue
             parts.append(part)
     finally:

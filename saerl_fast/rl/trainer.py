@@ -15,7 +15,8 @@ passes but counted in the rollouts, in the loss's normaliser and in every figure
 (:mod:`saerl_fast.rl.collect`). Every draw counts: in the rollouts, in the plan's memory and as one of the
 plan's steps, so a schedule paced for ``total_steps`` ends early and the plan goes on after its end.
 
-All randomness comes from (seed, purpose, step), so a resumed run needs no generator state to go on.
+All randomness comes from (seed, purpose, step), so a resumed run needs no generator state to go on. For
+several processes see :mod:`saerl_fast.rl.distributed`: a checkpoint of N processes goes on with any number.
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ from saerl_fast.fileio import write_json
 from saerl_fast.log import JsonlLog, MetricsLog
 from saerl_fast.prompts import Pool, render
 from saerl_fast.rl import checkpoint as ckpt
-from saerl_fast.rl.collect import Draw, join
-from saerl_fast.rl.evaluate import check_eval, evaluate, pass_rates, sample_pass_rates, score_rollouts
+from saerl_fast.rl import distributed
+from saerl_fast.rl.collect import Draw, join, sample_together
+from saerl_fast.rl.evaluate import check_eval, evaluate, pass_rates, sample_pass_rates
 from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
 from saerl_fast.rl.lora import add_adapters, merge_adapters
 from saerl_fast.rl.loss import BatchSize, advantages, check_loss, overlong_penalty, policy_loss
 from saerl_fast.rl.optimizer import Optimizer, training_mode
-from saerl_fast.rl.rollouts import Rollouts, generate
+from saerl_fast.rl.rollouts import Rollouts
 from saerl_fast.rl.runtime import Clock, derived_seed, graceful_interrupt
 from saerl_fast.rl.warmup import warm_up
 
@@ -96,7 +98,7 @@ def train(
         with graceful_interrupt() as interrupted:
             if start is None:
                 run.begin()
-                if interrupted():
+                if any(distributed.share(interrupted)):
                     run.stop(0)
             for step in range((start or 0) + 1, cfg.steps + 1):
                 run.step(step)
@@ -107,7 +109,7 @@ def train(
                     run.save(step)
                 if progress is not None:
                     progress(step, cfg.steps)
-                if interrupted() and not last:
+                if any(distributed.share(interrupted)) and not last:
                     run.stop(step)
         return run.finish()
     finally:
@@ -149,6 +151,12 @@ class _Run:
         unknown = [name for name in self.plan.prompt_ids if name not in self.row]
         if unknown:
             raise SaerlError(f"the plan has prompt {unknown[0]!r}, which the pool lacks; make the plan again")
+        if distributed.size() > cfg.rollout.prompts_per_step:
+            raise SaerlError(
+                f"{distributed.size()} processes cannot share train.rollout.prompts_per_step="
+                f"{cfg.rollout.prompts_per_step}; start fewer processes or raise it"
+            )
+        self.writes = distributed.rank() == 0
         self.micro_tokens = cfg.micro_tokens
         self.keeps_reference = cfg.loss.beta > 0 and cfg.lora.rank == 0
         self.reference: Any | None = None
@@ -161,7 +169,8 @@ class _Run:
         }
 
     def say(self, line: str) -> None:
-        (self.echo or log.info)(line)
+        if self.writes:
+            (self.echo or log.info)(line)
 
     # --- life of a run -----------------------------------------------------------------------------
 
@@ -183,9 +192,14 @@ class _Run:
             self.say(f"resuming after step {found.step} from {found.path}")
         elif resume:
             self.say(f"no checkpoint in {self.out_dir}: starting at step 0")
+        at = found.step if found is not None else None
+        if len(set(distributed.share(lambda: at))) > 1:
+            raise SaerlError(f"the processes find different checkpoints in {self.out_dir}; share the folder")
+        distributed.same_everywhere(list(ckpt.model_tensors(self.model).values()))
+        if not self.writes:
+            return at
         if found is None:
             ckpt.set_aside(self.out_dir)
-        at = found.step if found is not None else None
         self.metrics = MetricsLog(self.out_dir, at, echo=self.echo, tensorboard=self.cfg.tensorboard)
         self.eval_items = JsonlLog(self.out_dir / "eval_items.jsonl", at)
         self.rollout_log = JsonlLog(self.out_dir / "rollouts.jsonl", at)
@@ -208,11 +222,11 @@ class _Run:
             )
             self._count_seconds({"warmup": row["seconds"]})
             timing = {"warmup": row.pop("seconds")}
-            self.metrics.log({"step": 0, "kind": "warmup", **row, "time": timing})
+            self._record({"step": 0, "kind": "warmup", **row, "time": timing})
         self._make_optimizer()
         if self.keeps_reference:
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
-            ckpt.save_reference(self.out_dir, self.model)
+            distributed.on_first(lambda: ckpt.save_reference(self.out_dir, self.model))
         if cfg.eval.every > 0 or cfg.steps == 0:
             self.evaluate(0)
         if cfg.warmup.steps > 0 or cfg.steps == 0:
@@ -220,14 +234,16 @@ class _Run:
 
     def save(self, step: int) -> None:
         started = time.perf_counter()
-        ckpt.save_checkpoint(
-            self.out_dir,
-            step,
-            model=self.model,
-            optimizer=self.optimizer.state_dict(),
-            plan=self.plan.state_dict(),
-            counters=self.counters | {"micro_tokens": self.micro_tokens},
-            keep=self.cfg.keep,
+        distributed.on_first(
+            lambda: ckpt.save_checkpoint(
+                self.out_dir,
+                step,
+                model=self.model,
+                optimizer=self.optimizer.state_dict(),
+                plan=self.plan.state_dict(),
+                counters=self.counters | {"micro_tokens": self.micro_tokens},
+                keep=self.cfg.keep,
+            )
         )
         self._count_seconds({"save": time.perf_counter() - started})
 
@@ -240,14 +256,8 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Write the final model and the summary."""
         if self.cfg.lora.rank:
-            self.model = merge_adapters(self.model, self.out_dir / "adapter" if self.cfg.save_model else None)
-        if self.cfg.save_model:
-            target = self.out_dir / "model"
-            try:
-                self.model.save_pretrained(target)
-                self.tokenizer.save_pretrained(target)
-            except OSError as err:
-                raise SaerlError(f"cannot write {target}: {err.strerror or err}; free some space") from err
+            adapter = self.out_dir / "adapter" if self.cfg.save_model and self.writes else None
+            self.model = merge_adapters(self.model, adapter)
         summary = {
             "schedule": self.plan.schedule,
             "seed": self.seed,
@@ -255,16 +265,29 @@ class _Run:
             "mode": self.cfg.eval.mode,
             **self.counters,
         }
-        write_json(self.out_dir / "summary.json", summary)
+        distributed.on_first(lambda: self._write_results(summary))
         return summary
 
+    def _write_results(self, summary: dict[str, Any]) -> None:
+        if self.cfg.save_model:
+            target = self.out_dir / "model"
+            try:
+                self.model.save_pretrained(target)
+                self.tokenizer.save_pretrained(target)
+            except OSError as err:
+                raise SaerlError(f"cannot write {target}: {err.strerror or err}; free some space") from err
+        write_json(self.out_dir / "summary.json", summary)
+
     def close(self) -> None:
-        for file in (self.metrics, self.eval_items, self.rollout_log):
-            file.close()
-        if self.cfg.lora.rank and hasattr(
-            self.model, "unload"
-        ):  # stopped early: the caller's model is as it was
-            self.model.unload()
+        if self.writes:
+            for file in (self.metrics, self.eval_items, self.rollout_log):
+                file.close()
+        if self.cfg.lora.rank and hasattr(self.model, "unload"):
+            self.model.unload()  # stopped early: the caller gets its model back as it was
+
+    def _record(self, row: dict[str, Any]) -> None:
+        if self.writes:
+            self.metrics.log(row)
 
     def _make_optimizer(self) -> None:
         cfg = self.cfg
@@ -293,7 +316,8 @@ class _Run:
         for name, value in counts.items():
             self.counters[name] += value
         self._count_seconds(clock.seconds)
-        self._log_rollouts(step, draws[0])
+        if self.writes:
+            self._log_rollouts(step, draws[0])
         rewards = np.concatenate([draw.rewards for draw in draws])
         finished = torch.cat([draw.rollouts.finished for draw in draws])
         row = {
@@ -309,29 +333,28 @@ class _Run:
             "plan": self.plan.metrics(),
             "time": clock.seconds,
         }
-        self.metrics.log(row | ({"draws": len(draws)} if cfg.dynamic_sampling else {}))
+        self._record(row | ({"draws": len(draws)} if cfg.dynamic_sampling else {}))
 
     def _draw(self, step: int, number: int, clock: Clock) -> Draw:
         """The plan's next batch: sampled, rewarded, told to the plan."""
         cfg = self.cfg
         with clock("plan"):
-            ids = self.plan.next_batch()
+            ids = distributed.share(self.plan.next_batch)[0]  # one order, even if machines round differently
         rows = [self.row[name] for name in ids]
-        prompts = [self.texts["train"][i] for i in rows]
         # not Pool.select: a small pool may repeat a prompt inside a batch
         columns = {name: [column[i] for i in rows] for name, column in self.pools["train"].columns.items()}
-        rollouts = generate(
+        prompts = [self.texts["train"][i] for i in rows]
+        rollouts, rewards = sample_together(
             self.model,
             self.tokenizer,
             prompts,
+            columns,
+            self.reward,
             cfg.rollout,
             seed=derived_seed(self.seed, ROLLOUT_SEED, step, number),
             capture=self.capture,
+            clock=clock,
         )
-        for phase, seconds in rollouts.timings.items():
-            clock.add(phase, seconds)
-        with clock("reward"):
-            rewards = score_rollouts(rollouts, columns, prompts, self.reward)
         with clock("plan"):
             self.plan.observe(ids, pass_rates(rewards), rollouts.features)
         shaped = torch.from_numpy(rewards)
@@ -341,65 +364,85 @@ class _Run:
     def _update(
         self, rollouts: Rollouts, advantage: Tensor, used: Tensor, lr: float, clock: Clock
     ) -> dict[str, float | None]:
-        """One optimizer step; figures for the log. Without any usable group, weights and moments stay."""
+        """One optimizer step; figures for the log. Without any usable group, weights and moments stay.
+
+        Several processes hold the same rollouts and take a share of the groups each.
+        """
         cfg, device = self.cfg, self.model.device
         keep = torch.ones_like(used) if cfg.loss.beta > 0 else used
         counted = rollouts.finished | (not cfg.loss.mask_truncated)
-        chosen = (keep.to(device).repeat_interleave(rollouts.group_size) & counted).nonzero()[:, 0]
-        names = ("loss", "entropy", "clipped", "kl", "mismatch")
-        if len(chosen) == 0:
-            return {**dict.fromkeys(names), "grad_norm": None}
+        whole = keep.to(device).repeat_interleave(rollouts.group_size) & counted
+        names = ("loss", "entropy", "clipped", "kl", "mismatch", "tokens")
+        if not whole.any():
+            return {**dict.fromkeys(names[:-1]), "grad_norm": None}
+        groups = keep.nonzero()[:, 0]
+        mine = torch.zeros_like(keep).index_fill_(0, groups[distributed.block(len(groups))], True)
+        chosen = (mine.to(device).repeat_interleave(rollouts.group_size) & whole).nonzero()[:, 0]
         ids, starts, lengths = (part[chosen] for part in rollouts.sequences())
         owner = chosen // rollouts.group_size
         old, mask = rollouts.logprobs[chosen], rollouts.completion_mask[chosen]
         weight = advantage.flatten().to(device)[chosen]
         tokens = int((rollouts.lengths * counted).sum())
         size = BatchSize(int(counted.sum()), tokens, cfg.rollout.max_new_tokens)
-        while True:
-            sums = dict.fromkeys(names, torch.zeros((), device=device))
-            try:
-                with training_mode(self.model, cfg.gradient_checkpointing):
-                    for part in micro_batches(starts + lengths, self.micro_tokens, owner):
-                        with clock("logprob"):
-                            batch = (ids[part], starts[part], lengths[part])
-                            options: dict[str, Any] = {
-                                "temperature": cfg.rollout.temperature,
-                                "owner": owner[part],
-                            }
-                            new, entropy = completion_logprobs(self.model, *batch, **options)
-                            reference = self._reference_logprobs(batch, options)
-                        with clock("update"):
-                            before, now = old[part][mask[part]], new.detach()
-                            loss, found = policy_loss(
-                                new,
-                                now if cfg.loss.kind == "gspo" else before,
-                                weight[part],
-                                lengths[part],
-                                size,
-                                cfg.loss,
-                                reference,
-                            )
-                            loss.backward()
-                            self.optimizer.collect()
-                        found |= {"loss": loss.detach(), "entropy": entropy.sum()}
-                        found["mismatch"] = (now - before).abs().sum()
-                        sums = {name: sums[name] + found[name] for name in names}
-                break
-            except torch.OutOfMemoryError:
-                self.optimizer.clear()
-                longest = int((starts + lengths).max())
-                if self.micro_tokens <= longest:
-                    raise SaerlError(
-                        f"out of memory on a single sequence of {longest} tokens; lower "
-                        "rollout.max_new_tokens or set train.gradient_checkpointing=true"
-                    ) from None
-                self.micro_tokens = max(longest, min(self.micro_tokens, int((starts + lengths).sum())) // 2)
-                log.warning("out of memory in a micro-batch: micro_tokens is now %d", self.micro_tokens)
+
+        def accumulate() -> Tensor:
+            """Gradients of this process's groups, micro-batch by micro-batch; sums for the log [6]."""
+            sums = torch.zeros(len(names), device=device)
+            sums[-1] = lengths.sum()
+            for part in micro_batches(starts + lengths, self.micro_tokens, owner) if len(chosen) else ():
+                with clock("logprob"):
+                    batch = (ids[part], starts[part], lengths[part])
+                    options: dict[str, Any] = {"temperature": cfg.rollout.temperature, "owner": owner[part]}
+                    new, entropy = completion_logprobs(self.model, *batch, **options)
+                    reference = self._reference_logprobs(batch, options)
+                with clock("update"):
+                    before, now = old[part][mask[part]], new.detach()
+                    loss, found = policy_loss(
+                        new,
+                        now if cfg.loss.kind == "gspo" else before,
+                        weight[part],
+                        lengths[part],
+                        size,
+                        cfg.loss,
+                        reference,
+                    )
+                    loss.backward()
+                    self.optimizer.collect()
+                found |= {"loss": loss.detach(), "entropy": entropy.sum()}
+                found["mismatch"] = (now - before).abs().sum()
+                sums[:-1] += torch.stack([found[name] for name in names[:-1]])
+            return sums
+
+        with training_mode(self.model, cfg.gradient_checkpointing):
+            sums = self._with_less_memory(accumulate, starts + lengths)
         with clock("update"):
+            distributed.add_up([sums])
             norm = self.optimizer.step(lr, cfg.grad_norm)
-        tokens = int(lengths.sum())
-        figures = {name: float(sums[name]) / tokens for name in names[1:]}
-        return {"loss": float(sums["loss"]), **figures, "grad_norm": norm}
+        loss, *rest, tokens = sums.tolist()
+        figures = {name: value / tokens for name, value in zip(names[1:-1], rest, strict=True)}
+        return {"loss": loss, **figures, "grad_norm": norm}
+
+    def _with_less_memory(self, accumulate: Callable[[], Tensor], lengths: Tensor) -> Tensor:
+        """What ``accumulate`` returns, with smaller micro-batches (in this process) when memory runs out."""
+        kept: list[Tensor] = []
+
+        def attempt() -> None:
+            while not kept:
+                try:
+                    kept.append(accumulate())
+                except torch.OutOfMemoryError:
+                    self.optimizer.clear()
+                    longest = int(lengths.max())
+                    if self.micro_tokens <= longest:
+                        raise SaerlError(
+                            f"out of memory on a single sequence of {longest} tokens; lower "
+                            "rollout.max_new_tokens or set train.gradient_checkpointing=true"
+                        ) from None
+                    self.micro_tokens = max(longest, min(self.micro_tokens, int(lengths.sum())) // 2)
+                    log.warning("out of memory in a micro-batch: micro_tokens is now %d", self.micro_tokens)
+
+        distributed.share(attempt)
+        return kept[0]
 
     def _reference_logprobs(self, batch: Sequence[Tensor], options: dict[str, Any]) -> Tensor | None:
         if self.cfg.loss.beta == 0:
@@ -424,7 +467,8 @@ class _Run:
                 seed=derived_seed(self.seed, EVAL_SEED, 0),
                 max_tokens=cfg.micro_tokens,
             )
-        self.eval_items.write({"step": step, **item} for item in result.items)
+        if self.writes:
+            self.eval_items.write({"step": step, **item} for item in result.items)
         self._count_seconds(clock.seconds)
         self.counters.setdefault("accuracy_first", result.mean)
         self.counters["accuracy"] = result.mean
@@ -436,7 +480,7 @@ class _Run:
             "n": len(result.items),
             "mode": result.mode,
         }
-        self.metrics.log(row | {"tokens": result.tokens, "time": clock.seconds})
+        self._record(row | {"tokens": result.tokens, "time": clock.seconds})
 
     def _log_rollouts(self, step: int, draw: Draw) -> None:
         """The first few prompts of the step with all their completions."""
