@@ -15,6 +15,7 @@ from typing import Any, Literal, Union
 
 from saerl_fast.errors import SaerlError
 
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 Schedule = Literal["vanilla", "literal", "global", "medium", "adaptive"]
 
 
@@ -184,12 +185,13 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     dynamic_sampling: int = 0  # further plan batches a step may draw while too few groups have a signal
     reward: str = "exact"  # exact, numeric, maths, reasoning-gym, or module:function (TRL's signature)
+    reward_timeout: float = 0.0  # seconds one call of the reward may take; 0: no limit
     capture: bool = True  # read features off the rollouts' own prefill, when the plan makes use of them
     save_every: int = 20  # steps between checkpoints; 0: only at the end
     keep: int = 2  # checkpoints kept
     rollout_log: int = 2  # prompts whose rollouts are saved each step
     save_model: bool = True  # write the final model to <out_dir>/model, for from_pretrained
-    tensorboard: bool = False
+    trackers: list[Tracker] = field(default_factory=list)  # besides metrics.jsonl, e.g. [wandb]
     loss: LossConfig = field(default_factory=LossConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

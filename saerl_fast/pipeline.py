@@ -250,8 +250,8 @@ def difficulty_labels(
     if settings.n_labels < 1:
         return None, {"labelled": 0.0, "rollouts": 0.0}
     from saerl_fast.prompts import render
-    from saerl_fast.rl.rewards import get_reward
-    from saerl_fast.rl.trainer import sample_pass_rates
+    from saerl_fast.rl.evaluate import sample_pass_rates
+    from saerl_fast.rl.rewards import get_reward, with_timeout
 
     chosen = np.random.default_rng([config.seed, 1]).permutation(len(pool))[: settings.n_labels]
     file = Path(config.run_dir) / "labels.json"
@@ -260,7 +260,8 @@ def difficulty_labels(
     if file.is_file():
         saved = read_json(file, "saerl score")
         record = saved if saved.get("fingerprint") == mark else record
-    reward, ids = get_reward(config.train.reward), pool.column("prompt_id")
+    reward = with_timeout(get_reward(config.train.reward), config.train.reward_timeout)
+    ids = pool.column("prompt_id")
     rollout = replace(config.train.rollout, group_size=settings.rollouts)
     bar, width = echo.bar("difficulty labels"), max(config.train.rollout.prompts_per_step, 1)
     for start in range(0, len(chosen), width):

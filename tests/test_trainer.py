@@ -24,7 +24,7 @@ from saerl_fast.data.plan import StaticPlan
 from saerl_fast.errors import SaerlError
 from saerl_fast.log import read_jsonl, read_metrics
 from saerl_fast.prompts import Pool
-from saerl_fast.rl import trainer as module
+from saerl_fast.rl import update as module
 from saerl_fast.rl.checkpoint import model_tensors
 from saerl_fast.rl.trainer import train
 from tests.tiny_lm import char_tokenizer, tiny_model
@@ -461,13 +461,13 @@ def test_dynamic_sampling_counts_every_rollout_and_resumes(tmp_path: Path, adapt
 
 def test_dynamic_sampling_trains_on_the_useful_groups_of_all_draws(tmp_path: Path, monkeypatch) -> None:
     batches = []
-    real = module._Run._update
+    real = module.Learner.update
 
     def watched(self, rollouts, advantage, used, lr, clock):
         batches.append((rollouts, advantage, used))
         return real(self, rollouts, advantage, used, lr, clock)
 
-    monkeypatch.setattr(module._Run, "_update", watched)
+    monkeypatch.setattr(module.Learner, "update", watched)
     run(tmp_path, small(steps=1, dynamic_sampling=5), reward=picky)
     rollouts, advantage, used = batches[0]
     row = next(row for row in read_metrics(tmp_path) if row["kind"] == "train")
@@ -602,3 +602,20 @@ def test_adapters_that_cannot_be(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(SaerlError, match=r"needs peft; run `pip install saerl-fast\[lora\]`"):
         run(tmp_path / "out", adapted())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_that_hangs_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
+    def endless(prompts, completions, **columns):
+        calls.append(1)
+        if len(calls) > 2:
+            time.sleep(60)
+        return vowels(prompts, completions)
+
+    calls: list[int] = []
+    cfg = small(reward_timeout=0.2, save_every=1)
+    with pytest.raises(SaerlError, match=r"reward endless took more than train.reward_timeout=0.2 s for 16"):
+        run(tmp_path / "two", cfg, reward=endless)
+    resumed, _, _ = run(tmp_path / "two", small(reward_timeout=30), resume=True)
+    straight, _, _ = run(tmp_path / "one", small())
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert same_weights(straight, resumed)

@@ -78,6 +78,11 @@ def concat(parts: Sequence[Rollouts]) -> Rollouts:
     """Rollouts of several batches of prompts, one after the other, padded to one width."""
     width = max(part.prompt_ids.shape[1] for part in parts)
     longest = max(part.completion_ids.shape[1] for part in parts)
+
+    def padded(name: str) -> Tensor:
+        fields = [getattr(part, name) for part in parts]
+        return torch.cat([pad(field, (0, longest - field.shape[1])) for field in fields])
+
     features = None
     if all(part.features is not None for part in parts):
         from saerl_kernels import CSR
@@ -90,10 +95,9 @@ def concat(parts: Sequence[Rollouts]) -> Rollouts:
         texts=[text for part in parts for text in part.texts],
         finished=torch.cat([part.finished for part in parts]),
         features=features,
-        **{
-            name: torch.cat([pad(getattr(p, name), (0, longest - p.completion_ids.shape[1])) for p in parts])
-            for name in ("completion_ids", "completion_mask", "logprobs")
-        },
+        completion_ids=padded("completion_ids"),
+        completion_mask=padded("completion_mask"),
+        logprobs=padded("logprobs"),
     )
 
 
@@ -103,32 +107,22 @@ def join(draws: Sequence[Draw], most: int) -> tuple[Rollouts, Tensor, Tensor]:
     A single draw is taken whole. Of several, the first ``most`` groups with a signal make the batch, and
     nothing else counts in the loss's normaliser; if no group has one, the first draw stands for them.
     """
-    first = draws[0]
-    chosen, parts = [], []
-    for draw in draws:
-        rows = draw.used.nonzero()[: most - sum(map(len, chosen)), 0]
-        chosen.append(rows)
-        parts.append(_groups(draw.rollouts, rows))
-    if len(draws) == 1 or not any(map(len, chosen)):
+    first, used = draws[0], torch.cat([draw.used for draw in draws])
+    if len(draws) == 1 or not used.any():
         return first.rollouts, first.advantage, first.used
-    joined = concat(parts)
-    advantage = torch.cat([draw.advantage[rows] for draw, rows in zip(draws, chosen, strict=True)])
-    return joined, advantage, torch.ones(len(advantage), dtype=torch.bool)
-
-
-def _groups(rollouts: Rollouts, groups: Tensor) -> Rollouts:
-    """The given groups (int64 indices) alone."""
-    size = rollouts.group_size
-    rows = (groups[:, None] * size + torch.arange(size)).flatten()
-    here, groups = rows.to(rollouts.logprobs.device), groups.to(rollouts.logprobs.device)
-    return replace(
-        rollouts,
-        prompt_ids=rollouts.prompt_ids[groups],
-        prompt_lens=rollouts.prompt_lens[groups],
-        completion_ids=rollouts.completion_ids[here],
-        completion_mask=rollouts.completion_mask[here],
-        logprobs=rollouts.logprobs[here],
-        texts=[rollouts.texts[i] for i in rows.tolist()],
-        finished=rollouts.finished[here],
-        features=None,
+    chosen = used.nonzero()[:most, 0]
+    whole = concat([replace(draw.rollouts, features=None) for draw in draws])
+    size, device = whole.group_size, whole.logprobs.device
+    groups = chosen.to(device)
+    rows = (groups[:, None] * size + torch.arange(size, device=device)).flatten()
+    rollouts = replace(
+        whole,
+        prompt_ids=whole.prompt_ids[groups],
+        prompt_lens=whole.prompt_lens[groups],
+        completion_ids=whole.completion_ids[rows],
+        completion_mask=whole.completion_mask[rows],
+        logprobs=whole.logprobs[rows],
+        texts=[whole.texts[i] for i in rows.tolist()],
+        finished=whole.finished[rows],
     )
+    return rollouts, torch.cat([draw.advantage for draw in draws])[chosen], used[chosen]

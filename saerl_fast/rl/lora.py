@@ -24,7 +24,7 @@ def add_adapters(model: Any, cfg: LoRAConfig, seed: int) -> Any:
         import peft
     except ImportError:
         raise SaerlError(
-            f"train.lora.rank={cfg.rank} needs peft; run `pip install saerl-fast[lora]`, or set train.lora.rank=0"
+            f"train.lora.rank={cfg.rank} needs peft; run `pip install saerl-fast[lora]` or set it to 0"
         ) from None
     named = [name for name, _ in model.named_modules()]
     for target in cfg.targets:

@@ -21,18 +21,15 @@ several processes see :mod:`saerl_fast.rl.distributed`: a checkpoint of N proces
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from saerl_fast.config import DataConfig, TrainConfig
 from saerl_fast.errors import SaerlError
@@ -42,19 +39,17 @@ from saerl_fast.prompts import Pool, render
 from saerl_fast.rl import checkpoint as ckpt
 from saerl_fast.rl import distributed
 from saerl_fast.rl.collect import Draw, join, sample_together
-from saerl_fast.rl.evaluate import check_eval, evaluate, pass_rates, sample_pass_rates
-from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
+from saerl_fast.rl.evaluate import check_eval, evaluate, pass_rates
 from saerl_fast.rl.lora import add_adapters, merge_adapters
-from saerl_fast.rl.loss import BatchSize, advantages, check_loss, overlong_penalty, policy_loss
-from saerl_fast.rl.optimizer import Optimizer, training_mode
-from saerl_fast.rl.rollouts import Rollouts
+from saerl_fast.rl.loss import advantages, check_loss, overlong_penalty
+from saerl_fast.rl.rewards import with_timeout
 from saerl_fast.rl.runtime import Clock, derived_seed, graceful_interrupt
+from saerl_fast.rl.update import Learner
 from saerl_fast.rl.warmup import warm_up
 
 if TYPE_CHECKING:
     from saerl_fast.data.plan import Plan
 
-__all__ = ["sample_pass_rates", "train"]
 log = logging.getLogger(__name__)
 ROLLOUT_SEED, EVAL_SEED, ADAPTER_SEED = 1, 2, 3  # purposes of a derived seed
 
@@ -156,10 +151,9 @@ class _Run:
                 f"{distributed.size()} processes cannot share train.rollout.prompts_per_step="
                 f"{cfg.rollout.prompts_per_step}; start fewer processes or raise it"
             )
+        self.reward = with_timeout(self.reward, cfg.reward_timeout)
         self.writes = distributed.rank() == 0
-        self.micro_tokens = cfg.micro_tokens
         self.keeps_reference = cfg.loss.beta > 0 and cfg.lora.rank == 0
-        self.reference: Any | None = None
         self.counters: dict[str, Any] = {
             "rollouts": 0,
             "tokens": 0,
@@ -179,16 +173,15 @@ class _Run:
         found = ckpt.load_latest(self.out_dir) if resume else None
         self.model = add_adapters(self.model, self.cfg.lora, derived_seed(self.seed, ADAPTER_SEED, 0))
         if found is not None:
-            if self.keeps_reference:
-                self.reference = copy.deepcopy(self.model).requires_grad_(False)
-                ckpt.load_reference(self.out_dir, self.reference)
             ckpt.load_model_tensors(self.model, found.model)
-            self._make_optimizer()
-            self.optimizer.load_state_dict(found.optimizer)
+            self.learner = Learner(self.model, self.cfg)
+            self.learner.optimizer.load_state_dict(found.optimizer)
+            if self.keeps_reference:
+                ckpt.load_reference(self.out_dir, self.learner.freeze_reference())
             self.plan.load_state_dict(found.plan)
             ckpt.restore_rng(found.rng)
             self.counters = found.counters
-            self.micro_tokens = min(self.micro_tokens, self.counters.pop("micro_tokens"))
+            self.learner.micro_tokens = min(self.cfg.micro_tokens, self.counters.pop("micro_tokens"))
             self.say(f"resuming after step {found.step} from {found.path}")
         elif resume:
             self.say(f"no checkpoint in {self.out_dir}: starting at step 0")
@@ -200,7 +193,7 @@ class _Run:
             return at
         if found is None:
             ckpt.set_aside(self.out_dir)
-        self.metrics = MetricsLog(self.out_dir, at, echo=self.echo, tensorboard=self.cfg.tensorboard)
+        self.metrics = MetricsLog(self.out_dir, at, echo=self.echo, trackers=self.cfg.trackers)
         self.eval_items = JsonlLog(self.out_dir / "eval_items.jsonl", at)
         self.rollout_log = JsonlLog(self.out_dir / "rollouts.jsonl", at)
         return at
@@ -223,10 +216,10 @@ class _Run:
             self._count_seconds({"warmup": row["seconds"]})
             timing = {"warmup": row.pop("seconds")}
             self._record({"step": 0, "kind": "warmup", **row, "time": timing})
-        self._make_optimizer()
+        self.learner = Learner(self.model, cfg)
         if self.keeps_reference:
-            self.reference = copy.deepcopy(self.model).requires_grad_(False)
-            distributed.on_first(lambda: ckpt.save_reference(self.out_dir, self.model))
+            frozen = self.learner.freeze_reference()
+            distributed.on_first(lambda: ckpt.save_reference(self.out_dir, frozen))
         if cfg.eval.every > 0 or cfg.steps == 0:
             self.evaluate(0)
         if cfg.warmup.steps > 0 or cfg.steps == 0:
@@ -239,9 +232,9 @@ class _Run:
                 self.out_dir,
                 step,
                 model=self.model,
-                optimizer=self.optimizer.state_dict(),
+                optimizer=self.learner.optimizer.state_dict(),
                 plan=self.plan.state_dict(),
-                counters=self.counters | {"micro_tokens": self.micro_tokens},
+                counters=self.counters | {"micro_tokens": self.learner.micro_tokens},
                 keep=self.cfg.keep,
             )
         )
@@ -282,18 +275,12 @@ class _Run:
         if self.writes:
             for file in (self.metrics, self.eval_items, self.rollout_log):
                 file.close()
-        if self.cfg.lora.rank and hasattr(
-            self.model, "unload"
-        ):  # stopped early: the caller's model is as it was
-            self.model.unload()
+        if self.cfg.lora.rank and hasattr(self.model, "unload"):
+            self.model.unload()  # stopped early: the caller gets its model back as it was
 
     def _record(self, row: dict[str, Any]) -> None:
         if self.writes:
             self.metrics.log(row)
-
-    def _make_optimizer(self) -> None:
-        cfg = self.cfg
-        self.optimizer = Optimizer(self.model, cfg.lr, weight_decay=cfg.weight_decay, betas=cfg.betas)
 
     def _count_seconds(self, seconds: Mapping[str, float]) -> None:
         total = self.counters["seconds"]
@@ -310,7 +297,7 @@ class _Run:
             draws.append(self._draw(step, len(draws), clock))
         rollouts, advantage, used = join(draws, wanted)
         lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
-        update = self._update(rollouts, advantage, used, lr, clock)
+        update = self.learner.update(rollouts, advantage, used, lr, clock)
         counts = {"groups_used": int(used.sum())}
         for draw in draws:
             for name, value in draw.counts().items():
@@ -362,96 +349,6 @@ class _Run:
         shaped = torch.from_numpy(rewards)
         shaped = shaped + overlong_penalty(rollouts.lengths.cpu(), cfg).view_as(shaped)
         return Draw(ids, prompts, columns, rollouts, rewards, *advantages(shaped, cfg.loss))
-
-    def _update(
-        self, rollouts: Rollouts, advantage: Tensor, used: Tensor, lr: float, clock: Clock
-    ) -> dict[str, float | None]:
-        """One optimizer step; figures for the log. Without any usable group, weights and moments stay.
-
-        Several processes hold the same rollouts and take a share of the groups each.
-        """
-        cfg, device = self.cfg, self.model.device
-        keep = torch.ones_like(used) if cfg.loss.beta > 0 else used
-        counted = rollouts.finished | (not cfg.loss.mask_truncated)
-        whole = keep.to(device).repeat_interleave(rollouts.group_size) & counted
-        names = ("loss", "entropy", "clipped", "kl", "mismatch", "tokens")
-        if not whole.any():
-            return {**dict.fromkeys(names[:-1]), "grad_norm": None}
-        groups = keep.nonzero()[:, 0]
-        mine = torch.zeros_like(keep).index_fill_(0, groups[distributed.block(len(groups))], True)
-        chosen = (mine.to(device).repeat_interleave(rollouts.group_size) & whole).nonzero()[:, 0]
-        ids, starts, lengths = (part[chosen] for part in rollouts.sequences())
-        owner = chosen // rollouts.group_size
-        old, mask = rollouts.logprobs[chosen], rollouts.completion_mask[chosen]
-        weight = advantage.flatten().to(device)[chosen]
-        tokens = int((rollouts.lengths * counted).sum())
-        size = BatchSize(int(counted.sum()), tokens, cfg.rollout.max_new_tokens)
-
-        def accumulate() -> Tensor:
-            """Gradients of this process's groups, micro-batch by micro-batch; sums for the log [6]."""
-            sums = torch.zeros(len(names), device=device)
-            sums[-1] = lengths.sum()
-            for part in micro_batches(starts + lengths, self.micro_tokens, owner) if len(chosen) else ():
-                with clock("logprob"):
-                    batch = (ids[part], starts[part], lengths[part])
-                    options: dict[str, Any] = {"temperature": cfg.rollout.temperature, "owner": owner[part]}
-                    new, entropy = completion_logprobs(self.model, *batch, **options)
-                    reference = self._reference_logprobs(batch, options)
-                with clock("update"):
-                    before, now = old[part][mask[part]], new.detach()
-                    loss, found = policy_loss(
-                        new,
-                        now if cfg.loss.kind == "gspo" else before,
-                        weight[part],
-                        lengths[part],
-                        size,
-                        cfg.loss,
-                        reference,
-                    )
-                    loss.backward()
-                    self.optimizer.collect()
-                found |= {"loss": loss.detach(), "entropy": entropy.sum()}
-                found["mismatch"] = (now - before).abs().sum()
-                sums[:-1] += torch.stack([found[name] for name in names[:-1]])
-            return sums
-
-        with training_mode(self.model, cfg.gradient_checkpointing):
-            sums = self._with_less_memory(accumulate, starts + lengths)
-        with clock("update"):
-            distributed.add_up([sums])
-            norm = self.optimizer.step(lr, cfg.grad_norm)
-        loss, *rest, tokens = sums.tolist()
-        figures = {name: value / tokens for name, value in zip(names[1:-1], rest, strict=True)}
-        return {"loss": loss, **figures, "grad_norm": norm}
-
-    def _with_less_memory(self, accumulate: Callable[[], Tensor], lengths: Tensor) -> Tensor:
-        """What ``accumulate`` returns, with smaller micro-batches (in this process) when memory runs out."""
-        kept: list[Tensor] = []
-
-        def attempt() -> None:
-            while not kept:
-                try:
-                    kept.append(accumulate())
-                except torch.OutOfMemoryError:
-                    self.optimizer.clear()
-                    longest = int(lengths.max())
-                    if self.micro_tokens <= longest:
-                        raise SaerlError(
-                            f"out of memory on a single sequence of {longest} tokens; lower "
-                            "rollout.max_new_tokens or set train.gradient_checkpointing=true"
-                        ) from None
-                    self.micro_tokens = max(longest, min(self.micro_tokens, int(lengths.sum())) // 2)
-                    log.warning("out of memory in a micro-batch: micro_tokens is now %d", self.micro_tokens)
-
-        distributed.share(attempt)
-        return kept[0]
-
-    def _reference_logprobs(self, batch: Sequence[Tensor], options: dict[str, Any]) -> Tensor | None:
-        if self.cfg.loss.beta == 0:
-            return None
-        frozen = self.reference
-        with torch.no_grad(), nullcontext() if frozen is not None else self.model.disable_adapter():
-            return completion_logprobs(frozen or self.model, *batch, with_entropy=False, **options)[0]
 
     # --- around the steps --------------------------------------------------------------------------
 
