@@ -193,6 +193,7 @@ class _Run:
             return at
         if found is None:
             ckpt.set_aside(self.out_dir)
+        (self.out_dir / "summary.json").unlink(missing_ok=True)  # until the run has ended again
         self.metrics = MetricsLog(self.out_dir, at, echo=self.echo, trackers=self.cfg.trackers)
         self.eval_items = JsonlLog(self.out_dir / "eval_items.jsonl", at)
         self.rollout_log = JsonlLog(self.out_dir / "rollouts.jsonl", at)
