@@ -136,6 +136,8 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     batch_size: int | None = None  # sequences generated at once; None: all of a step
+    engine: Literal["transformers", "vllm"] = "transformers"  # of training rollouts, not of evaluations
+    gpu_memory: float = 0.3  # share of the GPU's memory that vLLM may take
 
 
 @dataclass
@@ -144,6 +146,7 @@ class LossConfig:
     clip_low: float | None = None  # None: the loss's own, 0.2; gspo 3e-4; cispo 1 (none)
     clip_high: float | None = None  # None: the loss's own, 0.28; gspo 4e-4; cispo 4
     beta: float = 0.0  # KL to the starting model; 0 keeps no reference model
+    importance_cap: float = 2.0  # engine=vllm: bound of the importance weights; 0: no correction
     scale_rewards: bool = True  # divide advantages by the group's standard deviation (not in dr_grpo)
     mask_truncated: bool = False  # leave completions cut off at max_new_tokens out of the loss
     overlong_window: int = 0  # tokens before max_new_tokens over which the reward falls by up to 1; 0: off

@@ -233,3 +233,28 @@ def test_advantages() -> None:
 def test_bad_settings(cfg: LossConfig, message: str) -> None:
     with pytest.raises(SaerlError, match=message):
         check_loss(cfg)
+
+
+@pytest.mark.parametrize("kind", ["dapo", "grpo", "dr_grpo", "gspo", "cispo"])
+def test_importance_weighs_the_policy_term_of_each_token(kind: str) -> None:
+    from saerl_fast.rl.loss import importance_weights
+
+    g = torch.Generator().manual_seed(0)
+    now = (-torch.rand(7, generator=g)).requires_grad_()
+    sampled, reference = now.detach() + torch.randn(7, generator=g), now.detach() - 0.3
+    weights = importance_weights(now, sampled, 0.8)
+    torch.testing.assert_close(weights, (now.detach().exp() / sampled.exp()).clamp(max=0.8))
+    assert not weights.requires_grad and 0 < int((weights == 0.8).sum()) < 7
+    share = (torch.tensor([1.5, -0.5]), torch.tensor([3, 4]), BatchSize(2, 7, 10))
+    for beta in (0.0, 0.2):
+        cfg = LossConfig(kind=kind, beta=beta)
+
+        def gradient(importance, beta=beta, cfg=cfg):
+            loss, _ = policy_loss(now, now.detach(), *share, cfg, reference, importance)
+            return torch.autograd.grad(loss, now)[0]
+
+        plain, rest = gradient(None), gradient(torch.zeros(7))  # rest: of the KL term alone
+        if kind != "gspo":  # whose ratio joins the tokens of a completion
+            torch.testing.assert_close(gradient(weights) - rest, weights * (plain - rest))
+        assert bool(rest.any()) == (beta > 0)
+        torch.testing.assert_close(gradient(torch.ones(7)), plain)

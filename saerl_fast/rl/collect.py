@@ -50,6 +50,7 @@ def sample_together(
     seed: int,
     capture: Any | None,
     clock: Clock,
+    engine: Callable[..., Rollouts] = generate,
 ) -> tuple[Rollouts, np.ndarray]:
     """The rollouts of a batch and their rewards float64 [P, G]; each process makes a share, all get all.
 
@@ -59,7 +60,7 @@ def sample_together(
 
     def sample() -> tuple[Rollouts, np.ndarray]:
         mine = prompts[here]
-        made = generate(model, tokenizer, mine, cfg, seed=seed, first=here.start, capture=capture)
+        made = engine(model, tokenizer, mine, cfg, seed=seed, first=here.start, capture=capture)
         for phase, seconds in made.timings.items():
             clock.add(phase, seconds)
         with clock("reward"):

@@ -56,7 +56,7 @@ def check_loss(cfg: LossConfig) -> None:
     """SaerlError on an unknown kind or a number out of range."""
     if cfg.kind not in CLIP:
         raise SaerlError(f"train.loss.kind={cfg.kind!r} is unknown; choose one of {', '.join(CLIP)}")
-    for name in ("clip_low", "clip_high", "beta", "overlong_window"):
+    for name in ("clip_low", "clip_high", "beta", "overlong_window", "importance_cap"):
         value = getattr(cfg, name)
         if value is not None and value < 0:
             raise SaerlError(f"train.loss.{name}={value} must not be negative")
@@ -93,6 +93,15 @@ def overlong_penalty(lengths: Tensor, cfg: TrainConfig) -> Tensor:
     return ((limit - window - lengths.double()) / max(window, 1)).clamp(-1.0, 0.0)
 
 
+def importance_weights(logprobs: Tensor, sampled: Tensor, cap: float) -> Tensor:
+    """min(p / q, cap) per token [M], without gradient: p the training engine's probability, q the sampler's.
+
+    Truncated importance sampling (Ionides 2008), which makes rollouts of another engine on-policy but for
+    the truncation: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy training".
+    """
+    return (logprobs.detach() - sampled).exp().clamp(max=cap)
+
+
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -101,6 +110,7 @@ def policy_loss(
     size: BatchSize,
     cfg: LossConfig,
     ref_logprobs: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The share of the batch's loss that these n completions contribute, and sums for the log.
 
@@ -108,7 +118,8 @@ def policy_loss(
     ``advantage`` and ``lengths``: [n], M = sum of lengths. Adding the losses of all micro-batches of a
     step gives the batch's loss, and so do their gradients.
     With ``cfg.beta`` > 0, beta times the k3 estimate of KL(policy || reference) is added per token:
-    exp(d) - d - 1, d = ref_logp - logp (http://joschu.net/blog/kl-approx.html).
+    exp(d) - d - 1, d = ref_logp - logp (http://joschu.net/blog/kl-approx.html). ``importance`` [M] are
+    weights of the tokens' policy terms, for samples of another engine.
     The sums (not yet divided): ``clipped`` tokens and ``kl``.
     """
     drift = logprobs - old_logprobs
@@ -120,6 +131,8 @@ def policy_loss(
         loss = -ratio.detach().clamp(low, high) * per_token * logprobs
     else:
         loss = -torch.minimum(ratio * per_token, ratio.clamp(low, high) * per_token)
+    if importance is not None:
+        loss = loss * importance
     kl = torch.zeros((), device=loss.device)
     if ref_logprobs is not None and cfg.beta > 0:
         ahead = ref_logprobs - logprobs

@@ -104,16 +104,18 @@ def generate(
     ``first``: how many prompts of the same batch come before these, in other processes; each prompt gets
     the random numbers that it would get if they were all here.
 
-    ``capture`` is entered around each prefill and then asked for ``features()``, a CSR with one row per
-    prompt of that prefill, or None. The model is put into eval mode and back.
+    ``capture`` is entered around each prefill and asked for ``features()`` after the decoding, a CSR with one
+    row per prompt of that prefill, or None. The model is put into eval mode and back.
     Raises SaerlError on an empty batch, an empty prompt or one that does not fit the model's context.
     """
-    _check(cfg)
+    check_rollout(cfg)
     if not prompts:
         raise SaerlError("there are no prompts to generate from; pass at least one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    ids, lens = left_pad(_encode(model, tokenizer, prompts, cfg), tokenizer.pad_token_id or 0, model.device)
+    ids, lens = left_pad(
+        encode_prompts(model, tokenizer, prompts, cfg), tokenizer.pad_token_id or 0, model.device
+    )
     group, n_rows = cfg.group_size, len(prompts) * cfg.group_size
     rows_before = first * group
     generator = torch.Generator().manual_seed(seed)
@@ -150,12 +152,17 @@ def generate(
         torch.cat([torch.nn.functional.pad(part[i], (0, longest - part[i].shape[1])) for part in parts])
         for i in range(3)
     )
-    finished = torch.isin(tokens, stops).logical_and(mask).any(1)
-    kept = (mask & ~torch.isin(tokens, stops)).tolist()
-    plain = [[t for t, k in zip(*row, strict=True) if k] for row in zip(tokens.tolist(), kept, strict=True)]
-    texts = tokenizer.batch_decode(plain, skip_special_tokens=True)
+    finished, texts = decoded(tokenizer, tokens, mask, stops)
     features = _join([part[3] for part in parts])
     return Rollouts(ids, lens, tokens, mask, logprobs, texts, finished, group, features, timings)
+
+
+def decoded(tokenizer: Any, tokens: Tensor, mask: Tensor, stops: Tensor) -> tuple[Tensor, list[str]]:
+    """Which completions ended by themselves, bool [N], and their texts without special tokens."""
+    ends = torch.isin(tokens, stops) & mask
+    kept = (mask & ~ends).tolist()
+    plain = [[t for t, k in zip(*row, strict=True) if k] for row in zip(tokens.tolist(), kept, strict=True)]
+    return ends.any(1), tokenizer.batch_decode(plain, skip_special_tokens=True)
 
 
 def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
@@ -217,13 +224,7 @@ def _decode(
             use_cache=True,
             logits_to_keep=1,
         )
-    features = None
-    if capture is not None:
-        features = capture.features()
-        spent = getattr(capture, "timings", {})
-        for name, seconds in spent.items():
-            timings[name] = timings.get(name, 0.0) + seconds
-        started += sum(spent.values())  # not generation
+    started += sum(getattr(capture, "timings", {}).values())  # hooks are not generation
     _expand(cache, cfg.group_size, limit)
     logits = output.logits[:, -1].repeat_interleave(cfg.group_size, 0)
     next_position = lens.repeat_interleave(cfg.group_size)[:, None]
@@ -265,6 +266,11 @@ def _decode(
         logits = output.logits[:, -1]
     used = max(int(kept.any(0).sum()), 1)
     timings["generate"] += time.perf_counter() - started
+    features = None
+    if capture is not None:  # asked for last: on a GPU they are made beside the decoding
+        features = capture.features()
+        for name, seconds in getattr(capture, "timings", {}).items():
+            timings[name] = timings.get(name, 0.0) + seconds
     return tokens[:, :used], logprobs[:, :used], kept[:, :used], features
 
 
@@ -320,7 +326,8 @@ def _takes_4d(model: Any, cache: Any) -> bool:
     return plain and getattr(model.config, "_attn_implementation", None) == "sdpa"
 
 
-def _encode(model: Any, tokenizer: Any, prompts: list[str], cfg: RolloutConfig) -> list[list[int]]:
+def encode_prompts(model: Any, tokenizer: Any, prompts: list[str], cfg: RolloutConfig) -> list[list[int]]:
+    """Token ids of each prompt; SaerlError for one that is empty or does not fit the context."""
     rows = token_ids(tokenizer, prompts)
     limit = max_positions(model)
     for prompt, row in zip(prompts, rows, strict=True):
@@ -335,7 +342,8 @@ def _encode(model: Any, tokenizer: Any, prompts: list[str], cfg: RolloutConfig) 
     return rows
 
 
-def _check(cfg: RolloutConfig) -> None:
+def check_rollout(cfg: RolloutConfig) -> None:
+    """SaerlError on a number out of range."""
     if cfg.group_size < 1 or cfg.max_new_tokens < 1:
         name = "group_size" if cfg.group_size < 1 else "max_new_tokens"
         raise SaerlError(f"rollout.{name}={getattr(cfg, name)} must be at least 1")

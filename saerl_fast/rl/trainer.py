@@ -43,6 +43,7 @@ from saerl_fast.rl.evaluate import check_eval, evaluate, pass_rates
 from saerl_fast.rl.lora import add_adapters, merge_adapters
 from saerl_fast.rl.loss import advantages, check_loss, overlong_penalty
 from saerl_fast.rl.rewards import with_timeout
+from saerl_fast.rl.rollouts import Rollouts, generate
 from saerl_fast.rl.runtime import Clock, derived_seed, graceful_interrupt
 from saerl_fast.rl.update import Learner
 from saerl_fast.rl.warmup import warm_up
@@ -153,6 +154,7 @@ class _Run:
             )
         self.reward = with_timeout(self.reward, cfg.reward_timeout)
         self.writes = distributed.rank() == 0
+        self.engine = self._engine()
         self.keeps_reference = cfg.loss.beta > 0 and cfg.lora.rank == 0
         self.counters: dict[str, Any] = {
             "rollouts": 0,
@@ -279,6 +281,17 @@ class _Run:
         if self.cfg.lora.rank and hasattr(self.model, "unload"):
             self.model.unload()  # stopped early: the caller gets its model back as it was
 
+    def _engine(self) -> Callable[..., Rollouts]:
+        if self.cfg.rollout.engine == "transformers":
+            return generate
+        if self.cfg.lora.rank:
+            raise SaerlError("train.rollout.engine=vllm trains all weights; set train.lora.rank=0")
+        from saerl_fast.rl.vllm_engine import VllmEngine
+
+        if self.capture is not None:
+            self.say("vLLM's prefill cannot be observed: features take a forward pass of their own")
+        return VllmEngine(self.model, self.cfg.rollout).generate
+
     def _record(self, row: dict[str, Any]) -> None:
         if self.writes:
             self.metrics.log(row)
@@ -344,6 +357,7 @@ class _Run:
             seed=derived_seed(self.seed, ROLLOUT_SEED, step, number),
             capture=self.capture,
             clock=clock,
+            engine=self.engine,
         )
         with clock("plan"):
             self.plan.observe(ids, pass_rates(rewards), rollouts.features)

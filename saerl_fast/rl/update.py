@@ -15,7 +15,7 @@ from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.rl import distributed
 from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
-from saerl_fast.rl.loss import BatchSize, policy_loss
+from saerl_fast.rl.loss import BatchSize, importance_weights, policy_loss
 from saerl_fast.rl.optimizer import Optimizer, training_mode
 from saerl_fast.rl.rollouts import Rollouts
 from saerl_fast.rl.runtime import Clock
@@ -78,8 +78,12 @@ class Learner:
                     reference = self._reference_logprobs(batch, options)
                 with clock("update"):
                     sampled, now = old[part][mask[part]], new.detach()
-                    before = now if cfg.loss.kind == "gspo" else sampled
-                    share = (weight[part], lengths[part], size, cfg.loss, reference)
+                    importance = None
+                    if cfg.rollout.engine != "transformers" and cfg.loss.importance_cap > 0:
+                        importance = importance_weights(now, sampled, cfg.loss.importance_cap)
+                    # with one step per batch the policy before it is the one of this forward pass
+                    before = now if cfg.loss.kind == "gspo" or importance is not None else sampled
+                    share = (weight[part], lengths[part], size, cfg.loss, reference, importance)
                     loss, found = policy_loss(new, before, *share)
                     loss.backward()
                     self.optimizer.collect()
