@@ -56,7 +56,9 @@ class Rollouts:
 
     def to(self, device: torch.device | str) -> Rollouts:
         """The same with its tensors on ``device`` (features stay where they are)."""
-        moved = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {
+            name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)
+        }
         return replace(self, **moved)
 
     def sequences(self) -> tuple[Tensor, Tensor, Tensor]:
