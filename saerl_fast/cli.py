@@ -65,6 +65,9 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--arms", metavar="A,B", help="short for compare.arms=A,B")
     compare.add_argument("--seeds", metavar="0,1", help="short for compare.seeds=0,1")
+    watch = commands.add_parser("watch", help="follow a run: latest row, and its curves in live.png")
+    watch.add_argument("run", help="folder of a run or a comparison")
+    watch.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="how often to look")
     report = commands.add_parser("report", help="tables and plots again from what a run recorded")
     report.add_argument("run", help="folder of a run or a comparison")
     return top
@@ -86,6 +89,12 @@ def run(args: argparse.Namespace) -> None:
 
         for path in write_report(Path(args.run), echo=print):
             print(f"wrote {path}")
+        return
+    if args.command == "watch":
+        from saerl_fast.console import Echo
+        from saerl_fast.watch import watch
+
+        watch(args.run, Echo(), every=args.every)
         return
     if args.command == "sae" and args.sae_command == "info":
         from saerl_fast.pipeline import describe_sae
@@ -155,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"saerl: {err}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if args.command == "watch":
+            return 0
         again = "add --resume" if args.command == "train" else "run the same command again"
         print(f"saerl: interrupted; what was written stays; {again} to go on", file=sys.stderr)
         return 130

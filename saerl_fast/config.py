@@ -360,6 +360,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             if value is None or isinstance(value, (dict, list)):
                 raise ValueError
             return str(value)
+    except SaerlError:  # of an item of a list
+        raise
     except (ValueError, TypeError, OverflowError):
         wanted = getattr(hint, "__name__", None) if origin is None else str(hint)
         raise SaerlError(f"{where}={value!r} is not a valid {wanted}") from None

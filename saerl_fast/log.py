@@ -201,7 +201,5 @@ def _open_tracker(
         run = module.init(project=project, name=title, **where)
     except Exception as err:  # no login, no network, no disk: each has its own
         reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
-        raise SaerlError(
-            f"{name} cannot start ({reason}); mend it or take it out of train.trackers"
-        ) from None
+        raise SaerlError(f"{name} cannot start ({reason}); take it out of train.trackers") from None
     return lambda values, step: run.log(values, step=step), run.finish

@@ -497,9 +497,9 @@ def test_truncated_completions_can_be_left_out_of_the_loss(tmp_path: Path, monke
     seen = []
     real = module.policy_loss
 
-    def watched(new, old, weight, lengths, size, cfg, ref):
+    def watched(new, old, weight, lengths, size, cfg, ref, *more):
         seen.append((lengths, size))
-        return real(new, old, weight, lengths, size, cfg, ref)
+        return real(new, old, weight, lengths, size, cfg, ref, *more)
 
     monkeypatch.setattr(module, "policy_loss", watched)
     cfg = small(steps=1, loss=LossConfig(mask_truncated=True))
@@ -566,9 +566,9 @@ def test_the_reference_of_adapters_is_the_model_without_them(tmp_path: Path, mon
     pytest.importorskip("peft")
     real, seen = module.policy_loss, []
 
-    def watched(new, old, weight, lengths, size, cfg, ref):
+    def watched(new, old, weight, lengths, size, cfg, ref, *more):
         seen.append((new.detach(), ref))
-        return real(new, old, weight, lengths, size, cfg, ref)
+        return real(new, old, weight, lengths, size, cfg, ref, *more)
 
     monkeypatch.setattr(module, "policy_loss", watched)
     # with the penalty on and off, the first step's reference is the policy itself: adapters start at 0

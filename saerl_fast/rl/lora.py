@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,10 +42,3 @@ def add_adapters(model: Any, cfg: LoRAConfig, seed: int) -> Any:
             task_type="CAUSAL_LM",
         )
         return peft.get_peft_model(model, settings).eval()
-
-
-def merge_adapters(model: Any, folder: Path | None) -> Any:
-    """The plain model with the adapters added to its weights, in place; first written to ``folder``."""
-    if folder is not None:
-        model.save_pretrained(folder, save_embedding_layers=False)
-    return model.merge_and_unload()

@@ -40,7 +40,7 @@ from saerl_fast.rl import checkpoint as ckpt
 from saerl_fast.rl import distributed
 from saerl_fast.rl.collect import Draw, join, sample_together
 from saerl_fast.rl.evaluate import check_eval, evaluate, pass_rates
-from saerl_fast.rl.lora import add_adapters, merge_adapters
+from saerl_fast.rl.lora import add_adapters
 from saerl_fast.rl.loss import advantages, check_loss, overlong_penalty
 from saerl_fast.rl.rewards import with_timeout
 from saerl_fast.rl.rollouts import Rollouts, generate
@@ -195,6 +195,7 @@ class _Run:
             return at
         if found is None:
             ckpt.set_aside(self.out_dir)
+        (self.out_dir / "summary.json").unlink(missing_ok=True)  # until the run has ended again
         self.metrics = MetricsLog(self.out_dir, at, echo=self.echo, trackers=self.cfg.trackers)
         self.eval_items = JsonlLog(self.out_dir / "eval_items.jsonl", at)
         self.rollout_log = JsonlLog(self.out_dir / "rollouts.jsonl", at)
@@ -251,8 +252,8 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Write the final model and the summary."""
         if self.cfg.lora.rank:
-            adapter = self.out_dir / "adapter" if self.cfg.save_model and self.writes else None
-            self.model = merge_adapters(self.model, adapter)
+            distributed.on_first(lambda: self._export("adapter", self.model, save_embedding_layers=False))
+            self.model = self.model.merge_and_unload()
         summary = {
             "schedule": self.plan.schedule,
             "seed": self.seed,
@@ -260,18 +261,22 @@ class _Run:
             "mode": self.cfg.eval.mode,
             **self.counters,
         }
-        distributed.on_first(lambda: self._write_results(summary))
+
+        def write() -> None:
+            self._export("model", self.model)
+            self._export("model", self.tokenizer)
+            write_json(self.out_dir / "summary.json", summary)
+
+        distributed.on_first(write)
         return summary
 
-    def _write_results(self, summary: dict[str, Any]) -> None:
+    def _export(self, name: str, part: Any, **options: Any) -> None:
         if self.cfg.save_model:
-            target = self.out_dir / "model"
+            target = self.out_dir / name
             try:
-                self.model.save_pretrained(target)
-                self.tokenizer.save_pretrained(target)
+                part.save_pretrained(target, **options)
             except OSError as err:
                 raise SaerlError(f"cannot write {target}: {err.strerror or err}; free some space") from err
-        write_json(self.out_dir / "summary.json", summary)
 
     def close(self) -> None:
         if self.writes:
