@@ -22,7 +22,7 @@ import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from saerl_kernels._triton import codes, groups, select, tune
+from saerl_kernels._triton import codes, groups, pool, select, tune
 
 sys.setrecursionlimit(10_000)
 arch = int(sys.argv[1])
@@ -65,8 +65,13 @@ def jobs():
     rows.update(values_ptr="*fp32")
     yield "place above", codes._place_above_kernel, rows, dict(BLOCK=4096, TILES=16), 4, 3
     wide = dict(BD=1024, WIDE=triton.language.float32)
-    part = dict(values_ptr="*fp32", indices_ptr="*i32", w_ptr="*bf16", out_ptr="*fp32")
-    yield "decode", codes._decode_kernel, part, wide, 4, 3
+    part = dict(values_ptr="*fp32", indices_ptr="*i32", indptr_ptr="*i64", w_ptr="*bf16", out_ptr="*fp32")
+    yield "decode", codes._decode_kernel, part, dict(wide, BE=4), 4, 3
+    part = dict(part, w_ptr="*fp32")
+    yield "decode fp32", codes._decode_kernel, part, dict(wide, BE=4), 4, 3
+    for key, add in (("*i32", True), ("*i64", False)):
+        part = dict(keys_ptr=key, totals_ptr="*fp64", out_ptr="*fp64")
+        yield f"pool {key}", pool._pool_runs_kernel, part, dict(ADD=add, BLOCK=128), 4, 3
     part = dict(grad_ptr="*fp32", indices_ptr="*i32", w_ptr="*bf16", out_ptr="*fp32")
     yield "grad values", codes._grad_values_kernel, part, wide, 4, 3
     part = dict(grad_ptr="*fp32", values_ptr="*fp32", order_ptr="*i64", starts_ptr="*i64", out_ptr="*fp32")

@@ -3,19 +3,22 @@
 Needs torch; uses Triton on CUDA devices and, where installed, numba on the CPU.
 """
 
-from . import reference
-from .decode import sparse_decode
+from . import csr, reference
+from .decode import decode_csr, sparse_decode
 from .dispatch import use_backend
 from .encode import encode_threshold, encode_topk
 from .pack import PackedEncoder, pack_encoder
-from .pool import encode_pool
+from .pool import PoolStream, encode_pool
 from .topk import topk
 from .types import CSR, TopK
 
 __all__ = [
     "CSR",
     "PackedEncoder",
+    "PoolStream",
     "TopK",
+    "csr",
+    "decode_csr",
     "encode_pool",
     "encode_threshold",
     "encode_topk",

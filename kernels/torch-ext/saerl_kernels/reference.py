@@ -15,9 +15,11 @@ from typing import Optional, Sequence, Union
 import torch
 from torch import Tensor
 
-from ._check import check_k, check_offsets, check_reduce, check_threshold, token_mask
+from ._check import check_k, check_offsets, check_reduce, check_threshold, token_mask, token_weights
 from .pack import PackedEncoder
 from .types import CSR, TopK
+
+SMALLEST = 2.0**-149  # float32's smallest positive number: what a smaller positive total becomes
 
 
 def pre_activations(x: Tensor, encoder: PackedEncoder) -> Tensor:
@@ -62,29 +64,38 @@ def encode_pool(
     reduce: str = "max",
     *,
     mask: Optional[Tensor] = None,
+    weights: Optional[Tensor] = None,
 ) -> CSR:
     """Encode each token of ``x`` [n_tokens, d_in] and reduce over each sequence: CSR [n_seq, d_sae]."""
     check_reduce(reduce)
-    bounds = check_offsets(x, offsets)
+    bounds = check_offsets(x, offsets).tolist()
+    weight = token_weights(x, weights)
     kept = token_mask(x, mask)
+    if weight is None:
+        weight = torch.ones(x.shape[0], device=x.device)
+    kept = weight > 0 if kept is None else kept & (weight > 0)
     if k is None:
         tokens = encode_threshold(x, encoder).to_dense()
     else:
         tokens = encode_topk(x, encoder, k).to_dense(encoder.d_sae)
     pooled = tokens.new_zeros((len(bounds) - 1, encoder.d_sae))
     for row, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:])):
-        rows = tokens[start:stop] if kept is None else tokens[start:stop][kept[start:stop]]
+        here = kept[start:stop]
+        share = weight[start:stop][here].double().unsqueeze(-1)
+        rows = tokens[start:stop][here].double() * share
         if rows.shape[0] == 0:
             continue
         if reduce == "max":
-            pooled[row] = rows.amax(0)
+            total = rows.amax(0)
         elif reduce == "last":
-            pooled[row] = rows[-1]
+            total = rows[-1]
         elif reduce == "count":
-            pooled[row] = (rows > 0).sum(0).float()
+            total = ((rows > 0) * share).sum(0)
+        elif reduce == "sum":
+            total = rows.sum(0)
         else:
-            total = rows.double().sum(0)
-            pooled[row] = (total / rows.shape[0] if reduce == "mean" else total).float()
+            total = rows.sum(0) / share.sum()
+        pooled[row] = torch.where(total > 0, total.float().clamp(min=SMALLEST), 0.0)
     return CSR.from_dense(pooled)
 
 
@@ -92,6 +103,17 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Optiona
     """``sum_j values[..., j] * W_dec[indices[..., j]] + b_dec``: [..., d_in] in W_dec's dtype."""
     wide = torch.float64 if W_dec.dtype == torch.float64 else torch.float32
     out = (values.to(wide).unsqueeze(-1) * W_dec[indices.long()].to(wide)).sum(-2)
+    if b_dec is not None:
+        out = out + b_dec.to(wide)
+    return out.to(W_dec.dtype)
+
+
+def decode_csr(csr: CSR, W_dec: Tensor, b_dec: Optional[Tensor] = None) -> Tensor:
+    """Row i: the sum of value * W_dec[column] over its entries, + b_dec: [n_rows, d_in] in W_dec's dtype."""
+    wide = torch.float64 if W_dec.dtype == torch.float64 else torch.float32
+    scaled = csr.values.to(wide).unsqueeze(-1) * W_dec[csr.indices.long()].to(wide)
+    out = torch.zeros((csr.n_rows, W_dec.shape[1]), dtype=wide, device=W_dec.device)
+    out = out.index_add(0, csr.row_ids(), scaled)
     if b_dec is not None:
         out = out + b_dec.to(wide)
     return out.to(W_dec.dtype)

@@ -21,10 +21,19 @@ from .codes import (
     _place_above_kernel,
 )
 from .groups import GROUP, _reopen_kernel, _score_groups_kernel
+from .pool import pool_codes
 from .select import _order_kernel, _pad_kernel, _select_kernel
 from .tune import Plan, plan_encode
 
-__all__ = ["decode_grads", "encode_threshold", "encode_topk", "sparse_decode", "topk"]
+__all__ = [
+    "decode_csr",
+    "decode_grads",
+    "encode_threshold",
+    "encode_topk",
+    "pool_codes",
+    "sparse_decode",
+    "topk",
+]
 
 SCRATCH = 1 << 28  # bytes of group maxima held at once
 TILE = 16384  # candidates a program ranks in registers
@@ -198,14 +207,24 @@ def encode_threshold(x: Tensor, encoder: PackedEncoder, threshold: Tensor) -> CS
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """values, indices [n, k]; returns [n, d_in] accumulated in float32 (float64 for float64 weights)."""
     n, k = values.shape
-    d_in = W_dec.shape[1]
+    return _decode(indices, indices, values, W_dec, n, k)
+
+
+def decode_csr(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor) -> Tensor:
+    """indptr [n + 1], indices and values [nnz]; returns [n, d_in] as ``sparse_decode`` does."""
+    return _decode(indptr, indices, values, W_dec, indptr.shape[0] - 1, 0)
+
+
+def _decode(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor, n: int, k: int) -> Tensor:
+    d_sae, d_in = W_dec.shape
     wide, wide_tl = _wide(W_dec)
     out = torch.empty((n, d_in), dtype=wide, device=values.device)
     if out.numel():
         block = min(1024, triton.next_power_of_2(d_in))
+        parts = (values.contiguous(), indices.contiguous(), indptr.contiguous(), W_dec.contiguous())
+        sizes = (values.numel(), k, d_sae, d_in)
         grid = (n, triton.cdiv(d_in, block))
-        args = (values.contiguous(), indices.contiguous(), W_dec.contiguous(), out, k, d_in)
-        _decode_kernel[grid](*args, BD=block, WIDE=wide_tl)
+        _decode_kernel[grid](*parts, out, *sizes, BE=4, BD=block, WIDE=wide_tl)
     return out
 
 
