@@ -22,6 +22,7 @@ SHORTCUTS = {  # flag -> config key: what most people set on the command line
     "run-dir": "run_dir",
     "seed": "seed",
 }
+PROCESSES, RANK = (int(os.environ.get(name, at)) for name, at in (("WORLD_SIZE", "1"), ("RANK", "0")))
 OVERRIDES_HELP = "settings as key.sub=value, e.g. train.lr=3e-6 (see saerl_fast/config.py for all keys)"
 
 
@@ -64,6 +65,9 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--arms", metavar="A,B", help="short for compare.arms=A,B")
     compare.add_argument("--seeds", metavar="0,1", help="short for compare.seeds=0,1")
+    watch = commands.add_parser("watch", help="follow a run: latest row, and its curves in live.png")
+    watch.add_argument("run", help="folder of a run or a comparison")
+    watch.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="how often to look")
     report = commands.add_parser("report", help="tables and plots again from what a run recorded")
     report.add_argument("run", help="folder of a run or a comparison")
     return top
@@ -86,6 +90,12 @@ def run(args: argparse.Namespace) -> None:
         for path in write_report(Path(args.run), echo=print):
             print(f"wrote {path}")
         return
+    if args.command == "watch":
+        from saerl_fast.console import Echo
+        from saerl_fast.watch import watch
+
+        watch(args.run, Echo(), every=args.every)
+        return
     if args.command == "sae" and args.sae_command == "info":
         from saerl_fast.pipeline import describe_sae
 
@@ -96,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     from saerl_fast import compare, pipeline
     from saerl_fast.console import Echo
 
-    echo = Echo(quiet=args.quiet)
+    echo = Echo(quiet=args.quiet or RANK > 0)
     pipeline.set_up(config)
     if args.command == "sae":
         pipeline.sae_stage(config, echo)
@@ -112,10 +122,31 @@ def run(args: argparse.Namespace) -> None:
         compare.compare(config, echo)
 
 
+def _run_together(args: argparse.Namespace) -> int:
+    """One of the processes that torchrun started; an error in any ends all of them, and is printed once."""
+    from saerl_fast.rl import distributed
+
+    distributed.start()
+    code = 0
+    try:
+        if args.command != "train":
+            raise SaerlError(f"`saerl {args.command}` is the work of one process; start it without torchrun")
+        run(args)
+        distributed.share(lambda: None)  # the others may still fail
+    except SaerlError as err:
+        distributed.tell(err)
+        if RANK == 0:
+            print(f"saerl: {err}", file=sys.stderr, flush=True)
+        code = 2
+    distributed.leave()
+    return code
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0 when done, 2 for bad input (one sentence, no traceback), 130 when interrupted."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("saerl_fast").setLevel(logging.INFO)
+    first = RANK == 0
+    logging.basicConfig(level=logging.WARNING, format="%(message)s" if first else f"[{RANK}] %(message)s")
+    logging.getLogger("saerl_fast").setLevel(logging.INFO if first else logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     top = parser()
     args, extra = top.parse_known_args(argv)  # argparse takes settings in one place only; users mix them
@@ -126,11 +157,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if extra:
         args.overrides += extra
     try:
+        if PROCESSES > 1:
+            return _run_together(args)
         run(args)
     except SaerlError as err:
         print(f"saerl: {err}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if args.command == "watch":
+            return 0
         again = "add --resume" if args.command == "train" else "run the same command again"
         print(f"saerl: interrupted; what was written stays; {again} to go on", file=sys.stderr)
         return 130

@@ -15,6 +15,7 @@ from typing import Any, Literal, Union
 
 from saerl_fast.errors import SaerlError
 
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 Schedule = Literal["vanilla", "literal", "global", "medium", "adaptive"]
 
 
@@ -136,15 +137,27 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     batch_size: int | None = None  # sequences generated at once; None: all of a step
+    engine: Literal["transformers", "vllm"] = "transformers"  # of training rollouts, not of evaluations
+    gpu_memory: float = 0.3  # share of the GPU's memory that vLLM may take
 
 
 @dataclass
 class LossConfig:
-    kind: str = "dapo"  # dapo (token mean over the batch), grpo (mean of sequence means), dr_grpo
-    clip_low: float = 0.2
-    clip_high: float = 0.28
+    kind: str = "dapo"  # dapo, grpo, dr_grpo, gspo, cispo; formulas in rl/loss.py
+    clip_low: float | None = None  # None: the loss's own, 0.2; gspo 3e-4; cispo 1 (none)
+    clip_high: float | None = None  # None: the loss's own, 0.28; gspo 4e-4; cispo 4
     beta: float = 0.0  # KL to the starting model; 0 keeps no reference model
+    importance_cap: float = 2.0  # engine=vllm: bound of the importance weights; 0: no correction
     scale_rewards: bool = True  # divide advantages by the group's standard deviation (not in dr_grpo)
+    mask_truncated: bool = False  # leave completions cut off at max_new_tokens out of the loss
+    overlong_window: int = 0  # tokens before max_new_tokens over which the reward falls by up to 1; 0: off
+
+
+@dataclass
+class LoRAConfig:
+    rank: int = 0  # of the adapters (needs peft); 0 trains all weights
+    alpha: float = 32.0  # the adapters' product is scaled by alpha / rank
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])  # module names, or all-linear
 
 
 @dataclass
@@ -167,21 +180,24 @@ class EvalConfig:
 class TrainConfig:
     steps: int = 100
     seed: int | None = None  # of sampling and order; None: the run's seed. The data split keeps the latter
-    lr: float = 1e-6
+    lr: float = 1e-6  # about ten times as much with train.lora
     warmup_steps: int = 10  # of the learning rate
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     grad_norm: float = 1.0
     micro_tokens: int = 16384  # tokens of a forward/backward
     gradient_checkpointing: bool = False
+    dynamic_sampling: int = 0  # further plan batches a step may draw while too few groups have a signal
     reward: str = "exact"  # exact, numeric, maths, reasoning-gym, or module:function (TRL's signature)
+    reward_timeout: float = 0.0  # seconds one call of the reward may take; 0: no limit
     capture: bool = True  # read features off the rollouts' own prefill, when the plan makes use of them
     save_every: int = 20  # steps between checkpoints; 0: only at the end
     keep: int = 2  # checkpoints kept
     rollout_log: int = 2  # prompts whose rollouts are saved each step
     save_model: bool = True  # write the final model to <out_dir>/model, for from_pretrained
-    tensorboard: bool = False
+    trackers: list[Tracker] = field(default_factory=list)  # besides metrics.jsonl, e.g. [wandb]
     loss: LossConfig = field(default_factory=LossConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -345,6 +361,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             if value is None or isinstance(value, (dict, list)):
                 raise ValueError
             return str(value)
+    except SaerlError:  # of an item of a list
+        raise
     except (ValueError, TypeError, OverflowError):
         wanted = getattr(hint, "__name__", None) if origin is None else str(hint)
         raise SaerlError(f"{where}={value!r} is not a valid {wanted}") from None
@@ -362,8 +380,15 @@ def check_ranges(config: Config) -> Config:
         "score.batch_tokens": 1,
     }
     least |= {"score.shard": 1, "plan.window": 1, "difficulty.n_labels": 0, "difficulty.rollouts": 1}
-    least |= {"diversity.n_clusters": 1, "train.seed": 0, "train.steps": 0, "train.warmup.batch_size": 1}
-    least |= {"train.rollout.prompts_per_step": 1, "train.rollout.max_new_tokens": 1, "train.eval.samples": 1}
+    least |= {
+        "diversity.n_clusters": 1,
+        "train.seed": 0,
+        "train.steps": 0,
+        "train.dynamic_sampling": 0,
+        "train.lora.rank": 0,
+    }
+    least |= {"train.warmup.batch_size": 1, "train.rollout.prompts_per_step": 1}
+    least |= {"train.rollout.max_new_tokens": 1, "train.eval.samples": 1}
     for key, low in least.items():
         value: Any = config
         for name in key.split("."):

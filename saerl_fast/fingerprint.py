@@ -18,7 +18,15 @@ LABEL_SECTIONS = ("model", "data", "difficulty", "labels")
 NOT_RESULTS = {  # where, how fast and what is kept of it: no part of what comes out
     "model": ("device", "attn", "trust_remote_code"),
     "score": ("batch_tokens", "shard", "backend"),
-    "train": ("micro_tokens", "save_every", "keep", "rollout_log", "tensorboard", "save_model"),
+    "train": (
+        "micro_tokens",
+        "save_every",
+        "keep",
+        "rollout_log",
+        "trackers",
+        "save_model",
+        "reward_timeout",
+    ),
 }
 
 

@@ -1,11 +1,13 @@
-"""Metrics of a run: JSON lines on disk, one console line a step, TensorBoard when asked for."""
+"""Metrics of a run: JSON lines on disk, one console line a step, and trackers when asked for."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,11 @@ class MetricsLog:
 
     ``echo`` receives one line of text per row (by default it goes to `logging` at level INFO).
     ``resume_step`` is the step of the checkpoint that training continues from; None starts afresh.
-    Raises SaerlError when the folder cannot be written or TensorBoard is asked for and missing.
+    ``trackers``: tensorboard (written to ``<out_dir>/tensorboard``), wandb, trackio; every number of a row
+    goes to each as ``<kind>/<name>``. wandb and trackio read their own environment variables; the project is
+    "saerl-fast" unless WANDB_PROJECT or TRACKIO_PROJECT names one, a run is called by its folder, and a
+    resumed one is a new run there, called ``<folder>-from-<step>``.
+    Raises SaerlError when the folder cannot be written or a tracker is not installed.
     """
 
     def __init__(
@@ -68,10 +74,10 @@ class MetricsLog:
         resume_step: int | None = None,
         *,
         echo: Callable[[str], None] | None = None,
-        tensorboard: bool = False,
+        trackers: Sequence[str] = (),
     ) -> None:
         self._echo = echo if echo is not None else log.info
-        self._board = _open_board(Path(out_dir) / "tensorboard", resume_step) if tensorboard else None
+        self._trackers = [_open_tracker(name, Path(out_dir), resume_step) for name in trackers]
         self._lines = JsonlLog(Path(out_dir) / "metrics.jsonl", resume_step)
         self.path = self._lines.path
 
@@ -83,15 +89,14 @@ class MetricsLog:
         plain = _plain(row)
         self._lines.write([plain])
         self._echo(format_row(plain))
-        if self._board is not None:
-            for name, value in _flat(plain):
-                self._board.add_scalar(f"{plain['kind']}/{name}", value, plain["step"])
-            self._board.flush()
+        values = {f"{plain['kind']}/{name}": value for name, value in _flat(plain)}
+        for send, _ in self._trackers:
+            send(values, plain["step"])
 
     def close(self) -> None:
         self._lines.close()
-        if self._board is not None:
-            self._board.close()
+        for _, close in self._trackers:
+            close()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -170,9 +175,31 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _open_board(folder: Path, resume_step: int | None) -> Any:
+def _open_tracker(
+    name: str, out_dir: Path, resume_step: int | None
+) -> tuple[Callable[[dict[str, float], int], Any], Callable[[], Any]]:
+    """What takes (values, step), and what closes it."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        module = importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError:
-        raise SaerlError("train.tensorboard=true needs TensorBoard; pip install tensorboard") from None
-    return SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
+        raise SaerlError(f"train.trackers={name} needs its package; pip install {name}") from None
+    if name == "tensorboard":
+        purge = None if resume_step is None else resume_step + 1
+        board = module.SummaryWriter(str(out_dir / name), purge_step=purge)
+
+        def send(values: dict[str, float], step: int) -> None:
+            for key, value in values.items():
+                board.add_scalar(key, value, step)
+            board.flush()
+
+        return send, board.close
+    title = out_dir.name if resume_step is None else f"{out_dir.name}-from-{resume_step}"
+    project = os.environ.get(f"{name.upper()}_PROJECT", "saerl-fast")
+    where = {"dir": str(out_dir)} if name == "wandb" else {}
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        run = module.init(project=project, name=title, **where)
+    except Exception as err:  # no login, no network, no disk: each has its own
+        reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
+        raise SaerlError(f"{name} cannot start ({reason}); take it out of train.trackers") from None
+    return lambda values, step: run.log(values, step=step), run.finish

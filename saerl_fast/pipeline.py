@@ -1,7 +1,9 @@
 """The stages behind the commands: SAE, scores, plan, training. Each writes what the next one reads.
 
 A stage that finds its input missing makes it; one that finds it made with other settings says so and
-stops, because silently mixing the two would make every figure after it wrong.
+stops, because silently mixing the two would make every figure after it wrong. Under torchrun only training
+runs, and a missing SAE or missing scores are refused: made by one process, they would keep the GPUs of the
+others waiting for as long as that takes.
 """
 
 from __future__ import annotations
@@ -144,6 +146,7 @@ def find_sae(config: Config, echo: Echo, session: Session) -> TopKSAE:
         return load_sae(config.sae.path).to(session.model.device)
     folder = Path(config.run_dir) / "sae"
     if not folder.is_dir():
+        _refuse_together(folder, "saerl sae train")
         return sae_stage(config, echo, session)
     record = read_json(folder / "train.json", "saerl sae train")
     check_same(record.get("fingerprint"), config, SAE_SECTIONS, folder, "saerl sae train")
@@ -210,12 +213,23 @@ def find_scores(config: Config, echo: Echo, session: Session | None = None) -> S
     """The scores of this run, made now when they are missing."""
     from saerl_fast.data.score import Scores
 
-    if not (Path(config.run_dir) / "scores.parquet").is_file():
+    file = Path(config.run_dir) / "scores.parquet"
+    if not file.is_file():
+        _refuse_together(file, "saerl score")
         return score_stage(config, echo, session)
     scores = Scores.load(config.run_dir)
     found = scores.metadata.get("fingerprint")
-    check_same(found, config, SCORE_SECTIONS, Path(config.run_dir) / "scores.parquet", "saerl score")
+    check_same(found, config, SCORE_SECTIONS, file, "saerl score")
     return scores
+
+
+def _refuse_together(missing: Path, command: str) -> None:
+    from saerl_fast.rl import distributed
+
+    if distributed.size() > 1:
+        raise SaerlError(
+            f"{missing} does not exist; make it with `{command}`, in one process, before torchrun"
+        )
 
 
 def difficulty_labels(
@@ -241,8 +255,8 @@ def difficulty_labels(
     if settings.n_labels < 1:
         return None, {"labelled": 0.0, "rollouts": 0.0}
     from saerl_fast.prompts import render
-    from saerl_fast.rl.rewards import get_reward
-    from saerl_fast.rl.trainer import sample_pass_rates
+    from saerl_fast.rl.evaluate import sample_pass_rates
+    from saerl_fast.rl.rewards import get_reward, with_timeout
 
     chosen = np.random.default_rng([config.seed, 1]).permutation(len(pool))[: settings.n_labels]
     file = Path(config.run_dir) / "labels.json"
@@ -251,7 +265,8 @@ def difficulty_labels(
     if file.is_file():
         saved = read_json(file, "saerl score")
         record = saved if saved.get("fingerprint") == mark else record
-    reward, ids = get_reward(config.train.reward), pool.column("prompt_id")
+    reward = with_timeout(get_reward(config.train.reward), config.train.reward_timeout)
+    ids = pool.column("prompt_id")
     rollout = replace(config.train.rollout, group_size=settings.rollouts)
     bar, width = echo.bar("difficulty labels"), max(config.train.rollout.prompts_per_step, 1)
     for start in range(0, len(chosen), width):
@@ -325,6 +340,7 @@ def train_stage(
 
     from saerl_fast.data.plan import load_plan, save_plan
     from saerl_fast.report import write_report
+    from saerl_fast.rl import distributed
     from saerl_fast.rl.rewards import get_reward
     from saerl_fast.rl.trainer import train
     from saerl_fast.sae.capture import FeatureCapture
@@ -340,7 +356,9 @@ def train_stage(
         "plan": hashlib.sha256(Path(plan_file).read_bytes()).hexdigest() if plan_file else None,
         "config": to_dict(config),
     }
-    _check_target(out, described, resume=resume, overwrite=overwrite)
+    if distributed.size() > 1 and ":" in config.model.device:
+        raise SaerlError(f"model.device={config.model.device} is one device for all processes; set auto")
+    distributed.on_first(lambda: _check_target(out, described, resume=resume, overwrite=overwrite))
     reward = get_reward(config.train.reward)
     session = open_session(config, echo)
     plan = given or make_plan(config, echo, session)
@@ -356,10 +374,14 @@ def train_stage(
             session.model, sae, config.score.reduce, config.score.backend, layer=config.sae.layer
         )
         capture.warm_up()
-    if overwrite and out.exists():
-        shutil.rmtree(out)
-    write_json(out / "run.json", described)
-    save_plan(plan, out / "plan.json")
+
+    def prepare() -> None:
+        if overwrite and out.exists():
+            shutil.rmtree(out)
+        write_json(out / "run.json", described)
+        save_plan(plan, out / "plan.json")
+
+    distributed.on_first(prepare)
     echo(f"training into {out}")
     summary = train(
         session.model,
@@ -377,7 +399,7 @@ def train_stage(
         echo=echo,
     )
     echo(f"wrote {out}")
-    if with_report:
+    if with_report and distributed.rank() == 0:
         for path in write_report(out, echo=echo.result):
             echo(f"wrote {path}")
     return summary

@@ -86,6 +86,23 @@ def learning_curves(runs: list[RunRecord], targets: dict[str, float], path: Path
     return _figure(path, (10, 3.8), draw, columns=2)
 
 
+def live(runs: list[RunRecord], path: Path) -> Path:
+    """What there is so far of each run: held-out accuracy, and the reward of the batches."""
+    colour = colours(runs)
+
+    def draw(figure: Any, axes: Any) -> None:
+        for run in runs:
+            label = f"{run.arm}, seed {run.seed}"
+            axes[0].plot(run.eval_steps, run.accuracy, color=colour[run.arm], marker=".", label=label)
+            rewards = [(row["step"], row["reward"]) for row in run.train if row.get("reward") is not None]
+            axes[1].plot(*zip(*rewards, strict=True) if rewards else ((), ()), color=colour[run.arm], lw=1)
+        axes[0].set(xlabel="GRPO steps", ylabel=accuracy_label(runs))
+        axes[1].set(xlabel="GRPO steps", ylabel="mean reward of the batch")
+        axes[0].legend(frameon=False, fontsize=8)
+
+    return _figure(path, (10, 3.8), draw, columns=2)
+
+
 def phases(runs: list[RunRecord], path: Path) -> Path:
     """Mean seconds of a step by phase; what this project adds is drawn last, in red."""
     colour = {

@@ -23,7 +23,7 @@ from saerl_fast.sae.pooled import pooled_features
 from saerl_kernels import CSR
 
 VOCAB = 40
-MODELS = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "neox", "gpt2")
+MODELS = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "neox", "gpt2")
 
 
 def tiny_model(kind: str, seed: int = 0) -> Any:
@@ -40,6 +40,10 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
         "qwen3": lambda: (hf.Qwen3Config(**grouped), hf.Qwen3ForCausalLM),
         "gemma": lambda: (hf.GemmaConfig(**grouped), hf.GemmaForCausalLM),
         "gemma2": lambda: (hf.Gemma2Config(**grouped, sliding_window=4), hf.Gemma2ForCausalLM),
+        "gemma3": lambda: (
+            hf.Gemma3TextConfig(**grouped, sliding_window=4, query_pre_attn_scalar=8),
+            hf.Gemma3ForCausalLM,
+        ),
         "neox": lambda: (hf.GPTNeoXConfig(**common), hf.GPTNeoXForCausalLM),
         "gpt2": lambda: (
             hf.GPT2Config(
@@ -109,8 +113,10 @@ def test_last_layer_is_the_residual_stream_before_the_final_norm() -> None:
     assert not torch.allclose(x, normed, atol=1e-2)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize(
+    ("kind", "cache"),
+    [(kind, "dynamic") for kind in MODELS] + [(kind, "static") for kind in ("llama", "gemma2", "gpt2")],
+)
 def test_capture_during_generate_is_the_prefill_alone(kind: str, cache: str) -> None:
     model = tiny_model(kind)
     ids, mask = left_padded(ROWS)
@@ -299,3 +305,52 @@ def test_layers_and_models_that_the_sae_does_not_name_are_said_once(caplog: pyte
             check_width(model, sae_for(16, model_name=name))
         assert resolve_layer(model, sae_for(16)) == resolve_layer(model, sae_for(16), 2) == 2
         assert resolve_layer(model) == 2 and not caplog.messages
+
+
+def test_encoding_beside_the_decoding_gives_the_same_features() -> None:
+    """What a GPU does with a thread and a stream, here with the thread alone."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = tiny_model("llama")
+    ids, mask = left_padded(ROWS)
+    settings = dict(max_new_tokens=3, do_sample=False, disable_compile=True)
+    fc = FeatureCapture(model, sae_for(16))
+    with fc:
+        model.generate(ids, attention_mask=mask, **settings)
+    want = fc.features()
+    fc._worker = ThreadPoolExecutor(1)
+    for _ in range(2):
+        with fc:  # of a first batch that nobody asks for, as after running out of memory
+            model.generate(ids[:1], attention_mask=mask[:1], **settings)
+        with fc:
+            model.generate(ids, attention_mask=mask, **settings)
+        found = fc.features()
+        assert torch.equal(found.to_dense(), want.to_dense())
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
+    with fc:
+        model.generate(ids, attention_mask=mask, **settings)
+    with pytest.raises(SaerlError, match="not finite"):
+        fc.features()
+    with fc:
+        pass
+    with pytest.raises(SaerlError, match="nothing was captured"):
+        fc.features()
+    fc._worker.shutdown()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_side_stream_on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(kind).cuda()
+    ids, mask = (part.cuda() for part in left_padded(ROWS))
+    fc = FeatureCapture(model, sae_for(16).cuda())
+    fc.warm_up()
+    want = fc.sae.pool(*hidden_states(model, 2, ids, mask)).to("cpu").to_dense()
+    assert want.any()
+    for _ in range(20):  # memory of the prefill is used again at once by what follows it
+        with torch.no_grad(), fc:
+            model(ids, attention_mask=mask, use_cache=True)
+        for _ in range(20):
+            torch.randn(ids.numel() * 16, device="cuda")
+        torch.testing.assert_close(fc.features().to_dense(), want, atol=1e-4, rtol=1e-4)

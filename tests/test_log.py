@@ -129,11 +129,50 @@ def test_console_line_goes_to_echo_or_to_logging(tmp_path, caplog):
     assert caplog.messages == lines
 
 
-def test_missing_tensorboard_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(SaerlError, match="pip install tensorboard"):
-        MetricsLog(tmp_path, tensorboard=True)
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_missing_tracker_is_one_sentence(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
+    with pytest.raises(SaerlError, match=f"train.trackers={name} needs its package; pip install {name}"):
+        MetricsLog(tmp_path, trackers=[name])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+@pytest.mark.parametrize("resume", [None, 4])
+def test_hosted_trackers_get_every_number_under_its_kind(tmp_path, monkeypatch, name, resume):
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append((values, step))
+
+        def finish(self):
+            calls.append("finish")
+
+    def init(**options):
+        calls.append(options)
+        return Run()
+
+    module = type(sys)(name)
+    module.init = init
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv(f"{name.upper()}_PROJECT", "mine")
+    with MetricsLog(tmp_path / "run", resume, trackers=[name]) as log:
+        log.log({"step": 5, "kind": "train", "loss": 0.5, "kl": None, "time": {"eval": 2.0}, "mode": "x"})
+    options, *rest = calls
+    assert options["project"] == "mine" and options["name"] == ("run" if resume is None else "run-from-4")
+    assert rest == [({"train/loss": 0.5, "train/time/eval": 2.0}, 5), "finish"]
+
+
+def test_a_tracker_that_cannot_start_is_one_sentence(tmp_path, monkeypatch):
+    def init(**options):
+        raise RuntimeError("api_key not configured\nand more")
+
+    module = type(sys)("wandb")
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with pytest.raises(SaerlError, match=r"wandb cannot start \(api_key not configured\)"):
+        MetricsLog(tmp_path, trackers=["wandb"])
 
 
 def test_tensorboard_gets_every_number_under_its_kind(tmp_path, monkeypatch):
@@ -155,7 +194,7 @@ def test_tensorboard_gets_every_number_under_its_kind(tmp_path, monkeypatch):
     module = type(sys)("torch.utils.tensorboard")
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    with MetricsLog(tmp_path, resume_step=4, tensorboard=True) as log:
+    with MetricsLog(tmp_path, resume_step=4, trackers=["tensorboard"]) as log:
         log.log({"step": 5, "kind": "train", "loss": 0.5, "time": {"eval": 2.0}, "mode": "greedy"})
     assert calls == [
         ("open", str(tmp_path / "tensorboard"), 5),

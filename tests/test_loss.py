@@ -1,11 +1,21 @@
 import math
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from saerl_fast.config import LossConfig
+from saerl_fast.config import LossConfig, RolloutConfig, TrainConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.rl.loss import BatchSize, advantages, check_loss, policy_loss
+from saerl_fast.rl.loss import (
+    CLIP,
+    BatchSize,
+    advantages,
+    check_loss,
+    clip_range,
+    overlong_penalty,
+    policy_loss,
+)
 
 
 def parts(n: int = 6, seed: int = 0):
@@ -20,23 +30,27 @@ def parts(n: int = 6, seed: int = 0):
 
 def by_hand(new, old, adv, lengths, ref, cfg, max_new_tokens):
     """Token by token, in Python."""
+    low, high = clip_range(cfg)
     at, sequences = 0, []
     for a, n in zip(adv.tolist(), lengths.tolist(), strict=True):
+        span = range(at, at + n)
+        mean = math.exp(sum(new[i].item() - old[i].item() for i in span) / n)
         terms = []
-        for i in range(at, at + n):
-            r = math.exp(new[i].item() - old[i].item())
-            clipped = min(max(r, 1 - cfg.clip_low), 1 + cfg.clip_high)
+        for i in span:
+            r = mean if cfg.kind == "gspo" else math.exp(new[i].item() - old[i].item())
+            clipped = min(max(r, low), high)
             d = ref[i].item() - new[i].item()
-            terms.append(-min(r * a, clipped * a) + cfg.beta * (math.exp(d) - d - 1))
+            term = -clipped * a * new[i].item() if cfg.kind == "cispo" else -min(r * a, clipped * a)
+            terms.append(term + cfg.beta * (math.exp(d) - d - 1))
         sequences.append(terms)
         at += n
-    if cfg.kind == "grpo":
+    if cfg.kind in ("grpo", "gspo"):
         return sum(sum(t) / len(t) for t in sequences) / len(sequences)
     flat = sum(sum(t) for t in sequences)
-    return flat / (at if cfg.kind == "dapo" else len(sequences) * max_new_tokens)
+    return flat / (len(sequences) * max_new_tokens if cfg.kind == "dr_grpo" else at)
 
 
-@pytest.mark.parametrize("kind", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("kind", CLIP)
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_loss_equals_the_formula(kind: str, beta: float) -> None:
     new, old, adv, lengths, ref = parts()
@@ -44,11 +58,54 @@ def test_loss_equals_the_formula(kind: str, beta: float) -> None:
     size = BatchSize(6, int(lengths.sum()), 8)
     loss, sums = policy_loss(new, old, adv, lengths, size, cfg, ref)
     assert loss.item() == pytest.approx(by_hand(new, old, adv, lengths, ref, cfg, 8), rel=1e-5)
-    assert sums["mismatch"].item() == pytest.approx((new - old).abs().sum().item(), rel=1e-5)
     assert (sums["kl"].item() > 0) == (beta > 0)
 
 
-@pytest.mark.parametrize("kind", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("kind", CLIP)
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_loss_and_gradient_equal_those_of_trl(kind: str, beta: float) -> None:
+    """GRPOTrainer._compute_loss itself, given these log-probabilities in place of a model's."""
+    trainer = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
+    new, old, adv, lengths, ref = parts(seed=3)
+    cfg = LossConfig(kind=kind, beta=beta)
+    mask = torch.arange(8) < lengths[:, None]
+
+    def padded(flat: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(mask.shape).masked_scatter(mask, flat)
+
+    low, high = clip_range(cfg)
+    accelerator = SimpleNamespace(
+        num_processes=1, reduce=lambda x, **_: x, gather=lambda x: x, gather_for_metrics=lambda x: x
+    )
+    fake = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (padded(new), torch.zeros(mask.shape), None),
+        loss_type={"gspo": "grpo"}.get(kind, kind),
+        importance_sampling_level="sequence" if kind == "gspo" else "token",
+        epsilon_low=1 - low,
+        epsilon_high=high if kind == "cispo" else high - 1,  # TRL's is the cap itself there
+        beta=beta,
+        max_completion_length=8,
+        current_gradient_accumulation_steps=1,
+        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
+        model=SimpleNamespace(training=True),
+        accelerator=accelerator,
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        _entropy_bonus_enabled=False,
+        _metrics={"train": defaultdict(list)},
+    )
+    inputs = {name: torch.zeros(6, 1, dtype=torch.long) for name in ("prompt_ids", "prompt_mask")}
+    inputs |= {"completion_ids": torch.zeros(6, 8, dtype=torch.long), "completion_mask": mask.long()}
+    inputs |= {"advantages": adv, "old_per_token_logps": padded(old), "ref_per_token_logps": padded(ref)}
+    theirs = trainer._compute_loss(fake, fake.model, inputs | {"num_items_in_batch": mask.sum()})
+    ours, _ = policy_loss(new, old, adv, lengths, BatchSize(6, int(lengths.sum()), 8), cfg, ref)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, new)[0] for loss in (ours, theirs)))
+
+
+@pytest.mark.parametrize("kind", CLIP)
 def test_micro_batches_add_up_to_the_batch(kind: str) -> None:
     new, old, adv, lengths, ref = parts()
     cfg = LossConfig(kind=kind, beta=0.05)
@@ -65,6 +122,75 @@ def test_micro_batches_add_up_to_the_batch(kind: str) -> None:
         at += tokens
     assert total == pytest.approx(whole.item(), rel=1e-5)
     torch.testing.assert_close(summed, gradient)
+
+
+@pytest.mark.parametrize("kind", CLIP)
+def test_gradient_equals_finite_differences(kind: str) -> None:
+    new, old, adv, lengths, ref = (part.detach() for part in parts())
+    cfg = LossConfig(kind=kind, beta=0.1, clip_low=0.15 if kind != "cispo" else None, clip_high=0.2)
+    size = BatchSize(6, int(lengths.sum()), 8)
+    weights = (new - old).exp().clamp(*clip_range(cfg)).double()  # what cispo's stop-gradient holds fixed
+    per_token = adv.double().repeat_interleave(lengths)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        if kind == "cispo":
+            d = ref.double() - x
+            return (-weights * per_token * x + cfg.beta * (d.exp() - d - 1)).sum() / size.tokens
+        return policy_loss(x, old.double(), adv.double(), lengths, size, cfg, ref.double())[0]
+
+    point = new.double().requires_grad_()
+    ours = policy_loss(point, old.double(), adv.double(), lengths, size, cfg, ref.double())[0]
+    step = 1e-6
+    wanted = [
+        (loss(point.detach() + step * e) - loss(point.detach() - step * e)) / (2 * step)
+        for e in torch.eye(len(new), dtype=torch.float64)
+    ]
+    torch.testing.assert_close(torch.autograd.grad(ours, point)[0], torch.stack(wanted), rtol=1e-4, atol=1e-7)
+
+
+def test_on_policy_all_token_means_have_one_gradient() -> None:
+    new, _, adv, lengths, _ = parts()
+    size = BatchSize(6, int(lengths.sum()), 8)
+    same = new.detach().clone()
+    dapo, cispo, grpo, gspo = (
+        torch.autograd.grad(policy_loss(new, same, adv, lengths, size, LossConfig(kind=kind))[0], new)[0]
+        for kind in ("dapo", "cispo", "grpo", "gspo")
+    )
+    torch.testing.assert_close(dapo, cispo)
+    torch.testing.assert_close(grpo, gspo)
+
+
+def test_cispo_bounds_the_weight_and_keeps_every_gradient() -> None:
+    new = torch.tensor([9.0, 3.0, 0.1]).log().requires_grad_()
+    one = torch.ones(3, dtype=torch.long)
+    loss, sums = policy_loss(
+        new, torch.zeros(3), torch.ones(3), one, BatchSize(3, 3, 1), LossConfig(kind="cispo")
+    )
+    loss.backward()
+    torch.testing.assert_close(new.grad, -torch.tensor([5.0, 3.0, 0.1]) / 3)
+    assert sums["clipped"].item() == 1
+
+
+def test_gspo_clips_whole_completions() -> None:
+    lengths = torch.tensor([2, 2])
+    new = torch.tensor([0.5, -0.5, 0.3, 0.3]).requires_grad_()  # means 0 and 0.3
+    loss, sums = policy_loss(
+        new, torch.zeros(4), torch.ones(2), lengths, BatchSize(2, 4, 2), LossConfig(kind="gspo")
+    )
+    loss.backward()
+    torch.testing.assert_close(new.grad, torch.tensor([-0.25, -0.25, 0.0, 0.0]))
+    assert sums["clipped"].item() == 2 and loss.item() == pytest.approx(-(1 + 1.0004) / 2)
+
+
+def test_overlong_penalty_is_that_of_trl() -> None:
+    make = pytest.importorskip("trl.rewards").get_soft_overlong_punishment
+    lengths = torch.arange(1, 21)
+    cfg = TrainConfig(rollout=RolloutConfig(max_new_tokens=20), loss=LossConfig(overlong_window=8))
+    theirs = make(20, 8)([[0] * n for n in lengths.tolist()])
+    assert overlong_penalty(lengths, cfg).tolist() == pytest.approx(theirs)
+    assert overlong_penalty(lengths, cfg)[-1] == -1 and overlong_penalty(lengths, cfg)[11] == 0
+    cfg.loss.overlong_window = 0
+    assert not overlong_penalty(lengths, cfg).any()
 
 
 def test_clipping_is_asymmetric_and_stops_the_gradient() -> None:
@@ -100,9 +226,35 @@ def test_advantages() -> None:
     [
         (LossConfig(kind="ppo"), "'ppo'"),
         (LossConfig(beta=-1), "beta=-1"),
+        (LossConfig(overlong_window=-1), "overlong_window=-1"),
         (LossConfig(clip_low=-0.1), "-0.1"),
     ],
 )
 def test_bad_settings(cfg: LossConfig, message: str) -> None:
     with pytest.raises(SaerlError, match=message):
         check_loss(cfg)
+
+
+@pytest.mark.parametrize("kind", ["dapo", "grpo", "dr_grpo", "gspo", "cispo"])
+def test_importance_weighs_the_policy_term_of_each_token(kind: str) -> None:
+    from saerl_fast.rl.loss import importance_weights
+
+    g = torch.Generator().manual_seed(0)
+    now = (-torch.rand(7, generator=g)).requires_grad_()
+    sampled, reference = now.detach() + torch.randn(7, generator=g), now.detach() - 0.3
+    weights = importance_weights(now, sampled, 0.8)
+    torch.testing.assert_close(weights, (now.detach().exp() / sampled.exp()).clamp(max=0.8))
+    assert not weights.requires_grad and 0 < int((weights == 0.8).sum()) < 7
+    share = (torch.tensor([1.5, -0.5]), torch.tensor([3, 4]), BatchSize(2, 7, 10))
+    for beta in (0.0, 0.2):
+        cfg = LossConfig(kind=kind, beta=beta)
+
+        def gradient(importance, beta=beta, cfg=cfg):
+            loss, _ = policy_loss(now, now.detach(), *share, cfg, reference, importance)
+            return torch.autograd.grad(loss, now)[0]
+
+        plain, rest = gradient(None), gradient(torch.zeros(7))  # rest: of the KL term alone
+        if kind != "gspo":  # whose ratio joins the tokens of a completion
+            torch.testing.assert_close(gradient(weights) - rest, weights * (plain - rest))
+        assert bool(rest.any()) == (beta > 0)
+        torch.testing.assert_close(gradient(torch.ones(7)), plain)

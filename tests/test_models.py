@@ -191,3 +191,24 @@ def test_token_ids_never_doubles_the_beginning() -> None:
     assert token_ids(tokenizer, ["a b", "<s> a"]) == [[1, 3, 4], [1, 3]]
     assert token_ids(tokenizer, ["a b"], special=False) == [[3, 4]]
     assert token_ids(tokenizer, []) == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3", "neox", "gpt2"])
+def test_layout_is_seen_through_adapters(kind: str) -> None:
+    """The blocks are those of the model inside, and captured hidden states those of the adapted model."""
+    peft = pytest.importorskip("peft")
+    from saerl_fast.sae.capture import Capture
+    from tests.tiny_lm import tiny_model
+
+    model = tiny_model(kind)
+    inside, names = decoder(model), {id(block): i for i, block in enumerate(blocks(model))}
+    settings = peft.LoraConfig(
+        r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    wrapped = peft.get_peft_model(model, settings).eval()
+    assert decoder(wrapped)[0] is inside[0] and hidden_size(wrapped) == 32
+    assert [names[id(block)] for block in blocks(wrapped)] == list(range(n_blocks(wrapped)))
+    ids = torch.arange(3, 9)[None]
+    with Capture(wrapped, 1) as capture, torch.no_grad():
+        found = wrapped(input_ids=ids, output_hidden_states=True, use_cache=True)
+    torch.testing.assert_close(capture.take()[0].view(1, 6, -1), found.hidden_states[1])

@@ -306,3 +306,15 @@ def test_empty_answers_throughout_are_refused(name):
     assert scores[1] == 1
     # rollouts of one prompt: a bad row among good ones must not end the run
     assert len(score_rewards(get_reward(name), ["p", "p"], completions, {"answer": ["", ""]})) == 2
+
+
+def test_a_limit_changes_nothing_for_rewards_that_keep_to_it() -> None:
+    quick = rewards.with_timeout(get_reward("exact"), 30)
+    assert score_rewards(quick, ["?"], ["4"], {"answer": ["4"]}).tolist() == [1.0]
+    assert rewards.with_timeout(get_reward("exact"), 0) is get_reward("exact")
+
+    def broken(prompts, completions, **columns):
+        raise ValueError("no such thing")
+
+    said = message_of(score_rewards, rewards.with_timeout(broken, 30), ["?"], ["4"], {})
+    assert said == "reward broken raised ValueError: no such thing; mend it"

@@ -119,7 +119,7 @@ class Recorder:
         self.inside = False
 
     def features(self):
-        return len(self.calls)
+        return sum(inside for inside, _ in self.calls)
 
 
 def test_capture_sees_the_prefill_and_nothing_else() -> None:

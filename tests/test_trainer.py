@@ -11,12 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from saerl_fast.config import EvalConfig, LossConfig, PlanConfig, RolloutConfig, TrainConfig, WarmupConfig
+from saerl_fast.config import (
+    EvalConfig,
+    LoRAConfig,
+    LossConfig,
+    PlanConfig,
+    RolloutConfig,
+    TrainConfig,
+    WarmupConfig,
+)
 from saerl_fast.data.plan import StaticPlan
 from saerl_fast.errors import SaerlError
 from saerl_fast.log import read_jsonl, read_metrics
 from saerl_fast.prompts import Pool
-from saerl_fast.rl import trainer as module
+from saerl_fast.rl import update as module
 from saerl_fast.rl.checkpoint import model_tensors
 from saerl_fast.rl.trainer import train
 from tests.tiny_lm import char_tokenizer, tiny_model
@@ -99,6 +107,7 @@ def same_weights(a, b) -> bool:
     )
 
 
+PHASES = {"generate", "plan", "reward", "logprob", "update"}
 FILES = ("metrics.jsonl", "eval_items.jsonl", "rollouts.jsonl")
 
 
@@ -194,7 +203,7 @@ def test_interrupt_saves_the_step(tmp_path: Path) -> None:
     assert same_weights(straight, resumed)
 
 
-@pytest.mark.parametrize("kind", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("kind", ["dapo", "grpo", "dr_grpo", "gspo", "cispo"])
 def test_micro_batches_give_the_same_update(tmp_path: Path, kind: str) -> None:
     loss = LossConfig(kind=kind)
     whole, _, _ = run(tmp_path / "one", small(steps=1, loss=loss, warmup_steps=0))
@@ -255,7 +264,7 @@ def test_records_and_honest_counters(tmp_path: Path) -> None:
     first = rows[1]
     assert first["rollouts"] == 16 and first["groups"] == 4 and 0 < first["tokens"] <= 96
     assert first["lr"] == pytest.approx(1.5e-3) and rows[2]["lr"] == pytest.approx(3e-3)
-    assert {"generate", "plan", "reward", "logprob", "update"} <= first["time"].keys()
+    assert first["time"].keys() >= PHASES and rows[0]["time"].keys() == {"eval"}
     assert first["mismatch"] < 1e-4 and first["clipped"] == 0
     assert first["plan"]["told"] == pytest.approx(4 * first["pass_rate"])
     trained = [r for r in rows if r["kind"] == "train"]
@@ -407,3 +416,206 @@ def test_bad_settings_write_nothing(tmp_path: Path, change: dict, message: str) 
 def test_a_plan_of_another_pool(tmp_path: Path) -> None:
     with pytest.raises(SaerlError, match="'p30'"):
         run(tmp_path / "out", small(), plan=WatchfulPlan(sums(5, 30)))
+
+
+def picky(prompts, completions, **columns):
+    """Differs within a group for about half of the prompts only."""
+    return [
+        float("a" in text) if prompt[0] in "01" else 0.0
+        for prompt, text in zip(prompts, completions, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_dynamic_sampling_counts_every_rollout_and_resumes(tmp_path: Path, adaptive: bool) -> None:
+    cfg = small(steps=4, dynamic_sampling=3, save_every=1)
+
+    def go(out: Path, reward=picky, **options):
+        model = tiny_model()
+        more = {}
+        if adaptive:
+            more["plan"], more["capture"] = adaptive_plan(model, sums(10))
+        return run(out, cfg, model=model, reward=reward, **more, **options)
+
+    def dying(prompts, completions, **columns):
+        calls.append(1)
+        if len(calls) > 7:
+            raise Die
+        return picky(prompts, completions)
+
+    calls: list[int] = []
+    straight, plan, summary = go(tmp_path / "one")
+    rows = [row for row in read_metrics(tmp_path / "one") if row["kind"] == "train"]
+    assert any(row["draws"] > 1 for row in rows) and all(row["draws"] <= 4 for row in rows)
+    for row in rows:
+        assert row["groups"] == 4 * row["draws"] and row["rollouts"] == 16 * row["draws"]
+        assert row["groups_used"] == 4 or row["draws"] == 4
+    assert summary["rollouts"] == sum(row["rollouts"] for row in rows)
+    assert plan.step == sum(row["draws"] for row in rows)
+    with pytest.raises(SaerlError, match="Die"):
+        go(tmp_path / "two", reward=dying)
+    resumed, again, _ = go(tmp_path / "two", resume=True)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert same_weights(straight, resumed) and plan.step == again.step
+
+
+def test_dynamic_sampling_trains_on_the_useful_groups_of_all_draws(tmp_path: Path, monkeypatch) -> None:
+    batches = []
+    real = module.Learner.update
+
+    def watched(self, rollouts, advantage, used, lr, clock):
+        batches.append((rollouts, advantage, used))
+        return real(self, rollouts, advantage, used, lr, clock)
+
+    monkeypatch.setattr(module.Learner, "update", watched)
+    run(tmp_path, small(steps=1, dynamic_sampling=5), reward=picky)
+    rollouts, advantage, used = batches[0]
+    row = next(row for row in read_metrics(tmp_path) if row["kind"] == "train")
+    assert row["draws"] > 1 and used.all() and len(used) == row["groups_used"] <= 4
+    assert advantage.shape == (len(used), 4) and advantage.abs().sum(1).min() > 0
+    texts = TOKENIZER.batch_decode(rollouts.completion_ids.masked_fill(~rollouts.completion_mask, 0))
+    for decoded, text in zip(texts, rollouts.texts, strict=True):
+        assert decoded.replace("<pad>", "").replace("<eos>", "") == text
+    ids, starts, lengths = rollouts.sequences()
+    for i, (row_ids, start) in enumerate(zip(ids.tolist(), starts.tolist(), strict=True)):
+        prompt = TOKENIZER.decode(row_ids[:start])
+        assert prompt[0] in "01" and prompt[-1] == "=" and lengths[i] == rollouts.completion_mask[i].sum()
+    assert row["mismatch"] < 1e-4  # the joined log-probabilities belong to the joined tokens
+
+
+def test_dynamic_sampling_gives_up_at_its_limit(tmp_path: Path) -> None:
+    def constant(prompts, completions, **columns):
+        return [0.0] * len(completions)
+
+    model, plan, summary = run(tmp_path, small(steps=1, dynamic_sampling=2), reward=constant)
+    assert same_weights(model, tiny_model()) and plan.step == 3
+    assert summary["rollouts"] == 48 and summary["groups_used"] == 0
+
+
+def test_truncated_completions_can_be_left_out_of_the_loss(tmp_path: Path, monkeypatch) -> None:
+    """The loss is that of the finished completions alone, and its normaliser counts only them."""
+    seen = []
+    real = module.policy_loss
+
+    def watched(new, old, weight, lengths, size, cfg, ref, *more):
+        seen.append((lengths, size))
+        return real(new, old, weight, lengths, size, cfg, ref, *more)
+
+    monkeypatch.setattr(module, "policy_loss", watched)
+    cfg = small(steps=1, loss=LossConfig(mask_truncated=True))
+    cfg.rollout.max_new_tokens = 40
+    run(tmp_path, cfg, reward=lambda prompts, completions, **_: list(range(len(completions))))
+    row = next(row for row in read_metrics(tmp_path) if row["kind"] == "train")
+    assert 0 < row["finished"] < 1 and row["groups_used"] == 4
+    assert sum(len(lengths) for lengths, _ in seen) == round(16 * row["finished"])
+    size = seen[0][1]
+    assert size.completions == round(16 * row["finished"])
+    assert size.tokens == sum(int(lengths.sum()) for lengths, _ in seen)
+    assert size.tokens == row["tokens"] - 40 * (16 - size.completions)
+
+
+def test_overlong_completions_lose_reward_but_not_pass_rate(tmp_path: Path) -> None:
+    def constant(prompts, completions, **columns):
+        return [1.0] * len(completions)
+
+    cfg = small(steps=1, loss=LossConfig(overlong_window=36))
+    cfg.rollout.max_new_tokens = 40
+    _, plan, _ = run(tmp_path, cfg, reward=constant)
+    row = next(row for row in read_metrics(tmp_path) if row["kind"] == "train")
+    assert row["reward"] == row["pass_rate"] == 1 and plan.told.sum() == 4
+    assert row["groups_used"] > 0  # lengths differ, so there is something to learn
+
+
+def adapted(**change) -> TrainConfig:
+    return small(lora=LoRAConfig(rank=4, alpha=8.0), lr=1e-2, **change)
+
+
+@pytest.mark.parametrize(("warm", "beta"), [(0, 0.0), (3, 0.1)])
+def test_adapters_alone_are_trained_saved_and_resumed(tmp_path: Path, warm: int, beta: float) -> None:
+    pytest.importorskip("peft")
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    cfg = adapted(warmup=WarmupConfig(steps=warm, batch_size=4, lr=1e-3), loss=LossConfig(beta=beta))
+    straight, _, summary = run(tmp_path / "one", cfg)
+    start = tiny_model()
+    with pytest.raises(SaerlError, match="Die"):
+        broken = tiny_model()
+        run(tmp_path / "two", cfg, model=broken, reward=dying_reward(7))
+    assert same_weights(broken, start)  # adapters taken out again
+    resumed, _, again = run(tmp_path / "two", cfg, resume=True)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert same_weights(straight, resumed) and not same_weights(straight, start)
+    assert type(straight) is type(start) and straight.state_dict().keys() == start.state_dict().keys()
+    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "model"), straight)
+    saved = load_file(max((tmp_path / "one" / "checkpoints").iterdir()) / "model.safetensors")
+    assert saved and all("lora_" in name for name in saved)
+    assert not (tmp_path / "one" / "reference.safetensors").exists()
+    rows = [row for row in read_metrics(tmp_path / "one") if row["kind"] == "train"]
+    assert all((row["kl"] > 0) == (beta > 0) for row in rows[1:])
+    assert beta == 0 or warm > 0 or rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+
+    import peft
+
+    loaded = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "one" / "adapter").merge_and_unload()
+    for a, b in zip(model_tensors(loaded).values(), model_tensors(straight).values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_reference_of_adapters_is_the_model_without_them(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("peft")
+    real, seen = module.policy_loss, []
+
+    def watched(new, old, weight, lengths, size, cfg, ref, *more):
+        seen.append((new.detach(), ref))
+        return real(new, old, weight, lengths, size, cfg, ref, *more)
+
+    monkeypatch.setattr(module, "policy_loss", watched)
+    # with the penalty on and off, the first step's reference is the policy itself: adapters start at 0
+    run(tmp_path, adapted(steps=2, loss=LossConfig(beta=0.1), warmup_steps=0))
+    torch.testing.assert_close(seen[0][0], seen[0][1])
+    assert not torch.allclose(seen[-1][0], seen[-1][1], atol=1e-4)
+
+
+def test_adapters_with_gradient_checkpointing_and_capture(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    plain, _, _ = run(tmp_path / "one", adapted(steps=2))
+    model = tiny_model()
+    plan, capture = adaptive_plan(model, sums(10))
+    run(tmp_path / "three", adapted(steps=2), model=model, plan=plan, capture=capture)
+    times = [row["time"] for row in read_metrics(tmp_path / "three") if row["kind"] == "train"]
+    assert times[-1].keys() == {*PHASES, "capture", "encode"}
+    assert plan._refreshed.any()  # the features of the prefill reached the plan
+    saving, _, _ = run(tmp_path / "two", adapted(steps=2, gradient_checkpointing=True))
+    one, two = (read_metrics(tmp_path / name)[1] for name in ("one", "two"))
+    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+    assert not saving.training
+
+
+def test_adapters_that_cannot_be(tmp_path: Path, monkeypatch) -> None:
+    cfg = adapted()
+    cfg.lora.targets = ["q_prj"]
+    pytest.importorskip("peft")
+    with pytest.raises(SaerlError, match="'q_prj' names no module of LlamaForCausalLM"):
+        run(tmp_path / "out", cfg)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SaerlError, match=r"needs peft; run `pip install saerl-fast\[lora\]`"):
+        run(tmp_path / "out", adapted())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_that_hangs_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
+    def endless(prompts, completions, **columns):
+        calls.append(1)
+        if len(calls) > 2:
+            time.sleep(60)
+        return vowels(prompts, completions)
+
+    calls: list[int] = []
+    cfg = small(reward_timeout=0.2, save_every=1)
+    with pytest.raises(SaerlError, match=r"reward endless took more than train.reward_timeout=0.2 s for 16"):
+        run(tmp_path / "two", cfg, reward=endless)
+    resumed, _, _ = run(tmp_path / "two", small(reward_timeout=30), resume=True)
+    straight, _, _ = run(tmp_path / "one", small())
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert same_weights(straight, resumed)

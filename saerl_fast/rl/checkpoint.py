@@ -44,10 +44,15 @@ class Checkpoint:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state without second names of shared (tied) tensors."""
+    """What training changes: the trainable parameters of a partly frozen model (adapters, say), else the
+    model's whole state; without second names of shared (tied) tensors."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    partly = 0 < len(trained) < sum(1 for _ in model.parameters())
     found: dict[str, Tensor] = {}
     seen: set[tuple[Any, ...]] = set()
     for name, tensor in model.state_dict().items():
+        if partly and name not in trained:
+            continue
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.device)
         if tensor.numel() and key in seen:
             continue

@@ -12,6 +12,7 @@ import torch
 from saerl_fast.config import EvalConfig, RolloutConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.prompts import Pool
+from saerl_fast.rl import distributed
 from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
 from saerl_fast.rl.rewards import check_answers, score_rewards
 from saerl_fast.rl.rollouts import Rollouts, generate
@@ -60,37 +61,46 @@ def evaluate(
     evaluations differ by the weights and not by luck; greedy: reward of the likeliest completion; prob:
     probability that the model samples exactly the reference answer and then ends, exp of the sum of
     teacher-forced log-probabilities at ``cfg.temperature``, which has no sampling noise at all.
-    ``max_tokens`` bounds a forward pass in prob mode; ``rollout`` bounds one in the others. SaerlError
+    ``max_tokens`` bounds a forward pass in prob mode; ``rollout`` bounds one in the others. Several
+    processes take a share of the items each and all get the whole result. SaerlError
     on an empty pool, and in prob mode when no row has an answer.
     """
     check_eval(cfg)
     if len(pool) == 0:
         raise SaerlError("the evaluation pool is empty; check data.eval and data.eval_size")
-    ids = pool.column("prompt_id")
     if cfg.mode == "prob":
         check_answers(pool.column("answer"), "train.eval.mode=prob")
-        scores = answer_probabilities(
-            model, tokenizer, prompts, pool.column("answer"), cfg.temperature, max_tokens
-        )
-        completions: list[str | None] = [None] * len(pool)
+    here = distributed.block(len(pool))
+    columns = {name: column[here] for name, column in pool.columns.items()}
+    texts = list(prompts[here])
+    greedy = cfg.mode == "greedy"
+    settings = replace(
+        rollout,
+        group_size=1 if greedy else cfg.samples,
+        temperature=0.0 if greedy else cfg.temperature,
+        batch_size=rollout.batch_size or max(1, rollout.prompts_per_step * rollout.group_size),
+    )
+
+    def part() -> tuple[list[dict[str, Any]], int]:
+        if not texts:  # more processes than items
+            return [], 0
+        completions: list[str | None] = [None] * len(texts)
         tokens = 0
-    else:
-        greedy = cfg.mode == "greedy"
-        settings = replace(
-            rollout,
-            group_size=1 if greedy else cfg.samples,
-            temperature=0.0 if greedy else cfg.temperature,
-            batch_size=rollout.batch_size or max(1, rollout.prompts_per_step * rollout.group_size),
-        )
-        made = generate(model, tokenizer, list(prompts), settings, seed=seed)
-        scores = score_rollouts(made, pool.columns, prompts, reward).mean(1)
-        completions = list(made.texts[:: made.group_size])
-        tokens = int(made.lengths.sum())
-    items = [
-        {"prompt_id": name, "score": float(score), "completion": text}
-        for name, score, text in zip(ids, scores, completions, strict=True)
-    ]
-    return EvalResult(float(np.mean(scores)), items, cfg.mode, tokens)
+        if cfg.mode == "prob":
+            answers = columns["answer"]
+            scores = answer_probabilities(model, tokenizer, texts, answers, cfg.temperature, max_tokens)
+        else:
+            made = generate(model, tokenizer, texts, settings, seed=seed, first=here.start)
+            scores = score_rollouts(made, columns, texts, reward).mean(1)
+            completions = list(made.texts[:: made.group_size])
+            tokens = int(made.lengths.sum())
+        each = zip(columns["prompt_id"], scores, completions, strict=True)
+        return [{"prompt_id": i, "score": float(s), "completion": c} for i, s, c in each], tokens
+
+    parts = distributed.share(part)
+    items = [item for found, _ in parts for item in found]
+    mean = float(np.mean([item["score"] for item in items]))
+    return EvalResult(mean, items, cfg.mode, sum(tokens for _, tokens in parts))
 
 
 def score_rollouts(

@@ -1,18 +1,27 @@
-"""Group-relative advantages and the clipped policy-gradient losses.
+"""Group-relative advantages and the policy-gradient losses.
 
-Notation: prompt i has G completions with rewards R_ig; completion o has |o| tokens; per token,
-r = exp(logp - logp_old) and A is its completion's advantage. The clipped term is
+Notation: prompt i has G completions with rewards R_ig; completion o has |o| tokens; N completions in
+all; per token, r = exp(logp - logp_old) and A is its completion's advantage. The clipped term is
 
     L = -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)                            (PPO, arXiv 1707.06347)
 
-with eps_high > eps_low ("clip-higher", DAPO). The losses differ only in how tokens are averaged:
+with eps_high > eps_low ("clip-higher", DAPO); sg(x) is x without its gradient.
 
-    grpo     1/N sum_o 1/|o| sum_t L              each completion weighs the same       (arXiv 2402.03300)
     dapo     sum_o sum_t L / sum_o |o|            each token weighs the same            (arXiv 2503.14476)
+    grpo     1/N sum_o 1/|o| sum_t L              each completion weighs the same       (arXiv 2402.03300)
     dr_grpo  sum_o sum_t L / (N max_new_tokens)   a constant: no length bias; advantages without the
                                                   group's standard deviation            (arXiv 2503.20783)
+    gspo     1/N sum_o L(s), one ratio for a completion: s = exp(1/|o| sum_t (logp - logp_old)), the
+             geometric mean of its tokens' ratios                                       (arXiv 2507.18071)
+    cispo    sum_o sum_t -sg(clip(r, 1 - eps_low, 1 + eps_high)) A logp / sum_o |o|
+             the weight is bounded, but no token loses its gradient                     (arXiv 2506.13585)
 
-Sums run over the whole batch of an optimizer step, so micro-batches add up to exactly the same loss.
+Clip ranges, where the config leaves them open: 0.2 and 0.28 (DAPO); gspo 3e-4 and 4e-4 (its paper);
+cispo no lower bound (its paper; 1 here, since r >= 0) and eps_high = 4, weights up to 5 (its paper
+publishes none; 5 is the cap of ScaleRL, arXiv 2510.13786).
+
+Sums run over the whole batch of an optimizer step, so micro-batches add up to exactly the same loss. At
+the first step on a batch r = 1, and dapo, grpo, gspo and cispo differ only in how tokens are averaged.
 """
 
 from __future__ import annotations
@@ -22,10 +31,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saerl_fast.config import LossConfig
+from saerl_fast.config import LossConfig, TrainConfig
 from saerl_fast.errors import SaerlError
 
-KINDS = ("dapo", "grpo", "dr_grpo")
+CLIP = {  # kind -> eps_low, eps_high unless configured
+    "dapo": (0.2, 0.28),
+    "grpo": (0.2, 0.28),
+    "dr_grpo": (0.2, 0.28),
+    "gspo": (3e-4, 4e-4),
+    "cispo": (1.0, 4.0),
+}
 
 
 @dataclass(frozen=True)
@@ -38,14 +53,21 @@ class BatchSize:
 
 
 def check_loss(cfg: LossConfig) -> None:
-    """SaerlError on an unknown kind or a bound out of range."""
-    if cfg.kind not in KINDS:
-        raise SaerlError(f"train.loss.kind={cfg.kind!r} is unknown; choose one of {', '.join(KINDS)}")
-    if cfg.clip_low < 0 or cfg.clip_high < 0 or cfg.beta < 0:
-        raise SaerlError(
-            f"train.loss.clip_low={cfg.clip_low}, clip_high={cfg.clip_high}, beta={cfg.beta}: "
-            "none may be negative"
-        )
+    """SaerlError on an unknown kind or a number out of range."""
+    if cfg.kind not in CLIP:
+        raise SaerlError(f"train.loss.kind={cfg.kind!r} is unknown; choose one of {', '.join(CLIP)}")
+    for name in ("clip_low", "clip_high", "beta", "overlong_window", "importance_cap"):
+        value = getattr(cfg, name)
+        if value is not None and value < 0:
+            raise SaerlError(f"train.loss.{name}={value} must not be negative")
+
+
+def clip_range(cfg: LossConfig) -> tuple[float, float]:
+    """The bounds of a ratio, (1 - eps_low, 1 + eps_high)."""
+    default_low, default_high = CLIP[cfg.kind]
+    low = default_low if cfg.clip_low is None else cfg.clip_low
+    high = default_high if cfg.clip_high is None else cfg.clip_high
+    return 1 - low, 1 + high
 
 
 def advantages(rewards: Tensor, cfg: LossConfig) -> tuple[Tensor, Tensor]:
@@ -62,6 +84,24 @@ def advantages(rewards: Tensor, cfg: LossConfig) -> tuple[Tensor, Tensor]:
     return centred * used[:, None], used
 
 
+def overlong_penalty(lengths: Tensor, cfg: TrainConfig) -> Tensor:
+    """Soft overlong punishment (arXiv 2503.14476) float64 [N] of completions of these lengths [N].
+
+    0 up to ``max_new_tokens - overlong_window`` tokens, then falling linearly to -1 at the limit.
+    """
+    window, limit = cfg.loss.overlong_window, cfg.rollout.max_new_tokens
+    return ((limit - window - lengths.double()) / max(window, 1)).clamp(-1.0, 0.0)
+
+
+def importance_weights(logprobs: Tensor, sampled: Tensor, cap: float) -> Tensor:
+    """min(p / q, cap) per token [M], without gradient: p the training engine's probability, q the sampler's.
+
+    Truncated importance sampling (Ionides 2008), which makes rollouts of another engine on-policy but for
+    the truncation: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy training".
+    """
+    return (logprobs.detach() - sampled).exp().clamp(max=cap)
+
+
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -70,6 +110,7 @@ def policy_loss(
     size: BatchSize,
     cfg: LossConfig,
     ref_logprobs: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The share of the batch's loss that these n completions contribute, and sums for the log.
 
@@ -77,27 +118,33 @@ def policy_loss(
     ``advantage`` and ``lengths``: [n], M = sum of lengths. Adding the losses of all micro-batches of a
     step gives the batch's loss, and so do their gradients.
     With ``cfg.beta`` > 0, beta times the k3 estimate of KL(policy || reference) is added per token:
-    exp(d) - d - 1, d = ref_logp - logp (http://joschu.net/blog/kl-approx.html).
-    The sums (not yet divided): ``clipped`` tokens, ``kl``, ``mismatch`` = sum |logp - logp_old|.
+    exp(d) - d - 1, d = ref_logp - logp (http://joschu.net/blog/kl-approx.html). ``importance`` [M] are
+    weights of the tokens' policy terms, for samples of another engine.
+    The sums (not yet divided): ``clipped`` tokens and ``kl``.
     """
-    ratio = (logprobs - old_logprobs).exp()
+    drift = logprobs - old_logprobs
+    if cfg.kind == "gspo":
+        drift = torch.segment_reduce(drift, "mean", lengths=lengths).repeat_interleave(lengths)
+    ratio, (low, high) = drift.exp(), clip_range(cfg)
     per_token = advantage.repeat_interleave(lengths)
-    bounded = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
-    loss = -torch.minimum(ratio * per_token, bounded * per_token)
+    if cfg.kind == "cispo":
+        loss = -ratio.detach().clamp(low, high) * per_token * logprobs
+    else:
+        loss = -torch.minimum(ratio * per_token, ratio.clamp(low, high) * per_token)
+    if importance is not None:
+        loss = loss * importance
     kl = torch.zeros((), device=loss.device)
     if ref_logprobs is not None and cfg.beta > 0:
         ahead = ref_logprobs - logprobs
         k3 = ahead.exp() - ahead - 1
         loss = loss + cfg.beta * k3
         kl = k3.detach().sum()
-    if cfg.kind == "grpo":
+    if cfg.kind in ("grpo", "gspo"):
         total = (loss / lengths.repeat_interleave(lengths)).sum() / size.completions
     elif cfg.kind == "dr_grpo":
         total = loss.sum() / (size.completions * size.max_new_tokens)
     else:
         total = loss.sum() / size.tokens
     with torch.no_grad():
-        low, high = ratio < 1 - cfg.clip_low, ratio > 1 + cfg.clip_high
-        clipped = ((low & (per_token < 0)) | (high & (per_token > 0))).sum()
-        mismatch = (logprobs - old_logprobs).abs().sum()
-    return total, {"clipped": clipped, "kl": kl, "mismatch": mismatch}
+        clipped = (((ratio < low) & (per_token < 0)) | ((ratio > high) & (per_token > 0))).sum()
+    return total, {"clipped": clipped, "kl": kl}

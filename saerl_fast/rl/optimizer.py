@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.rl import distributed
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,10 @@ class Optimizer:
     def step(self, lr: float, max_norm: float) -> float:
         """Clip to ``max_norm`` (0: no clipping), update, clear; returns the norm before clipping.
 
-        A norm that is not finite leaves weights and moments as they are, with a line in the log.
+        Gradients of several processes are added up first, so all of them make the same update. A norm that
+        is not finite leaves weights and moments as they are, with a line in the log.
         """
+        distributed.add_up_gradients(self.masters)
         norm = float(nn.utils.clip_grad_norm_(self.masters, max_norm if max_norm > 0 else float("inf")))
         if not math.isfinite(norm):
             log.warning("the gradient norm is %s: this update is skipped", norm)

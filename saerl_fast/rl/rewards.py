@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.rl.runtime import TimeUp, call_within
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,24 @@ def get_reward(name: str) -> Reward:
     close = difflib.get_close_matches(name, BUILT_IN, n=1)
     hint = f"did you mean {close[0]}?" if close else f"use {', '.join(BUILT_IN)} or module:function"
     raise SaerlError(f"unknown reward {name!r}; {hint}")
+
+
+def with_timeout(fn: Reward, seconds: float) -> Reward:
+    """``fn``, except that a call of more than ``seconds`` (0: no limit) ends with a SaerlError."""
+    if not seconds:
+        return fn
+
+    def limited(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Any:
+        try:
+            return call_within(seconds, lambda: fn(prompts=prompts, completions=completions, **columns))
+        except TimeUp:
+            raise SaerlError(
+                f"reward {_name(fn)} took more than train.reward_timeout={seconds:g} s for "
+                f"{len(completions)} completions; mend it or raise the limit"
+            ) from None
+
+    limited.__name__ = _name(fn)
+    return limited
 
 
 def score_rewards(

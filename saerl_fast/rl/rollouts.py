@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,13 @@ class Rollouts:
         """Tokens in each completion, int64 [N]."""
         return self.completion_mask.sum(1)
 
+    def to(self, device: torch.device | str) -> Rollouts:
+        """The same with its tensors on ``device`` (features stay where they are)."""
+        moved: dict[str, Any] = {
+            name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)
+        }
+        return replace(self, **moved)
+
     def sequences(self) -> tuple[Tensor, Tensor, Tensor]:
         """Prompt and completion joined without a gap, for training.
 
@@ -91,47 +98,53 @@ def generate(
     cfg: RolloutConfig,
     *,
     seed: int = 0,
+    first: int = 0,
     capture: Any | None = None,
 ) -> Rollouts:
     """Sample ``cfg.group_size`` completions of every prompt; temperature 0 takes the likeliest token.
 
-    ``capture`` is entered around each prefill and then asked for ``features()``, a CSR with one row per
-    prompt of that prefill, or None. The model is put into eval mode and back.
+    ``first``: how many prompts of the same batch come before these, in other processes; each prompt gets
+    the random numbers that it would get if they were all here.
+
+    ``capture`` is entered around each prefill and asked for ``features()`` after the decoding, a CSR with one
+    row per prompt of that prefill, or None. The model is put into eval mode and back.
     Raises SaerlError on an empty batch, an empty prompt or one that does not fit the model's context.
     """
-    _check(cfg)
+    check_rollout(cfg)
     if not prompts:
         raise SaerlError("there are no prompts to generate from; pass at least one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    ids, lens = left_pad(_encode(model, tokenizer, prompts, cfg), tokenizer.pad_token_id or 0, model.device)
+    ids, lens = left_pad(
+        encode_prompts(model, tokenizer, prompts, cfg), tokenizer.pad_token_id or 0, model.device
+    )
     group, n_rows = cfg.group_size, len(prompts) * cfg.group_size
-    uniforms = torch.rand(n_rows, cfg.max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    rows_before = first * group
+    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(rows_before + n_rows, cfg.max_new_tokens, generator=generator)[rows_before:]
     uniforms = uniforms.to(model.device)
     stops = torch.tensor(stop_tokens(model, tokenizer), device=model.device, dtype=torch.long)
 
     width = max(1, (cfg.batch_size or n_rows) // group)
-    todo = [(start, min(start + width, len(prompts))) for start in range(0, len(prompts), width)]
+    todo = [(i, min(i + width, len(prompts))) for i in range(0, len(prompts), width)]
     parts: list[tuple[Tensor, Tensor, Tensor, Any]] = []
     timings = {"generate": 0.0, "capture": 0.0, "encode": 0.0}
     was_training = model.training
     model.eval()
     try:
         while todo:
-            first, last = todo.pop(0)
+            start, end = todo.pop(0)
             try:
-                rows = slice(first * group, last * group)
+                rows = slice(start * group, end * group)
                 part = _decode(
-                    model, ids[first:last], lens[first:last], uniforms[rows], stops, cfg, capture, timings
+                    model, ids[start:end], lens[start:end], uniforms[rows], stops, cfg, capture, timings
                 )
             except torch.OutOfMemoryError:
-                if last - first == 1:
+                if end - start == 1:
                     raise
-                middle = (first + last) // 2
-                log.warning(
-                    "out of memory generating for %d prompts; trying %d", last - first, middle - first
-                )
-                todo[:0] = [(first, middle), (middle, last)]
+                middle = (start + end) // 2
+                log.warning("out of memory generating for %d prompts; trying %d", end - start, middle - start)
+                todo[:0] = [(start, middle), (middle, end)]
                 continue
             parts.append(part)
     finally:
@@ -141,12 +154,17 @@ def generate(
         torch.cat([torch.nn.functional.pad(part[i], (0, longest - part[i].shape[1])) for part in parts])
         for i in range(3)
     )
-    finished = torch.isin(tokens, stops).logical_and(mask).any(1)
-    kept = (mask & ~torch.isin(tokens, stops)).tolist()
-    plain = [[t for t, k in zip(*row, strict=True) if k] for row in zip(tokens.tolist(), kept, strict=True)]
-    texts = tokenizer.batch_decode(plain, skip_special_tokens=True)
+    finished, texts = decoded(tokenizer, tokens, mask, stops)
     features = _join([part[3] for part in parts])
     return Rollouts(ids, lens, tokens, mask, logprobs, texts, finished, group, features, timings)
+
+
+def decoded(tokenizer: Any, tokens: Tensor, mask: Tensor, stops: Tensor) -> tuple[Tensor, list[str]]:
+    """Which completions ended by themselves, bool [N], and their texts without special tokens."""
+    ends = torch.isin(tokens, stops) & mask
+    kept = (mask & ~ends).tolist()
+    plain = [[t for t, k in zip(*row, strict=True) if k] for row in zip(tokens.tolist(), kept, strict=True)]
+    return ends.any(1), tokenizer.batch_decode(plain, skip_special_tokens=True)
 
 
 def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
@@ -208,13 +226,7 @@ def _decode(
             use_cache=True,
             logits_to_keep=1,
         )
-    features = None
-    if capture is not None:
-        features = capture.features()
-        spent = getattr(capture, "timings", {})
-        for name, seconds in spent.items():
-            timings[name] = timings.get(name, 0.0) + seconds
-        started += sum(spent.values())  # not generation
+    started += sum(getattr(capture, "timings", {}).values())  # hooks are not generation
     _expand(cache, cfg.group_size, limit)
     logits = output.logits[:, -1].repeat_interleave(cfg.group_size, 0)
     next_position = lens.repeat_interleave(cfg.group_size)[:, None]
@@ -256,6 +268,11 @@ def _decode(
         logits = output.logits[:, -1]
     used = max(int(kept.any(0).sum()), 1)
     timings["generate"] += time.perf_counter() - started
+    features = None
+    if capture is not None:  # asked for last: on a GPU they are made beside the decoding
+        features = capture.features()
+        for name, seconds in getattr(capture, "timings", {}).items():
+            timings[name] = timings.get(name, 0.0) + seconds
     return tokens[:, :used], logprobs[:, :used], kept[:, :used], features
 
 
@@ -311,7 +328,8 @@ def _takes_4d(model: Any, cache: Any) -> bool:
     return plain and getattr(model.config, "_attn_implementation", None) == "sdpa"
 
 
-def _encode(model: Any, tokenizer: Any, prompts: list[str], cfg: RolloutConfig) -> list[list[int]]:
+def encode_prompts(model: Any, tokenizer: Any, prompts: list[str], cfg: RolloutConfig) -> list[list[int]]:
+    """Token ids of each prompt; SaerlError for one that is empty or does not fit the context."""
     rows = token_ids(tokenizer, prompts)
     limit = max_positions(model)
     for prompt, row in zip(prompts, rows, strict=True):
@@ -326,7 +344,8 @@ def _encode(model: Any, tokenizer: Any, prompts: list[str], cfg: RolloutConfig) 
     return rows
 
 
-def _check(cfg: RolloutConfig) -> None:
+def check_rollout(cfg: RolloutConfig) -> None:
+    """SaerlError on a number out of range."""
     if cfg.group_size < 1 or cfg.max_new_tokens < 1:
         name = "group_size" if cfg.group_size < 1 else "max_new_tokens"
         raise SaerlError(f"rollout.{name}={getattr(cfg, name)} must be at least 1")

@@ -5,28 +5,31 @@ that prefill); rewards become pass rates, which the plan is told, and advantages
 policy-gradient step is made from micro-batches. As there is exactly one step per batch, the sampled
 log-probabilities are those of the policy being updated, so they serve as the old ones and no forward
 pass is spent on recomputing them. What the two engines (cached decoding, full forward) disagree by is
-logged as ``mismatch``, the mean absolute difference per token.
+logged as ``mismatch``, the mean absolute difference per token. gspo's clip range is narrower than that
+difference in half precision, so it alone takes the full forward's values, detached, as the old ones.
 
 Groups whose rewards are all equal have zero advantages: they are left out of the forward and backward
 passes but counted in the rollouts, in the loss's normaliser and in every figure of the log except
-``loss``, ``entropy``, ``clipped``, ``kl`` and ``mismatch``, which are about the groups used.
+``loss``, ``entropy``, ``clipped``, ``kl`` and ``mismatch``, which are about the groups used. With
+``train.dynamic_sampling`` a step draws further batches from the plan while too few groups have a signal
+(:mod:`saerl_fast.rl.collect`). Every draw counts: in the rollouts, in the plan's memory and as one of the
+plan's steps, so a schedule paced for ``total_steps`` ends early and the plan goes on after its end.
 
-All randomness comes from (seed, purpose, step), so a resumed run needs no generator state to go on.
+All randomness comes from (seed, purpose, step), so a resumed run needs no generator state to go on. For
+several processes see :mod:`saerl_fast.rl.distributed`: a checkpoint of N processes goes on with any number.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from saerl_fast.config import DataConfig, TrainConfig
 from saerl_fast.errors import SaerlError
@@ -34,20 +37,22 @@ from saerl_fast.fileio import write_json
 from saerl_fast.log import JsonlLog, MetricsLog
 from saerl_fast.prompts import Pool, render
 from saerl_fast.rl import checkpoint as ckpt
-from saerl_fast.rl.evaluate import check_eval, evaluate, pass_rates, sample_pass_rates, score_rollouts
-from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
-from saerl_fast.rl.loss import BatchSize, advantages, check_loss, policy_loss
-from saerl_fast.rl.optimizer import Optimizer, training_mode
+from saerl_fast.rl import distributed
+from saerl_fast.rl.collect import Draw, join, sample_together
+from saerl_fast.rl.evaluate import check_eval, evaluate, pass_rates
+from saerl_fast.rl.lora import add_adapters
+from saerl_fast.rl.loss import advantages, check_loss, overlong_penalty
+from saerl_fast.rl.rewards import with_timeout
 from saerl_fast.rl.rollouts import Rollouts, generate
 from saerl_fast.rl.runtime import Clock, derived_seed, graceful_interrupt
+from saerl_fast.rl.update import Learner
 from saerl_fast.rl.warmup import warm_up
 
 if TYPE_CHECKING:
     from saerl_fast.data.plan import Plan
 
-__all__ = ["sample_pass_rates", "train"]
 log = logging.getLogger(__name__)
-ROLLOUT_SEED, EVAL_SEED = 1, 2  # purposes of a derived seed
+ROLLOUT_SEED, EVAL_SEED, ADAPTER_SEED = 1, 2, 3  # purposes of a derived seed
 
 
 def train(
@@ -72,7 +77,10 @@ def train(
     ``data`` says how prompts are rendered. ``capture``: a context manager around each prefill with
     ``features()`` -> CSR, one row per prompt, handed to ``plan.observe``. ``echo`` gets a line of text per
     row of the log, ``progress`` (step, steps). Files in ``out_dir``: metrics.jsonl, eval_items.jsonl,
-    rollouts.jsonl, checkpoints/, summary.json and model/.
+    rollouts.jsonl, checkpoints/, summary.json and model/. With ``cfg.lora.rank`` > 0 the warm-up and the
+    steps train adapters alone, the reference policy (``cfg.loss.beta`` > 0) is the model without them, so
+    as it was before the warm-up, and at the end they are written to adapter/ and merged into ``model``
+    and model/.
 
     With ``resume`` the run goes on from its latest intact checkpoint, bit for bit on a CPU; without any
     checkpoint it starts afresh. The first interrupt (Ctrl-C) finishes the step, saves and raises
@@ -86,7 +94,7 @@ def train(
         with graceful_interrupt() as interrupted:
             if start is None:
                 run.begin()
-                if interrupted():
+                if any(distributed.share(interrupted)):
                     run.stop(0)
             for step in range((start or 0) + 1, cfg.steps + 1):
                 run.step(step)
@@ -97,7 +105,7 @@ def train(
                     run.save(step)
                 if progress is not None:
                     progress(step, cfg.steps)
-                if interrupted() and not last:
+                if any(distributed.share(interrupted)) and not last:
                     run.stop(step)
         return run.finish()
     finally:
@@ -139,8 +147,15 @@ class _Run:
         unknown = [name for name in self.plan.prompt_ids if name not in self.row]
         if unknown:
             raise SaerlError(f"the plan has prompt {unknown[0]!r}, which the pool lacks; make the plan again")
-        self.micro_tokens = cfg.micro_tokens
-        self.reference: Any | None = None
+        if distributed.size() > cfg.rollout.prompts_per_step:
+            raise SaerlError(
+                f"{distributed.size()} processes cannot share train.rollout.prompts_per_step="
+                f"{cfg.rollout.prompts_per_step}; start fewer processes or raise it"
+            )
+        self.reward = with_timeout(self.reward, cfg.reward_timeout)
+        self.writes = distributed.rank() == 0
+        self.engine = self._engine()
+        self.keeps_reference = cfg.loss.beta > 0 and cfg.lora.rank == 0
         self.counters: dict[str, Any] = {
             "rollouts": 0,
             "tokens": 0,
@@ -150,31 +165,38 @@ class _Run:
         }
 
     def say(self, line: str) -> None:
-        (self.echo or log.info)(line)
+        if self.writes:
+            (self.echo or log.info)(line)
 
     # --- life of a run -----------------------------------------------------------------------------
 
     def open(self, resume: bool) -> int | None:
         """Restore the latest checkpoint when resuming, open the logs; its step, or None for a fresh start."""
         found = ckpt.load_latest(self.out_dir) if resume else None
+        self.model = add_adapters(self.model, self.cfg.lora, derived_seed(self.seed, ADAPTER_SEED, 0))
         if found is not None:
-            if self.cfg.loss.beta > 0:
-                self.reference = copy.deepcopy(self.model).requires_grad_(False)
-                ckpt.load_reference(self.out_dir, self.reference)
             ckpt.load_model_tensors(self.model, found.model)
-            self._make_optimizer()
-            self.optimizer.load_state_dict(found.optimizer)
+            self.learner = Learner(self.model, self.cfg)
+            self.learner.optimizer.load_state_dict(found.optimizer)
+            if self.keeps_reference:
+                ckpt.load_reference(self.out_dir, self.learner.freeze_reference())
             self.plan.load_state_dict(found.plan)
             ckpt.restore_rng(found.rng)
             self.counters = found.counters
-            self.micro_tokens = min(self.micro_tokens, self.counters.pop("micro_tokens"))
+            self.learner.micro_tokens = min(self.cfg.micro_tokens, self.counters.pop("micro_tokens"))
             self.say(f"resuming after step {found.step} from {found.path}")
         elif resume:
             self.say(f"no checkpoint in {self.out_dir}: starting at step 0")
+        at = found.step if found is not None else None
+        if len(set(distributed.share(lambda: at))) > 1:
+            raise SaerlError(f"the processes find different checkpoints in {self.out_dir}; share the folder")
+        distributed.same_everywhere(list(ckpt.model_tensors(self.model).values()))
+        if not self.writes:
+            return at
         if found is None:
             ckpt.set_aside(self.out_dir)
-        at = found.step if found is not None else None
-        self.metrics = MetricsLog(self.out_dir, at, echo=self.echo, tensorboard=self.cfg.tensorboard)
+        (self.out_dir / "summary.json").unlink(missing_ok=True)  # until the run has ended again
+        self.metrics = MetricsLog(self.out_dir, at, echo=self.echo, trackers=self.cfg.trackers)
         self.eval_items = JsonlLog(self.out_dir / "eval_items.jsonl", at)
         self.rollout_log = JsonlLog(self.out_dir / "rollouts.jsonl", at)
         return at
@@ -196,11 +218,11 @@ class _Run:
             )
             self._count_seconds({"warmup": row["seconds"]})
             timing = {"warmup": row.pop("seconds")}
-            self.metrics.log({"step": 0, "kind": "warmup", **row, "time": timing})
-        self._make_optimizer()
-        if cfg.loss.beta > 0:
-            self.reference = copy.deepcopy(self.model).requires_grad_(False)
-            ckpt.save_reference(self.out_dir, self.model)
+            self._record({"step": 0, "kind": "warmup", **row, "time": timing})
+        self.learner = Learner(self.model, cfg)
+        if self.keeps_reference:
+            frozen = self.learner.freeze_reference()
+            distributed.on_first(lambda: ckpt.save_reference(self.out_dir, frozen))
         if cfg.eval.every > 0 or cfg.steps == 0:
             self.evaluate(0)
         if cfg.warmup.steps > 0 or cfg.steps == 0:
@@ -208,14 +230,16 @@ class _Run:
 
     def save(self, step: int) -> None:
         started = time.perf_counter()
-        ckpt.save_checkpoint(
-            self.out_dir,
-            step,
-            model=self.model,
-            optimizer=self.optimizer.state_dict(),
-            plan=self.plan.state_dict(),
-            counters=self.counters | {"micro_tokens": self.micro_tokens},
-            keep=self.cfg.keep,
+        distributed.on_first(
+            lambda: ckpt.save_checkpoint(
+                self.out_dir,
+                step,
+                model=self.model,
+                optimizer=self.learner.optimizer.state_dict(),
+                plan=self.plan.state_dict(),
+                counters=self.counters | {"micro_tokens": self.learner.micro_tokens},
+                keep=self.cfg.keep,
+            )
         )
         self._count_seconds({"save": time.perf_counter() - started})
 
@@ -227,13 +251,9 @@ class _Run:
 
     def finish(self) -> dict[str, Any]:
         """Write the final model and the summary."""
-        if self.cfg.save_model:
-            target = self.out_dir / "model"
-            try:
-                self.model.save_pretrained(target)
-                self.tokenizer.save_pretrained(target)
-            except OSError as err:
-                raise SaerlError(f"cannot write {target}: {err.strerror or err}; free some space") from err
+        if self.cfg.lora.rank:
+            distributed.on_first(lambda: self._export("adapter", self.model, save_embedding_layers=False))
+            self.model = self.model.merge_and_unload()
         summary = {
             "schedule": self.plan.schedule,
             "seed": self.seed,
@@ -241,16 +261,44 @@ class _Run:
             "mode": self.cfg.eval.mode,
             **self.counters,
         }
-        write_json(self.out_dir / "summary.json", summary)
+
+        def write() -> None:
+            self._export("model", self.model)
+            self._export("model", self.tokenizer)
+            write_json(self.out_dir / "summary.json", summary)
+
+        distributed.on_first(write)
         return summary
 
-    def close(self) -> None:
-        for file in (self.metrics, self.eval_items, self.rollout_log):
-            file.close()
+    def _export(self, name: str, part: Any, **options: Any) -> None:
+        if self.cfg.save_model:
+            target = self.out_dir / name
+            try:
+                part.save_pretrained(target, **options)
+            except OSError as err:
+                raise SaerlError(f"cannot write {target}: {err.strerror or err}; free some space") from err
 
-    def _make_optimizer(self) -> None:
-        cfg = self.cfg
-        self.optimizer = Optimizer(self.model, cfg.lr, weight_decay=cfg.weight_decay, betas=cfg.betas)
+    def close(self) -> None:
+        if self.writes:
+            for file in (self.metrics, self.eval_items, self.rollout_log):
+                file.close()
+        if self.cfg.lora.rank and hasattr(self.model, "unload"):
+            self.model.unload()  # stopped early: the caller gets its model back as it was
+
+    def _engine(self) -> Callable[..., Rollouts]:
+        if self.cfg.rollout.engine == "transformers":
+            return generate
+        if self.cfg.lora.rank:
+            raise SaerlError("train.rollout.engine=vllm trains all weights; set train.lora.rank=0")
+        from saerl_fast.rl.vllm_engine import VllmEngine
+
+        if self.capture is not None:
+            self.say("vLLM's prefill cannot be observed: features take a forward pass of their own")
+        return VllmEngine(self.model, self.cfg.rollout).generate
+
+    def _record(self, row: dict[str, Any]) -> None:
+        if self.writes:
+            self.metrics.log(row)
 
     def _count_seconds(self, seconds: Mapping[str, float]) -> None:
         total = self.counters["seconds"]
@@ -261,121 +309,65 @@ class _Run:
 
     def step(self, step: int) -> None:
         cfg, clock = self.cfg, Clock(self.model.device)
-        with clock("plan"):
-            ids = self.plan.next_batch()
-        rows = [self.row[name] for name in ids]
-        prompts = [self.texts["train"][i] for i in rows]
-        # not Pool.select: a small pool may repeat a prompt inside a batch
-        columns = {name: [column[i] for i in rows] for name, column in self.pools["train"].columns.items()}
-        rollouts = generate(
-            self.model,
-            self.tokenizer,
-            prompts,
-            cfg.rollout,
-            seed=derived_seed(self.seed, ROLLOUT_SEED, step),
-            capture=self.capture,
-        )
-        for phase, seconds in rollouts.timings.items():
-            clock.add(phase, seconds)
-        with clock("reward"):
-            rewards = score_rollouts(rollouts, columns, prompts, self.reward)
-        rates = pass_rates(rewards)
-        with clock("plan"):
-            self.plan.observe(ids, rates, rollouts.features)
-        advantage, used = advantages(torch.from_numpy(rewards), cfg.loss)
+        draws = [self._draw(step, 0, clock)]
+        wanted = cfg.rollout.prompts_per_step
+        while len(draws) <= cfg.dynamic_sampling and sum(int(d.used.sum()) for d in draws) < wanted:
+            draws.append(self._draw(step, len(draws), clock))
+        rollouts, advantage, used = join(draws, wanted)
         lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
-        update = self._update(rollouts, advantage, used, lr, clock)
-        lengths = rollouts.lengths
-        counts = {
-            "rollouts": len(lengths),
-            "tokens": int(lengths.sum()),
-            "groups": len(ids),
-            "groups_used": int(used.sum()),
-        }
+        update = self.learner.update(rollouts, advantage, used, lr, clock)
+        counts = {"groups_used": int(used.sum())}
+        for draw in draws:
+            for name, value in draw.counts().items():
+                counts[name] = counts.get(name, 0) + value
         for name, value in counts.items():
             self.counters[name] += value
         self._count_seconds(clock.seconds)
-        self._log_rollouts(step, ids, prompts, columns, rollouts, rewards)
-        self.metrics.log(
-            {
-                "step": step,
-                "kind": "train",
-                "reward": float(rewards.mean()),
-                "pass_rate": float(rates.mean()),
-                **update,
-                **counts,
-                "length": counts["tokens"] / counts["rollouts"],
-                "finished": float(rollouts.finished.float().mean()),
-                "lr": lr,
-                "plan": self.plan.metrics(),
-                "time": clock.seconds,
-            }
+        if self.writes:
+            self._log_rollouts(step, draws[0])
+        rewards = np.concatenate([draw.rewards for draw in draws])
+        finished = torch.cat([draw.rollouts.finished for draw in draws])
+        row = {
+            "step": step,
+            "kind": "train",
+            "reward": float(rewards.mean()),
+            "pass_rate": float(pass_rates(rewards).mean()),
+            **update,
+            **counts,
+            "length": counts["tokens"] / counts["rollouts"],
+            "finished": float(finished.float().mean()),
+            "lr": lr,
+            "plan": self.plan.metrics(),
+            "time": clock.seconds,
+        }
+        self._record(row | ({"draws": len(draws)} if cfg.dynamic_sampling else {}))
+
+    def _draw(self, step: int, number: int, clock: Clock) -> Draw:
+        """The plan's next batch: sampled, rewarded, told to the plan."""
+        cfg = self.cfg
+        with clock("plan"):
+            ids = distributed.share(self.plan.next_batch)[0]  # one order, even if machines round differently
+        rows = [self.row[name] for name in ids]
+        # not Pool.select: a small pool may repeat a prompt inside a batch
+        columns = {name: [column[i] for i in rows] for name, column in self.pools["train"].columns.items()}
+        prompts = [self.texts["train"][i] for i in rows]
+        rollouts, rewards = sample_together(
+            self.model,
+            self.tokenizer,
+            prompts,
+            columns,
+            self.reward,
+            cfg.rollout,
+            seed=derived_seed(self.seed, ROLLOUT_SEED, step, number),
+            capture=self.capture,
+            clock=clock,
+            engine=self.engine,
         )
-
-    def _update(
-        self, rollouts: Rollouts, advantage: Tensor, used: Tensor, lr: float, clock: Clock
-    ) -> dict[str, float | None]:
-        """One optimizer step; figures for the log. Without any usable group, weights and moments stay."""
-        cfg, device = self.cfg, self.model.device
-        keep = torch.ones_like(used) if cfg.loss.beta > 0 else used
-        chosen = keep.repeat_interleave(rollouts.group_size).nonzero()[:, 0].to(device)
-        names = ("loss", "entropy", "clipped", "kl", "mismatch")
-        if len(chosen) == 0:
-            return {**dict.fromkeys(names), "grad_norm": None}
-        ids, starts, lengths = (part[chosen] for part in rollouts.sequences())
-        owner = chosen // rollouts.group_size
-        old, mask = rollouts.logprobs[chosen], rollouts.completion_mask[chosen]
-        weight = advantage.flatten().to(device)[chosen]
-        size = BatchSize(len(rollouts.texts), int(rollouts.lengths.sum()), cfg.rollout.max_new_tokens)
-        while True:
-            sums = dict.fromkeys(names, torch.zeros((), device=device))
-            try:
-                with training_mode(self.model, cfg.gradient_checkpointing):
-                    for part in micro_batches(starts + lengths, self.micro_tokens, owner):
-                        with clock("logprob"):
-                            batch = (ids[part], starts[part], lengths[part])
-                            options: dict[str, Any] = {
-                                "temperature": cfg.rollout.temperature,
-                                "owner": owner[part],
-                            }
-                            new, entropy = completion_logprobs(self.model, *batch, **options)
-                            reference = self._reference_logprobs(batch, options)
-                        with clock("update"):
-                            loss, found = policy_loss(
-                                new,
-                                old[part][mask[part]],
-                                weight[part],
-                                lengths[part],
-                                size,
-                                cfg.loss,
-                                reference,
-                            )
-                            loss.backward()
-                            self.optimizer.collect()
-                        found |= {"loss": loss.detach(), "entropy": entropy.sum()}
-                        sums = {name: sums[name] + found[name] for name in names}
-                break
-            except torch.OutOfMemoryError:
-                self.optimizer.clear()
-                longest = int((starts + lengths).max())
-                if self.micro_tokens <= longest:
-                    raise SaerlError(
-                        f"out of memory on a single sequence of {longest} tokens; lower "
-                        "rollout.max_new_tokens or set train.gradient_checkpointing=true"
-                    ) from None
-                self.micro_tokens = max(longest, min(self.micro_tokens, int((starts + lengths).sum())) // 2)
-                log.warning("out of memory in a micro-batch: micro_tokens is now %d", self.micro_tokens)
-        with clock("update"):
-            norm = self.optimizer.step(lr, cfg.grad_norm)
-        tokens = int(lengths.sum())
-        figures = {name: float(sums[name]) / tokens for name in names[1:]}
-        return {"loss": float(sums["loss"]), **figures, "grad_norm": norm}
-
-    def _reference_logprobs(self, batch: Sequence[Tensor], options: dict[str, Any]) -> Tensor | None:
-        if self.reference is None:
-            return None
-        with torch.no_grad():
-            return completion_logprobs(self.reference, *batch, with_entropy=False, **options)[0]
+        with clock("plan"):
+            self.plan.observe(ids, pass_rates(rewards), rollouts.features)
+        shaped = torch.from_numpy(rewards)
+        shaped = shaped + overlong_penalty(rollouts.lengths.cpu(), cfg).view_as(shaped)
+        return Draw(ids, prompts, columns, rollouts, rewards, *advantages(shaped, cfg.loss))
 
     # --- around the steps --------------------------------------------------------------------------
 
@@ -393,7 +385,8 @@ class _Run:
                 seed=derived_seed(self.seed, EVAL_SEED, 0),
                 max_tokens=cfg.micro_tokens,
             )
-        self.eval_items.write({"step": step, **item} for item in result.items)
+        if self.writes:
+            self.eval_items.write({"step": step, **item} for item in result.items)
         self._count_seconds(clock.seconds)
         self.counters.setdefault("accuracy_first", result.mean)
         self.counters["accuracy"] = result.mean
@@ -405,20 +398,13 @@ class _Run:
             "n": len(result.items),
             "mode": result.mode,
         }
-        self.metrics.log(row | {"tokens": result.tokens, "time": clock.seconds})
+        self._record(row | {"tokens": result.tokens, "time": clock.seconds})
 
-    def _log_rollouts(
-        self,
-        step: int,
-        ids: list[str],
-        prompts: list[str],
-        columns: Mapping[str, list[Any]],
-        rollouts: Rollouts,
-        rewards: np.ndarray,
-    ) -> None:
+    def _log_rollouts(self, step: int, draw: Draw) -> None:
         """The first few prompts of the step with all their completions."""
-        group = rollouts.group_size
-        for i in range(min(self.cfg.rollout_log, len(ids))):
-            texts = rollouts.texts[i * group : (i + 1) * group]
-            row = {"step": step, "prompt_id": ids[i], "prompt": prompts[i], "answer": columns["answer"][i]}
-            self.rollout_log.write([row | {"completions": texts, "rewards": rewards[i].tolist()}])
+        group = draw.rollouts.group_size
+        for i in range(min(self.cfg.rollout_log, len(draw.ids))):
+            row = {"step": step, "prompt_id": draw.ids[i], "prompt": draw.prompts[i]}
+            row |= {"answer": draw.columns["answer"][i], "rewards": draw.rewards[i].tolist()}
+            row["completions"] = draw.rollouts.texts[i * group : (i + 1) * group]
+            self.rollout_log.write([row])

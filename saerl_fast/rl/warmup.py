@@ -17,6 +17,7 @@ from torch import Tensor
 from saerl_fast.config import WarmupConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import max_positions, token_ids
+from saerl_fast.rl import distributed
 from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
 from saerl_fast.rl.optimizer import Optimizer, training_mode
 from saerl_fast.rl.rewards import check_answers
@@ -87,19 +88,22 @@ def warm_up(
                 model, tokenizer, [prompts[i] for i in chosen], [answers[i] for i in chosen]
             )
             total = int(lengths.sum())
-            loss = 0.0
-            for part in micro_batches(starts + lengths, max_tokens):
+            loss = torch.zeros((), dtype=torch.float64, device=ids.device)
+            mine = torch.arange(len(ids), device=ids.device)[distributed.block(len(ids))]
+            for local in micro_batches((starts + lengths)[mine], max_tokens):
+                part = mine[local]
                 logprobs, _ = completion_logprobs(
                     model, ids[part], starts[part], lengths[part], with_entropy=False
                 )
                 share = -logprobs.sum() / total
                 share.backward()
                 optimizer.collect()
-                loss += share.item()
+                loss += share.detach()
+            distributed.add_up([loss])
             optimizer.step(cfg.lr * min(1.0, step / max(1, cfg.steps // 10)), max_norm=1.0)
-            losses.append(loss)
+            losses.append(float(loss))
             if on_step is not None:
-                on_step(step, loss)
+                on_step(step, losses[-1])
     return {
         "loss_first": losses[0] if losses else float("nan"),
         "loss": losses[-1] if losses else float("nan"),

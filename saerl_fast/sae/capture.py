@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -77,11 +78,20 @@ class Capture:
         self._handles = []
         self._armed = False
 
-    def take(self) -> tuple[Tensor, Tensor]:
+    def hand_to(self, stream: torch.cuda.Stream) -> None:
+        """Let ``stream`` read what was recorded: it waits for the prefill, and the memory waits for it."""
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        for hidden, mask in self._records:
+            hidden.record_stream(stream)
+            if mask is not None:
+                mask.record_stream(stream)
+
+    @torch.no_grad()
+    def take(self, *, timed: bool = True) -> tuple[Tensor, Tensor]:
         """(x [n_tokens, d_in] in the model's dtype, offsets int64 [n_rows + 1]), padding removed.
 
         Rows are those of the prefills since the block was entered, in order; taking them forgets them.
-        Raises SaerlError when nothing was recorded or a value is not finite.
+        Raises SaerlError when nothing was recorded or a value is not finite. ``timed``: add to ``seconds``.
         """
         start = time.perf_counter()
         if not self._records:
@@ -91,7 +101,8 @@ class Capture:
         x = torch.cat([part[0] for part in parts])
         lengths = torch.cat([part[1] for part in parts])
         check_finite(x, self.layer)
-        self.seconds += time.perf_counter() - start
+        if timed:
+            self.seconds += time.perf_counter() - start
         return x, _offsets(lengths)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -136,6 +147,10 @@ class FeatureCapture:
     ``with fc: model.generate(...)`` then ``fc.features()``: one CSR row per prompt row of the batch
     (each ``every``-th row), from the prefill that generation ran anyway. ``timings`` holds the seconds
     spent since the last ``reset_timings()``: "capture" (hooks, padding removal) and "encode".
+
+    On a GPU, leaving the block starts padding removal and encoding on a stream of their own and in a thread
+    of their own: both read sizes back from the device, and the thread waits for them, not the decoding
+    loop. "encode" is then what ``features()`` had to wait.
     """
 
     def __init__(
@@ -152,6 +167,10 @@ class FeatureCapture:
         self.sae, self.reduce, self.backend = sae, reduce, backend
         self.capture = Capture(model, resolve_layer(model, sae, layer), every=every)
         self._encode_seconds = 0.0
+        device = next(model.parameters()).device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._worker = ThreadPoolExecutor(1, "capture") if device.type == "cuda" else None
+        self._pending: Future[CSR] | None = None
 
     @property
     def every(self) -> int:
@@ -178,6 +197,9 @@ class FeatureCapture:
         self.capture.seconds = self._encode_seconds = 0.0
 
     def __enter__(self) -> FeatureCapture:
+        if self._pending is not None:  # of a generation that failed: nobody asked for its features
+            self._pending.exception()
+            self._pending = None
         self.capture.__enter__()
         return self
 
@@ -185,14 +207,30 @@ class FeatureCapture:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.capture.__exit__(kind, error, trace)
+        if self._worker is not None and kind is None:
+            if self._stream is not None:
+                self.capture.hand_to(self._stream)
+            self._pending = self._worker.submit(self._encode_aside)
 
     def features(self) -> CSR:
         """CSR [n prompts, d_sae] on the CPU; forgets the batch it came from."""
-        x, offsets = self.capture.take()
         start = time.perf_counter()
-        pooled = self.sae.pool(x, offsets, reduce=self.reduce, backend=self.backend).to("cpu")
+        if self._pending is None:
+            x, offsets = self.capture.take()
+            start = time.perf_counter()  # taking is counted by the capture itself
+            pooled = self._encode(x, offsets)
+        else:
+            pending, self._pending = self._pending, None
+            pooled = pending.result()
         self._encode_seconds += time.perf_counter() - start
         return pooled
+
+    def _encode(self, x: Tensor, offsets: Tensor) -> CSR:
+        return self.sae.pool(x, offsets, reduce=self.reduce, backend=self.backend).to("cpu")
+
+    def _encode_aside(self) -> CSR:
+        with torch.cuda.stream(self._stream):  # None: where the caller would be
+            return self._encode(*self.capture.take(timed=False))
 
 
 @torch.no_grad()

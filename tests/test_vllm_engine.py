@@ -1,0 +1,141 @@
+"""The vLLM engine against a stand-in with the same calls; vLLM itself needs a GPU."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from saerl_fast.config import LoRAConfig, LossConfig, RolloutConfig
+from saerl_fast.errors import SaerlError
+from saerl_fast.log import read_metrics
+from saerl_fast.rl.logprobs import completion_logprobs
+from saerl_fast.rl.vllm_engine import VllmEngine
+from saerl_fast.sae.capture import FeatureCapture
+from tests.test_capture import sae_for
+from tests.test_trainer import run, small
+from tests.tiny_lm import char_tokenizer, tiny_model
+
+TOKENIZER = char_tokenizer()
+PROMPTS = ["1+1=", "what is 12+30?", "a"]
+
+
+class LLM:
+    """Weights of its own until some are loaded; samples with a generator per request."""
+
+    made: list[LLM] = []
+    bias = 0.0  # added to every reported log-probability: an engine that computes differently
+
+    def __init__(self, model: str, **options: Any) -> None:
+        assert options["logprobs_mode"] == "processed_logprobs" and options["dtype"] == "float32"
+        self.policy, self.synced, self.resets = tiny_model(seed=99), 0, 0
+        worker = SimpleNamespace(model_runner=SimpleNamespace(model=self))
+        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+        LLM.made.append(self)
+
+    def load_weights(self, pairs: Any) -> None:
+        self.policy.load_state_dict(dict(pairs), strict=False)
+        self.synced += 1
+
+    def reset_prefix_cache(self) -> None:
+        self.resets += 1
+
+    def generate(self, prompts: list[dict], sampling_params: list[Any], use_tqdm: bool) -> list[Any]:
+        return [self._one(p["prompt_token_ids"], s) for p, s in zip(prompts, sampling_params, strict=True)]
+
+    def _one(self, prompt: list[int], params: Any) -> Any:
+        assert params.logprobs == 0 and not params.detokenize
+        source = torch.Generator().manual_seed(params.seed)
+        outputs = []
+        for index in range(params.n):
+            tokens: list[int] = []
+            logprobs: list[dict] = []
+            while len(tokens) < params.max_tokens and not (tokens and tokens[-1] in params.stop_token_ids):
+                logits = self.policy(torch.tensor([prompt + tokens])).logits[0, -1] / params.temperature
+                logp = logits.log_softmax(-1)
+                token = int(torch.multinomial(logp.exp(), 1, generator=source))
+                tokens.append(token)
+                logprobs.append({token: SimpleNamespace(logprob=float(logp[token]) + LLM.bias)})
+            outputs.append(SimpleNamespace(index=index, token_ids=tokens, logprobs=logprobs))
+        return SimpleNamespace(outputs=outputs[::-1])  # in no particular order
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> type[LLM]:
+    module = ModuleType("vllm")
+    module.LLM, module.SamplingParams = LLM, SimpleNamespace  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setattr(LLM, "made", [])
+    return LLM
+
+
+def test_rollouts_of_the_current_weights(vllm: type[LLM]) -> None:
+    model, cfg = tiny_model(), RolloutConfig(group_size=3, max_new_tokens=8, temperature=0.7)
+    engine = VllmEngine(model, cfg)
+
+    def check() -> Any:
+        made = engine.generate(model, TOKENIZER, PROMPTS, cfg, seed=4)
+        with torch.no_grad():
+            again, _ = completion_logprobs(model, *made.sequences(), temperature=0.7)
+        torch.testing.assert_close(made.logprobs[made.completion_mask], again, atol=1e-4, rtol=0)
+        assert (made.logprobs[~made.completion_mask] == 0).all()
+        return made
+
+    one, two = check(), check()
+    assert torch.equal(one.completion_ids, two.completion_ids) and one.completion_ids.shape[0] == 9
+    assert vllm.made[0].synced == vllm.made[0].resets == 1  # nothing had changed in between
+    ends = [row[n - 1] == 1 for row, n in zip(one.completion_ids, one.lengths, strict=True)]
+    assert one.finished.tolist() == ends and one.texts[0] in TOKENIZER.decode(one.completion_ids[0])
+    part = engine.generate(model, TOKENIZER, PROMPTS[1:], cfg, seed=4, first=1)
+    assert part.texts == one.texts[3:]  # a process's share is that of the whole
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    check()
+    assert vllm.made[0].synced == 2
+
+
+def test_features_take_a_prefill_of_their_own(vllm: type[LLM]) -> None:
+    model, cfg = tiny_model(), RolloutConfig(group_size=2, max_new_tokens=3)
+    capture = FeatureCapture(model, sae_for(32, hook_layer=1))
+    made = VllmEngine(model, cfg).generate(model, TOKENIZER, PROMPTS, cfg, capture=capture)
+    with capture:
+        for prompt in PROMPTS:
+            model(torch.tensor([TOKENIZER(prompt)["input_ids"]]))
+    torch.testing.assert_close(made.features.to_dense(), capture.features().to_dense(), atol=1e-4, rtol=1e-4)
+    assert made.timings["capture"] > 0
+
+
+@pytest.mark.parametrize(("cap", "moved"), [(2.0, 0.25), (0.5, 0.25), (0.0, 1.0)])
+def test_training_corrects_for_the_other_engine(
+    vllm, monkeypatch, tmp_path, cap: float, moved: float
+) -> None:
+    """vLLM reports 4 times the probability: the loss is weighed by 1/4, unless told not to."""
+    cfg = small(steps=1, lr=0.0, grad_norm=0.0, loss=LossConfig(importance_cap=cap))
+    cfg.rollout.engine = "vllm"
+    norms = []
+    for bias in (0.0, torch.tensor(4.0).log().item()):
+        monkeypatch.setattr(LLM, "bias", bias)
+        run(tmp_path / str(bias), copy.deepcopy(cfg))
+        row = next(r for r in read_metrics(tmp_path / str(bias)) if r["kind"] == "train")
+        assert row["mismatch"] == pytest.approx(bias, abs=1e-4)
+        norms.append(row["grad_norm"])
+    if cap == 0:
+        assert norms[1] != pytest.approx(norms[0], rel=0.1)  # as if the policy had moved: partly clipped
+    else:
+        assert norms[1] / norms[0] == pytest.approx(moved / min(1.0, cap), rel=1e-3)
+
+
+def test_without_vllm_and_with_lora(tmp_path, monkeypatch) -> None:
+    cfg = small(steps=1)
+    cfg.rollout.engine = "vllm"
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(SaerlError, match="pip install vllm"):
+        run(tmp_path / "a", cfg)
+    cfg.lora = LoRAConfig(rank=2)
+    with pytest.raises(SaerlError, match="lora.rank=0"):
+        run(tmp_path / "b", cfg)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,108 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from saerl_fast.errors import SaerlError
+from saerl_fast.log import MetricsLog
+from saerl_fast.watch import watch
+
+
+def rows(step: int) -> list[dict]:
+    train = {"step": step, "kind": "train", "reward": step / 10, "time": {"generate": 1.0}}
+    return [train, {"step": step, "kind": "eval", "accuracy": step / 20, "mode": "sample"}]
+
+
+def write(folder: Path, first: int, last: int, resume: int | None) -> None:
+    with MetricsLog(folder, resume, echo=lambda line: None) as log:
+        for step in range(first, last + 1):
+            for row in rows(step):
+                log.log(row)
+
+
+def test_a_growing_run_is_followed_to_its_end(tmp_path: Path) -> None:
+    """Starts before the run does, sees it grow (with a torn line at one moment), ends with it."""
+    run, said, sizes = tmp_path / "run", [], []
+
+    def wait_for(done) -> None:
+        deadline = time.time() + 60
+        while not done() and time.time() < deadline:
+            time.sleep(0.01)
+
+    def train() -> None:
+        try:
+            wait_for(lambda: said)
+            write(run, 1, 1, None)
+            wait_for((run / "live.png").exists)
+            whole = (run / "metrics.jsonl").read_bytes()
+            (run / "metrics.jsonl").write_bytes(whole + b'{"step": 2, "ki')
+            sizes.append((run / "live.png").stat().st_mtime_ns)
+            write(run, 2, 5, 1)
+            wait_for(lambda: any(line.startswith("step     5 eval") for line in said))
+        finally:
+            (run / "summary.json").write_text("{}")
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    figure = watch(run, said.append, every=0.02)
+    trainer.join()
+    assert said[0] == f"waiting for {run}/metrics.jsonl" and said[-1] == f"ended; {figure} holds the curves"
+    assert said[1].startswith("step     1") and said[1].endswith("\u2581")
+    assert said[-2].startswith("step     5 eval") and said[-2].endswith("\u2588")
+    assert "\u2581\u2583" in said[-2]
+    assert len(said) == len(set(said))  # nothing twice
+    assert figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_mtime_ns > sizes[0]
+
+
+def test_a_comparison_ends_with_its_last_run(tmp_path: Path) -> None:
+    (tmp_path / "compare.json").write_text(json.dumps({"arms": ["vanilla", "adaptive"], "seeds": [0]}))
+    said: list[str] = []
+
+    def add(name: str) -> None:
+        write(tmp_path / name, 1, 2, None)
+        (tmp_path / name / "run.json").write_text(json.dumps({"arm": name, "seed": 0}))
+        (tmp_path / name / "summary.json").write_text("{}")
+
+    add("vanilla")
+    later = threading.Timer(0.3, add, ["adaptive"])
+    later.start()
+    started = time.perf_counter()
+    watch(tmp_path, said.append, every=0.02)
+    assert time.perf_counter() - started > 0.2
+    assert said[0].startswith("step     2") and any(line.startswith("adaptive, seed 0: ") for line in said)
+
+
+def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaerlError, match="is a file"):
+        watch(tmp_path / "file", print)
+    with pytest.raises(SaerlError, match="--every 0"):
+        watch(tmp_path, print, every=0)
+
+
+def test_ctrl_c_ends_the_command_quietly(tmp_path: Path) -> None:
+    write(tmp_path / "run", 1, 2, None)
+    command = [sys.executable, "-m", "saerl_fast.cli", "watch", str(tmp_path / "run"), "--every", "0.1"]
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join([str(root), str(root / "kernels" / "torch-ext")])
+    process = subprocess.Popen(
+        command,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.time() + 60
+    while not (tmp_path / "run" / "live.png").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0 and err == "" and out.startswith("step     2 eval")
