@@ -2,7 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+TRITON := 3.6.0
+TORCH := 2.11.0
+
+.PHONY: demo test test-triton lint bench clean
 
 # Built once; again whenever pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
@@ -20,6 +23,14 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q
 
+# The kernels under another Triton: make test-triton TRITON=3.8.0 TORCH=2.14.0. NumPy 2.4 breaks 3.6's interpreter.
+test-triton:
+	$(PYTHON) -m venv $(VENV)-triton-$(TRITON)
+	$(VENV)-triton-$(TRITON)/bin/pip install --quiet "torch==$(TORCH)" "numpy<2.4" scipy numba pytest hypothesis
+	$(VENV)-triton-$(TRITON)/bin/pip install --quiet --no-deps "triton==$(TRITON)"
+	$(VENV)-triton-$(TRITON)/bin/python -m pytest -q tests/test_chunked.py tests/test_encode.py \
+		tests/test_topk.py tests/test_decode.py tests/test_pool.py tests/test_compile.py
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,4 +40,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m pytest -q benchmarks/bench_encode.py --benchmark-only
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-triton-* build *.egg-info

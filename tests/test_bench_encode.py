@@ -67,8 +67,8 @@ def test_tuner_runs(bench):
     from saerl_kernels._triton.tune import Plan, candidates
 
     encoder = sk.pack_encoder(torch.randn(8, 256), torch.zeros(256), permute=True)
-    plans = [Plan("dense"), Plan("groups", 2, BM=16, BN=128, BK=32, warps=4)]
+    plans = [Plan("chunked", BM=2, BN=128, BK=128, warps=4), Plan("groups", 2, BM=16, BN=128, BK=32, warps=4)]
     plan, milliseconds = tune_encode.best_plan(torch.randn(3, 8), encoder, 4, plans, rounds=1)
     assert plan in plans and milliseconds > 0
-    assert {p.algorithm for p in candidates(65536, 64, 90)} == {"dense", "groups"}
-    assert [p.algorithm for p in candidates(1024, 512, 90)] == ["dense"]
+    assert {p.algorithm for p in candidates(65536, 64, 90)} == {"chunked", "groups"}
+    assert {p.algorithm for p in candidates(1024, 512, 90)} == {"chunked"}

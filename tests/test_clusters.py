@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from saerl_fast.config import DiversityConfig
-from saerl_fast.data.clusters import _assign, _centroids, cluster_prompts, permute_features, purity
+from saerl_fast.data.clusters import _centroids, cluster_prompts, permute_features, purity
 from saerl_fast.data.features import as_scipy, weighted
 from saerl_fast.errors import SaerlError
 from saerl_kernels import CSR
@@ -62,12 +62,14 @@ def test_same_seed_same_labels():
     assert np.array_equal(first.labels, second.labels) and first.metrics == second.metrics
 
 
-def test_numba_and_scipy_agree():
+@pytest.mark.parametrize("svd", [32, 0])
+def test_numba_and_torch_agree(svd):
     pytest.importorskip("numba")
     X, _ = topics()
-    rows = weighted(X)
-    centroids = _centroids(rows, np.arange(300) % 7, 7)
-    assert np.array_equal(_assign(rows, centroids, "numba"), _assign(rows, centroids, "sklearn"))
+    cfg = DiversityConfig(n_clusters=7, svd=svd)
+    by_numba, by_torch = cluster_prompts(X, cfg, "numba"), cluster_prompts(X, cfg, "sklearn")
+    assert np.array_equal(by_numba.labels, by_torch.labels)
+    assert by_numba.metrics["silhouette"] == pytest.approx(by_torch.metrics["silhouette"], abs=1e-6)
 
 
 def test_permutation_keeps_every_features_values_and_frequency():

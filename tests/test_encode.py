@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 import saerl_kernels as sk
 from saerl_kernels import _triton as triton_backend
 from saerl_kernels._triton.tune import Plan
+from tests.encoders import assert_equal, integers, poison  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("poison")
 BACKENDS = ["torch", "numba", "triton"]
 SMALL = {"BM": 16, "BN": 128, "BK": 32, "warps": 4}
 
@@ -24,39 +26,11 @@ def usable(backend: str, device: torch.device) -> None:
         pytest.skip("numba runs on the CPU")
 
 
-def integers(n: int, d_in: int, d_sae: int, seed: int = 0, low: int = -40, permute: bool = False, **options):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randint(-3, 4, (n, d_in), generator=g).float()
-    W = torch.randint(-2, 3, (d_in, d_sae), generator=g).float()
-    b = torch.randint(low, 6, (d_sae,), generator=g).float()
-    return x, sk.pack_encoder(W, b, permute=permute, **options)
-
-
-def assert_equal(got: sk.TopK, want: sk.TopK) -> None:
-    assert got.values.dtype == torch.float32 and got.indices.dtype == torch.int32
-    torch.testing.assert_close(got.values.cpu(), want.values.cpu(), rtol=0, atol=0)
-    assert torch.equal(got.indices.cpu(), want.indices.cpu())
-
-
 def assert_csr(got: sk.CSR, want: sk.CSR) -> None:
     assert got.n_cols == want.n_cols
     assert torch.equal(got.indptr.cpu(), want.indptr.cpu())
     assert torch.equal(got.indices.cpu(), want.indices.cpu())
     torch.testing.assert_close(got.values.cpu(), want.values.cpu(), rtol=0, atol=0)
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill torch.empty with garbage, so that an unwritten output cannot pass by luck."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        if out.is_floating_point():
-            return out.fill_(float("nan"))
-        return out if out.dtype == torch.bool else out.fill_(-77)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

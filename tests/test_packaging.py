@@ -140,8 +140,41 @@ def test_local_hub_layout_loads():
         import torch
 
         encoder = module.pack_encoder(torch.eye(3))
-        assert module.encode_topk(torch.ones(1, 3), encoder, 1).values.item() == 1.0
+        # Not numba: its cache on disk would hold this name, and the usual one would meet it there.
+        assert module.encode_topk(torch.ones(1, 3), encoder, 1, backend="torch").values.item() == 1.0
         assert module.PackedEncoder.__module__ == f"{name}.pack"
     finally:
         for key in [key for key in sys.modules if key.split(".")[0] == name]:
             del sys.modules[key]
+
+
+def test_loads_as_a_local_hub_kernel(tmp_path):
+    """Through Hugging Face's loader, beside the installed package: op names must not collide."""
+    pytest.importorskip("kernels")
+    out = run(
+        "import json, re, shutil\n"
+        "from pathlib import Path\n"
+        "from kernels import get_local_kernel\n"
+        "from kernels._rust import Build\n"
+        "import torch, saerl_kernels\n"
+        "Build.open(Path('kernels'))\n"  # raises for a build.toml that the kernel builder would refuse
+        "named = re.search('name = \"(.*)\"', Path('kernels/build.toml').read_text()).group(1)\n"
+        f"root = Path({str(tmp_path)!r})\n"
+        "variant = root / 'build' / 'torch-universal'\n"  # what the kernel builder makes of torch-noarch
+        "skip = shutil.ignore_patterns('__pycache__')\n"
+        "shutil.copytree(saerl_kernels.__path__[0], variant, ignore=skip)\n"
+        "about = {'id': 'saerl_kernels_1234567', 'name': named, 'version': 0,\n"
+        "         'license': 'apache-2.0', 'python-depends': [], 'backend': {'type': 'cpu'}}\n"
+        "(variant / 'metadata.json').write_text(json.dumps(about))\n"
+        "loaded = get_local_kernel(root)\n"
+        "assert loaded is not saerl_kernels and str(variant) in loaded.__file__\n"
+        "x, W = torch.randn(3, 8), torch.randn(8, 40)\n"
+        "for each in (saerl_kernels, loaded):\n"
+        "    encoder = each.pack_encoder(W)\n"
+        "    encode = lambda x: each.encode_topk(x, encoder, 5, backend='torch').indices\n"
+        "    compiled = torch.compile(encode, backend='eager', fullgraph=True)\n"
+        "    assert torch.equal(compiled(x), each.reference.encode_topk(x, encoder, 5).indices)\n"
+        "print(sorted(name for name in ('saerl_kernels', 'saerl_kernels_1234567')\n"
+        "             if hasattr(getattr(torch.ops, name), 'encode_topk')))\n"
+    )
+    assert out.splitlines()[-1] == "['saerl_kernels', 'saerl_kernels_1234567']"

@@ -59,7 +59,9 @@ def test_sort_kernel_order():
     keys = torch.randperm(10_000)[:20].view(2, 10).long() << 20
     counts = torch.tensor([10, 6], dtype=torch.int32)
     values, indices = torch.zeros(2, 10, dtype=torch.int32), torch.zeros(2, 10, dtype=torch.int32)
-    _order_kernel[(1,)](keys, counts, values, indices, 2, 10, ROWS=2, KP=16, SIGNED=False, COUNT=False)
+    numbers = torch.zeros(1, dtype=torch.int32)
+    options = {"ROWS": 2, "KP": 16, "SIGNED": False, "PERMUTED": False, "COUNT": False}
+    _order_kernel[(1,)](keys, counts, numbers, values, indices, 2, 10, 10, **options)
     for row, count in enumerate(counts.tolist()):
         want = keys[row, :count].sort(descending=True).values
         assert torch.equal(values[row, :count], (want >> 32).int())

@@ -1,8 +1,9 @@
 """Diversity: group prompts by what their pooled SAE features have in common.
 
 idf weights and unit rows -> truncated SVD -> k-means on the dense rows -> a few exact iterations of
-spherical k-means on the sparse rows themselves (Dhillon and Modha, 2001). How much structure there
-is, is told by a silhouette next to that of the same data with every feature's rows permuted.
+spherical k-means on the sparse rows themselves (``saerl_kernels.spherical_kmeans``), which with
+``svd=0`` does the whole work. How much structure there is, is told by a silhouette next to that of
+the same data with every feature's rows permuted.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from saerl_fast.errors import SaerlError
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-    from saerl_kernels import CSR
+    from saerl_kernels import CSR, KMeans
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "sklearn", "numba", "cuml")
 NULL_ROWS = 2000  # rows of a sample on which a large pool is compared with its null
-NUMBA_WORK = 50_000_000  # multiply-adds of an assignment from which compiling it pays
+NUMBA_WORK = 50_000_000  # multiply-adds of an assignment from which compiling numba's kernels pays
 
 
 class ClusterResult(NamedTuple):
@@ -44,10 +45,11 @@ def cluster_prompts(
 ) -> ClusterResult:
     """Cluster the rows of the pooled features ``X`` [n, d_sae], unweighted as pooled.
 
-    ``backend``: cuml (dense k-means on the GPU), numba or sklearn (scipy products); auto takes cuML on
-    a CUDA machine that has it, else numba when the data are large. The same seed gives the same
-    labels, except with cuML, whose sums are not ordered. ``tasks`` [n] are only compared with the
-    result (``purity``).
+    ``backend``: cuml (dense k-means on the GPU, sparse iterations by Triton), or scikit-learn's dense
+    k-means with sparse iterations by numba (numba) or torch (sklearn); auto takes cuML on a CUDA
+    machine that has it, else numba when the data are large. The same seed gives the same labels,
+    except with cuML, whose sums are not ordered. ``tasks`` [n] are only compared with the result
+    (``purity``).
 
     Metrics: ``silhouette``, the simplified cosine silhouette in [-1, 1] (distances to centroids);
     ``null_silhouette``, its mean over ``cfg.null_rounds`` permutations of each feature's rows, and
@@ -142,50 +144,60 @@ def _cluster(rows: csr_matrix, cfg: DiversityConfig, engine: str, seed: int) -> 
     n_clusters = min(cfg.n_clusters, rows.shape[0])
     if n_clusters == 1:
         labels = np.zeros(rows.shape[0], dtype=np.int64)
-        return labels, _centroids(rows, labels, 1)
-    data: Any = rows
+        return labels, _centroids(rows, labels, 1, engine)
     if cfg.svd:
-        data = svd_reduce(rows, cfg.svd, seed)[0]
-        data = data / np.maximum(np.linalg.norm(data, axis=1, keepdims=True), 1e-12)
-    labels = _kmeans(data, n_clusters, cfg.n_init, engine, seed)
-    for _ in range(cfg.polish):
-        nearest = _assign(rows, _centroids(rows, labels, n_clusters), engine)
-        if np.array_equal(nearest, labels):
-            break
-        labels = nearest
+        dense = svd_reduce(rows, cfg.svd, seed)[0]
+        dense = dense / np.maximum(np.linalg.norm(dense, axis=1, keepdims=True), 1e-12)
+        labels = _kmeans(dense, n_clusters, cfg.n_init, engine, seed)
+        if cfg.polish:
+            labels = _sparse_kmeans(rows, n_clusters, engine, init=labels, max_iter=cfg.polish, tol=0.0)
+    else:
+        labels = _sparse_kmeans(rows, n_clusters, engine, n_init=cfg.n_init, seed=seed)
     # Clusters that lost all rows are closed: labels without gaps, first come first.
     labels = np.unique(labels, return_inverse=True)[1]
-    return labels, _centroids(rows, labels, int(labels.max()) + 1)
+    return labels, _centroids(rows, labels, int(labels.max()) + 1, engine)
 
 
-def _centroids(rows: csr_matrix, labels: np.ndarray, count: int) -> np.ndarray:
-    from scipy.sparse import csr_matrix
+def _centroids(rows: csr_matrix, labels: np.ndarray, count: int, engine: str = "sklearn") -> np.ndarray:
+    """float32 [count, d]: each cluster's direction, zeros for one without rows."""
+    import torch
 
-    n_rows = len(labels)
-    member = csr_matrix((np.ones(n_rows, dtype=np.float32), (labels, np.arange(n_rows))), (count, n_rows))
-    total = np.asarray((member @ rows).todense(), dtype=np.float32)
-    return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-12)
+    from saerl_kernels import CSR, kmeans_update
 
-
-def _assign(rows: csr_matrix, centroids: np.ndarray, engine: str) -> np.ndarray:
-    """int64 [n]: the centroid [K, d] with the largest inner product; the first among equals."""
-    work = rows.nnz * len(centroids)
-    if engine == "numba" or (engine == "auto-cpu" and work >= NUMBA_WORK):
-        from saerl_fast.data._assign import assign
-
-        table = np.ascontiguousarray(centroids.T)
-        return assign(rows.indptr, rows.indices, rows.data, table)
-    return np.asarray(rows @ centroids.T).argmax(axis=1)
+    backend = _sparse_backend(rows, count, engine)
+    return kmeans_update(CSR.from_scipy(rows), torch.from_numpy(labels), count, backend=backend).numpy()
 
 
-def _kmeans(data: Any, n_clusters: int, n_init: int, engine: str, seed: int) -> np.ndarray:
-    """k-means labels int64 [n] of dense rows (or sparse ones, then by scikit-learn)."""
+def _sparse_kmeans(
+    rows: csr_matrix, n_clusters: int, engine: str, *, init: np.ndarray | None = None, **settings: Any
+) -> np.ndarray:
+    """int64 [n]: labels of ``spherical_kmeans``, from the labels ``init`` or its own seeds."""
+    import torch
+
+    from saerl_kernels import CSR, spherical_kmeans
+
+    backend = _sparse_backend(rows, n_clusters, engine)
+    X = CSR.from_scipy(rows).to("cuda" if engine == "cuml" else "cpu")
+    start = None if init is None else torch.from_numpy(init).to(X.device)
+    found: KMeans = spherical_kmeans(X, n_clusters, init=start, backend=backend, **settings)
+    return found.labels.cpu().numpy().astype(np.int64)
+
+
+def _sparse_backend(rows: csr_matrix, n_clusters: int, engine: str) -> str:
+    """The backend of saerl_kernels that stands for an engine."""
+    small = rows.nnz * n_clusters < NUMBA_WORK
+    by_size = "torch" if small else "numba"
+    return {"cuml": "auto", "numba": "numba", "sklearn": "torch"}.get(engine, by_size)
+
+
+def _kmeans(data: np.ndarray, n_clusters: int, n_init: int, engine: str, seed: int) -> np.ndarray:
+    """k-means labels int64 [n] of dense rows."""
     import warnings
 
     from sklearn.cluster import KMeans, kmeans_plusplus
     from sklearn.exceptions import ConvergenceWarning
 
-    if engine == "cuml" and isinstance(data, np.ndarray):
+    if engine == "cuml":
         from cuml.cluster import KMeans as GpuKMeans
 
         best, labels = np.inf, np.zeros(len(data), dtype=np.int64)
@@ -201,7 +213,7 @@ def _kmeans(data: Any, n_clusters: int, n_init: int, engine: str, seed: int) -> 
 
 
 def _engine(backend: str) -> str:
-    """cuml, numba, sklearn or auto-cpu (numba or scipy by size) for a requested backend."""
+    """cuml, numba, sklearn or auto-cpu (numba or torch by size) for a requested backend."""
     import importlib.util
 
     if backend == "sklearn":

@@ -16,6 +16,7 @@ from saerl_kernels import (
     CSR,
     PackedEncoder,
     TopK,
+    decode_csr,
     encode_pool,
     encode_threshold,
     encode_topk,
@@ -162,12 +163,7 @@ class TopKSAE(nn.Module):
         """
         W_dec = self.W_dec
         if isinstance(features, CSR):
-            dense = torch.zeros(features.n_rows, self.d_in, dtype=torch.float32, device=W_dec.device)
-            rows = features.row_ids()
-            for part in torch.arange(features.nnz, device=W_dec.device).split(1 << 20):
-                picked = features.values[part, None] * W_dec[features.indices[part].long()].float()
-                dense.index_add_(0, rows[part], picked)
-            out = dense + self.b_dec
+            out = decode_csr(features, W_dec, self.b_dec)
             out = out if x is None else out.reshape(x.shape)
         else:
             values = features.values

@@ -3,25 +3,33 @@
 Needs torch; uses Triton on CUDA devices and, where installed, numba on the CPU.
 """
 
-from . import reference
-from .decode import sparse_decode
+from . import csr, reference
+from .decode import decode_csr, sparse_decode
 from .dispatch import use_backend
 from .encode import encode_threshold, encode_topk
+from .kmeans import KMeans, kmeans_assign, kmeans_update, spherical_kmeans
 from .pack import PackedEncoder, pack_encoder
-from .pool import encode_pool
+from .pool import PoolStream, encode_pool
 from .topk import topk
 from .types import CSR, TopK
 
 __all__ = [
     "CSR",
+    "KMeans",
     "PackedEncoder",
+    "PoolStream",
     "TopK",
+    "csr",
+    "decode_csr",
     "encode_pool",
     "encode_threshold",
     "encode_topk",
+    "kmeans_assign",
+    "kmeans_update",
     "pack_encoder",
     "reference",
     "sparse_decode",
+    "spherical_kmeans",
     "topk",
     "use_backend",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .pack import PackedEncoder
+from .types import CSR
 
 REDUCES = ("max", "mean", "sum", "count", "last")
 
@@ -24,22 +25,26 @@ def check_reduce(reduce: str) -> None:
         raise ValueError(f"reduce={reduce!r} is unknown; choose one of {', '.join(REDUCES)}")
 
 
-def check_offsets(x: Tensor, offsets: Union[Tensor, Sequence[int]]) -> list:
-    """``offsets`` as a list of ints: 0 first, n_tokens last, never falling."""
+def check_offsets(x: Tensor, offsets: Union[Tensor, Sequence[int]]) -> Tensor:
+    """``offsets`` as int64 [n_seq + 1] on the CPU: 0 first, n_tokens last, never falling."""
     if x.dim() != 2:
         raise ValueError(f"x must be [n_tokens, d_in], got shape {tuple(x.shape)}")
     given = torch.as_tensor(offsets)
-    if given.dim() != 1 or given.numel() == 0 or given.is_floating_point() or given.dtype == torch.bool:
-        raise ValueError("offsets must hold n_seq + 1 integers, starting with 0")
-    bounds = given.tolist()
-    if bounds[0] != 0:
-        raise ValueError(f"offsets must start with 0, got {bounds[0]}")
-    if bounds[-1] != x.shape[0]:
-        raise ValueError(f"offsets must end with n_tokens={x.shape[0]}, got {bounds[-1]}")
-    for left, right in zip(bounds, bounds[1:]):
-        if right < left:
-            raise ValueError(f"offsets must not fall, got {left} before {right}")
-    return bounds
+    if given.dim() != 1 or given.numel() == 0 or not _is_integer(given.dtype):
+        raise ValueError(
+            f"offsets must hold n_seq + 1 integers, starting with 0; got {given.dtype} {list(given.shape)}"
+        )
+    starts = given.detach().cpu().long()
+    if int(starts[0]) != 0:
+        raise ValueError(f"offsets must start with 0, got {int(starts[0])}")
+    falls = (starts.diff() < 0).nonzero()
+    if len(falls):
+        left = int(falls[0])
+        before, after = starts[left : left + 2].tolist()
+        raise ValueError(f"offsets must not fall, got {before} before {after} at position {left}")
+    if int(starts[-1]) != x.shape[0]:
+        raise ValueError(f"offsets must end with n_tokens={x.shape[0]}, got {int(starts[-1])}")
+    return starts
 
 
 def token_mask(x: Tensor, mask: Optional[Tensor]) -> Optional[Tensor]:
@@ -48,7 +53,65 @@ def token_mask(x: Tensor, mask: Optional[Tensor]) -> Optional[Tensor]:
         return None
     if mask.shape != x.shape[:1]:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, expected ({x.shape[0]},)")
+    if mask.dtype != torch.bool and not _is_integer(mask.dtype):
+        raise ValueError(f"mask must be boolean, got {mask.dtype}; importance goes into weights=")
     return mask.to(x.device).bool()
+
+
+def token_weights(x: Tensor, weights: Optional[Tensor]) -> Optional[Tensor]:
+    """``weights`` as float32 [n_tokens] on x's device, checked: finite and not negative."""
+    if weights is None:
+        return None
+    if weights.shape != x.shape[:1]:
+        raise ValueError(f"weights have shape {tuple(weights.shape)}, expected ({x.shape[0]},)")
+    if not weights.is_floating_point():
+        raise ValueError(
+            f"weights must be floating point, got {weights.dtype}; a boolean mask goes into mask="
+        )
+    weights = weights.detach().to(x.device, torch.float32)
+    wrong = ~((weights >= 0) & (weights < torch.inf))
+    if bool(wrong.any()):
+        token = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"weights must be finite and not negative, got {float(weights[token])} for token {token}"
+        )
+    return weights
+
+
+def check_indices(indices: Tensor, limit: int, name: str = "indices") -> None:
+    """Every one in 0 .. limit - 1; waits for the device."""
+    if indices.numel():
+        low, high = (int(edge) for edge in torch.stack(torch.aminmax(indices)).tolist())
+        if low < 0 or high >= limit:
+            raise ValueError(f"{name} reach {low}..{high}, outside 0..{limit - 1}")
+
+
+def check_csr(csr: CSR, contents: bool) -> bool:
+    """Shapes, dtypes and devices of ``csr``, and with ``contents`` what is in it; returns ``contents``."""
+    indptr, indices, values, n_cols = csr
+    if indptr.dim() != 1 or indptr.numel() == 0 or indptr.dtype != torch.int64:
+        raise ValueError(f"csr.indptr must be int64 [n_rows + 1], got {indptr.dtype} {list(indptr.shape)}")
+    if indices.dim() != 1 or indices.shape != values.shape:
+        raise ValueError(
+            f"csr.indices {list(indices.shape)} and csr.values {list(values.shape)} must both be [nnz]"
+        )
+    if not indptr.device == indices.device == values.device:
+        raise ValueError(
+            f"csr is on {indptr.device}, {indices.device} and {values.device}; move it to one device"
+        )
+    if contents:
+        edges = torch.stack([indptr[0], indptr[-1], (indptr.diff() < 0).sum()]).tolist()
+        if edges[:2] != [0, indices.shape[0]] or edges[2]:
+            raise ValueError(
+                f"csr.indptr must rise from 0 to nnz={indices.shape[0]}; it goes from {edges[0]} to "
+                f"{edges[1]} and falls {edges[2]} times"
+            )
+        check_indices(indices, n_cols, "csr.indices")
+    return contents
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def check_threshold(encoder: PackedEncoder, threshold: Union[Tensor, float, None]) -> Tensor:
@@ -67,3 +130,31 @@ def check_finite(x: Tensor) -> None:
     """One pass over x and one host synchronisation; the ops do it only when asked."""
     if not bool(torch.isfinite(x).all()):
         raise ValueError("x holds NaN or infinite values; drop those rows or find where they come from")
+
+
+def check_csr(X: CSR, entries: bool) -> None:
+    """Shapes, dtypes and devices of ``X``; with ``entries`` also ranges and finiteness, in passes over X."""
+    if X.indptr.dim() != 1 or X.indptr.shape[0] < 1 or X.indptr.dtype != torch.int64:
+        raise ValueError(f"X.indptr must be int64 [n_rows + 1], got {X.indptr.dtype} {tuple(X.indptr.shape)}")
+    if X.indices.dim() != 1 or X.indices.dtype != torch.int32 or X.values.shape != X.indices.shape:
+        raise ValueError(
+            f"X.indices must be int32 [nnz] and X.values as long, got {X.indices.dtype} "
+            f"{tuple(X.indices.shape)} and {tuple(X.values.shape)}"
+        )
+    if X.values.dtype != torch.float32:
+        raise ValueError(f"X.values must be float32, got {X.values.dtype}")
+    if not X.indptr.device == X.indices.device == X.values.device:
+        raise ValueError(
+            f"X is on {X.indptr.device}, {X.indices.device} and {X.values.device}; move it to one device"
+        )
+    if not entries:
+        return
+    if int(X.indptr[0]) != 0 or int(X.indptr[-1]) != X.nnz or bool((X.indptr.diff() < 0).any()):
+        raise ValueError(f"X.indptr must start with 0, never fall and end with nnz={X.nnz}")
+    if X.nnz and (int(X.indices.min()) < 0 or int(X.indices.max()) >= X.n_cols):
+        raise ValueError(
+            f"X.indices reach {int(X.indices.min())}..{int(X.indices.max())}, outside 0..{X.n_cols - 1}"
+        )
+    if not bool(torch.isfinite(X.values).all()):
+        row = int(X.row_ids()[int((~torch.isfinite(X.values)).nonzero()[0])])
+        raise ValueError(f"X.values of row {row} are NaN or infinite; drop the row or find the cause")

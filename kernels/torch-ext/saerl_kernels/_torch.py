@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterator, Optional, Tuple
+from typing import Callable, Iterator, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -97,40 +97,80 @@ def encode_threshold(x: Tensor, encoder: PackedEncoder, threshold: Tensor) -> CS
     return CSR.concat(parts)
 
 
-def pool_entries(
-    sequences: Tensor, columns: Tensor, values: Tensor, tokens: Tensor, n_cols: int, reduce: str
-) -> CSR:
-    """Reduce token entries to sequence rows.
+def pool_codes(
+    codes: CSR,
+    offsets: Tensor,
+    kind: str,
+    weights: Optional[Tensor],
+    carry: Optional[Tuple[Tensor, Tensor]],
+    reduce_runs: Optional[Callable[[Tensor, Tensor, int, bool], Tuple[Tensor, Tensor]]] = None,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Reduce the codes of tokens over sequences: indptr, columns and float64 totals of sequence rows.
 
-    sequences, columns int64 [nnz] and positive values float32 [nnz] in token order; ``tokens`` int64
-    [n_seq] is how many tokens each sequence averages over. Sums run in float64 in token order, so the
-    result does not depend on the device.
+    codes: one row per token; columns in any order, entries that are not positive are left out. offsets int64
+    [n_seq + 1] over the tokens, on their device. kind: "max", "sum" or "count". weights float32 [n_tokens] or
+    None multiply a token's entries. carry: columns and totals of the first sequence from tokens before these.
+
+    Entries are sorted by (sequence, column), stably, so a total is added up in token order, the carry first.
+    Waits for the device once, to learn how many entries there are.
     """
-    n_seq = tokens.shape[0]
-    keys, order = (sequences * n_cols + columns).sort(stable=True)
-    keys, lengths = torch.unique_consecutive(keys, return_counts=True)
-    rows = torch.div(keys, n_cols, rounding_mode="floor")
-    if reduce == "count":
-        pooled = lengths.float()
-    elif keys.numel() == 0:
-        pooled = values.new_empty(0)
-    elif reduce in ("max", "last"):
-        pooled = torch.segment_reduce(values[order], "max", lengths=lengths)
-    else:
-        total = torch.segment_reduce(values[order].double(), "sum", lengths=lengths)
-        pooled = (total / tokens[rows] if reduce == "mean" else total).float()
-    indptr = _indptr(torch.bincount(rows, minlength=n_seq))
-    return CSR(indptr, (keys - rows * n_cols).int(), pooled, n_cols)
+    n_seq, n_cols = offsets.shape[0] - 1, codes.n_cols
+    limit = n_seq * n_cols  # the key of what is left out: it sorts last
+    tokens = codes.row_ids()
+    sequences = torch.arange(n_seq, device=offsets.device)
+    owner = torch.repeat_interleave(sequences, offsets.diff(), output_size=codes.n_rows)
+    keys = torch.where(codes.values > 0, owner[tokens] * n_cols + codes.indices, limit)
+    totals = torch.ones_like(codes.values, dtype=torch.float64) if kind == "count" else codes.values.double()
+    if weights is not None:
+        totals = totals * weights.double()[tokens]  # exact: 24 bits times 24 bits
+    if carry is not None:
+        keys, totals = torch.cat([carry[0].long(), keys]), torch.cat([carry[1], totals])
+    if limit < 1 << 31:
+        keys = keys.int()  # halves the passes of a radix sort
+    keys, order = keys.sort(stable=True)
+    at, totals = (reduce_runs or _reduce_runs)(keys, totals[order], limit, kind != "max")
+    keys = keys[at].long()
+    indptr = torch.searchsorted(keys, torch.arange(n_seq + 1, device=keys.device) * n_cols)
+    return indptr, (keys % n_cols).int(), totals
+
+
+def _reduce_runs(keys: Tensor, totals: Tensor, limit: int, add: bool) -> Tuple[Tensor, Tensor]:
+    """Where each run of equal ``keys`` below ``limit`` starts, and its sum or maximum (sorted keys [m])."""
+    first = keys < limit
+    first[1:] &= keys[1:] != keys[:-1]
+    starts = first.nonzero().squeeze(-1)
+    if starts.numel() == 0:
+        return starts, totals[:0]
+    stop = torch.searchsorted(keys, torch.full_like(keys[:1], limit))
+    edges = torch.cat([starts, stop])
+    return starts, torch.segment_reduce(totals, "sum" if add else "max", offsets=edges, unsafe=True)
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """values, indices [n, k]; returns [n, d_in] accumulated in float32 (float64 for float64 weights)."""
+    n, k = indices.shape
+    indptr = torch.arange(n + 1, device=indices.device) * k
+    return decode_csr(indptr, indices.reshape(-1), values.reshape(-1), W_dec)
+
+
+def decode_csr(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor) -> Tensor:
+    """indptr [n + 1], indices and values [nnz]; returns [n, d_in] as ``sparse_decode`` does."""
     wide = torch.float64 if W_dec.dtype == torch.float64 else torch.float32
     if W_dec.dtype != wide and W_dec.device.type == "cpu":
         # Only rows that are used are widened: a float32 copy of the whole decoder may not fit.
-        used, inverse = torch.unique(indices, return_inverse=True)
-        return F.embedding_bag(inverse, W_dec[used].to(wide), mode="sum", per_sample_weights=values.to(wide))
-    return F.embedding_bag(indices.long(), W_dec.to(wide), mode="sum", per_sample_weights=values.to(wide))
+        used, indices = torch.unique(indices, return_inverse=True)
+        W_dec = W_dec[used]
+    if indices.numel() == 0:  # embedding_bag wants at least one row of weights
+        return torch.zeros((indptr.shape[0] - 1, W_dec.shape[1]), dtype=wide, device=W_dec.device)
+    size = torch.int32 if indices.numel() < 1 << 31 else torch.int64
+    return F.embedding_bag(
+        indices.to(size),
+        W_dec.to(wide),
+        indptr.to(size),
+        mode="sum",
+        per_sample_weights=values.to(wide),
+        include_last_offset=True,
+    )
 
 
 def decode_grads(

@@ -1,4 +1,7 @@
-"""sparse_decode: reconstructions from sparse codes, differentiable in the values and the decoder."""
+"""Reconstructions from sparse codes, differentiable in the values and the decoder.
+
+``sparse_decode`` takes a fixed number of entries per row (``TopK``), ``decode_csr`` rows of any length.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._check import check_csr, check_indices
+from .csr import transpose
 from .dispatch import implementation, resolve
+from .types import CSR
 
 
 class SparseDecode(torch.autograd.Function):
@@ -34,6 +40,60 @@ class SparseDecode(torch.autograd.Function):
         return grad_values, None, grad_weight, None
 
 
+class DecodeCSR(torch.autograd.Function):
+    """As ``SparseDecode``, for rows of any length."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, indptr: Tensor, indices: Tensor, W_dec: Tensor, name: str
+    ) -> Tensor:
+        ctx.save_for_backward(values, indptr, indices, W_dec)
+        ctx.name = name
+        return implementation(name).decode_csr(indptr, indices, values, W_dec)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], None, None, Optional[Tensor], None]:
+        values, indptr, indices, W_dec = ctx.saved_tensors
+        csr = CSR(indptr, indices, values, W_dec.shape[0])
+        grad_values = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_values = _entry_dots(csr, grad, W_dec, ctx.name).to(values.dtype)
+        if ctx.needs_input_grad[3]:
+            # The sum of value * grad[row] over a feature's entries: grad as decoder of the transpose.
+            turned = transpose(csr)
+            grad_weight = implementation(ctx.name).decode_csr(
+                turned.indptr, turned.indices, turned.values, grad.contiguous()
+            )
+            grad_weight = grad_weight.to(W_dec.dtype)
+        return grad_values, None, None, grad_weight, None
+
+
+def _entry_dots(csr: CSR, grad: Tensor, W_dec: Tensor, name: str) -> Tensor:
+    """grad[row] . W_dec[column] of every entry, [nnz].
+
+    Rows are cut into pieces of the mean row's length, at most twice as many as rows, on which the kernel for
+    a fixed number of entries serves.
+    """
+    if csr.nnz == 0:
+        return grad.new_zeros(0)
+    width = -(-csr.nnz // csr.n_rows)
+    counts = csr.indptr.diff()
+    rows = csr.row_ids()
+    rank = torch.arange(csr.nnz, device=csr.device) - csr.indptr[rows]
+    pieces = torch.div(counts + width - 1, width, rounding_mode="floor")
+    place = ((pieces.cumsum(0) - pieces)[rows] + torch.div(rank, width, rounding_mode="floor"), rank % width)
+    shape = (csr.n_rows + csr.nnz // width, width)
+    features = csr.indices.new_zeros(shape)
+    features[place] = csr.indices
+    owner = rows.new_zeros(shape[0])
+    owner[place[0]] = rows
+    dots, _ = implementation(name).decode_grads(
+        grad[owner], csr.values.new_zeros(shape), features, W_dec, True, False
+    )
+    return dots[place]
+
+
 def sparse_decode(
     values: Tensor,
     indices: Tensor,
@@ -41,43 +101,103 @@ def sparse_decode(
     b_dec: Optional[Tensor] = None,
     *,
     backend: str = "auto",
+    check: Optional[bool] = None,
 ) -> Tensor:
     """``sum_j values[..., j] * W_dec[indices[..., j]] + b_dec``.
 
     Args:
         values: [..., k], floating point.
-        indices: [..., k], int32 or int64, each in 0 .. d_sae - 1 (not checked on a GPU).
+        indices: [..., k], int32 or int64, each in 0 .. d_sae - 1.
         W_dec: [d_sae, d_in], any floating dtype; sums run in float32 (float64 for a float64 decoder).
         b_dec: [d_in] or None.
+        check: raise ValueError for an index out of range; on a GPU that waits for the device. None checks on
+            the CPU only. Unchecked, such an index is never followed and contributes nothing.
 
     Returns [..., d_in] in W_dec's dtype. Gradients flow to values, W_dec and b_dec; they are
-    deterministic. Raises ValueError for shapes or devices that do not fit.
+    deterministic. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     if values.shape != indices.shape or values.dim() == 0 or values.shape[-1] == 0:
         raise ValueError(
             f"values {tuple(values.shape)} and indices {tuple(indices.shape)} must have one shape "
             "[..., k] with k >= 1"
         )
-    if W_dec.dim() != 2:
-        raise ValueError(f"W_dec must be [d_sae, d_in], got shape {tuple(W_dec.shape)}")
-    if indices.is_floating_point() or indices.dtype == torch.bool:
-        raise ValueError(f"indices must be integers, got {indices.dtype}")
-    if b_dec is not None and b_dec.shape != W_dec.shape[1:]:
-        raise ValueError(f"b_dec has shape {tuple(b_dec.shape)}, expected ({W_dec.shape[1]},)")
-    if not values.device == indices.device == W_dec.device:
-        raise ValueError(
-            f"values, indices and W_dec are on {values.device}, {indices.device} and {W_dec.device}; "
-            "move them to one device"
-        )
+    _check_parts(values, indices, W_dec, b_dec)
     name = resolve(backend, W_dec.device)
-    if W_dec.device.type == "cpu" and indices.numel():
-        low, high = int(indices.min()), int(indices.max())
-        if low < 0 or high >= W_dec.shape[0]:
-            raise ValueError(f"indices reach {low}..{high}, outside 0..{W_dec.shape[0] - 1}")
+    if W_dec.device.type == "cpu" if check is None else check:
+        check_indices(indices, W_dec.shape[0])
+    elif not _masked_in_kernel(name, values, W_dec):
+        values, indices = _inside(values, indices, W_dec.shape[0])
     if name == "reference":
         return reference.sparse_decode(values, indices, W_dec, b_dec)
     k = values.shape[-1]
     flat = SparseDecode.apply(values.reshape(-1, k), indices.reshape(-1, k), W_dec, name)
+    return _finish(flat, W_dec, b_dec).reshape(*values.shape[:-1], W_dec.shape[1])
+
+
+def decode_csr(
+    csr: CSR,
+    W_dec: Tensor,
+    b_dec: Optional[Tensor] = None,
+    *,
+    backend: str = "auto",
+    check: Optional[bool] = None,
+) -> Tensor:
+    """``sparse_decode`` for rows of any length: row i is the sum of value * W_dec[column], + b_dec.
+
+    Args:
+        csr: [n_rows, d_sae]; columns in any order, and repeats add up. An empty row gives b_dec.
+        W_dec, b_dec, backend: as in ``sparse_decode``.
+        check: raise ValueError for columns out of range and an indptr that does not start with 0, falls or
+            does not end with nnz; on a GPU that waits for the device. None checks on the CPU only. Unchecked,
+            such a column contributes nothing, and no memory outside the tensors is read.
+
+    Returns [n_rows, d_in] in W_dec's dtype. Gradients flow to csr.values, W_dec and b_dec; they are
+    deterministic.
+    """
+    indptr, indices, values, n_cols = csr
+    if n_cols != W_dec.shape[0]:
+        raise ValueError(f"csr has {n_cols} columns but W_dec has {W_dec.shape[0]} rows")
+    _check_parts(values, indices, W_dec, b_dec)
+    name = resolve(backend, W_dec.device)
+    checked = check_csr(csr, W_dec.device.type == "cpu" if check is None else check)
+    if not (checked or _masked_in_kernel(name, values, W_dec)):
+        values, indices = _inside(values, indices, n_cols)
+        indptr = indptr.clamp(0, csr.nnz).cummax(0).values
+    if name == "reference":
+        return reference.decode_csr(CSR(indptr, indices, values, n_cols), W_dec, b_dec)
+    return _finish(DecodeCSR.apply(values, indptr, indices, W_dec, name), W_dec, b_dec)
+
+
+def _check_parts(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Optional[Tensor]) -> None:
+    if W_dec.dim() != 2 or not W_dec.is_floating_point():
+        raise ValueError(f"W_dec must be floating point [d_sae, d_in], got {W_dec.dtype} {list(W_dec.shape)}")
+    if not values.is_floating_point():
+        raise ValueError(f"values must be floating point, got {values.dtype}")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"indices must be integers, int32 or int64, got {indices.dtype}")
+    if b_dec is not None and b_dec.shape != W_dec.shape[1:]:
+        raise ValueError(f"b_dec has shape {tuple(b_dec.shape)}, expected ({W_dec.shape[1]},)")
+    devices = {"values": values.device, "indices": indices.device, "W_dec": W_dec.device}
+    if b_dec is not None:
+        devices["b_dec"] = b_dec.device
+    if len(set(devices.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{where}: move them to one device")
+
+
+def _masked_in_kernel(name: str, values: Tensor, W_dec: Tensor) -> bool:
+    """Triton's forward kernel follows no index or row start that leaves the tensors; its gradients may."""
+    needs_grad = torch.is_grad_enabled() and (values.requires_grad or W_dec.requires_grad)
+    return name == "triton" and not needs_grad
+
+
+def _inside(values: Tensor, indices: Tensor, d_sae: int) -> Tuple[Tensor, Tensor]:
+    """Entries whose index is out of range become 0 times the first feature."""
+    valid = (indices >= 0) & (indices < d_sae)
+    return torch.where(valid, values, 0.0), torch.where(valid, indices, 0)
+
+
+def _finish(flat: Tensor, W_dec: Tensor, b_dec: Optional[Tensor]) -> Tensor:
     if b_dec is not None:
         flat = flat + b_dec.to(flat.dtype)
-    return flat.to(W_dec.dtype).reshape(*values.shape[:-1], W_dec.shape[1])
+    return flat.to(W_dec.dtype)

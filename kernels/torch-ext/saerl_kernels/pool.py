@@ -1,20 +1,20 @@
-"""encode_pool: tokens in, one sparse feature row per sequence out."""
+"""encode_pool: tokens in, one sparse feature row per sequence out; PoolStream where tokens come in pieces."""
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Union
+from typing import Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
 
-from . import _torch, reference
-from ._check import check_finite, check_k, check_offsets, check_reduce, token_mask
-from .dispatch import resolve
+from . import reference
+from ._check import check_finite, check_k, check_offsets, check_reduce, token_mask, token_weights
+from .dispatch import implementation, resolve
 from .encode import encode_threshold, encode_topk
 from .pack import PackedEncoder
 from .types import CSR
 
-TOKEN_CHUNK = 1 << 16  # tokens whose codes are held at once; a longer sequence is a chunk of its own
+TOKEN_CHUNK = 1 << 16  # tokens whose codes are held at once
 
 
 def encode_pool(
@@ -25,6 +25,7 @@ def encode_pool(
     reduce: str = "max",
     *,
     mask: Optional[Tensor] = None,
+    weights: Optional[Tensor] = None,
     backend: str = "auto",
     check: bool = False,
 ) -> CSR:
@@ -32,77 +33,160 @@ def encode_pool(
 
     Args:
         x: [n_tokens, d_in], the sequences one after another.
-        offsets: [n_seq + 1] integers: sequence i is rows offsets[i] .. offsets[i + 1] - 1.
+        offsets: [n_seq + 1] integers: sequence i is rows offsets[i] .. offsets[i + 1] - 1. Best on the CPU,
+            where they are read.
         k: features kept per token; None uses the encoder's threshold instead.
-        reduce: over the tokens in which a feature is active: "max", "sum", "count" (how many), "mean" (the
-            sum over all unmasked tokens' number), or "last" (the codes of the last unmasked token).
+        reduce: over the tokens in which a feature is active, with a_t its activation and w_t the token's
+            weight (1 without ``weights``):
+
+            ======= =========================================================
+            "max"   max w_t a_t
+            "sum"   sum w_t a_t
+            "mean"  sum w_t a_t / sum of w_t over all tokens, active or not
+            "count" sum w_t: without weights, in how many tokens it is active
+            "last"  w_t a_t of the last token
+            ======= =========================================================
         mask: bool [n_tokens]; False leaves a token out, and it is not encoded.
+        weights: floating point [n_tokens], finite and not negative, taken as float32. Weight 0 is like mask
+            False.
+        check: raise ValueError when x is not finite; costs a pass and a synchronisation.
 
-    Returns CSR [n_seq, d_sae] float32, positive entries only; a sequence without tokens is an empty row.
-    Sums are taken in float64 and rounded once. Raises ValueError for offsets that do not start with 0, end
-    with n_tokens and never fall.
+    Returns CSR [n_seq, d_sae] float32, positive entries only; a sequence of which no token is left is an
+    empty row. Totals are float64, added up in token order and rounded once (a positive one never to 0),
+    however tokens are split into chunks; only the torch backend on a GPU leaves the order to
+    torch.segment_reduce.
+
+    Raises ValueError for offsets that do not start with 0, end with n_tokens and never fall; for a mask or
+    weights of another length or kind; for shapes, devices or a k that do not fit.
     """
-    check_reduce(reduce)
-    if k is not None:
-        check_k(k, encoder.d_sae)
-    bounds = check_offsets(x, offsets)
-    kept = token_mask(x, mask)
-    name = resolve(backend, encoder.device)
-    if check:
-        check_finite(x)
-    if name == "reference":
-        return reference.encode_pool(x, bounds, encoder, k, reduce, mask=kept)
-    starts = torch.tensor(bounds, dtype=torch.int64)
-    if kept is not None:
-        position = kept.nonzero().squeeze(-1)
-        starts = torch.searchsorted(position.cpu(), starts)
-        x = x[position]
-    if reduce == "last":
-        lengths = starts.diff()
-        last = (starts[1:] - 1)[lengths > 0]
-        x = x[last.to(x.device)]
-        starts = torch.cat([starts[:1] * 0, (lengths > 0).long().cumsum(0)])
-    parts = []
-    bounds = starts.tolist()
-    for first, stop in _chunks(bounds):
-        local = (starts[first : stop + 1] - bounds[first]).to(x.device)
-        parts.append(_pool_chunk(x[bounds[first] : bounds[stop]], local, encoder, k, reduce, name))
-    return CSR.concat(parts) if parts else CSR.empty(0, encoder.d_sae, x.device)
+    if resolve(backend, encoder.device) == "reference":
+        if k is not None:
+            check_k(k, encoder.d_sae)
+        if check:
+            check_finite(x)
+        return reference.encode_pool(x, offsets, encoder, k, reduce, mask=mask, weights=weights)
+    stream = PoolStream(encoder, k, reduce, backend=backend, check=check)
+    stream.add(x, offsets, mask=mask, weights=weights)
+    return stream.finish()
 
 
-def _chunks(bounds: list) -> list:
-    """(first, stop) ranges of sequences that hold at most TOKEN_CHUNK tokens each, or one sequence."""
-    ranges, first = [], 0
-    for stop in range(1, len(bounds)):
-        last = stop == len(bounds) - 1
-        if last or bounds[stop + 1] - bounds[first] > TOKEN_CHUNK:
-            ranges.append((first, stop))
-            first = stop
-    return ranges
+class PoolStream:
+    """``encode_pool`` for tokens that come in pieces; the result does not depend on where they are cut.
 
+        stream = PoolStream(encoder, k=64, reduce="mean")
+        for hidden, offsets in batches:  # whole sequences
+            stream.add(hidden, offsets)
+        for hidden in parts_of_a_long_text:  # one sequence, piece by piece
+            stream.add(hidden, [0, len(hidden)], unfinished=True)
+        features = stream.finish()
 
-def _pool_chunk(
-    x: Tensor, offsets: Tensor, encoder: PackedEncoder, k: Optional[int], reduce: str, name: str
-) -> CSR:
-    tokens = offsets.diff()
-    owner = torch.repeat_interleave(
-        torch.arange(len(tokens), device=x.device), tokens, output_size=x.shape[0]
-    )
-    if name == "numba":
-        from ._numba import pool_codes
+    Held between calls: the finished rows, and the features seen so far of the sequence that goes on.
+    Arguments are those of ``encode_pool``.
+    """
 
-        if k is None:
-            codes = encode_threshold(x, encoder, backend=name)
-            return pool_codes(offsets, codes.indptr, codes.indices, codes.values, encoder.d_sae, reduce)
-        kept = encode_topk(x, encoder, k, backend=name)
-        starts = torch.arange(x.shape[0] + 1) * k
-        return pool_codes(offsets, starts, kept.indices, kept.values, encoder.d_sae, reduce)
-    if k is None:
-        codes = encode_threshold(x, encoder, backend=name)
-        sequences, columns, values = owner[codes.row_ids()], codes.indices.long(), codes.values
-    else:
-        kept = encode_topk(x, encoder, k, backend=name)
-        positive = kept.values > 0
-        sequences = owner.unsqueeze(-1).expand(-1, k)[positive]
-        columns, values = kept.indices[positive].long(), kept.values[positive]
-    return _torch.pool_entries(sequences, columns, values, tokens, encoder.d_sae, reduce)
+    def __init__(
+        self,
+        encoder: PackedEncoder,
+        k: Optional[int],
+        reduce: str = "max",
+        *,
+        backend: str = "auto",
+        check: bool = False,
+    ) -> None:
+        check_reduce(reduce)
+        if k is not None:
+            check_k(k, encoder.d_sae)
+        elif encoder.threshold is None:
+            raise ValueError("the encoder has no threshold; pass k, or threshold= to pack_encoder")
+        self.encoder, self.k, self.reduce, self.check = encoder, k, reduce, check
+        self.backend = resolve(backend, encoder.device)
+        self._kind = {"mean": "sum", "last": "max"}.get(reduce, reduce)
+        self._rows: list = []
+        self._clear()
+
+    def _clear(self) -> None:
+        self._carry: Optional[Tuple[Tensor, Tensor]] = None  # columns, float64 totals of the open sequence
+        # float64 [1]: the sum of its tokens' weights
+        self._size = torch.zeros(1, dtype=torch.float64, device=self.encoder.device)
+        self._open = False
+
+    def add(
+        self,
+        x: Tensor,
+        offsets: Union[Tensor, Sequence[int]],
+        *,
+        mask: Optional[Tensor] = None,
+        weights: Optional[Tensor] = None,
+        unfinished: bool = False,
+    ) -> None:
+        """Encode and pool ``x`` [n_tokens, d_in].
+
+        ``unfinished`` says that the last sequence goes on as the first one of the next call. A piece without
+        sequences (offsets [0]) changes nothing.
+        """
+        starts = check_offsets(x, offsets)
+        kept, share = token_mask(x, mask), token_weights(x, weights)
+        self.encoder.prepare(x[:0])  # its checks hold for tokens that are left out, too
+        if self.check:
+            check_finite(x)
+        if share is not None:
+            kept = share > 0 if kept is None else kept & (share > 0)
+        position = None  # which tokens are encoded; None for all
+        if kept is not None:
+            position = kept.nonzero().squeeze(-1)
+            starts = torch.searchsorted(position, starts.to(x.device)).cpu()
+        if self.reduce == "last":
+            filled = starts.diff() > 0
+            last = (starts[1:][filled] - 1).to(x.device)
+            position = last if position is None else position[last]
+            starts = torch.cat([starts[:1], filled.cumsum(0)])
+            if len(filled) and bool(filled[0]):
+                self._carry = None  # a later token takes the place of the earlier one
+        n_seq = starts.shape[0] - 1
+        first = at = 0
+        while first < n_seq:
+            stop = int(torch.searchsorted(starts, at + TOKEN_CHUNK, right=True)) - 1
+            whole = stop > first  # else a sequence longer than a chunk: this much of it
+            end = int(starts[stop]) if whole else at + TOKEN_CHUNK
+            goes_on = not whole or (unfinished and stop == n_seq)
+            stop = max(stop, first + 1)
+            picked = slice(at, end) if position is None else position[at:end]
+            local = (starts[first : stop + 1].clamp(at, end) - at).to(x.device)
+            self._pool(x[picked], local, None if share is None else share[picked], goes_on)
+            first, at = stop if whole else first, end
+
+    def finish(self) -> CSR:
+        """The pooled rows of all sequences since the start, [n_seq, d_sae]; the stream is then empty."""
+        device = self.encoder.device
+        if self._open:
+            none = torch.empty((0, self.encoder.d_in), dtype=self.encoder.dtype, device=device)
+            self._pool(none, torch.zeros(2, dtype=torch.int64, device=device), None, False)
+        rows, self._rows = self._rows, []
+        return CSR.concat(rows) if rows else CSR.empty(0, self.encoder.d_sae, device)
+
+    def _pool(self, x: Tensor, offsets: Tensor, weights: Optional[Tensor], goes_on: bool) -> None:
+        """One chunk: ``offsets`` local to it; its first sequence takes up the open one."""
+        if self.k is None:
+            codes = encode_threshold(x, self.encoder, backend=self.backend)
+        else:
+            kept = encode_topk(x, self.encoder, self.k, backend=self.backend)
+            starts = torch.arange(x.shape[0] + 1, device=x.device) * self.k
+            codes = CSR(starts, kept.indices.reshape(-1), kept.values.reshape(-1), self.encoder.d_sae)
+        pool = implementation("torch" if self.backend == "reference" else self.backend).pool_codes
+        indptr, columns, totals = pool(codes, offsets, self._kind, weights, self._carry)
+        if self.reduce == "mean":
+            share = torch.ones_like(x[:, 0], dtype=torch.float64) if weights is None else weights.double()
+            edges = (offsets + 1).index_fill_(0, torch.zeros_like(offsets[:1]), 0)
+            share = torch.cat([self._size, share])
+            sizes = torch.segment_reduce(share, "sum", offsets=edges, unsafe=True, initial=0.0)
+        self._clear()
+        if goes_on:
+            done = int(indptr[-2])
+            self._carry, self._open = (columns[done:].clone(), totals[done:].clone()), True
+            indptr, columns, totals = indptr[:-1], columns[:done], totals[:done]
+            if self.reduce == "mean":
+                self._size, sizes = sizes[-1:], sizes[:-1]
+        rows = CSR(indptr, columns, totals, self.encoder.d_sae)
+        if self.reduce == "mean":
+            totals = totals / sizes[rows.row_ids()]
+        self._rows.append(rows._replace(values=totals.float().clamp_(min=reference.SMALLEST)))

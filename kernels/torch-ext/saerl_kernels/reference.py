@@ -10,14 +10,17 @@ Ties go to the lower index, so a row with fewer than k positive pre-activations 
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Union
+import math
+from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
 
-from ._check import check_k, check_offsets, check_reduce, check_threshold, token_mask
+from ._check import check_k, check_offsets, check_reduce, check_threshold, token_mask, token_weights
 from .pack import PackedEncoder
 from .types import CSR, TopK
+
+SMALLEST = 2.0**-149  # float32's smallest positive number: what a smaller positive total becomes
 
 
 def pre_activations(x: Tensor, encoder: PackedEncoder) -> Tensor:
@@ -62,29 +65,38 @@ def encode_pool(
     reduce: str = "max",
     *,
     mask: Optional[Tensor] = None,
+    weights: Optional[Tensor] = None,
 ) -> CSR:
     """Encode each token of ``x`` [n_tokens, d_in] and reduce over each sequence: CSR [n_seq, d_sae]."""
     check_reduce(reduce)
-    bounds = check_offsets(x, offsets)
+    bounds = check_offsets(x, offsets).tolist()
+    weight = token_weights(x, weights)
     kept = token_mask(x, mask)
+    if weight is None:
+        weight = torch.ones(x.shape[0], device=x.device)
+    kept = weight > 0 if kept is None else kept & (weight > 0)
     if k is None:
         tokens = encode_threshold(x, encoder).to_dense()
     else:
         tokens = encode_topk(x, encoder, k).to_dense(encoder.d_sae)
     pooled = tokens.new_zeros((len(bounds) - 1, encoder.d_sae))
     for row, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:])):
-        rows = tokens[start:stop] if kept is None else tokens[start:stop][kept[start:stop]]
+        here = kept[start:stop]
+        share = weight[start:stop][here].double().unsqueeze(-1)
+        rows = tokens[start:stop][here].double() * share
         if rows.shape[0] == 0:
             continue
         if reduce == "max":
-            pooled[row] = rows.amax(0)
+            total = rows.amax(0)
         elif reduce == "last":
-            pooled[row] = rows[-1]
+            total = rows[-1]
         elif reduce == "count":
-            pooled[row] = (rows > 0).sum(0).float()
+            total = ((rows > 0) * share).sum(0)
+        elif reduce == "sum":
+            total = rows.sum(0)
         else:
-            total = rows.double().sum(0)
-            pooled[row] = (total / rows.shape[0] if reduce == "mean" else total).float()
+            total = rows.sum(0) / share.sum()
+        pooled[row] = torch.where(total > 0, total.float().clamp(min=SMALLEST), 0.0)
     return CSR.from_dense(pooled)
 
 
@@ -95,3 +107,104 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Optiona
     if b_dec is not None:
         out = out + b_dec.to(wide)
     return out.to(W_dec.dtype)
+
+
+def decode_csr(csr: CSR, W_dec: Tensor, b_dec: Optional[Tensor] = None) -> Tensor:
+    """Row i: the sum of value * W_dec[column] over its entries, + b_dec: [n_rows, d_in] in W_dec's dtype."""
+    wide = torch.float64 if W_dec.dtype == torch.float64 else torch.float32
+    scaled = csr.values.to(wide).unsqueeze(-1) * W_dec[csr.indices.long()].to(wide)
+    out = torch.zeros((csr.n_rows, W_dec.shape[1]), dtype=wide, device=W_dec.device)
+    out = out.index_add(0, csr.row_ids(), scaled)
+    if b_dec is not None:
+        out = out + b_dec.to(wide)
+    return out.to(W_dec.dtype)
+
+
+def kmeans_assign(X: CSR, centroids: Tensor) -> Tuple[Tensor, Tensor]:
+    """labels int32 and similarity float32 [n_rows]: the first largest inner product with the centroids."""
+    products = X.to_dense().double() @ centroids.double().t()
+    similarity = products.amax(1)
+    first = (products == similarity.unsqueeze(1)).int().argmax(1)
+    return first.int(), similarity.float()
+
+
+def kmeans_update(X: CSR, labels: Tensor, n_clusters: int) -> Tensor:
+    """float32 [n_clusters, n_cols]: each cluster's sum of rows over its norm, zeros for a sum of zero."""
+    owner = torch.nn.functional.one_hot(labels.long(), n_clusters).double()
+    total = owner.t() @ X.to_dense().double()
+    norm = total.norm(dim=1, keepdim=True)
+    return (total / torch.where(norm > 0, norm, 1.0)).float()
+
+
+def spherical_kmeans(
+    X: CSR,
+    n_clusters: int,
+    *,
+    init: Optional[Tensor] = None,
+    n_init: int = 1,
+    max_iter: int = 50,
+    tol: float = 1e-5,
+    seed: int = 0,
+) -> Tuple[Tensor, Tensor, float, int]:
+    """labels, centroids, inertia and iterations for rows of norm 1 (or 0); ``init`` likewise."""
+    dense = X.to_dense().double()
+    found = []
+    for trial in range(n_init):
+        if init is None:
+            centroids = _kmeans_seeds(dense, n_clusters, seed + trial).float()
+        else:
+            centroids = init if init.is_floating_point() else kmeans_update(X, init, n_clusters)
+        labels, similarity = kmeans_assign(X, centroids)
+        n_iter, done = 0, False
+        while not done and n_iter < max_iter + n_clusters:
+            filled = _kmeans_fill(dense, labels, similarity, n_clusters)
+            if n_iter >= max_iter and bool((filled == labels).all()):
+                break
+            centroids = kmeans_update(X, filled, n_clusters)
+            before, (nearest, similarity) = similarity, kmeans_assign(X, centroids)
+            gain = float((similarity.double() - before.double()).sum()) / max(1, int(dense.any(1).sum()))
+            done = bool((nearest == filled).all()) or (gain < tol and bool((filled == labels).all()))
+            labels = nearest
+            n_iter += 1
+        inertia = float((1 - similarity.double())[dense.any(1)].sum())
+        found.append((labels, centroids, max(0.0, inertia), n_iter))
+    return min(found, key=lambda run: run[2])
+
+
+def _kmeans_seeds(dense: Tensor, n_clusters: int, seed: int) -> Tensor:
+    """Greedy k-means++: of 2 + ln(n_clusters) rows drawn by distance, the one that leaves least distance."""
+    trials = 2 + int(math.log(n_clusters))
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand((n_clusters, trials), dtype=torch.float64, generator=generator)
+    seeds = torch.zeros((n_clusters, dense.shape[1]), dtype=torch.float64)
+    far = dense.any(1).double()
+    for step in range(n_clusters):
+        if not bool(far.any()):
+            break
+        at = (far.cumsum(0) <= draws[step, :, None] * far.sum()).sum(1).clamp(max=int(far.nonzero()[-1]))
+        options: List[Tuple[float, int, Tensor]] = []
+        for place, row in enumerate(at.tolist() if step else at[:1].tolist()):
+            distance = 1 - dense @ dense[row]
+            left = torch.minimum(far, torch.where(distance < 2**-16, 0.0, distance))
+            options.append((float(left.sum()), place, dense[row]))
+            if min(options)[1] == place:
+                nearest = left
+        far, seeds[step] = nearest, min(options)[2]
+    return seeds
+
+
+def _kmeans_fill(dense: Tensor, labels: Tensor, similarity: Tensor, n_clusters: int) -> Tensor:
+    """Every empty cluster takes the row least like its centroid, with its equals, unless that empties one."""
+    labels, active = labels.clone(), dense.any(1)
+    order = sorted((s, row) for row, s in enumerate(similarity.tolist()) if active[row] and s < 1 - 2**-16)
+    for cluster in range(n_clusters):
+        if bool((labels[active] == cluster).any()):
+            continue
+        while order:
+            row = order[0][1]
+            equal = dense @ dense[row] >= 1 - 2**-16
+            order = [pair for pair in order if not equal[pair[1]]]
+            if set(labels[equal].tolist()) <= set(labels[active & ~equal].tolist()):
+                labels[equal] = cluster
+                break
+    return labels

@@ -10,12 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._torch import decode_grads, linear, sparse_decode
+from .. import _torch
+from .._torch import decode_grads, linear
 from ..pack import PackedEncoder
 from ..types import CSR, TopK, _indptr
-from . import select
+from . import decode, select
 
-__all__ = ["decode_grads", "encode_threshold", "encode_topk", "pool_codes", "sparse_decode", "topk"]
+__all__ = [
+    "decode_csr",
+    "decode_grads",
+    "encode_threshold",
+    "encode_topk",
+    "pool_codes",
+    "sparse_decode",
+    "topk",
+]
 
 ROWS = 1024  # rows of a block; more would only enlarge the block
 BLOCK = 1 << 18  # float32 scores in a block, 1 MB (4 MB at most): selection reads them from cache
@@ -139,18 +148,49 @@ def encode_threshold(x: Tensor, encoder: PackedEncoder, threshold: Tensor) -> CS
 
 
 def pool_codes(
-    offsets: Tensor, starts: Tensor, columns: Tensor, values: Tensor, n_cols: int, reduce: str
-) -> CSR:
-    """Reduce token codes (token t: entries starts[t] .. starts[t + 1]) over sequences; see ``pool_rows``."""
-    kind = {"max": 0, "last": 0, "sum": 1, "mean": 2, "count": 3}[reduce]
-    size = columns.numel()
-    out_columns = np.empty(size, dtype=np.int32)
-    out_values = np.empty(size, dtype=np.float32)
-    counts = np.zeros(len(offsets) - 1, dtype=np.int64)
-    flat = (columns.reshape(-1).numpy(), values.reshape(-1).numpy())
-    written = select.pool_rows(
-        offsets.numpy(), starts.numpy(), *flat, n_cols, kind, out_columns, out_values, counts
+    codes: CSR,
+    offsets: Tensor,
+    kind: str,
+    weights: Optional[Tensor],
+    carry: Optional[Tuple[Tensor, Tensor]],
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """See ``_torch.pool_codes``."""
+    if carry is None:
+        carry = (codes.indices[:0], torch.empty(0, dtype=torch.float64))
+    size = codes.nnz + len(carry[0])
+    columns = torch.empty(size, dtype=torch.int32)
+    totals = torch.empty(size, dtype=torch.float64)
+    indptr = torch.zeros(offsets.shape[0], dtype=torch.int64)
+    select.pool_rows(
+        offsets.numpy(),
+        codes.indptr.numpy(),
+        codes.indices.numpy(),
+        codes.values.numpy(),
+        np.empty(0, dtype=np.float32) if weights is None else weights.numpy(),
+        carry[0].numpy(),
+        carry[1].numpy(),
+        codes.n_cols,
+        {"max": 0, "sum": 1, "count": 2}[kind],
+        indptr.numpy(),
+        columns.numpy(),
+        totals.numpy(),
     )
-    indptr = _indptr(torch.from_numpy(counts))
-    kept = (out_columns[:written].copy(), out_values[:written].copy())
-    return CSR(indptr, torch.from_numpy(kept[0]), torch.from_numpy(kept[1]), n_cols)
+    used = int(indptr[-1])
+    return indptr, columns[:used].clone(), totals[:used]  # the columns are kept: not with all that room
+
+
+def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """See ``_torch.sparse_decode``."""
+    n, k = indices.shape
+    return decode_csr(torch.arange(n + 1) * k, indices.reshape(-1), values.reshape(-1), W_dec)
+
+
+def decode_csr(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor) -> Tensor:
+    """See ``_torch.decode_csr``, which takes every dtype but bfloat16."""
+    if W_dec.dtype != torch.bfloat16:
+        return _torch.decode_csr(indptr, indices, values, W_dec)
+    out = torch.empty((indptr.shape[0] - 1, W_dec.shape[1]), dtype=torch.float32)
+    bits = W_dec.detach().contiguous().view(torch.int16).numpy().view(np.uint16)
+    entries = (part.detach().contiguous().numpy() for part in (indptr, indices, values.float()))
+    _run(decode.decode_rows, out.shape[0], *entries, bits, out.numpy())
+    return out

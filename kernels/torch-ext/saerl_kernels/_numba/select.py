@@ -251,41 +251,45 @@ def place_above(scores, limit, first_column, cursor, columns, values, start, sto
 
 
 @jit
-def pool_rows(offsets, starts, columns, values, n_cols, kind, out_columns, out_values, out_counts):
-    """Reduce token codes to sequence rows; returns the number of entries written.
+def pool_rows(
+    offsets, starts, columns, values, weights, carry_columns, carry, n_cols, kind, indptr, out_columns, out
+):
+    """Reduce token codes to sequence rows, in token order: indptr, columns ascending, float64 totals.
 
-    Token t holds entries starts[t] .. starts[t + 1]; zero values are skipped. kind: 0 max, 1 sum, 2 mean,
-    3 count. Sums are float64.
+    Token t holds entries starts[t] .. starts[t + 1]; values that are not positive are skipped. weights
+    [n_tokens] or of length 0. The first sequence starts from ``carry``. kind: 0 max, 1 sum, 2 count.
     """
     total = np.zeros(n_cols, dtype=np.float64)
     touched = np.empty(n_cols, dtype=np.int32)
     written = 0
     for seq in range(offsets.shape[0] - 1):
-        first, stop = offsets[seq], offsets[seq + 1]
         n = 0
-        for entry in range(starts[first], starts[stop]):
-            value = np.float64(values[entry])
-            if value <= 0.0:
-                continue
-            column = columns[entry]
-            if total[column] == 0.0:
-                touched[n] = column
+        if seq == 0:
+            for entry in range(carry_columns.shape[0]):
+                total[carry_columns[entry]] = carry[entry]
+                touched[n] = carry_columns[entry]
                 n += 1
-            if kind == 0:
-                total[column] = max(total[column], value)
-            elif kind == 3:
-                total[column] += 1.0
-            else:
-                total[column] += value
-        order = np.sort(touched[:n])
-        for j in range(n):
-            column = order[j]
-            pooled = total[column]
-            if kind == 2:
-                pooled /= stop - first
-            out_columns[written] = column
-            out_values[written] = np.float32(pooled)
-            written += 1
-            total[column] = 0.0
-        out_counts[seq] = n
-    return written
+        for token in range(offsets[seq], offsets[seq + 1]):
+            weight = np.float64(weights[token]) if weights.shape[0] > 0 else 1.0
+            for entry in range(starts[token], starts[token + 1]):
+                if not values[entry] > 0.0:
+                    continue
+                value = weight if kind == 2 else weight * np.float64(values[entry])
+                column = columns[entry]
+                before = total[column]
+                if before == 0.0:
+                    touched[n] = column
+                    n += 1
+                total[column] = max(before, value) if kind == 0 else before + value
+        if n * 64 > n_cols:  # a walk over all columns is then cheaper than a sort
+            for column in range(n_cols):
+                if total[column] != 0.0:
+                    out_columns[written], out[written] = column, total[column]
+                    total[column] = 0.0
+                    written += 1
+        else:
+            for column in np.sort(touched[:n]):
+                out_columns[written], out[written] = column, total[column]
+                total[column] = 0.0
+                written += 1
+        indptr[seq + 1] = written

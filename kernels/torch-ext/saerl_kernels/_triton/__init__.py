@@ -13,6 +13,7 @@ from .. import _torch
 from ..dispatch import interpreting
 from ..pack import PackedEncoder
 from ..types import CSR, TopK, _indptr
+from .chunked import launch_chunked
 from .codes import (
     _count_above_kernel,
     _decode_kernel,
@@ -21,10 +22,19 @@ from .codes import (
     _place_above_kernel,
 )
 from .groups import GROUP, _reopen_kernel, _score_groups_kernel
+from .pool import pool_codes
 from .select import _order_kernel, _pad_kernel, _select_kernel
 from .tune import Plan, plan_encode
 
-__all__ = ["decode_grads", "encode_threshold", "encode_topk", "sparse_decode", "topk"]
+__all__ = [
+    "decode_csr",
+    "decode_grads",
+    "encode_threshold",
+    "encode_topk",
+    "pool_codes",
+    "sparse_decode",
+    "topk",
+]
 
 SCRATCH = 1 << 28  # bytes of group maxima held at once
 TILE = 16384  # candidates a program ranks in registers
@@ -33,9 +43,11 @@ TILE = 16384  # candidates a program ranks in registers
 def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, plan: Optional[Plan] = None) -> TopK:
     """``x`` [n, d_in] as ``PackedEncoder.prepare`` returns it; ``plan`` overrides the table's choice."""
     plan = plan or plan_encode(x.shape[0], encoder, k)
-    if plan.algorithm == "dense":
-        return _encode_dense(x, encoder, k)
     kept = TopK.empty((x.shape[0], k), x.device)
+    if plan.algorithm == "chunked":
+        for start, keys, counts in launch_chunked(x, encoder, _numbers(encoder), k, plan):
+            _finish(keys, counts, kept, start, keys.shape[0], k, numbers=encoder.permutation)
+        return kept
     n_groups = triton.cdiv(encoder.d_sae, 128) * 4
     rows = max(plan.BM, SCRATCH // (5 * plan.T * n_groups) // plan.BM * plan.BM)
     rows = min(rows, x.shape[0])
@@ -86,21 +98,12 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, plan: Optional[Plan] 
             KP=_width(k),
             BM=16 if interpreting() else 64,  # 64 rows are what wgmma, and so the scoring pass, takes
             BK=plan.BK,
-            BG=256,
+            BG=512,
             PERMUTED=encoder.permutation is not None,
             UPCAST=interpreting(),
             num_warps=4,
         )
-        _finish(keys, counts, kept, start, n, k, signed=False)
-    return kept
-
-
-def _encode_dense(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
-    kept = TopK.empty((x.shape[0], k), x.device)
-    for start, scores in _torch.score_chunks(x, encoder):
-        n = scores.shape[0]
-        keys, counts, _, _ = _select(scores, scores, encoder, n, k, 1, "relu")
-        _finish(keys, counts, kept, start, n, k, signed=False)
+        _finish(keys, counts, kept, start, n, k)
     return kept
 
 
@@ -121,7 +124,8 @@ def _select(
     keys = torch.empty((n, k), dtype=torch.int64, device=device)
     counts, limits, opened = torch.empty((3, n), dtype=torch.int32, device=device)
     width = source[0].numel()
-    block = min(TILE, triton.next_power_of_2(width))
+    # Scores of any sign take more registers: half the tile for as many threads.
+    block = min(TILE // 2 if mode == "signed" else TILE, triton.next_power_of_2(width))
     step = min(block, 2048)
     rows = _rows(n, block)
     _select_kernel[(triton.cdiv(n, rows),)](
@@ -144,17 +148,39 @@ def _select(
         STEPS=triton.cdiv(width, step),
         MODE=mode,
         PERMUTED=encoder is not None and encoder.permutation is not None,
-        num_warps=min(16, max(4, block // 1024)),
+        num_warps=min(16, max(4, block // (512 if mode == "signed" else 1024))),
     )
     return keys, counts, limits, opened
 
 
-def _finish(keys: Tensor, counts: Tensor, kept: TopK, start: int, n: int, k: int, signed: bool) -> None:
+def _finish(
+    keys: Tensor,
+    counts: Tensor,
+    kept: TopK,
+    start: int,
+    n: int,
+    k: int,
+    signed: bool = False,
+    numbers: Optional[Tensor] = None,
+) -> None:
     values, indices = kept.values[start : start + n].view(torch.int32), kept.indices[start : start + n]
     rows = _rows(n, _width(k) ** 2 if interpreting() else _width(k))
     grid = (triton.cdiv(n, rows),)
-    shape = {"ROWS": rows, "KP": _width(k), "SIGNED": signed, "COUNT": interpreting()}
-    _order_kernel[grid](keys, counts, values, indices, n, k, **shape, num_warps=4)
+    shape = {"ROWS": rows, "KP": _width(k), "SIGNED": signed, "PERMUTED": numbers is not None}
+    columns = counts if numbers is None else numbers
+    _order_kernel[grid](
+        keys,
+        counts,
+        columns,
+        values,
+        indices,
+        n,
+        k,
+        keys.stride(0),
+        **shape,
+        COUNT=interpreting() and k <= 1024,
+        num_warps=4,
+    )
     if not signed:
         _pad_kernel[(n,)](counts, values, indices, k, KP=_width(k), num_warps=1)
 
@@ -198,14 +224,24 @@ def encode_threshold(x: Tensor, encoder: PackedEncoder, threshold: Tensor) -> CS
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """values, indices [n, k]; returns [n, d_in] accumulated in float32 (float64 for float64 weights)."""
     n, k = values.shape
-    d_in = W_dec.shape[1]
+    return _decode(indices, indices, values, W_dec, n, k)
+
+
+def decode_csr(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor) -> Tensor:
+    """indptr [n + 1], indices and values [nnz]; returns [n, d_in] as ``sparse_decode`` does."""
+    return _decode(indptr, indices, values, W_dec, indptr.shape[0] - 1, 0)
+
+
+def _decode(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor, n: int, k: int) -> Tensor:
+    d_sae, d_in = W_dec.shape
     wide, wide_tl = _wide(W_dec)
     out = torch.empty((n, d_in), dtype=wide, device=values.device)
     if out.numel():
         block = min(1024, triton.next_power_of_2(d_in))
+        parts = (values.contiguous(), indices.contiguous(), indptr.contiguous(), W_dec.contiguous())
+        sizes = (values.numel(), k, d_sae, d_in)
         grid = (n, triton.cdiv(d_in, block))
-        args = (values.contiguous(), indices.contiguous(), W_dec.contiguous(), out, k, d_in)
-        _decode_kernel[grid](*args, BD=block, WIDE=wide_tl)
+        _decode_kernel[grid](*parts, out, *sizes, BE=4, BD=block, WIDE=wide_tl)
     return out
 
 

@@ -45,24 +45,37 @@ def _place_above_kernel(
 
 @triton.jit
 def _decode_kernel(
-    values_ptr,  # [N, K]
-    indices_ptr,  # int [N, K]
+    values_ptr,  # [M]
+    indices_ptr,  # int [M]
+    indptr_ptr,  # int64 [N + 1]; not read where K > 0: every row then holds K entries
     w_ptr,  # [F, D]
     out_ptr,  # [N, D], float32 or float64
+    M,
     K,
+    F,
     D,
+    BE: tl.constexpr,
     BD: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BD + tl.arange(0, BD)
+    here = row * K
+    stop = here + K
+    if K == 0:
+        here = tl.maximum(tl.load(indptr_ptr + row), 0)
+        stop = tl.minimum(tl.load(indptr_ptr + row + 1), M)
     acc = tl.zeros((BD,), dtype=WIDE)
-    j = 0
-    while j < K:
-        feature = tl.load(indices_ptr + row * K + j).to(tl.int64)
-        value = tl.load(values_ptr + row * K + j).to(WIDE)
-        acc += value * tl.load(w_ptr + feature * D + at, mask=at < D, other=0.0).to(WIDE)
-        j += 1
+    while here < stop:  # BE rows of weights are in flight at once
+        entry = here + tl.arange(0, BE)
+        feature = tl.load(indices_ptr + entry, mask=entry < stop, other=-1).to(tl.int64)
+        # An index outside 0 .. F - 1 is never followed, and contributes nothing.
+        inside = (feature >= 0) & (feature < F)
+        value = tl.load(values_ptr + entry, mask=inside, other=0.0).to(WIDE)
+        mask = inside[:, None] & (at < D)[None, :]
+        weight = tl.load(w_ptr + feature[:, None] * D + at[None, :], mask=mask, other=0.0).to(WIDE)
+        acc += tl.sum(value[:, None] * weight, 0)
+        here += BE
     tl.store(out_ptr + row * D + at, acc, mask=at < D)
 
 

@@ -16,10 +16,6 @@ def _load_bits(source_ptr, at, mask, MODE: tl.constexpr):
     """Candidates as int32 that order like their values; masked lanes rank below everything."""
     if MODE == "groups":
         return tl.load(source_ptr + at, mask=mask, other=-1)
-    if MODE == "relu":
-        value = tl.load(source_ptr + at, mask=mask, other=0.0)
-        value = tl.where(value > 0.0, value, 0.0)  # NaN becomes 0 as well
-        return tl.where(mask, value.to(tl.int32, bitcast=True), -1)
     value = tl.load(source_ptr + at, mask=mask, other=0.0)
     value = tl.where(value != value, float("-inf"), value)
     value = tl.where(value == 0.0, 0.0, value)  # -0.0 is 0.0
@@ -149,27 +145,33 @@ def _select_kernel(
 
 @triton.jit
 def _order_kernel(
-    keys_ptr,  # int64 [N, K]
+    keys_ptr,  # int64 [N, STRIDE], of which the first `count` are ordered
     count_ptr,  # int32 [N]
+    number_ptr,  # int32 [F]: original feature of a packed column (read when PERMUTED)
     values_ptr,  # int32 [N, K] view of the float32 result
     indices_ptr,  # int32 [N, K]
     N,
     K,
+    STRIDE,
     ROWS: tl.constexpr,
     KP: tl.constexpr,
     SIGNED: tl.constexpr,
+    PERMUTED: tl.constexpr,  # the keys hold packed columns
     COUNT: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     count = tl.load(count_ptr + rows, mask=rows < N, other=0)[:, None]
     slot = tl.arange(0, KP)[None, :]
-    at = rows.to(tl.int64)[:, None] * K + slot
+    wide = rows.to(tl.int64)[:, None]
     lowest = tl.full((ROWS, KP), -0x8000000000000000, tl.int64)
-    keys = tl.load(keys_ptr + at, mask=slot < count, other=0)
+    keys = tl.load(keys_ptr + wide * STRIDE + slot, mask=slot < count, other=0)
+    if PERMUTED:
+        column = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
+        number = tl.load(number_ptr + column, mask=slot < count, other=0)
+        keys = ((keys >> 32) << 32) | (0x7FFFFFFF - number).to(tl.int64)
     keys = tl.where(slot < count, keys, lowest)
     if COUNT:  # the interpreter's sort takes seconds; there each key goes where its number of betters says
-        order = tl.sum((keys[:, None, :] > keys[:, :, None]).to(tl.int32), axis=2)
-        at = rows.to(tl.int64)[:, None] * K + order
+        slot = tl.sum((keys[:, None, :] > keys[:, :, None]).to(tl.int32), axis=2)
     else:
         keys = tl.sort(keys, descending=True)
     rank = (keys >> 32).to(tl.int32)
@@ -177,8 +179,8 @@ def _order_kernel(
         rank = rank ^ ((rank >> 31) & 0x7FFFFFFF)
     feature = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
     real = keys > lowest
-    tl.store(values_ptr + at, rank, mask=real)
-    tl.store(indices_ptr + at, feature, mask=real)
+    tl.store(values_ptr + wide * K + slot, rank, mask=real)
+    tl.store(indices_ptr + wide * K + slot, feature, mask=real)
 
 
 @triton.jit

@@ -20,11 +20,11 @@ TABLE = os.path.join(os.path.dirname(__file__), "tuned.json")
 class Plan(NamedTuple):
     """How ``encode_topk`` runs."""
 
-    algorithm: str  # "groups" or "dense"
-    T: int = 3  # entries kept per group
-    BM: int = 128
+    algorithm: str  # "groups" or "chunked"
+    T: int = 3  # groups: entries kept per group
+    BM: int = 128  # groups: rows and columns of a tile; chunked: of a block of scores, held in L2
     BN: int = 256
-    BK: int = 64
+    BK: int = 64  # groups: depth of a step; chunked: columns a program gates at once
     BAND: int = 8
     warps: int = 8
     stages: int = 3
@@ -45,18 +45,18 @@ def plan_encode(n: int, encoder: PackedEncoder, k: int) -> Plan:
     """The measured plan of this GPU and shape where ``tuned.json`` has one, else a heuristic.
 
     The heuristic: groups need few winners per group, so past one re-opened group in two rows, and for
-    float32 weights, which have no tensor cores, the dense path does less work.
+    float32 weights, which have no tensor cores, the chunked path does less work.
     """
     if interpreting():
         T = fewest_kept(encoder.d_sae, k)
-        return Plan("groups", T, BM=16, BN=128, BK=32, warps=4) if T else Plan("dense")
+        return Plan("groups", T, BM=16, BN=128, BK=32, warps=4) if T else chunked_plan(n, encoder.d_sae)
     bits = encoder.weight.element_size() * 8
     plan = tuned(torch.cuda.get_device_name(encoder.device), bits, encoder.d_in, encoder.d_sae, k, n)
     if plan is not None:
         return plan
     T = fewest_kept(encoder.d_sae, k)
     if T == 0 or bits == 32:
-        return Plan("dense")
+        return chunked_plan(n, encoder.d_sae)
     major, minor = torch.cuda.get_device_capability(encoder.device)
     return gpu_plan(bits, T, major * 10 + minor)
 
@@ -75,9 +75,18 @@ def gpu_plan(bits: int, T: int, arch: int) -> Plan:
     return Plan("groups", T)
 
 
+def chunked_plan(n: int, d_sae: int) -> Plan:
+    """Blocks of 2^22 scores: 16 MB, which leaves room in L2 for the x and weight that make them."""
+    rows = min(2048, 1 << (n - 1).bit_length())
+    columns = min((1 << 22) // rows, 1 << 15, 1 << (d_sae - 1).bit_length())
+    return Plan("chunked", BM=rows, BN=columns, BK=512, warps=4)
+
+
 def candidates(d_sae: int, k: int, arch: int) -> List[Plan]:
     """The plans that a tuning run times for 16-bit weights."""
-    plans = [Plan("dense")]
+    blocks = ((2048, 2048), (4096, 1024), (4096, 2048), (2048, 4096), (1024, 8192))
+    plans = [Plan("chunked", BM=BM, BN=BN, BK=512, warps=4) for BM, BN in blocks]
+    plans += [plans[0]._replace(BK=BK, warps=warps) for BK, warps in ((512, 2), (1024, 4), (2048, 8))]
     for T in (2, 3, 4):
         if reopened(d_sae, k, T) > 2:
             continue

@@ -1,0 +1,191 @@
+"""Chunked scoring: torch's matrix product a few thousand columns at a time, gated while they lie in L2.
+
+Each row owns a buffer of SLOTS >= K + BLOCK keys and a bound that K of the entries seen reach. The gate
+looks at BLOCK columns at a time and appends what ranks above the bound; once fewer than BLOCK slots are free
+it reduces the buffer to its K best, which raises the bound. So the buffer cannot overflow, and nothing that
+could still win is dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Iterator, Tuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dispatch import interpreting
+from ..pack import PackedEncoder
+from .tune import Plan
+
+
+def slots(k: int, block: int) -> int:
+    """Keys a row's buffer holds: K that stay, a block that comes, and K more so that reducing is rare."""
+    return triton.next_power_of_2(2 * k + block)
+
+
+def launch_chunked(
+    x: Tensor, encoder: PackedEncoder, numbers: Tensor, k: int, plan: Plan
+) -> Iterator[Tuple[int, Tensor, Tensor]]:
+    """(first row, keys int64 [n, SLOTS], counts int32 [n]) for blocks of ``plan.BM`` rows of ``x``.
+
+    The first ``counts`` keys of a row, in no order, are its min(k, positive) largest activations, with
+    packed columns for features. The memory is used again for the next block.
+    """
+    rows, columns = min(plan.BM, x.shape[0]), min(plan.BN, encoder.d_sae)
+    block = min(plan.BK, triton.next_power_of_2(columns))
+    room = slots(k, block)
+    height = max(1, min(triton.next_power_of_2(rows), (1 << 17) // room)) if interpreting() else 1
+    scratch = torch.empty(rows * columns, dtype=torch.float32, device=x.device)
+    keys = torch.empty((rows, room), dtype=torch.int64, device=x.device)
+    for start in range(0, x.shape[0], rows):
+        part = x[start : start + rows]
+        n = part.shape[0]
+        state = torch.zeros((3, n), dtype=torch.int32, device=x.device)
+        for first in range(0, encoder.d_sae, columns):
+            weight = encoder.weight[first : first + columns]
+            scores = product(part, weight, scratch)
+            _gate_kernel[(triton.cdiv(n, height),)](
+                scores,
+                encoder.bias,
+                numbers,
+                keys,
+                *state,
+                n,
+                encoder.d_sae,
+                first,
+                weight.shape[0],
+                scores.stride(0),
+                k,
+                k if first + columns >= encoder.d_sae else room - block,
+                ROWS=height,
+                BLOCK=block,
+                TILES=triton.cdiv(columns, block),
+                SLOTS=room,
+                PERMUTED=encoder.permutation is not None,
+                num_warps=plan.warps,
+            )
+        yield start, keys[:n], state[0]
+
+
+def product(x: Tensor, weight: Tensor, scratch: Tensor) -> Tensor:
+    """``x @ weight.T`` as float32 [n, columns] in the first entries of the flat ``scratch``."""
+    n, columns = x.shape[0], weight.shape[0]
+    out = scratch[: n * columns].view(n, columns)
+    if x.dtype == torch.float32:
+        return torch.mm(x, weight.t(), out=out)
+    if x.is_cuda and torch.version.hip is None and "dtype_out" in torch.ops.aten.mm.overloads():
+        return torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
+    return torch.mm(x.float(), weight.float().t(), out=out)  # a 16-bit result would be ranked rounded
+
+
+@triton.jit
+def _kth(bits, low, K):
+    """The K-th largest of ``bits`` [ROWS, SLOTS] per row, 0 where fewer than K are positive.
+
+    ``low`` is 0 or a bound that K of them reach. Bisection ends as soon as a cut leaves exactly K.
+    """
+    high = tl.max(bits, axis=1) + 1
+    reached = low * 0 + K + 1
+    while tl.max(tl.where(reached == K, 0, high - low)) > 1:
+        middle = low + (high - low) // 2
+        above = tl.sum((bits >= middle[:, None]).to(tl.int32), axis=1)
+        up = above >= K
+        low = tl.where(up, middle, low)
+        reached = tl.where(up, above, reached)
+        high = tl.where(up, high, middle)
+    least = tl.min(tl.where(bits >= low[:, None], bits, 0x7FFFFFFF), axis=1)
+    return tl.where(low > 0, least, 0)
+
+
+@triton.jit
+def _reduce(
+    buffer, number_ptr, count, limit, F, K, ROWS: tl.constexpr, SLOTS: tl.constexpr, PERMUTED: tl.constexpr
+):
+    """Leave each row's K best keys in its buffer; returns the new count, limit and last."""
+    slot = tl.arange(0, SLOTS)[None, :]
+    keys = tl.load(buffer + slot, mask=slot < count[:, None], other=-1)
+    bits = (keys >> 32).to(tl.int32)
+    limit = _kth(bits, limit, K)
+    above = tl.sum((bits > limit[:, None]).to(tl.int32), axis=1)
+    tied = bits == limit[:, None]
+    crowded = above + tl.sum(tied.to(tl.int32), axis=1) > K
+    last = tl.full((ROWS,), 0x7FFFFFFF, tl.int32)
+    if tl.max(crowded.to(tl.int32)) > 0:  # of equal values the lowest features win
+        feature = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
+        if PERMUTED:
+            feature = tl.load(number_ptr + feature, mask=tied, other=0)
+        low = tl.full((ROWS,), -1, tl.int32)
+        high = low + F
+        while tl.max(high - low) > 1:
+            middle = low + (high - low) // 2
+            within = tl.sum((tied & (feature <= middle[:, None])).to(tl.int32), axis=1)
+            low = tl.where(above + within >= K, low, middle)
+            high = tl.where(above + within >= K, middle, high)
+        last = tl.where(crowded, high, last)
+        tied = tied & (feature <= last[:, None])
+    stays = (bits > limit[:, None]) | tied
+    # In place: a key moves to a slot at or before its own, and a scan has waited for all of those.
+    tl.store(buffer + tl.cumsum(stays.to(tl.int32), 1) - 1, keys, mask=stays)
+    return tl.sum(stays.to(tl.int32), axis=1), limit, last
+
+
+@triton.jit
+def _gate_kernel(
+    score_ptr,  # float32 [N, STRIDE]: x @ weight.T of the columns FIRST .. FIRST + WIDTH - 1
+    bias_ptr,  # float32 [F]
+    number_ptr,  # int32 [F]: original feature of a packed column (read when PERMUTED)
+    keys_ptr,  # int64 [N, SLOTS]: value bits << 32 | 2^31 - 1 - packed column
+    count_ptr,  # int32 [N]: keys in the buffer
+    limit_ptr,  # int32 [N]: K of the entries seen have bits at or above it; 0 before K are known
+    last_ptr,  # int32 [N]: of entries equal to the limit, features at or above it have lost
+    N,
+    F,
+    FIRST,
+    WIDTH,
+    STRIDE,
+    K,
+    ROOM,  # keys that may be left at the end of the chunk
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PERMUTED: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = rows < N
+    wide = rows.to(tl.int64)[:, None]
+    buffer = keys_ptr + wide * SLOTS
+    count = tl.load(count_ptr + rows, mask=live, other=0)
+    limit = tl.load(limit_ptr + rows, mask=live, other=0)
+    last = tl.load(last_ptr + rows, mask=live, other=0)
+    at = tl.arange(0, BLOCK)[None, :]
+    scores = score_ptr + wide * STRIDE
+    ahead = tl.load(scores + at, mask=(at < WIDTH) & live[:, None], other=float("-inf"))
+    for tile in range(0, TILES):
+        at = tile * BLOCK + tl.arange(0, BLOCK)[None, :]
+        column = FIRST + at + tl.zeros((ROWS, BLOCK), tl.int32)
+        score = ahead + tl.load(bias_ptr + FIRST + at, mask=at < WIDTH, other=0.0)
+        # The next scores travel while these are gated.
+        near = at + BLOCK
+        ahead = tl.load(scores + near, mask=(near < WIDTH) & live[:, None], other=float("-inf"))
+        score = tl.where(score > 0.0, score, -1.0)  # negative float bits are negative; so is NaN from here on
+        bits = score.to(tl.int32, bitcast=True)
+        tied = bits == limit[:, None]
+        feature = column
+        if PERMUTED:
+            feature = tl.load(number_ptr + column, mask=tied, other=0)
+        chosen = (bits > limit[:, None]) | (tied & (feature < last[:, None]))
+        more = tl.sum(chosen.to(tl.int32), axis=1)
+        if tl.max(more) > 0:
+            slot = count[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
+            key = (bits.to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
+            tl.store(buffer + slot, key, mask=chosen)
+            count += more
+        if tl.max(count) > tl.where(tile == TILES - 1, ROOM, SLOTS - BLOCK):
+            tl.debug_barrier()  # other threads of this program wrote some of the keys
+            count, limit, last = _reduce(buffer, number_ptr, count, limit, F, K, ROWS, SLOTS, PERMUTED)
+    tl.store(count_ptr + rows, count, mask=live)
+    tl.store(limit_ptr + rows, limit, mask=live)
+    tl.store(last_ptr + rows, last, mask=live)
