@@ -133,3 +133,27 @@ def test_a_single_process_needs_no_group(monkeypatch) -> None:
         distributed.share(lambda: (_ for _ in ()).throw(SaerlError("raised RuntimeError")))
     assert not isinstance(caught.value, distributed.SharedError)
     assert failing(1, 0)(["1"], ["a"]) == [1.0]
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    settings = ["--config", "examples/demo.yaml", "threads=1", "data.limit=24", "data.eval_limit=4"]
+    settings += ["train.warmup.steps=0", "train.rollout.prompts_per_step=4", "train.rollout.group_size=2"]
+    return subprocess.run(
+        [*command, "-m", "saerl_fast.cli", *arguments, *settings],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels/torch-ext'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_torchrun_trains_and_refuses_what_one_process_should_make(tmp_path: Path) -> None:
+    done = torchrun("train", "--schedule", "vanilla", f"run_dir={tmp_path}", "train.steps=1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step     1 train") == 1 and (tmp_path / "vanilla" / "report.md").is_file()
+    refused = torchrun("train", "--schedule", "adaptive", f"run_dir={tmp_path}", "train.steps=1")
+    assert refused.returncode != 0 and not (tmp_path / "adaptive").exists()
+    assert refused.stderr.count("saerl: ") == 1 and "make it with `saerl score`" in refused.stderr
+    assert "exitcode  : 2" in refused.stderr

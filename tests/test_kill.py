@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 # step of the checkpoint that is then the latest)
 PLACES = {
     "sampling": ("saerl_fast.rl.rollouts", "sample", 28, "before", 2),
-    "backward": ("saerl_fast.rl.trainer", "policy_loss", 3, "after", 2),
+    "backward": ("saerl_fast.rl.update", "policy_loss", 3, "after", 2),
     "optimizer": ("saerl_fast.rl.optimizer", "Optimizer.step", 2 + 3, "after", 2),
     "evaluation": ("saerl_fast.rl.evaluate", "score_rewards", 4, "before", 0),
     "rollouts logged": ("saerl_fast.rl.trainer", "JsonlLog.write", 13, "after", 2),
