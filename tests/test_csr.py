@@ -86,3 +86,13 @@ def test_errors(device):
         ops.top_features(csr, 5)
     with pytest.raises(ValueError, match="does not fit the int32"):
         ops.transpose(csr._replace(indptr=torch.zeros(1, dtype=torch.int64).expand((1 << 31) + 2)))
+
+
+def test_row_selection_refuses_what_is_not_rows(device):
+    csr = sk.CSR.from_dense(torch.eye(3, device=device))
+    assert csr.select_rows([]).n_rows == 0
+    assert csr.select_rows(torch.tensor([True, False, True])).n_rows == 2
+    with pytest.raises(ValueError, match=r"mask has shape \(2,\), expected \(3,\)"):
+        csr.select_rows(torch.tensor([True, False]))
+    with pytest.raises(ValueError, match=r"integers or a boolean mask, got torch\.float32"):
+        csr.select_rows(torch.tensor([0.7]))

@@ -197,6 +197,7 @@ ROWS = sk.CSR(torch.tensor([0, 1, 3]), torch.tensor([0, 2, 8]).int(), torch.ones
         ((ONES, FIRST - 1, W98), r"indices reach -1\.\.-1, outside 0\.\.8"),
         ((ONES.to("meta"), FIRST, W98), "values on meta, indices on cpu, W_dec on cpu: move them"),
         ((ONES, FIRST, W98, torch.zeros(8, device="meta")), "b_dec on meta: move them"),
+        ((ROWS, torch.tensor(1.0)), r"W_dec must be floating point \[d_sae, d_in\], got torch.float32 \[\]"),
         ((ROWS._replace(n_cols=10), W98), "csr has 10 columns but W_dec has 9 rows"),
         ((ROWS._replace(indices=ROWS.indices + 1), W98), r"csr\.indices reach 1\.\.9, outside 0\.\.8"),
         ((ROWS._replace(indptr=torch.tensor([0, 2, 1])), W98), "goes from 0 to 1 and falls 1 times"),
@@ -211,3 +212,16 @@ def test_errors(args, message, backend):
     decode = sk.decode_csr if isinstance(args[0], sk.CSR) else sk.sparse_decode
     with pytest.raises(ValueError, match=message):
         decode(*args, backend=backend)
+
+
+def test_strided_codes(backend, device):
+    csr = ragged([3, 0, 5, 1], 9, device)
+    indptr, indices, values = (torch.stack([part, part], 1)[:, 0] for part in csr[:3])
+    apart = sk.CSR(indptr, indices, values, 9)
+    grads = []
+    for rows in (csr, apart):
+        W = torch.linspace(-1, 1, 9 * 4, device=device).view(9, 4).requires_grad_()
+        v = rows.values.requires_grad_()
+        out = sk.decode_csr(rows, W, backend=backend)
+        grads.append([out, *torch.autograd.grad(out.square().sum(), (v, W))])
+    torch.testing.assert_close(*grads)

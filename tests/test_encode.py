@@ -6,6 +6,8 @@ order of summation, so results must be equal to the bit, and ties are everywhere
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 import saerl_kernels as sk
 from saerl_kernels import _triton as triton_backend
 from saerl_kernels._triton.tune import Plan
-from tests.encoders import assert_equal, integers, poison  # noqa: F401
+from tests.encoders import assert_equal, float64_topk, integers, poison  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("poison")
 BACKENDS = ["torch", "numba", "triton"]
@@ -376,3 +378,48 @@ def test_backend_choice(monkeypatch):
     monkeypatch.setattr("saerl_kernels.dispatch.interpreting", lambda: False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         resolve("triton", cpu)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba", "triton"])
+def test_autocast_changes_nothing(backend, device):
+    if backend == "numba" and device.type != "cpu":
+        pytest.skip("numba runs on the CPU")
+    _, encoder = integers(1, 12, 90)
+    encoder = encoder.to(device)
+    for n in (2, 7, 20):  # on a CPU: our own product, one product held whole, or blocks
+        x = torch.randn(n, 12, device=device)
+        plain = sk.encode_topk(x, encoder, 5, backend=backend)
+        rows = sk.encode_pool(x, [0, n], encoder, 5, backend=backend)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            assert_equal(sk.encode_topk(x, encoder, 5, backend=backend), plain)
+            assert torch.equal(sk.encode_pool(x, [0, n], encoder, 5, backend=backend).values, rows.values)
+
+
+def test_more_than_the_gpu_kernels_hold():
+    x, encoder = integers(3, 8, 1100, permute=True)
+    got = sk.encode_topk(x, encoder, 1030, backend="triton")
+    assert_equal(got, float64_topk(x, encoder, 1030))
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    from types import SimpleNamespace
+
+    from saerl_kernels import _triton
+    from saerl_kernels._triton import device as launching
+    from saerl_kernels._triton import kmeans
+
+    current = []
+
+    @contextlib.contextmanager
+    def guard(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(launching.torch.cuda, "device", guard)
+    seen = launching.on_device(lambda first, shift: (list(current), shift))
+    second = SimpleNamespace(device=torch.device("cuda", 1))
+    assert seen(second, shift=3) == ([torch.device("cuda", 1)], 3)
+    assert seen(SimpleNamespace(device=torch.device("cpu")), 3) == ([], 3)
+    launchers = [getattr(_triton, name) for name in _triton.__all__] + [kmeans.assign, kmeans.update]
+    assert all(hasattr(launcher, "__wrapped__") for launcher in launchers)

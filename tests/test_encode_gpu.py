@@ -92,3 +92,11 @@ def test_every_candidate_of_the_tuner(k):
         torch.testing.assert_close(got.values, want.values, rtol=1e-4, atol=1e-4)
         assert (got.indices == want.indices).float().mean() > 0.99
     assert ran >= 3
+
+
+@pytest.mark.skipif("torch.cuda.device_count() < 2")
+@pytest.mark.parametrize("plan", PLANS, ids=lambda p: p.algorithm)
+def test_on_a_second_gpu(plan):
+    x, encoder = problem()
+    x, encoder = x.to("cuda:1"), encoder.to("cuda:1")
+    assert_equal(triton_backend.encode_topk(x, encoder, 16, plan), float64_topk(x, encoder, 16))

@@ -339,3 +339,11 @@ def test_update_refuses_another_matrix_transpose():
         sk.kmeans_update(X, torch.zeros(6, dtype=torch.int32), 2, transposed=X)
     with pytest.raises(ValueError, match="must be floating point"):
         sk.kmeans_assign(X, torch.ones(2, 4, dtype=torch.int32))
+
+
+def test_update_checks_the_transpose_it_is_given():
+    X, labels = rows(6, 4), torch.zeros(6, dtype=torch.int32)
+    flipped = sk.csr.transpose(X)
+    beyond = flipped._replace(indices=flipped.indices + 6)
+    with pytest.raises(ValueError, match=r"csr\.indices reach 6\.\..*outside 0\.\.5"):
+        sk.kmeans_update(X, labels, 2, transposed=beyond)

@@ -160,3 +160,9 @@ def test_to_dtype_and_device(device):
 def test_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         sk.pack_encoder(**{**tensors(), **changes})
+
+
+@pytest.mark.parametrize("scale", [0.0, float("inf"), float("nan")])
+def test_input_scale_must_be_invertible(scale):
+    with pytest.raises(ValueError, match="must be finite and not 0"):
+        sk.pack_encoder(torch.ones(2, 3), input_scale=scale)

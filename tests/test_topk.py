@@ -74,3 +74,18 @@ def test_fuzz(width, spread, seed, scale):
     scores = torch.randint(-spread, spread + 1, (4, width), generator=g) * scale
     for backend in ("torch", "numba"):
         check(scores, 1 + seed % width, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_bit_pattern_of_nan(backend):
+    """A NaN of all ones is the least int32 of all: nothing ranks below it, and nothing may lose it."""
+    scores = torch.randn(4, 130)
+    scores[:, ::3] = -torch.inf
+    scores.view(torch.int32)[:, 1::3] = -1
+    scores.view(torch.int32)[0] = -1
+    for k in (1, 60, 130):
+        check(scores, k, backend)
+
+
+def test_more_than_the_gpu_kernels_hold():
+    check(torch.randint(-9, 9, (2, 1100)).float(), 1030, "triton")

@@ -290,3 +290,24 @@ def test_errors(device):
         sk.encode_topk_train(x, W, b, 3, features=torch.tensor([1, 2], device=device))
     with pytest.raises(ValueError, match=r"x must be \[n, d_in\]"):
         sk.encode_batch_topk_train(x[None], W, b, 2)
+
+
+def test_autocast_changes_nothing(backend, device):
+    for n in (2, 7, 20):
+        x, W, b, c = problem(n, 12, 40, device)
+        target = torch.randn(n, 40, device=device)
+        for encode in (sk.encode_topk_train, sk.encode_batch_topk_train):
+            found = []
+            for on in (False, True):
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=on):
+                    kept = encode(x, W, b, 4, b_dec=c, backend=backend)
+                    found.append([kept.values, *gradients(kept, target, (x, W, b, c))])
+            assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+
+
+def test_padding_of_batch_topk_hides_no_activation(backend, device):
+    """Rows are padded with 0.0 at feature 0, which is active in every row here."""
+    x = torch.ones(3, 2, device=device) * torch.tensor([[1.0], [2.0], [5.0]], device=device)
+    kept = sk.encode_batch_topk_train(x, torch.ones(2, 6, device=device), None, 3, backend=backend)
+    dense = kept.to_dense(6)
+    assert dense.sum() == kept.values.sum() and (dense > 0).sum() == 9

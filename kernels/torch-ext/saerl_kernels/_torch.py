@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Callable, Iterator, Optional, Tuple
+import functools
+from typing import Callable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -37,18 +38,25 @@ def score_chunks(x: Tensor, encoder: PackedEncoder) -> Iterator[Tuple[int, Tenso
 def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
     """``x @ weight.T + bias`` into float32 ``out``, with float32 accumulation and no 16-bit rounding."""
     if x.dtype == torch.float32:
-        return torch.addmm(bias, x, weight.t(), out=out)
-    if x.device.type == "cuda":
-        try:
-            return torch.add(torch.mm(x, weight.t(), out_dtype=torch.float32), bias, out=out)
-        except (TypeError, RuntimeError):  # before torch 2.8
-            pass
+        return torch.addmm(bias, x, weight.t(), out=out)  # with out=, autocast leaves it alone
+    if widening_mm(x.device):
+        return torch.mm(x, weight.t(), out_dtype=torch.float32, out=out).add_(bias)
     x = x.float()
     columns = 2048  # a float32 copy of part of the weight that stays in cache
     for start in range(0, weight.shape[0], columns):
         stop = start + columns
         torch.addmm(bias[start:stop], x, weight[start:stop].float().t(), out=out[:, start:stop])
     return out
+
+
+def widening_mm(device: torch.device) -> bool:
+    """Can torch.mm give the float32 sums of 16-bit matrices there? (CUDA, from torch 2.8.)"""
+    return device.type == "cuda" and torch.version.hip is None and "dtype_out" in _mm_overloads()
+
+
+@functools.lru_cache(maxsize=None)
+def _mm_overloads() -> List[str]:
+    return torch.ops.aten.mm.overloads()
 
 
 def exact_topk(scores: Tensor, k: int, relu: bool = False) -> TopK:

@@ -124,9 +124,9 @@ def decode_csr(
     deterministic.
     """
     indptr, indices, values, n_cols = csr
+    _check_parts(values, indices, W_dec, b_dec)
     if n_cols != W_dec.shape[0]:
         raise ValueError(f"csr has {n_cols} columns but W_dec has {W_dec.shape[0]} rows")
-    _check_parts(values, indices, W_dec, b_dec)
     name = resolve(backend, W_dec.device)
     checked = check_csr(csr, W_dec.device.type == "cpu" if check is None else check)
     if not (checked or _masked_in_kernel(name, values, W_dec)):

@@ -79,12 +79,13 @@ def kmeans_update(
         return reference.kmeans_update(X, labels, n_clusters)
     steps = _steps(name)
     if transposed is None:
-        transposed = steps.transpose(_plain(X))
-    elif (transposed.n_rows, transposed.n_cols, transposed.nnz) != (X.n_cols, X.n_rows, X.nnz):
+        return steps.update(steps.transpose(_plain(X)), labels, n_clusters).t()
+    if (transposed.n_rows, transposed.n_cols, transposed.nnz) != (X.n_cols, X.n_rows, X.nnz):
         raise ValueError(
             f"transposed is {transposed.n_rows} x {transposed.n_cols} with {transposed.nnz} entries, "
             f"expected {X.n_cols} x {X.n_rows} with {X.nnz}"
         )
+    check_rows(transposed, check)
     return steps.update(_plain(transposed), labels, n_clusters).t()
 
 

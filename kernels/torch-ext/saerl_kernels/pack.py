@@ -179,6 +179,8 @@ def pack_encoder(
         raise ValueError(f"activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
     if permute not in (True, False, "auto"):
         raise ValueError(f"permute={permute!r} is unknown; choose True, False or 'auto'")
+    if not 0 < abs(input_scale) < float("inf"):
+        raise ValueError(f"input_scale={input_scale} must be finite and not 0")
     dtype = (torch.float32 if W_enc.dtype == torch.float64 else W_enc.dtype) if dtype is None else dtype
     _check_dtype(dtype)
     device = W_enc.device

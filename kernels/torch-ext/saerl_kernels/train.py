@@ -216,7 +216,9 @@ def _grads(
         total, sums = module.weight_grads(rows, grad, indices, weight.shape[0])
         out[1], out[2] = total.to(weight.dtype), sums
         if needs[3]:  # what would be -dx summed over the rows, as one matrix-vector product
-            out[3] = -(sums.to(weight.dtype) @ weight).to(wide)
+            shift = torch.empty(weight.shape[1], dtype=weight.dtype, device=x.device)
+            torch.mv(weight.t(), sums.to(weight.dtype), out=shift)  # with out=, autocast leaves it alone
+            out[3] = -shift.to(wide)
     return out[0], out[1], out[2], out[3]
 
 

@@ -26,7 +26,8 @@ class TopK(NamedTuple):
     def to_dense(self, n_cols: int) -> Tensor:
         """float32 [..., n_cols], zero where nothing was kept."""
         dense = self.values.new_zeros((*self.values.shape[:-1], n_cols))
-        return dense.scatter_(-1, self.indices.long(), self.values)
+        # Added, not written: BatchTopK pads rows with 0.0 at a feature that may be active as well.
+        return dense.scatter_add_(-1, self.indices.long(), self.values)
 
 
 class CSR(NamedTuple):
@@ -96,7 +97,11 @@ class CSR(NamedTuple):
         """The rows at ``index`` (integers, repeats allowed, or a boolean mask [n_rows]), in that order."""
         picked = torch.as_tensor(index, device=self.device)
         if picked.dtype == torch.bool:
+            if picked.shape != (self.n_rows,):
+                raise ValueError(f"the mask has shape {tuple(picked.shape)}, expected ({self.n_rows},)")
             picked = picked.nonzero().squeeze(-1)
+        if picked.numel() and picked.is_floating_point():
+            raise ValueError(f"row index must be integers or a boolean mask, got {picked.dtype}")
         picked = picked.long().reshape(-1)
         if picked.numel() and not (-self.n_rows <= int(picked.min()) and int(picked.max()) < self.n_rows):
             raise ValueError(f"row index outside 0..{self.n_rows - 1}")

@@ -110,7 +110,7 @@ def _encode_whole(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
     values, indices = np.empty((n, k), dtype=np.float32), np.empty((n, k), dtype=np.int32)
     bits = values.view(np.int32)
     if n > (FEW_SMALL if weight.numel() < SMALL_WEIGHT else FEW_ROWS):
-        scores = torch.addmm(encoder.bias, x, weight.t()).numpy()
+        scores = linear(x, weight, encoder.bias, torch.empty((n, len(weight)))).numpy()
         select.select_few(scores, k, bits, indices)
     else:
         if "numpy" not in encoder._cache:

@@ -11,6 +11,7 @@ from numba import njit
 
 INF_BITS = np.int32(0x7F800000)  # bits of +inf: anything above, as a signed integer, is a NaN
 NEG_INF_RANK = np.int32(-0x7F800001)  # rank of -inf in the signed order below
+LOWEST = np.int32(-0x80000000)
 MAX_COLUMN = np.int64(0x7FFFFFFF)
 BLOCK = 64
 PART = 16
@@ -150,13 +151,13 @@ def rank_rows(bits, keys, start, stop, k):
     width, room = bits.shape[1], keys.shape[1]
     flat = bits.reshape(-1)
     for row in range(start, stop):
-        limit, count = np.int32(-0x80000000), 0
+        limit, count = LOWEST, 0
         kept = keys[row]
         base = np.uint64(row) * np.uint64(width)
         for left in range(0, width, BLOCK):
             right = min(left + BLOCK, width)
             at = base + np.uint64(left)
-            hit = np.int32(0)
+            hit = np.int32(limit == LOWEST)  # nothing may be dropped yet, not even a NaN of that rank
             for c in range(np.uint64(right - left)):
                 value = flat[at + c]
                 hit |= np.int32((value ^ ((value >> 31) & np.int32(0x7FFFFFFF))) > limit)
@@ -168,7 +169,7 @@ def rank_rows(bits, keys, start, stop, k):
             for c in range(np.uint64(right - left)):
                 value = flat[at + c]
                 rank = value ^ ((value >> 31) & np.int32(0x7FFFFFFF))  # signed integers in float order
-                if rank <= limit:
+                if rank <= limit and limit != LOWEST:
                     continue
                 if rank > INF_BITS or rank < NEG_INF_RANK:
                     rank = NEG_INF_RANK

@@ -15,6 +15,7 @@ from ..pack import PackedEncoder
 from ..types import CSR, TopK, _indptr
 from .chunked import launch_chunked
 from .codes import _count_above_kernel, _decode_kernel, _place_above_kernel
+from .device import on_device
 from .grads import value_grads, weight_grads
 from .groups import GROUP, _reopen_kernel, _score_groups_kernel
 from .pool import pool_codes
@@ -34,10 +35,14 @@ __all__ = [
 
 SCRATCH = 1 << 28  # bytes of group maxima held at once
 TILE = 16384  # candidates a program ranks in registers
+LARGEST_K = 1024  # a program holds and sorts a row's k keys in registers; more are left to torch
 
 
+@on_device
 def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, plan: Optional[Plan] = None) -> TopK:
     """``x`` [n, d_in] as ``PackedEncoder.prepare`` returns it; ``plan`` overrides the table's choice."""
+    if k > LARGEST_K:
+        return _torch.encode_topk(x, encoder, k)
     plan = plan or plan_encode(x.shape[0], encoder, k)
     kept = TopK.empty((x.shape[0], k), x.device)
     if plan.algorithm == "chunked":
@@ -103,8 +108,11 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, plan: Optional[Plan] 
     return kept
 
 
+@on_device
 def topk(scores: Tensor, k: int) -> TopK:
     """``scores`` [n, F]: see the public op."""
+    if k > LARGEST_K:
+        return _torch.topk(scores, k)
     scores = scores.float().contiguous()
     n = scores.shape[0]
     kept = TopK.empty((n, k), scores.device)
@@ -196,6 +204,7 @@ def _numbers(encoder: PackedEncoder) -> Tensor:
     return encoder.bias if encoder.permutation is None else encoder.permutation
 
 
+@on_device
 def encode_threshold(x: Tensor, encoder: PackedEncoder, threshold: Tensor) -> CSR:
     """``x`` [n, d_in] prepared; ``threshold`` float32 [d_sae] in the original numbering."""
     encoder = encoder.natural()
@@ -217,12 +226,14 @@ def encode_threshold(x: Tensor, encoder: PackedEncoder, threshold: Tensor) -> CS
     return CSR.concat(parts)
 
 
+@on_device
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """values, indices [n, k]; returns [n, d_in] accumulated in float32 (float64 for float64 weights)."""
     n, k = values.shape
     return _decode(indices, indices, values, W_dec, n, k)
 
 
+@on_device
 def decode_csr(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor) -> Tensor:
     """indptr [n + 1], indices and values [nnz]; returns [n, d_in] as ``sparse_decode`` does."""
     return _decode(indptr, indices, values, W_dec, indptr.shape[0] - 1, 0)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._torch import widening_mm
 from ..dispatch import interpreting
 from ..pack import PackedEncoder
 from .tune import Plan
@@ -75,7 +76,7 @@ def product(x: Tensor, weight: Tensor, scratch: Tensor) -> Tensor:
     out = scratch[: n * columns].view(n, columns)
     if x.dtype == torch.float32:
         return torch.mm(x, weight.t(), out=out)
-    if x.is_cuda and torch.version.hip is None and "dtype_out" in torch.ops.aten.mm.overloads():
+    if widening_mm(x.device):
         return torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
     return torch.mm(x.float(), weight.float().t(), out=out)  # a 16-bit result would be ranked rounded
 
@@ -126,8 +127,9 @@ def _reduce(
         last = tl.where(crowded, high, last)
         tied = tied & (feature <= last[:, None])
     stays = (bits > limit[:, None]) | tied
-    # In place: a key moves to a slot at or before its own, and a scan has waited for all of those.
-    tl.store(buffer + tl.cumsum(stays.to(tl.int32), 1) - 1, keys, mask=stays)
+    slot = tl.cumsum(stays.to(tl.int32), 1) - 1
+    tl.debug_barrier()  # in place, at or before a key's own slot: every thread must have loaded its keys
+    tl.store(buffer + slot, keys, mask=stays)
     return tl.sum(stays.to(tl.int32), axis=1), limit, last
 
 

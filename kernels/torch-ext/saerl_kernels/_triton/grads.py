@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._grads import segments
 from ..dispatch import interpreting
+from .device import on_device
 
 CHUNK = 128  # entries of a feature that one program sums: a feature of every token must not run alone
 
@@ -133,19 +134,21 @@ def _add_rest_kernel(
                 tl.store(sums_ptr + feature, total)
 
 
+@on_device
 def value_grads(grad: Tensor, indices: Tensor, weight: Tensor, indptr: Optional[Tensor] = None) -> Tensor:
     """See ``_grads.value_grads``."""
     out = torch.empty(indices.shape, dtype=grad.dtype, device=grad.device)
     n, d_in = grad.shape
     if out.numel():
         k = 0 if indptr is not None else indices.shape[1]
-        starts = indices if indptr is None else indptr
+        starts = indices if indptr is None else indptr.contiguous()
         args = (grad.contiguous(), indices.contiguous(), starts, weight.contiguous(), out, k, d_in)
         tile = {"R": 8, "BD": _columns(d_in), "WIDE": _wide(grad)}
         _grad_values_kernel[(n,)](*args, **tile, FIXED=indptr is None)
     return out
 
 
+@on_device
 def weight_grads(
     dense: Tensor,
     values: Tensor,

@@ -15,12 +15,14 @@ from torch import Tensor
 from .._torch_kmeans import normalise_, row_similarity, table_of
 from ..csr import transpose
 from ..types import CSR
+from .device import on_device
 
 __all__ = ["assign", "row_similarity", "table_of", "transpose", "update"]
 
 TILE = 4096  # products a program of four warps holds in registers
 
 
+@on_device
 def assign(X: CSR, table: Tensor) -> Tuple[Tensor, Tensor]:
     """labels int32 and similarity float32 [n_rows]: the largest of each row times ``table``."""
     labels = torch.empty(X.n_rows, dtype=torch.int32, device=X.device)
@@ -31,6 +33,7 @@ def assign(X: CSR, table: Tensor) -> Tuple[Tensor, Tensor]:
     return labels, similarity
 
 
+@on_device
 def update(flipped: CSR, labels: Tensor, n_clusters: int) -> Tensor:
     """Table of unit centroids from the transpose of X and labels int32 [n_rows]."""
     table = torch.empty((flipped.n_rows, n_clusters), dtype=torch.float32, device=labels.device)

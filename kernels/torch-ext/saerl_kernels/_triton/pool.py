@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..types import CSR
+from .device import on_device
 
 BLOCK = 128
 
@@ -40,6 +41,7 @@ def _pool_runs_kernel(
     tl.store(out_ptr + start, total, mask=start < M)
 
 
+@on_device
 def pool_codes(
     codes: CSR,
     offsets: Tensor,

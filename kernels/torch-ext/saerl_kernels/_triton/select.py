@@ -105,7 +105,7 @@ def _select_kernel(
             within = tl.full((ROWS,), 0, tl.int32)
             for tile in range(0, STEPS):
                 at = tile * STEP + near
-                mask = (at < M) & live[:, None]
+                mask = (at < M) & crowded[:, None]
                 tied = (_load_bits(source, at, mask, MODE) == limit[:, None]) & mask
                 feature = _feature(number_ptr, place_ptr, at, row_at, tied, G, MODE, PERMUTED)
                 within += tl.sum((tied & (feature <= cut[:, None])).to(tl.int32), axis=1)
