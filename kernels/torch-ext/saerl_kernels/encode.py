@@ -24,7 +24,7 @@ def encode_topk(
         x: [..., d_in], float32, bfloat16 or float16, any strides and leading shape, empty allowed; it is
             cast to the encoder's dtype.
         encoder: from ``pack_encoder``, on x's device.
-        k: 1 .. d_sae.
+        k: 1 .. d_sae; above 1024 a GPU runs torch's top-k, which waits for the device.
         backend: "auto", "triton", "torch", "numba" or "reference" (see ``dispatch.resolve``).
         check: raise ValueError when x is not finite; costs a pass and a synchronisation.
 
@@ -71,7 +71,8 @@ def encode_threshold(
         check: raise ValueError when x is not finite.
 
     Returns CSR [n_rows, d_sae]. An entry is kept when it is > threshold and > 0; NaN never is. The number
-    of entries depends on the data, so on a GPU the call synchronises once to allocate them.
+    of entries depends on the data, so a GPU is waited for once per block of rows (2^26
+    scores), to allocate them.
     """
     name = resolve(backend, encoder.device)
     limit: Any = check_threshold(encoder.natural() if threshold is None else encoder, threshold)
