@@ -166,3 +166,11 @@ def test_errors(changes, message):
 def test_input_scale_must_be_invertible(scale):
     with pytest.raises(ValueError, match="must be finite and not 0"):
         sk.pack_encoder(torch.ones(2, 3), input_scale=scale)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
+def test_no_rows_give_no_warning(norm):
+    encoder = sk.pack_encoder(torch.ones(4, 9), normalize_input=norm)
+    assert sk.encode_topk(torch.zeros(0, 4), encoder, 2).values.shape == (0, 2)
+    assert sk.encode_pool(torch.rand(3, 4), [0, 0, 3], encoder, 2).n_rows == 2

@@ -112,11 +112,12 @@ class PackedEncoder:
         x = x.detach()
         if x.dim() != 2:
             x = x.reshape(-1, self.d_in)
-        if self.normalize_input == "layer_norm":
+        norm = self.normalize_input if x.shape[0] else "none"  # of no rows, torch warns that std is undefined
+        if norm == "layer_norm":
             x = x.float()
             x = x - x.mean(-1, keepdim=True)
             x = x / (x.std(-1, keepdim=True) + 1e-5)
-        elif self.normalize_input == "constant_norm_rescale":
+        elif norm == "constant_norm_rescale":
             x = x.float()
             x = x * (self.d_in**0.5 / x.norm(dim=-1, keepdim=True))
         return (x if x.dtype == self.dtype else x.to(self.dtype)).contiguous()
