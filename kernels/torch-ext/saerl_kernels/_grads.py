@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .types import _row_ids
+
 CPU_CHUNK = 1 << 17  # entries x d_in gathered at once: half a megabyte, which stays in cache
 GPU_CHUNK = 1 << 24
 
@@ -25,12 +27,10 @@ class Segments(NamedTuple):
 
 def owners(indices: Tensor, indptr: Optional[Tensor]) -> Tensor:
     """int64 [nnz]: the row of every entry."""
-    device = indices.device
-    if indptr is None:
-        n, k = indices.shape
-        return torch.arange(n, device=device).unsqueeze(1).expand(n, k).reshape(-1)
-    rows = torch.arange(indptr.shape[0] - 1, device=device)
-    return torch.repeat_interleave(rows, indptr.diff(), output_size=indices.shape[0])
+    if indptr is not None:
+        return _row_ids(indptr, indices.shape[0])
+    n, k = indices.shape
+    return torch.arange(n, device=indices.device).unsqueeze(1).expand(n, k).reshape(-1)
 
 
 def segments(values: Tensor, indices: Tensor, d_sae: int, indptr: Optional[Tensor]) -> Segments:

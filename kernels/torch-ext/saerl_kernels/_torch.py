@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._grads import value_grads, weight_grads
 from .pack import PackedEncoder
-from .types import CSR, TopK, _indptr
+from .types import CSR, TopK, _indptr, _row_ids
 
 __all__ = ["encode_threshold", "encode_topk", "sparse_decode", "topk", "value_grads", "weight_grads"]
 
@@ -142,8 +142,7 @@ def pool_codes(
     n_seq, n_cols = offsets.shape[0] - 1, codes.n_cols
     limit = n_seq * n_cols  # the key of what is left out: it sorts last
     tokens = codes.row_ids()
-    sequences = torch.arange(n_seq, device=offsets.device)
-    owner = torch.repeat_interleave(sequences, offsets.diff(), output_size=codes.n_rows)
+    owner = _row_ids(offsets, codes.n_rows)
     keys = torch.where(codes.values > 0, owner[tokens] * n_cols + codes.indices, limit)
     totals = torch.ones_like(codes.values, dtype=torch.float64) if kind == "count" else codes.values.double()
     if weights is not None:

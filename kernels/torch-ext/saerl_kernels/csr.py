@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._check import check_k
+from ._grads import segments
 from .types import CSR, TopK
 
 
@@ -22,10 +23,8 @@ def transpose(csr: CSR) -> CSR:
         raise ValueError(
             f"n_rows={csr.n_rows} does not fit the int32 columns of the transpose; split the rows"
         )
-    columns, order = csr.indices.sort(stable=True)
-    edges = torch.arange(csr.n_cols + 1, device=csr.device, dtype=columns.dtype)
-    indptr = torch.searchsorted(columns, edges)
-    return CSR(indptr, csr.row_ids()[order].int(), csr.values[order], csr.n_rows)
+    rows, values, indptr = segments(csr.values, csr.indices, csr.n_cols, csr.indptr)
+    return CSR(indptr, rows.int(), values, csr.n_rows)
 
 
 def idf(csr: CSR, floor: float = 0.0) -> Tensor:

@@ -55,8 +55,7 @@ class CSR(NamedTuple):
 
     def row_ids(self) -> Tensor:
         """int64 [nnz]: the row of every stored entry."""
-        rows = torch.arange(self.n_rows, device=self.device)
-        return torch.repeat_interleave(rows, self.indptr.diff(), output_size=self.nnz)
+        return _row_ids(self.indptr, self.nnz)
 
     def to_dense(self) -> Tensor:
         """float32 [n_rows, n_cols]."""
@@ -141,3 +140,9 @@ def _indptr(counts: Tensor) -> Tensor:
     indptr = torch.zeros(counts.shape[0] + 1, dtype=torch.int64, device=counts.device)
     torch.cumsum(counts, 0, out=indptr[1:])
     return indptr
+
+
+def _row_ids(indptr: Tensor, nnz: int) -> Tensor:
+    """int64 [nnz]: the row of every entry; without a synchronisation, since ``nnz`` is given."""
+    rows = torch.arange(indptr.shape[0] - 1, device=indptr.device)
+    return torch.repeat_interleave(rows, indptr.diff(), output_size=nnz)

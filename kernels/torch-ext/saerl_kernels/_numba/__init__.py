@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Iterator, Optional, Tuple
+from typing import Iterator, Optional, Tuple
 
 import numpy as np
 import torch
@@ -15,8 +13,9 @@ from .._torch import linear
 from ..pack import PackedEncoder
 from ..types import CSR, TopK, _indptr
 from . import decode, select
-from .batch import gather_survivors
+from .batch import above, gather_survivors
 from .grads import value_grads, weight_grads
+from .threads import run
 
 __all__ = [
     "decode_csr",
@@ -37,24 +36,6 @@ WHOLE = 1 << 16  # scores that are held whole, since every further call costs mo
 FEW_ROWS = 8  # up to here the weight's way through memory is the cost, and our own product is the faster
 FEW_SMALL = 6  # the same where the weight fits in cache
 SMALL_WEIGHT = 1 << 22
-
-_pool: Optional[Tuple[int, int, ThreadPoolExecutor]] = None
-
-
-def _run(function: Callable, rows: int, *args: Any, least: int = 32) -> None:
-    """``function(*args, start, stop)`` over ``rows``, split over torch's threads, ``least`` rows to each."""
-    global _pool
-    threads = min(torch.get_num_threads(), rows // least)
-    if threads <= 1:
-        function(*args, 0, rows)
-        return
-    key = (os.getpid(), torch.get_num_threads())  # threads do not survive a fork
-    if _pool is None or _pool[:2] != key:
-        _pool = (*key, ThreadPoolExecutor(key[1], thread_name_prefix="saerl_kernels"))
-    edges = [rows * i // threads for i in range(threads + 1)]
-    jobs = [_pool[2].submit(function, *args, a, b) for a, b in zip(edges, edges[1:])]
-    for job in jobs:
-        job.result()
 
 
 def _blocks(x: Tensor, encoder: PackedEncoder) -> Iterator[Tuple[int, int, Tensor]]:
@@ -97,10 +78,10 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
             scratch = np.empty(lanes, dtype=np.int32)
             select.gate_rows(bits, left, scratch, keys, counts, floor, k, start, stop)
 
-        _run(gate, rows)
+        run(gate, rows)
         if left + scores.shape[1] == encoder.d_sae:
             out = values[top : top + rows].numpy().view(np.int32)
-            _run(select.finish_rows, rows, keys, counts, k, out, indices[top : top + rows].numpy())
+            run(select.finish_rows, rows, keys, counts, k, out, indices[top : top + rows].numpy())
     return TopK(values, indices)
 
 
@@ -121,7 +102,7 @@ def _encode_whole(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
             select.encode_few(*args, k, bits, indices)
         else:
             scores = np.empty((n, len(weight)), dtype=np.float32)
-            _run(select.product, len(weight), *args, scores, least=least)
+            run(select.product, len(weight), *args, scores, least=least)
             select.select_few(scores, k, bits, indices)
     return TopK(torch.from_numpy(values), torch.from_numpy(indices))
 
@@ -139,9 +120,9 @@ def topk(scores: Tensor, k: int) -> TopK:
         def rank(start: int, stop: int, bits: np.ndarray = bits) -> None:
             select.rank_rows(bits, keys, start, stop, k)
 
-        _run(rank, len(bits))
+        run(rank, len(bits))
         out = values[top : top + step].numpy().view(np.int32)
-        _run(select.sort_ranked, len(bits), keys, k, out, indices[top : top + step].numpy())
+        run(select.sort_ranked, len(bits), keys, k, out, indices[top : top + step].numpy())
     return TopK(values, indices)
 
 
@@ -154,17 +135,9 @@ def encode_threshold(x: Tensor, encoder: PackedEncoder, threshold: Tensor) -> CS
     counts = np.zeros(n, dtype=np.int64)
     for top, left, block in _blocks(x, encoder):
         scores = block.numpy()
-        rows, columns = scores.shape
-        local = np.zeros(rows, dtype=np.int64)
-        _run(select.count_above, rows, scores, limit[left : left + columns], local)
-        cursor = np.zeros(rows, dtype=np.int64)
-        np.cumsum(local[:-1], out=cursor[1:])
-        found = np.empty(int(local.sum()), dtype=np.int32)
-        value = np.empty(len(found), dtype=np.float32)
-        args = (scores, limit[left : left + columns], left, cursor, found, value)
-        _run(select.place_above, rows, *args)
-        counts[top : top + rows] += local
-        bands.append((np.repeat(np.arange(top, top + rows), local), found, value))
+        local, found, value = above(scores, limit[left : left + scores.shape[1]], left)
+        counts[top : top + len(scores)] += local
+        bands.append((np.repeat(np.arange(top, top + len(scores)), local), found, value))
     owner = np.concatenate([band[0] for band in bands])
     order = np.argsort(owner, kind="stable")
     found = np.concatenate([band[1] for band in bands])[order]
@@ -218,5 +191,5 @@ def decode_csr(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor) -
     out = torch.empty((indptr.shape[0] - 1, W_dec.shape[1]), dtype=torch.float32)
     bits = W_dec.detach().contiguous().view(torch.int16).numpy().view(np.uint16)
     entries = (part.detach().contiguous().numpy() for part in (indptr, indices, values.float()))
-    _run(decode.decode_rows, out.shape[0], *entries, bits, out.numpy())
+    run(decode.decode_rows, out.shape[0], *entries, bits, out.numpy())
     return out

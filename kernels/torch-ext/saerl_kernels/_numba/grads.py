@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _grads
 from .select import jit
+from .threads import run
 
 FAST = {"reassoc", "contract", "nsz"}  # lets a dot product use SIMD; the order of sums stays fixed
 
@@ -69,13 +70,11 @@ def value_grads(grad: Tensor, indices: Tensor, weight: Tensor, indptr: Optional[
     """See ``_grads.value_grads``; other than plain weights of grad's dtype are left to it."""
     if weight.dtype != grad.dtype or not weight.is_contiguous() or weight.shape[1] == 0:
         return _grads.value_grads(grad, indices, weight, indptr)
-    from . import _run
-
     out = torch.empty(indices.shape, dtype=grad.dtype)
     flat = indices.contiguous().view(-1).numpy()
     grad, weight = grad.detach().contiguous(), weight.detach()
     args = (grad.numpy(), flat, _starts(indices, indptr), weight.numpy(), out.view(-1).numpy())
-    _run(dot_rows, grad.shape[0], *args)
+    run(dot_rows, grad.shape[0], *args)
     return out
 
 
@@ -83,8 +82,6 @@ def weight_grads(
     dense: Tensor, values: Tensor, indices: Tensor, d_sae: int, indptr: Optional[Tensor] = None
 ) -> Tuple[Tensor, Tensor]:
     """See ``_grads.weight_grads``."""
-    from . import _run
-
     dense = dense.detach().to(torch.float64 if dense.dtype == torch.float64 else torch.float32)
     flat, scales = indices.reshape(-1).numpy(), values.detach().to(dense.dtype).reshape(-1).numpy()
     starts, tokens = np.zeros(d_sae + 1, dtype=np.int64), np.empty(len(flat), dtype=np.int32)
@@ -93,7 +90,7 @@ def weight_grads(
     # NumPy asks for huge pages, torch does not: a fresh 38 MB gradient then costs 5 ms instead of 20
     out = np.empty((d_sae, dense.shape[1]), dtype=scales.dtype)
     sums = np.empty(d_sae, dtype=scales.dtype)
-    _run(sum_segments, d_sae, dense.contiguous().numpy(), tokens, ordered, starts, out, sums)
+    run(sum_segments, d_sae, dense.contiguous().numpy(), tokens, ordered, starts, out, sums)
     return torch.from_numpy(out), torch.from_numpy(sums)
 
 

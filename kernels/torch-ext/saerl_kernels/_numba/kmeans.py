@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .._torch_kmeans import table_of
-from ..types import CSR, _indptr
-from . import _run
+from ..types import CSR
+from .grads import sort_by_feature
 from .select import jit
+from .threads import run
 
 __all__ = ["assign", "reassign", "row_similarity", "table_of", "transpose", "update"]
 
@@ -24,19 +25,20 @@ MOVED = 0.5  # share of centroids that changed, above which all are compared aga
 
 
 def transpose(X: CSR) -> CSR:
-    """CSR of X's transpose, columns (X's rows) ascending."""
-    indptr = _indptr(torch.bincount(X.indices, minlength=X.n_cols))
-    indices = torch.empty(X.nnz, dtype=torch.int32)
-    values = torch.empty(X.nnz, dtype=torch.float32)
-    _flip(*_arrays(X), indptr.numpy().copy(), indices.numpy(), values.numpy())
-    return CSR(indptr, indices, values, X.n_rows)
+    """CSR of X's transpose, columns (X's rows) ascending, without stored zeros."""
+    starts, rows = np.zeros(X.n_cols + 1, dtype=np.int64), np.empty(X.nnz, dtype=np.int32)
+    values = np.empty(X.nnz, dtype=np.float32)
+    indptr, columns, entries = _arrays(X)
+    sort_by_feature(entries, columns, indptr, starts, rows, values)
+    rows, values = rows[: starts[-1]], values[: starts[-1]]
+    return CSR(torch.from_numpy(starts), torch.from_numpy(rows), torch.from_numpy(values), X.n_rows)
 
 
 def assign(X: CSR, table: Tensor) -> Tuple[Tensor, Tensor]:
     """labels int32 and similarity float32 [n_rows]: the largest of each row times ``table``."""
     labels = torch.empty(X.n_rows, dtype=torch.int32)
     similarity = torch.empty(X.n_rows, dtype=torch.float32)
-    _run(_assign_rows, X.n_rows, *_arrays(X), table.numpy(), labels.numpy(), similarity.numpy())
+    run(_assign_rows, X.n_rows, *_arrays(X), table.numpy(), labels.numpy(), similarity.numpy())
     return labels, similarity
 
 
@@ -56,7 +58,7 @@ def reassign(
     part = table[:, ids].contiguous()
     labels, similarity = labels.clone(), similarity.clone()
     args = (table.numpy(), part.numpy(), ids.numpy(), place.numpy(), labels.numpy(), similarity.numpy())
-    _run(_reassign_rows, X.n_rows, *_arrays(X), *args)
+    run(_reassign_rows, X.n_rows, *_arrays(X), *args)
     return labels, similarity
 
 
@@ -65,7 +67,7 @@ def update(flipped: CSR, labels: Tensor, n_clusters: int) -> Tensor:
     table = torch.empty((flipped.n_rows, n_clusters), dtype=torch.float32)
     blocks = -(-flipped.n_rows // BLOCK)
     squares = np.zeros((blocks, n_clusters), dtype=np.float64)
-    _run(_sum_features, blocks, *_arrays(flipped), labels.numpy(), table.numpy(), squares)
+    run(_sum_features, blocks, *_arrays(flipped), labels.numpy(), table.numpy(), squares)
     norm = np.sqrt(squares.sum(axis=0))
     scale = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0)
     return table.mul_(torch.from_numpy(scale.astype(np.float32)))
@@ -84,17 +86,6 @@ def row_similarity(X: CSR, flipped: CSR, picks: Sequence[int]) -> Tensor:
 
 def _arrays(X: CSR) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
     return X.indptr.numpy(), X.indices.numpy(), X.values.detach().numpy()
-
-
-@jit
-def _flip(indptr, indices, values, cursor, out_rows, out_values):
-    """Counting sort by column; cursor [n_cols + 1] holds each column's next free place."""
-    for row in range(len(indptr) - 1):
-        for at in range(indptr[row], indptr[row + 1]):
-            place = cursor[indices[at]]
-            cursor[indices[at]] = place + 1
-            out_rows[place] = row
-            out_values[place] = values[at]
 
 
 @jit
