@@ -174,3 +174,12 @@ def test_no_rows_give_no_warning(norm):
     encoder = sk.pack_encoder(torch.ones(4, 9), normalize_input=norm)
     assert sk.encode_topk(torch.zeros(0, 4), encoder, 2).values.shape == (0, 2)
     assert sk.encode_pool(torch.rand(3, 4), [0, 0, 3], encoder, 2).n_rows == 2
+
+
+def test_auto_leaves_threshold_encoders_in_order(monkeypatch):
+    """Permuted, they would need a second copy of the weight in the original order."""
+    encoder = sk.pack_encoder(torch.ones(4, 9), threshold=0.1)
+    monkeypatch.setattr(sk.PackedEncoder, "device", torch.device("cuda"))
+    assert encoder._permuted() is encoder
+    monkeypatch.setattr(sk.PackedEncoder, "device", torch.device("cpu"))
+    assert sk.pack_encoder(torch.ones(4, 9), threshold=0.1, permute=True).permutation is not None

@@ -84,7 +84,9 @@ class PackedEncoder:
         return self._cache["natural"]
 
     def _permuted(self) -> PackedEncoder:
-        wanted = self.permute is True or (self.permute == "auto" and self.device.type == "cuda")
+        # encode_threshold works in the original order: of a permuted encoder it would keep a second weight.
+        auto = self.permute == "auto" and self.device.type == "cuda" and self.threshold is None
+        wanted = self.permute is True or auto
         if not wanted or self.permutation is not None:
             return self
         generator = torch.Generator().manual_seed(self.seed)
@@ -159,7 +161,8 @@ def pack_encoder(
         activation: "topk", "batchtopk", "jumprelu" or "relu"; kept as a label, all of them end in a ReLU.
         dtype: of the packed weight (float32, bfloat16, float16); None keeps W_enc's (float64: float32).
         permute: store the features in a seeded random order, which makes the statistics behind the fused
-            GPU encoder hold for any dictionary. "auto" does so on CUDA devices.
+            GPU encoder hold for any dictionary. "auto" does so on CUDA devices unless there is a threshold:
+            ``encode_threshold`` would hold a second copy in the original order.
 
     Folding is done in float64 against the rounded weight, so a 16-bit encoder has no second rounding.
     Raises ValueError for shapes that do not fit or an unknown option.
