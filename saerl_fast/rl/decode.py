@@ -78,10 +78,11 @@ class StaticDecoder:
         self.model, self.cfg, self.stops, self.width = model, cfg, stops, width
         n_rows, limit = uniforms.shape
         columns = -(-(width + limit) // 8) * 8  # attention kernels copy a mask whose rows are not aligned
-        self.cache: Any = Cache(layers=[StaticLayer(max_cache_len=columns) for _ in cache.layers])
-        for layer, source in zip(self.cache.layers, cache.layers, strict=True):
+        layers: list[Any] = [StaticLayer(max_cache_len=columns) for _ in cache.layers]
+        for layer, source in zip(layers, cache.layers, strict=True):
             shapes = (part[:1].expand(n_rows, -1, -1, -1) for part in (source.keys, source.values))
             layer.lazy_initialization(*shapes)
+        self.cache: Any = Cache(layers=layers)
         self.uniforms, self.logprobs = torch.empty_like(uniforms), torch.empty_like(uniforms)
         self.tokens = torch.empty_like(uniforms, dtype=torch.long)
         self.kept = torch.empty_like(uniforms, dtype=torch.bool)
@@ -97,7 +98,7 @@ class StaticDecoder:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, log-probabilities and mask, each [N, C].
 
-        cache: of the prefill of P prompts; logits [N, V] behind it; seen bool [P, S]: False on padding;
+        cache: of the prefill of P prompts; logits [P, V] behind it; seen bool [P, S]: False on padding;
         lens int64 [P]; uniforms [N, C].
         """
         group = len(uniforms) // len(lens)
@@ -112,7 +113,7 @@ class StaticDecoder:
         for state in (self.done, self.step, self.tokens, self.logprobs, self.kept):
             state.zero_()
         check_every = CHECK_EVERY if uniforms.device.type in GRAPHS else 1
-        self._pick(logits)
+        self._pick(logits.repeat_interleave(group, 0))
         for step in range(1, uniforms.shape[1]):
             if step % check_every == 0 and bool(self.done.all()):
                 break

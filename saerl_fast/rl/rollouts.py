@@ -131,7 +131,7 @@ def generate(
     todo = [(i, min(i + width, len(prompts))) for i in range(0, len(prompts), width)]
     parts: list[tuple[Tensor, Tensor, Tensor, Any]] = []
     timings = {"generate": 0.0, "capture": 0.0, "encode": 0.0}
-    decoders: dict[int, StaticDecoder] = {}  # the latest, by its rows; none outlives the call: training needs
+    decoders: dict[int, StaticDecoder] = {}  # the latest, by its rows; its memory is free for training after
     was_training = model.training
     model.eval()
     try:
@@ -201,7 +201,7 @@ def _decode(
             logits_to_keep=1,
         )
     started += sum(getattr(capture, "timings", {}).values())  # hooks are not generation
-    logits = output.logits[:, -1].repeat_interleave(cfg.group_size, 0)
+    logits = output.logits[:, -1]
     plain = _plain(model, cache)
     if use_static(cfg.decode, model, plain):
         if n_rows not in decoders:
@@ -235,6 +235,7 @@ def _dynamic(
     """As ``StaticDecoder.run``, with a cache that grows and rows that leave once half have ended."""
     (n_rows, limit), device, width = uniforms.shape, uniforms.device, seen.shape[1]
     _expand(cache, cfg.group_size, limit)
+    logits = logits.repeat_interleave(cfg.group_size, 0)
     next_position = lens.repeat_interleave(cfg.group_size)[:, None]
     mask = None
     if not bool(seen.all()):
