@@ -374,6 +374,7 @@ def train_stage(
             session.model, sae, config.score.reduce, config.score.backend, layer=config.sae.layer
         )
         capture.warm_up()
+    engine = {} if config.train.rollout.engine == "transformers" else {"engine": _vllm(config, echo, session)}
 
     def prepare() -> None:
         if overwrite and out.exists():
@@ -394,6 +395,7 @@ def train_stage(
         out,
         data=config.data,
         capture=capture,
+        **engine,
         resume=resume,
         seed=training_seed(config),
         echo=echo,
@@ -403,6 +405,16 @@ def train_stage(
         for path in write_report(out, echo=echo.result):
             echo(f"wrote {path}")
     return summary
+
+
+def _vllm(config: Config, echo: Echo, session: Session) -> Callable[..., Any]:
+    from saerl_fast.integrations.vllm import VllmEngine
+
+    if config.train.lora.rank:
+        raise SaerlError("train.rollout.engine=vllm trains all weights; set train.lora.rank=0")
+    if config.train.capture:
+        echo("vLLM's prefill cannot be observed: features take a forward pass of their own")
+    return VllmEngine(session.model, config.train.rollout).generate
 
 
 def _check_target(out: Path, described: dict[str, Any], *, resume: bool, overwrite: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from saerl_fast.config import EvalConfig, RolloutConfig
+from saerl_fast.config import EvalConfig, RolloutConfig, check_ranges
 from saerl_fast.errors import SaerlError
 from saerl_fast.prompts import Pool
 from saerl_fast.rl import distributed
@@ -18,7 +18,6 @@ from saerl_fast.rl.rewards import check_answers, score_rewards
 from saerl_fast.rl.rollouts import Rollouts, generate
 from saerl_fast.rl.warmup import answer_rows
 
-MODES = ("sample", "greedy", "prob")
 Reward = Callable[..., Any]
 
 
@@ -30,17 +29,6 @@ class EvalResult:
     items: list[dict[str, Any]]
     mode: str
     tokens: int  # generated
-
-
-def check_eval(cfg: EvalConfig) -> None:
-    """SaerlError on an unknown mode or a number out of range."""
-    if cfg.mode not in MODES:
-        raise SaerlError(f"train.eval.mode={cfg.mode!r} is unknown; choose one of {', '.join(MODES)}")
-    if cfg.samples < 1 or cfg.temperature <= 0 or cfg.every < 0:
-        raise SaerlError(
-            f"train.eval: samples={cfg.samples} must be at least 1, temperature={cfg.temperature} above 0 "
-            f"and every={cfg.every} not negative"
-        )
 
 
 def evaluate(
@@ -65,7 +53,7 @@ def evaluate(
     processes take a share of the items each and all get the whole result. SaerlError
     on an empty pool, and in prob mode when no row has an answer.
     """
-    check_eval(cfg)
+    check_ranges(cfg, "train.eval.")
     if len(pool) == 0:
         raise SaerlError("the evaluation pool is empty; check data.eval and data.eval_size")
     if cfg.mode == "prob":
@@ -82,18 +70,15 @@ def evaluate(
     )
 
     def part() -> tuple[list[dict[str, Any]], int]:
-        if not texts:  # more processes than items
-            return [], 0
         completions: list[str | None] = [None] * len(texts)
-        tokens = 0
-        if cfg.mode == "prob":
+        scores, tokens = np.zeros(0), 0
+        if cfg.mode == "prob" and texts:
             answers = columns["answer"]
             scores = answer_probabilities(model, tokenizer, texts, answers, cfg.temperature, max_tokens)
-        else:
+        elif texts:  # there may be more processes than items
             made = generate(model, tokenizer, texts, settings, seed=seed, first=here.start)
             scores = score_rollouts(made, columns, texts, reward).mean(1)
-            completions = list(made.texts[:: made.group_size])
-            tokens = int(made.lengths.sum())
+            completions, tokens = [*made.texts[:: made.group_size]], int(made.lengths.sum())
         each = zip(columns["prompt_id"], scores, completions, strict=True)
         return [{"prompt_id": i, "score": float(s), "completion": c} for i, s, c in each], tokens
 
