@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.rl import checkpoint as module
 from saerl_fast.rl.checkpoint import (
@@ -27,7 +28,7 @@ PLAN = {
 
 def save(out: Path, step: int, model=None, **options) -> Path:
     model = model if model is not None else tiny_model(seed=step)
-    optimizer = Optimizer(model, 1e-3)
+    optimizer = Optimizer(model, TrainConfig())
     model(torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
     optimizer.step(1e-3, 1.0)
     return save_checkpoint(
@@ -57,7 +58,7 @@ def test_round_trip(tmp_path: Path, tied: bool) -> None:
     for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert (other.lm_head.weight is other.get_input_embeddings().weight) == tied
-    again = Optimizer(other, 1e-3)
+    again = Optimizer(other, TrainConfig())
     again.load_state_dict(found.optimizer)
     assert all(torch.equal(v, found.optimizer[k]) for k, v in again.state_dict().items())
     assert len(found.optimizer) == 3 * len(list(model.parameters()))

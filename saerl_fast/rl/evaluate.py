@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from saerl_fast.config import EvalConfig, RolloutConfig, check_ranges
+from saerl_fast.config import RolloutConfig, TrainConfig, check_ranges
 from saerl_fast.errors import SaerlError
 from saerl_fast.prompts import Pool
 from saerl_fast.rl import distributed
@@ -37,23 +37,20 @@ def evaluate(
     pool: Pool,
     prompts: Sequence[str],
     reward: Reward,
-    cfg: EvalConfig,
-    rollout: RolloutConfig,
-    *,
+    train: TrainConfig,
     seed: int = 0,
-    max_tokens: int = 16384,
 ) -> EvalResult:
     """Score every row of ``pool``, whose final prompt texts are ``prompts``.
 
-    sample: mean reward of ``cfg.samples`` completions (avg@k), the same seed every time, so that two
+    sample: mean reward of ``train.eval.samples`` completions (avg@k), the same seed every time, so that two
     evaluations differ by the weights and not by luck; greedy: reward of the likeliest completion; prob:
     probability that the model samples exactly the reference answer and then ends, exp of the sum of
-    teacher-forced log-probabilities at ``cfg.temperature``, which has no sampling noise at all.
-    ``max_tokens`` bounds a forward pass in prob mode; ``rollout`` bounds one in the others. Several
-    processes take a share of the items each and all get the whole result. SaerlError
-    on an empty pool, and in prob mode when no row has an answer.
+    teacher-forced log-probabilities at ``train.eval.temperature``, which has no sampling noise at all.
+    ``train.micro_tokens`` bounds a forward pass in prob mode, ``train.rollout`` one in the others. Several
+    processes take a share of the items each and all get the whole result. SaerlError on an empty pool, and
+    in prob mode when no row has an answer.
     """
-    check_ranges(cfg, "train.eval.")
+    cfg, rollout = check_ranges(train, "train.").eval, train.rollout
     if len(pool) == 0:
         raise SaerlError("the evaluation pool is empty; check data.eval and data.eval_size")
     if cfg.mode == "prob":
@@ -74,7 +71,9 @@ def evaluate(
         scores, tokens = np.zeros(0), 0
         if cfg.mode == "prob" and texts:
             answers = columns["answer"]
-            scores = answer_probabilities(model, tokenizer, texts, answers, cfg.temperature, max_tokens)
+            scores = answer_probabilities(
+                model, tokenizer, texts, answers, cfg.temperature, train.micro_tokens
+            )
         elif texts:  # there may be more processes than items
             made = generate(model, tokenizer, texts, settings, seed=seed, first=here.start)
             scores = score_rollouts(made, columns, texts, reward).mean(1)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.rl import distributed
 from saerl_fast.rl.logprobs import micro_batches
@@ -28,25 +29,16 @@ class Optimizer:
     shrinks when memory runs out.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float,
-        *,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        micro_tokens: int = 16384,
-        gradient_checkpointing: bool = False,
-    ) -> None:
-        self.model, self.micro_tokens = model, micro_tokens
-        self.gradient_checkpointing = gradient_checkpointing
+    def __init__(self, model: nn.Module, cfg: TrainConfig) -> None:
+        self.model, self.micro_tokens = model, cfg.micro_tokens
+        self.gradient_checkpointing = cfg.gradient_checkpointing
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise SaerlError("the model has no trainable parameters; unfreeze some")
         self.masters = [
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters
         ]
-        self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=weight_decay, betas=betas)
+        self.adamw = torch.optim.AdamW(self.masters, betas=cfg.betas, weight_decay=cfg.weight_decay)
 
     def accumulate(
         self, lengths: Tensor, backward: Callable[[Tensor], Tensor], width: int, owner: Tensor | None = None

@@ -170,9 +170,8 @@ class _Run:
                 ckpt.load_model_tensors(self.learner.reference, found.reference)
             self.plan.load_state_dict(found.plan)
             self.counters = found.counters
-            self.learner.optimizer.micro_tokens = min(
-                self.cfg.micro_tokens, self.counters.pop("micro_tokens")
-            )
+            fitted = self.counters.pop("micro_tokens")
+            self.learner.optimizer.micro_tokens = min(self.cfg.micro_tokens, fitted)
             self.say(f"resuming after step {found.step} from {found.path}")
         elif resume:
             self.say(f"no checkpoint in {self.out_dir}: starting at step 0")
@@ -195,16 +194,8 @@ class _Run:
         cfg = self.cfg
         self._seed_globals(0)
         if cfg.warmup.steps > 0:
-            row = warm_up(
-                self.model,
-                self.tokenizer,
-                self.texts["train"],
-                self.pools["train"].column("answer"),
-                cfg.warmup,
-                seed=self.seed,
-                max_tokens=cfg.micro_tokens,
-                gradient_checkpointing=cfg.gradient_checkpointing,
-            )
+            answers = self.pools["train"].column("answer")
+            row = warm_up(self.model, self.tokenizer, self.texts["train"], answers, cfg, self.seed)
             timing = {"warmup": row.pop("seconds")}
             self._count_seconds(timing)
             self._record({"step": 0, "kind": "warmup", **row, "time": timing})
@@ -215,19 +206,11 @@ class _Run:
             self.save(0)
 
     def save(self, step: int) -> None:
-        started = time.perf_counter()
-        distributed.on_first(
-            lambda: ckpt.save_checkpoint(
-                self.out_dir,
-                step,
-                model=self.model,
-                optimizer=self.learner.optimizer.state_dict(),
-                plan=self.plan.state_dict(),
-                counters=self.counters | {"micro_tokens": self.learner.optimizer.micro_tokens},
-                reference=self.learner.reference,
-                keep=self.cfg.keep,
-            )
-        )
+        started, learner = time.perf_counter(), self.learner
+        counters = self.counters | {"micro_tokens": learner.optimizer.micro_tokens}
+        state: dict[str, Any] = {"model": self.model, "reference": learner.reference, "counters": counters}
+        state |= {"optimizer": learner.optimizer.state_dict(), "plan": self.plan.state_dict()}
+        distributed.on_first(lambda: ckpt.save_checkpoint(self.out_dir, step, keep=self.cfg.keep, **state))
         self._count_seconds({"save": time.perf_counter() - started})
 
     def stop(self, step: int) -> None:
@@ -241,13 +224,8 @@ class _Run:
         if self.cfg.lora.rank:
             distributed.on_first(lambda: self._export("adapter", self.model, save_embedding_layers=False))
             self.model = self.model.merge_and_unload()
-        summary = {
-            "schedule": self.plan.schedule,
-            "seed": self.seed,
-            "steps": self.cfg.steps,
-            "mode": self.cfg.eval.mode,
-            **self.counters,
-        }
+        summary = {"schedule": self.plan.schedule, "seed": self.seed, "steps": self.cfg.steps}
+        summary |= {"mode": self.cfg.eval.mode, **self.counters}
 
         def write() -> None:
             self._export("model", self.model)
@@ -273,6 +251,7 @@ class _Run:
             self.model.unload()  # stopped early: the caller gets its model back as it was
 
     def _seed_globals(self, step: int) -> None:
+        """So that rewards that draw at random do so again after a resume."""
         from transformers import set_seed
 
         set_seed(derived_seed(self.seed, GLOBAL_SEED, step, distributed.rank()))
@@ -336,9 +315,7 @@ class _Run:
         # not Pool.select: a small pool may repeat a prompt inside a batch
         columns = {name: [column[i] for i in rows] for name, column in self.pools["train"].columns.items()}
         prompts = [self.texts["train"][i] for i in rows]
-        here = distributed.block(
-            len(ids)
-        )  # this process's share; the random numbers are those of one process
+        here = distributed.block(len(ids))
         mine, part = prompts[here], {name: column[here] for name, column in columns.items()}
         seed = derived_seed(self.seed, ROLLOUT_SEED, step, number)
 
@@ -363,33 +340,18 @@ class _Run:
     # --- around the steps --------------------------------------------------------------------------
 
     def evaluate(self, step: int) -> None:
-        cfg, clock = self.cfg, Clock(self.model.device)
+        clock = Clock(self.model.device)
         with clock("eval"):
-            result = evaluate(
-                self.model,
-                self.tokenizer,
-                self.pools["eval"],
-                self.texts["eval"],
-                self.reward,
-                cfg.eval,
-                cfg.rollout,
-                seed=derived_seed(self.seed, EVAL_SEED, 0),
-                max_tokens=cfg.micro_tokens,
-            )
+            pool, texts, seed = self.pools["eval"], self.texts["eval"], derived_seed(self.seed, EVAL_SEED, 0)
+            result = evaluate(self.model, self.tokenizer, pool, texts, self.reward, self.cfg, seed)
         if self.writes:
             self.eval_items.write({"step": step, **item} for item in result.items)
         self._count_seconds(clock.seconds)
         self.counters.setdefault("accuracy_first", result.mean)
         self.counters["accuracy"] = result.mean
         self.counters["accuracy_best"] = max(result.mean, self.counters.get("accuracy_best", result.mean))
-        row = {
-            "step": step,
-            "kind": "eval",
-            "accuracy": result.mean,
-            "n": len(result.items),
-            "mode": result.mode,
-        }
-        self._record(row | {"tokens": result.tokens, "time": clock.seconds})
+        row = {"step": step, "kind": "eval", "accuracy": result.mean, "n": len(result.items)}
+        self._record(row | {"mode": result.mode, "tokens": result.tokens, "time": clock.seconds})
 
     def _log_rollouts(self, step: int, draw: Draw) -> None:
         """The first few prompts of the step with all their completions."""

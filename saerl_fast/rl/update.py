@@ -29,14 +29,7 @@ class Learner:
 
     def __init__(self, model: Any, cfg: TrainConfig) -> None:
         self.model, self.cfg = model, cfg
-        self.optimizer = Optimizer(
-            model,
-            cfg.lr,
-            weight_decay=cfg.weight_decay,
-            betas=cfg.betas,
-            micro_tokens=cfg.micro_tokens,
-            gradient_checkpointing=cfg.gradient_checkpointing,
-        )
+        self.optimizer = Optimizer(model, cfg)
         copied = cfg.loss.beta > 0 and cfg.lora.rank == 0
         self.reference = copy.deepcopy(model).requires_grad_(False) if copied else None
 

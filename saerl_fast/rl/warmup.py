@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saerl_fast.config import WarmupConfig, check_ranges
+from saerl_fast.config import TrainConfig, check_ranges
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import max_positions, token_ids
 from saerl_fast.rl import distributed
@@ -54,32 +54,27 @@ def warm_up(
     tokenizer: Any,
     prompts: Sequence[str],
     answers: Sequence[str],
-    cfg: WarmupConfig,
-    *,
+    cfg: TrainConfig,
     seed: int = 0,
-    max_tokens: int = 16384,
-    gradient_checkpointing: bool = False,
 ) -> dict[str, float]:
-    """``cfg.steps`` (at least 1) AdamW steps on the mean negative log-likelihood of answer and end token.
+    """``cfg.warmup.steps`` (at least 1) steps on the mean negative log-likelihood of answer and end token.
 
-    Sees ``cfg.rows`` seeded rows (all if None) in seeded passes. The rate rises over the first tenth of
-    the steps. Returns the first and the last loss, steps and seconds.
+    Sees ``cfg.warmup.rows`` seeded rows (all if None) in seeded passes. The rate rises over the first tenth
+    of the steps. Returns the first and the last loss, steps and seconds.
     """
-    check_ranges(cfg, "train.warmup.")
+    settings = check_ranges(cfg, "train.").warmup
     if not prompts:
         raise SaerlError("the warm-up has no rows; check data.train")
     check_answers(answers, "the warm-up")
     started = time.perf_counter()
     rng = np.random.default_rng([seed, 4])
-    rows = rng.permutation(len(prompts))[: cfg.rows]
-    passes = -(-cfg.steps * cfg.batch_size // len(rows))
+    rows = rng.permutation(len(prompts))[: settings.rows]
+    passes = -(-settings.steps * settings.batch_size // len(rows))
     order = np.concatenate([rng.permutation(rows) for _ in range(passes)])
-    optimizer = Optimizer(
-        model, cfg.lr, micro_tokens=max_tokens, gradient_checkpointing=gradient_checkpointing
-    )
+    optimizer = Optimizer(model, cfg)
 
     def learn(step: int) -> float:
-        chosen = order[(step - 1) * cfg.batch_size : step * cfg.batch_size]
+        chosen = order[(step - 1) * settings.batch_size : step * settings.batch_size]
         batch = answer_rows(model, tokenizer, [prompts[i] for i in chosen], [answers[i] for i in chosen])
         total = batch[2].sum()
         ids, starts, lengths = (part[distributed.block(len(chosen))] for part in batch)
@@ -93,9 +88,9 @@ def warm_up(
             return loss.detach()[None]
 
         loss = optimizer.accumulate(starts + lengths, backward, 1)
-        optimizer.step(cfg.lr * min(1.0, step / max(1, cfg.steps // 10)), max_norm=1.0)
+        optimizer.step(settings.lr * min(1.0, step / max(1, settings.steps // 10)), max_norm=1.0)
         return float(loss)
 
-    losses = [learn(step) for step in range(1, cfg.steps + 1)]
+    losses = [learn(step) for step in range(1, settings.steps + 1)]
     seconds = time.perf_counter() - started
-    return {"loss_first": losses[0], "loss": losses[-1], "steps": float(cfg.steps), "seconds": seconds}
+    return {"loss_first": losses[0], "loss": losses[-1], "steps": float(settings.steps), "seconds": seconds}
