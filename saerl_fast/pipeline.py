@@ -255,8 +255,9 @@ def difficulty_labels(
     if settings.n_labels < 1:
         return None, {"labelled": 0.0, "rollouts": 0.0}
     from saerl_fast.prompts import render
-    from saerl_fast.rl.evaluate import sample_pass_rates
+    from saerl_fast.rl.evaluate import pass_rates, score_rollouts
     from saerl_fast.rl.rewards import get_reward, with_timeout
+    from saerl_fast.rl.rollouts import generate
 
     chosen = np.random.default_rng([config.seed, 1]).permutation(len(pool))[: settings.n_labels]
     file = Path(config.run_dir) / "labels.json"
@@ -276,11 +277,10 @@ def difficulty_labels(
             rows = pool.select(part)
             texts = render(rows, session.tokenizer, config.data)
             seed = int(np.random.SeedSequence([config.seed, 2, start]).generate_state(1)[0])
-            rates, tokens = sample_pass_rates(
-                session.model, session.tokenizer, rows, texts, reward, rollout, seed=seed
-            )
+            made = generate(session.model, session.tokenizer, texts, rollout, seed=seed)
+            rates = pass_rates(score_rollouts(made, rows.columns, texts, reward))
             record["rates"].update({ids[i]: float(rate) for i, rate in zip(part, rates, strict=True)})
-            record["tokens"] += tokens
+            record["tokens"] += int(made.lengths.sum())
             record["seconds"] += time.perf_counter() - began
             write_json(file, record)
         bar(min(start + width, len(chosen)), len(chosen))

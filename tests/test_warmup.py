@@ -87,3 +87,21 @@ def test_without_answers_there_is_nothing_to_learn() -> None:
     with pytest.raises(SaerlError, match="the warm-up needs reference answers"):
         warm_up(tiny_model(), TOKENIZER, ["a", "b"], ["", ""], cfg)
     assert warm_up(tiny_model(), TOKENIZER, ["a", "b"], ["", "c"], cfg)["steps"] == 1
+
+
+def test_out_of_memory_halves_the_micro_batch(monkeypatch, caplog) -> None:
+    from saerl_fast.rl import warmup as module
+
+    real = module.completion_logprobs
+
+    def tight(model, ids, *more, **options):
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return real(model, ids, *more, **options)
+
+    cfg = warmup(steps=2, batch_size=8, lr=1e-3)
+    free = warm_up(tiny_model(), TOKENIZER, PROMPTS, ANSWERS, cfg)
+    monkeypatch.setattr(module, "completion_logprobs", tight)
+    tightened = warm_up(tiny_model(), TOKENIZER, PROMPTS, ANSWERS, cfg)
+    assert "micro_tokens is now" in caplog.text
+    assert tightened["loss"] == pytest.approx(free["loss"], rel=1e-4)

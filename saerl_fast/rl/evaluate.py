@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from saerl_fast.config import RolloutConfig, TrainConfig, check_ranges
+from saerl_fast.config import TrainConfig, check_ranges
 from saerl_fast.errors import SaerlError
 from saerl_fast.prompts import Pool
 from saerl_fast.rl import distributed
@@ -103,21 +103,6 @@ def pass_rates(rewards: np.ndarray) -> np.ndarray:
     For 0/1 rewards this is the pass rate; graded rewards in [0, 1] count by their grade.
     """
     return np.clip(rewards, 0.0, 1.0).mean(1)
-
-
-def sample_pass_rates(
-    model: Any,
-    tokenizer: Any,
-    pool: Pool,
-    prompts: Sequence[str],
-    reward: Reward,
-    cfg: RolloutConfig,
-    *,
-    seed: int = 0,
-) -> tuple[np.ndarray, int]:
-    """Pass rates [len(pool)] from ``cfg.group_size`` rollouts each, and the tokens that took."""
-    made = generate(model, tokenizer, list(prompts), cfg, seed=seed)
-    return pass_rates(score_rollouts(made, pool.columns, prompts, reward)), int(made.lengths.sum())
 
 
 @torch.no_grad()

@@ -87,11 +87,9 @@ def plain_head(model: Any) -> bool:
     """
     if model not in _plain_heads:
         config = model.config.get_text_config()
-        scales = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-        capped = getattr(config, "final_logit_softcapping", None) is not None
-        scaled = any(getattr(config, name, None) not in (None, 1, 1.0) for name in scales)
+        odd = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
         core, head = _parts(model)
-        plain = type(head) is nn.Linear and not capped and not scaled
+        plain = type(head) is nn.Linear and all(getattr(config, name, None) in (None, 1) for name in odd)
         if plain:
             ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
             was_training = model.training

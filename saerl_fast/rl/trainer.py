@@ -37,12 +37,12 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import write_json
 from saerl_fast.interrupt import graceful_interrupt
 from saerl_fast.log import JsonlLog, MetricsLog
+from saerl_fast.models import add_adapters
 from saerl_fast.prompts import Pool, render
 from saerl_fast.rl import checkpoint as ckpt
 from saerl_fast.rl import distributed
 from saerl_fast.rl.collect import Draw, concat, join
 from saerl_fast.rl.evaluate import evaluate, pass_rates, score_rollouts
-from saerl_fast.rl.lora import add_adapters
 from saerl_fast.rl.loss import advantages, overlong_penalty
 from saerl_fast.rl.rewards import with_timeout
 from saerl_fast.rl.rollouts import Rollouts, generate
