@@ -11,10 +11,12 @@ import torch
 
 
 class Clock:
-    """Seconds per phase; waits for the device at a phase's end, so that phases get their own work."""
+    """Seconds per phase, also added to ``total``; waits for the device at a phase's end, so that phases get
+    their own work."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, total: dict[str, float] | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self._sums = [self.seconds] if total is None else [self.seconds, total]
         self._cuda = device.type == "cuda"
 
     @contextmanager
@@ -28,7 +30,8 @@ class Clock:
             self.add(phase, time.perf_counter() - started)
 
     def add(self, phase: str, seconds: float) -> None:
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        for sums in self._sums:
+            sums[phase] = sums.get(phase, 0.0) + seconds
 
 
 def derived_seed(seed: int, purpose: int, step: int, draw: int = 0) -> int:

@@ -23,8 +23,7 @@ global generators, which a reward may use, are seeded at the start of every step
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,6 +155,9 @@ class _Run:
         if self.writes:
             (self.echo or log.info)(line)
 
+    def clock(self) -> Clock:
+        return Clock(self.model.device, self.counters["seconds"])
+
     # --- life of a run -----------------------------------------------------------------------------
 
     def open(self, resume: bool) -> int | None:
@@ -195,10 +197,10 @@ class _Run:
         self._seed_globals(0)
         if cfg.warmup.steps > 0:
             answers = self.pools["train"].column("answer")
-            row = warm_up(self.model, self.tokenizer, self.texts["train"], answers, cfg, self.seed)
-            timing = {"warmup": row.pop("seconds")}
-            self._count_seconds(timing)
-            self._record({"step": 0, "kind": "warmup", **row, "time": timing})
+            clock = self.clock()
+            with clock("warmup"):
+                row = warm_up(self.model, self.tokenizer, self.texts["train"], answers, cfg, self.seed)
+            self._record({"step": 0, "kind": "warmup", **row, "time": clock.seconds})
         self.learner = Learner(self.model, cfg)
         if cfg.eval.every > 0 or cfg.steps == 0:
             self.evaluate(0)
@@ -206,12 +208,15 @@ class _Run:
             self.save(0)
 
     def save(self, step: int) -> None:
-        started, learner = time.perf_counter(), self.learner
+        learner = self.learner
         counters = self.counters | {"micro_tokens": learner.optimizer.micro_tokens}
         state: dict[str, Any] = {"model": self.model, "reference": learner.reference, "counters": counters}
         state |= {"optimizer": learner.optimizer.state_dict(), "plan": self.plan.state_dict()}
-        distributed.on_first(lambda: ckpt.save_checkpoint(self.out_dir, step, keep=self.cfg.keep, **state))
-        self._count_seconds({"save": time.perf_counter() - started})
+        state["keep"] = self.cfg.keep
+        with self.clock()("save"):
+            distributed.on_first(
+                lambda: ckpt.save_checkpoint(self.out_dir, step, keep=self.cfg.keep, **state)
+            )
 
     def stop(self, step: int) -> None:
         """End an interrupted run with everything saved."""
@@ -260,15 +265,10 @@ class _Run:
         if self.writes:
             self.metrics.log(row)
 
-    def _count_seconds(self, seconds: Mapping[str, float]) -> None:
-        total = self.counters["seconds"]
-        for phase, value in seconds.items():
-            total[phase] = total.get(phase, 0.0) + value
-
     # --- one step ----------------------------------------------------------------------------------
 
     def step(self, step: int) -> None:
-        cfg, clock = self.cfg, Clock(self.model.device)
+        cfg, clock = self.cfg, self.clock()
         self._seed_globals(step)
         draws = [self._draw(step, 0, clock)]
         wanted = cfg.rollout.prompts_per_step
@@ -286,7 +286,6 @@ class _Run:
         }
         for name, value in counts.items():
             self.counters[name] += value
-        self._count_seconds(clock.seconds)
         if self.writes:
             self._log_rollouts(step, draws[0])
         rewards = np.concatenate([draw.rewards for draw in draws])
@@ -340,13 +339,12 @@ class _Run:
     # --- around the steps --------------------------------------------------------------------------
 
     def evaluate(self, step: int) -> None:
-        clock = Clock(self.model.device)
+        clock = self.clock()
         with clock("eval"):
             pool, texts, seed = self.pools["eval"], self.texts["eval"], derived_seed(self.seed, EVAL_SEED, 0)
             result = evaluate(self.model, self.tokenizer, pool, texts, self.reward, self.cfg, seed)
         if self.writes:
             self.eval_items.write({"step": step, **item} for item in result.items)
-        self._count_seconds(clock.seconds)
         self.counters.setdefault("accuracy_first", result.mean)
         self.counters["accuracy"] = result.mean
         self.counters["accuracy_best"] = max(result.mean, self.counters.get("accuracy_best", result.mean))

@@ -6,7 +6,6 @@ Prompt and answer are tokenised apart, as in rollouts, where a completion's toke
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,13 +59,12 @@ def warm_up(
     """``cfg.warmup.steps`` (at least 1) steps on the mean negative log-likelihood of answer and end token.
 
     Sees ``cfg.warmup.rows`` seeded rows (all if None) in seeded passes. The rate rises over the first tenth
-    of the steps. Returns the first and the last loss, steps and seconds.
+    of the steps. Returns the first and the last loss, and steps.
     """
     settings = check_ranges(cfg, "train.").warmup
     if not prompts:
         raise SaerlError("the warm-up has no rows; check data.train")
     check_answers(answers, "the warm-up")
-    started = time.perf_counter()
     rng = np.random.default_rng([seed, 4])
     rows = rng.permutation(len(prompts))[: settings.rows]
     passes = -(-settings.steps * settings.batch_size // len(rows))
@@ -92,5 +90,4 @@ def warm_up(
         return float(loss)
 
     losses = [learn(step) for step in range(1, settings.steps + 1)]
-    seconds = time.perf_counter() - started
-    return {"loss_first": losses[0], "loss": losses[-1], "steps": float(settings.steps), "seconds": seconds}
+    return {"loss_first": losses[0], "loss": losses[-1], "steps": float(settings.steps)}
