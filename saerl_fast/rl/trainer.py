@@ -214,9 +214,7 @@ class _Run:
         state |= {"optimizer": learner.optimizer.state_dict(), "plan": self.plan.state_dict()}
         state["keep"] = self.cfg.keep
         with self.clock()("save"):
-            distributed.on_first(
-                lambda: ckpt.save_checkpoint(self.out_dir, step, keep=self.cfg.keep, **state)
-            )
+            distributed.on_first(lambda: ckpt.save_checkpoint(self.out_dir, step, **state))
 
     def stop(self, step: int) -> None:
         """End an interrupted run with everything saved."""
