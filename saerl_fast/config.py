@@ -11,12 +11,48 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeVar, Union
 
 from saerl_fast.errors import SaerlError
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Schedule = Literal["vanilla", "literal", "global", "medium", "adaptive"]
+Section = TypeVar("Section")
+LEAST: dict[str, float] = {  # the smallest values that a stage can work with
+    "threads": 1,
+    "seed": 0,
+    "data.limit": 1,
+    "data.eval_limit": 1,
+    "data.size": 1,
+    "score.batch_tokens": 1,
+    "score.shard": 1,
+    "difficulty.n_labels": 0,
+    "difficulty.rollouts": 1,
+    "diversity.n_clusters": 1,
+    "plan.window": 1,
+    "train.seed": 0,
+    "train.steps": 0,
+    "train.lr": 0,
+    "train.micro_tokens": 1,
+    "train.keep": 1,
+    "train.dynamic_sampling": 0,
+    "train.reward_timeout": 0,
+    "train.loss.clip_low": 0,
+    "train.loss.clip_high": 0,
+    "train.loss.beta": 0,
+    "train.loss.importance_cap": 0,
+    "train.loss.overlong_window": 0,
+    "train.lora.rank": 0,
+    "train.rollout.prompts_per_step": 1,
+    "train.rollout.group_size": 2,  # a group of one has nothing to compare with
+    "train.rollout.max_new_tokens": 1,
+    "train.warmup.steps": 0,
+    "train.warmup.batch_size": 1,
+    "train.warmup.rows": 1,
+    "train.eval.every": 0,
+    "train.eval.samples": 1,
+    "train.eval.temperature": 0.001,
+}
 
 
 @dataclass
@@ -145,7 +181,7 @@ class RolloutConfig:
 
 @dataclass
 class LossConfig:
-    kind: str = "dapo"  # dapo, grpo, dr_grpo, gspo, cispo; formulas in rl/loss.py
+    kind: Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"] = "dapo"  # formulas in rl/loss.py
     clip_low: float | None = None  # None: the loss's own, 0.2; gspo 3e-4; cispo 1 (none)
     clip_high: float | None = None  # None: the loss's own, 0.28; gspo 4e-4; cispo 4
     beta: float = 0.0  # KL to the starting model; 0 keeps no reference model
@@ -173,7 +209,8 @@ class WarmupConfig:
 @dataclass
 class EvalConfig:
     every: int = 10  # steps; 0: only at the end
-    mode: str = "sample"  # sample (avg@k), greedy, prob (teacher-forced probability of the answer)
+    # sample: avg@k; prob: teacher-forced probability of the answer
+    mode: Literal["sample", "greedy", "prob"] = "sample"
     samples: int = 4  # k of avg@k
     temperature: float = 1.0
 
@@ -371,33 +408,17 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-def check_ranges(config: Config) -> Config:
-    """The config itself; SaerlError for numbers that no stage could work with."""
-    least = {
-        "threads": 1,
-        "seed": 0,
-        "data.limit": 1,
-        "data.eval_limit": 1,
-        "data.size": 1,
-        "score.batch_tokens": 1,
-    }
-    least |= {"score.shard": 1, "plan.window": 1, "difficulty.n_labels": 0, "difficulty.rollouts": 1}
-    least |= {
-        "diversity.n_clusters": 1,
-        "train.seed": 0,
-        "train.steps": 0,
-        "train.dynamic_sampling": 0,
-        "train.lora.rank": 0,
-    }
-    least |= {"train.warmup.batch_size": 1, "train.rollout.prompts_per_step": 1}
-    least |= {"train.rollout.max_new_tokens": 1, "train.eval.samples": 1}
-    for key, low in least.items():
-        value: Any = config
-        for name in key.split("."):
-            value = getattr(value, name)
-        if value is not None and value < low:
-            raise SaerlError(f"{key}={value} must be at least {low}")
-    return config
+def check_ranges(section: Section, where: str = "") -> Section:
+    """``section`` itself, whose key is ``where``; SaerlError for values that no stage could work with."""
+    for name, hint in typing.get_type_hints(type(section)).items():
+        key, value = where + name, getattr(section, name)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{key}.")
+        elif typing.get_origin(hint) is Literal:
+            _coerce(value, hint, key)
+        elif value is not None and key in LEAST and value < LEAST[key]:
+            raise SaerlError(f"{key}={value} must be at least {LEAST[key]}")
+    return section
 
 
 def from_dict(cls: type, tree: Any, where: str = "") -> Any:

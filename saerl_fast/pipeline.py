@@ -255,8 +255,9 @@ def difficulty_labels(
     if settings.n_labels < 1:
         return None, {"labelled": 0.0, "rollouts": 0.0}
     from saerl_fast.prompts import render
-    from saerl_fast.rl.evaluate import sample_pass_rates
+    from saerl_fast.rl.evaluate import pass_rates, score_rollouts
     from saerl_fast.rl.rewards import get_reward, with_timeout
+    from saerl_fast.rl.rollouts import generate
 
     chosen = np.random.default_rng([config.seed, 1]).permutation(len(pool))[: settings.n_labels]
     file = Path(config.run_dir) / "labels.json"
@@ -276,11 +277,10 @@ def difficulty_labels(
             rows = pool.select(part)
             texts = render(rows, session.tokenizer, config.data)
             seed = int(np.random.SeedSequence([config.seed, 2, start]).generate_state(1)[0])
-            rates, tokens = sample_pass_rates(
-                session.model, session.tokenizer, rows, texts, reward, rollout, seed=seed
-            )
+            made = generate(session.model, session.tokenizer, texts, rollout, seed=seed)
+            rates = pass_rates(score_rollouts(made, rows.columns, texts, reward))
             record["rates"].update({ids[i]: float(rate) for i, rate in zip(part, rates, strict=True)})
-            record["tokens"] += tokens
+            record["tokens"] += int(made.lengths.sum())
             record["seconds"] += time.perf_counter() - began
             write_json(file, record)
         bar(min(start + width, len(chosen)), len(chosen))
@@ -374,6 +374,7 @@ def train_stage(
             session.model, sae, config.score.reduce, config.score.backend, layer=config.sae.layer
         )
         capture.warm_up()
+    engine = {} if config.train.rollout.engine == "transformers" else {"engine": _vllm(config, echo, session)}
 
     def prepare() -> None:
         if overwrite and out.exists():
@@ -394,6 +395,7 @@ def train_stage(
         out,
         data=config.data,
         capture=capture,
+        **engine,
         resume=resume,
         seed=training_seed(config),
         echo=echo,
@@ -403,6 +405,16 @@ def train_stage(
         for path in write_report(out, echo=echo.result):
             echo(f"wrote {path}")
     return summary
+
+
+def _vllm(config: Config, echo: Echo, session: Session) -> Callable[..., Any]:
+    from saerl_fast.integrations.vllm import VllmEngine
+
+    if config.train.lora.rank:
+        raise SaerlError("train.rollout.engine=vllm trains all weights; set train.lora.rank=0")
+    if config.train.capture:
+        echo("vLLM's prefill cannot be observed: features take a forward pass of their own")
+    return VllmEngine(session.model, config.train.rollout).generate
 
 
 def _check_target(out: Path, described: dict[str, Any], *, resume: bool, overwrite: bool) -> None:

@@ -2,14 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from saerl_fast.config import EvalConfig, RolloutConfig, WarmupConfig
+from saerl_fast.config import EvalConfig, RolloutConfig, TrainConfig, WarmupConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.prompts import Pool
 from saerl_fast.rl.evaluate import (
     answer_probabilities,
     evaluate,
     pass_rates,
-    sample_pass_rates,
     score_rollouts,
 )
 from saerl_fast.rl.rewards import get_reward
@@ -20,7 +19,10 @@ from tests.tiny_lm import char_tokenizer, tiny_model
 TOKENIZER = char_tokenizer()
 PROMPTS = ["1+1=", "say a: ", "zz"]
 POOL = Pool({"prompt_id": ["x", "y", "z"], "prompt": PROMPTS, "answer": ["a", "b", "c"]})
-ROLLOUT = RolloutConfig(max_new_tokens=4)
+
+
+def settings(cfg: EvalConfig) -> TrainConfig:
+    return TrainConfig(eval=cfg, rollout=RolloutConfig(max_new_tokens=4))
 
 
 def first_letter(prompts, completions, answer, **columns):
@@ -43,7 +45,9 @@ def test_answer_probability_by_hand(kind: str, temperature: float) -> None:
 
 def test_probability_is_the_limit_of_sampled_accuracy() -> None:
     model, answers = tiny_model(), ["a", "bc", "d"]
-    warm_up(model, TOKENIZER, PROMPTS, answers, WarmupConfig(steps=12, batch_size=3, lr=1e-2))
+    warm_up(
+        model, TOKENIZER, PROMPTS, answers, TrainConfig(warmup=WarmupConfig(steps=12, batch_size=3, lr=1e-2))
+    )
     pool = Pool(POOL.columns | {"answer": answers})
     exact = answer_probabilities(model, TOKENIZER, PROMPTS, answers)
     cfg = RolloutConfig(group_size=1500, max_new_tokens=4)
@@ -58,9 +62,8 @@ def test_probability_is_the_limit_of_sampled_accuracy() -> None:
 def test_sample_mode_averages_k_completions() -> None:
     model = tiny_model()
     cfg = EvalConfig(mode="sample", samples=8)
-    result = evaluate(model, TOKENIZER, POOL, PROMPTS, first_letter, cfg, ROLLOUT, seed=4)
-    settings = RolloutConfig(group_size=8, max_new_tokens=4)
-    made = generate(model, TOKENIZER, PROMPTS, settings, seed=4)
+    result = evaluate(model, TOKENIZER, POOL, PROMPTS, first_letter, settings(cfg), seed=4)
+    made = generate(model, TOKENIZER, PROMPTS, RolloutConfig(group_size=8, max_new_tokens=4), seed=4)
     scores = [
         np.mean([t[:1] == a for t in made.texts[i * 8 : (i + 1) * 8]]) for i, a in enumerate(["a", "b", "c"])
     ]
@@ -68,20 +71,20 @@ def test_sample_mode_averages_k_completions() -> None:
     assert [item["prompt_id"] for item in result.items] == ["x", "y", "z"]
     assert [item["completion"] for item in result.items] == made.texts[::8]
     assert result.mean == pytest.approx(np.mean(scores)) and result.tokens == int(made.lengths.sum())
-    again = evaluate(model, TOKENIZER, POOL, PROMPTS, first_letter, cfg, ROLLOUT, seed=4)
+    again = evaluate(model, TOKENIZER, POOL, PROMPTS, first_letter, settings(cfg), seed=4)
     assert again == result
 
 
 def test_greedy_mode_ignores_the_seed() -> None:
     model = tiny_model()
     cfg = EvalConfig(mode="greedy")
-    a, b = (evaluate(model, TOKENIZER, POOL, PROMPTS, first_letter, cfg, ROLLOUT, seed=s) for s in (1, 2))
+    a, b = (evaluate(model, TOKENIZER, POOL, PROMPTS, first_letter, settings(cfg), seed=s) for s in (1, 2))
     assert a == b and len(a.items) == 3
 
 
 def test_prob_mode_generates_nothing() -> None:
     model = tiny_model()
-    result = evaluate(model, TOKENIZER, POOL, PROMPTS, first_letter, EvalConfig(mode="prob"), ROLLOUT)
+    result = evaluate(model, TOKENIZER, POOL, PROMPTS, first_letter, settings(EvalConfig(mode="prob")))
     wanted = answer_probabilities(model, TOKENIZER, PROMPTS, ["a", "b", "c"])
     assert [item["score"] for item in result.items] == pytest.approx(wanted)
     assert result.tokens == 0 and result.items[0]["completion"] is None
@@ -90,12 +93,6 @@ def test_prob_mode_generates_nothing() -> None:
 def test_pass_rates() -> None:
     rewards = np.array([[1.0, 0.0, 1.0, 1.0], [2.0, -3.0, 0.5, 0.5]])
     assert pass_rates(rewards).tolist() == [0.75, 0.5]
-    model = tiny_model()
-    cfg = RolloutConfig(group_size=16, max_new_tokens=3)
-    rates, tokens = sample_pass_rates(model, TOKENIZER, POOL, PROMPTS, first_letter, cfg, seed=1)
-    made = generate(model, TOKENIZER, PROMPTS, cfg, seed=1)
-    assert rates.tolist() == score_rollouts(made, POOL.columns, PROMPTS, first_letter).mean(1).tolist()
-    assert tokens == int(made.lengths.sum())
 
 
 @pytest.mark.parametrize(
@@ -108,19 +105,19 @@ def test_pass_rates() -> None:
 )
 def test_bad_settings(cfg: EvalConfig, message: str) -> None:
     with pytest.raises(SaerlError, match=message):
-        evaluate(tiny_model(), TOKENIZER, POOL, PROMPTS, first_letter, cfg, ROLLOUT)
+        evaluate(tiny_model(), TOKENIZER, POOL, PROMPTS, first_letter, settings(cfg))
 
 
 def test_an_empty_pool() -> None:
     empty = Pool({"prompt_id": [], "prompt": [], "answer": []})
     with pytest.raises(SaerlError, match="evaluation pool is empty"):
-        evaluate(tiny_model(), TOKENIZER, empty, [], first_letter, EvalConfig(), ROLLOUT)
+        evaluate(tiny_model(), TOKENIZER, empty, [], first_letter, TrainConfig())
 
 
 def test_prob_mode_without_answers_is_refused() -> None:
     blank = Pool(POOL.columns | {"answer": ["", " ", ""]})
     with pytest.raises(SaerlError, match="train.eval.mode=prob needs reference answers.*data.answer_column"):
-        evaluate(tiny_model(), TOKENIZER, blank, PROMPTS, first_letter, EvalConfig(mode="prob"), ROLLOUT)
+        evaluate(tiny_model(), TOKENIZER, blank, PROMPTS, first_letter, settings(EvalConfig(mode="prob")))
     partly = Pool(POOL.columns | {"answer": ["", "b", ""]})
     cfg = EvalConfig(mode="prob")
-    assert len(evaluate(tiny_model(), TOKENIZER, partly, PROMPTS, first_letter, cfg, ROLLOUT).items) == 3
+    assert len(evaluate(tiny_model(), TOKENIZER, partly, PROMPTS, first_letter, settings(cfg)).items) == 3

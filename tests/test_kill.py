@@ -30,9 +30,9 @@ PLACES = {
     "optimizer": ("saerl_fast.rl.optimizer", "Optimizer.step", 2 + 3, "after", 2),
     "evaluation": ("saerl_fast.rl.evaluate", "score_rewards", 4, "before", 0),
     "rollouts logged": ("saerl_fast.rl.trainer", "JsonlLog.write", 13, "after", 2),
-    "first file of a checkpoint": ("saerl_fast.rl.checkpoint", "_write_tensors", 7, "after", 2),
-    "manifest of a checkpoint": ("saerl_fast.rl.checkpoint", "_sync", 17, "before", 2),
-    "checkpoint renamed": ("saerl_fast.rl.checkpoint", "_folders", 3, "before", 4),
+    "checkpoint written": ("saerl_fast.rl.checkpoint", "_write", 3, "after", 2),
+    "checkpoint not renamed": ("saerl_fast.rl.checkpoint", "_sync", 5, "after", 2),
+    "checkpoint renamed": ("saerl_fast.rl.checkpoint", "_files", 3, "before", 4),
     "summary": ("saerl_fast.rl.trainer", "write_json", 1, "before", 4),
 }
 

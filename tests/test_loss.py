@@ -5,13 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from saerl_fast.config import LossConfig, RolloutConfig, TrainConfig
+from saerl_fast.config import LossConfig, RolloutConfig, TrainConfig, check_ranges
 from saerl_fast.errors import SaerlError
 from saerl_fast.rl.loss import (
     CLIP,
     BatchSize,
     advantages,
-    check_loss,
     clip_range,
     overlong_penalty,
     policy_loss,
@@ -232,7 +231,7 @@ def test_advantages() -> None:
 )
 def test_bad_settings(cfg: LossConfig, message: str) -> None:
     with pytest.raises(SaerlError, match=message):
-        check_loss(cfg)
+        check_ranges(cfg, "train.loss.")
 
 
 @pytest.mark.parametrize("kind", ["dapo", "grpo", "dr_grpo", "gspo", "cispo"])

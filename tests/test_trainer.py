@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.log import read_jsonl, read_metrics
 from saerl_fast.prompts import Pool
 from saerl_fast.rl import update as module
-from saerl_fast.rl.checkpoint import model_tensors
+from saerl_fast.rl.checkpoint import load_latest, model_tensors
 from saerl_fast.rl.trainer import train
 from tests.tiny_lm import char_tokenizer, tiny_model
 
@@ -150,6 +151,25 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, warm: int, beta: float
     assert not same_weights(straight, tiny_model())  # training did something
 
 
+def test_rewards_that_draw_at_random_resume_too(tmp_path: Path) -> None:
+    def noisy(prompts, completions, **columns):
+        return [random.random() + np.random.rand() + float(torch.rand(1)) for _ in completions]
+
+    def dying(prompts, completions, **columns):
+        calls.append(1)
+        if len(calls) > 7:
+            raise Die
+        return noisy(prompts, completions)
+
+    calls: list[int] = []
+    straight, _, _ = run(tmp_path / "one", small(save_every=3), reward=noisy)
+    with pytest.raises(SaerlError, match="Die"):
+        run(tmp_path / "two", small(save_every=3), reward=dying)
+    resumed, _, _ = run(tmp_path / "two", small(save_every=3), reward=noisy, resume=True)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert same_weights(straight, resumed)
+
+
 def test_a_run_killed_by_the_system_resumes_bit_for_bit(tmp_path: Path) -> None:
     script = textwrap.dedent(
         """
@@ -166,7 +186,7 @@ def test_a_run_killed_by_the_system_resumes_bit_for_bit(tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(tmp_path / "two")], cwd=root, env=os.environ | {"PYTHONPATH": path}
     )
     deadline = time.time() + 60
-    while not list((tmp_path / "two").glob("checkpoints/step-*[3-9]/manifest.json")):
+    while not list((tmp_path / "two").glob("checkpoints/step-0000?[3-9]-*")):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -373,6 +393,17 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     assert not saving.training and not saving.is_gradient_checkpointing
 
 
+def test_nothing_drops_out_while_activations_are_recomputed(tmp_path: Path) -> None:
+    for name, kind, rates in (
+        ("llama", "llama", {"attention_dropout": 0.5}),
+        ("gpt2", "gpt2", {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}),
+    ):
+        model = tiny_model(kind, **rates)
+        run(tmp_path / name, small(steps=2, gradient_checkpointing=True), model=model)
+        rows = [row for row in read_metrics(tmp_path / name) if row["kind"] == "train"]
+        assert all(row["mismatch"] < 1e-4 for row in rows), name
+
+
 def test_half_precision_weights_move_by_small_updates(tmp_path: Path) -> None:
     start = tiny_model().bfloat16()
     model, _, _ = run(tmp_path / "a", small(steps=6, lr=1e-4, save_every=3), model=tiny_model().bfloat16())
@@ -533,7 +564,6 @@ def adapted(**change) -> TrainConfig:
 @pytest.mark.parametrize(("warm", "beta"), [(0, 0.0), (3, 0.1)])
 def test_adapters_alone_are_trained_saved_and_resumed(tmp_path: Path, warm: int, beta: float) -> None:
     pytest.importorskip("peft")
-    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
     cfg = adapted(warmup=WarmupConfig(steps=warm, batch_size=4, lr=1e-3), loss=LossConfig(beta=beta))
@@ -548,9 +578,8 @@ def test_adapters_alone_are_trained_saved_and_resumed(tmp_path: Path, warm: int,
     assert same_weights(straight, resumed) and not same_weights(straight, start)
     assert type(straight) is type(start) and straight.state_dict().keys() == start.state_dict().keys()
     assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "model"), straight)
-    saved = load_file(max((tmp_path / "one" / "checkpoints").iterdir()) / "model.safetensors")
-    assert saved and all("lora_" in name for name in saved)
-    assert not (tmp_path / "one" / "reference.safetensors").exists()
+    saved = load_latest(tmp_path / "one")
+    assert saved.model and all("lora_" in name for name in saved.model) and not saved.reference
     rows = [row for row in read_metrics(tmp_path / "one") if row["kind"] == "train"]
     assert all((row["kl"] > 0) == (beta > 0) for row in rows[1:])
     assert beta == 0 or warm > 0 or rows[0]["kl"] == pytest.approx(0, abs=1e-6)

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there: written aside, checksummed, renamed, verified when read.
+"""Checkpoints that are whole or not there: one file each, written aside, renamed, verified when read.
 
-``checkpoints/step-000020/`` holds model.safetensors, optimizer.safetensors, extra.safetensors (tensors of
-the plan and the random generators), state.json (everything else) and manifest.json with every file's
-SHA-256. Nothing is pickled.
+``checkpoints/step-000020-0123456789abcdef.safetensors``: the step, and the start of the file's SHA-256. The
+tensors are called ``model.*``, ``optimizer.*``, ``reference.*`` and ``plan.*``; everything else is JSON in
+the file's metadata. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import random
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path
 
 log = logging.getLogger(__name__)
-FORMAT = 1
+FORMAT = "2"
 FOLDER = "checkpoints"
+PARTS = ("model", "optimizer", "reference")
 
 
 @dataclass
@@ -38,8 +37,8 @@ class Checkpoint:
     step: int
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    reference: dict[str, Tensor]  # empty without a reference policy
     plan: dict[str, Any]
-    rng: dict[str, Any]
     counters: dict[str, Any]
 
 
@@ -48,30 +47,25 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     model's whole state; without second names of shared (tied) tensors."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     partly = 0 < len(trained) < sum(1 for _ in model.parameters())
-    found: dict[str, Tensor] = {}
-    seen: set[tuple[Any, ...]] = set()
+    found: dict[Any, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict().items():
-        if partly and name not in trained:
-            continue
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.device)
-        if tensor.numel() and key in seen:
-            continue
-        seen.add(key)
-        found[name] = tensor
-    return found
+        if not partly or name in trained:
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device)
+            found.setdefault(place if tensor.numel() else name, (name, tensor))
+    return dict(found.values())
 
 
 def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy a checkpoint's weights into the model, in place, so that ties and the optimizer stay attached."""
     own = model_tensors(model)
-    if own.keys() != tensors.keys():
-        odd = sorted(own.keys() ^ tensors.keys())[0]
-        raise SaerlError(f"the checkpoint is of another model ({odd!r} is in only one of them)")
+    for name in sorted(own.keys() | tensors.keys()):
+        shapes = [list(found[name].shape) if name in found else None for found in (tensors, own)]
+        if shapes[0] != shapes[1]:
+            raise SaerlError(
+                f"the checkpoint is of another model ({name!r} is {shapes[0]} there, {shapes[1]} in this one)"
+            )
     with torch.no_grad():
         for name, tensor in own.items():
-            if tensor.shape != tensors[name].shape:
-                shapes = f"{list(tensors[name].shape)} in the checkpoint, {list(tensor.shape)} in the model"
-                raise SaerlError(f"the checkpoint is of another model ({name!r} is {shapes})")
             tensor.copy_(tensors[name])
 
 
@@ -83,46 +77,39 @@ def save_checkpoint(
     optimizer: Mapping[str, Tensor],
     plan: Mapping[str, Any],
     counters: Mapping[str, Any],
+    reference: nn.Module | None = None,
     keep: int = 2,
 ) -> Path:
-    """Write ``step-NNNNNN``; delete all but the ``keep`` latest, and later ones that a fallback left behind.
+    """Write the checkpoint of ``step``; delete all but the ``keep`` latest, and any of the same or a later
+    step that a fallback to an earlier one left behind.
 
-    ``plan`` and ``counters``: flat or nested values that JSON knows; ``plan`` may hold tensors and arrays.
+    ``plan`` and ``counters``: flat values that JSON knows; ``plan`` may also hold tensors and arrays.
     """
     root = Path(out_dir) / FOLDER
-    final = root / f"step-{step:06d}"
-    temporary = root / f"{final.name}.tmp"
-    tensors: dict[str, Tensor] = {}
-    state = {
-        "step": step,
-        "plan": _strip(dict(plan), "plan", tensors),
-        "rng": _strip(_rng_state(), "rng", tensors),
-        "counters": dict(counters),
-    }
+    frozen = {} if reference is None else model_tensors(reference)
+    parts = zip(PARTS, (model_tensors(model), optimizer, frozen), strict=True)
+    tensors = {f"{part}.{name}": tensor for part, named in parts for name, tensor in named.items()}
+    arrays = {name: value for name, value in plan.items() if isinstance(value, (Tensor, np.ndarray))}
+    tensors |= {f"plan.{name}": torch.as_tensor(value) for name, value in arrays.items()}
+    numpy = [name for name, value in arrays.items() if isinstance(value, np.ndarray)]
+    values = {name: value for name, value in plan.items() if name not in arrays}
+    state = {"step": step, "plan": values, "numpy": numpy, "counters": dict(counters)}
+    temporary = root / f"step-{step:06d}.tmp"
     try:
-        if root.is_dir():
-            for leftover in root.glob("*.tmp"):
-                shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-        _write_tensors(temporary / "model.safetensors", model_tensors(model))
-        _write_tensors(temporary / "optimizer.safetensors", optimizer)
-        _write_tensors(temporary / "extra.safetensors", tensors)
-        (temporary / "state.json").write_text(json.dumps(state))
-        files = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
-        manifest = {"format": FORMAT, "step": step, "files": files}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for file in (*temporary.iterdir(), temporary):
-            _sync(file)
-        if final.exists():  # the same step again, after a fallback to an earlier one
-            shutil.rmtree(final)
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob("*.tmp"):
+            leftover.unlink()
+        _write(temporary, tensors, {"format": FORMAT, "state": json.dumps(state, default=float)})
+        final = root / f"{temporary.stem}-{_digest(temporary)}.safetensors"
+        _sync(temporary)
         os.replace(temporary, final)
         _sync(root)
-        folders = _folders(root)
-        at = folders.index(final)
-        for stale in folders[:at] + folders[at + keep :]:
-            shutil.rmtree(stale)
+        files = _files(root)
+        older = [file for file in files if _step(file) < step]
+        for file in set(files) - {final, *older[: keep - 1]}:
+            file.unlink()
     except OSError as err:
-        raise SaerlError(f"cannot write checkpoint {final}: {err.strerror or err}; free some space") from err
+        raise SaerlError(f"cannot write a checkpoint to {root}: {err.strerror or err}; free space") from err
     return final
 
 
@@ -140,120 +127,60 @@ def load_latest(out_dir: str | Path) -> Checkpoint | None:
 
     A damaged one is reported in the log and the one before it used. Raises SaerlError when all are damaged.
     """
-    folders = _folders(Path(out_dir) / FOLDER)
-    for folder in folders:
+    files = _files(Path(out_dir) / FOLDER)
+    for file in files:
         try:
-            return _load(folder)
-        except (OSError, ValueError, KeyError, TypeError) as err:
-            log.warning("checkpoint %s is damaged (%s); trying the one before it", folder, err)
-    if folders:
+            return _load(file)
+        except (OSError, ValueError) as err:
+            log.warning("checkpoint %s is damaged (%s); trying the one before it", file, err)
+    if files:
         raise SaerlError(f"every checkpoint in {out_dir} is damaged; start the run again without --resume")
     return None
 
 
-def save_reference(out_dir: str | Path, model: nn.Module) -> Path:
-    """Write the frozen reference policy's weights, once per run."""
-    target = Path(out_dir) / "reference.safetensors"
-    with atomic_path(target) as temporary:
-        _write_tensors(temporary, model_tensors(model))
-    return target
+def _load(file: Path) -> Checkpoint:
+    from safetensors import safe_open
+
+    if _digest(file) != file.stem.rpartition("-")[2]:
+        raise ValueError("the content does not match the checksum in its name")
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata() or {}
+        if about.get("format") != FORMAT:
+            raise ValueError(f"format {about.get('format')}, this version reads {FORMAT}")
+        state = json.loads(about["state"])
+        parts: dict[str, dict[str, Any]] = {part: {} for part in (*PARTS, "plan")}
+        for key in opened.keys():  # noqa: SIM118  # no mapping
+            part, _, name = key.partition(".")
+            parts[part][name] = opened.get_tensor(key)
+    plan = state["plan"] | parts.pop("plan")
+    plan |= {name: plan[name].numpy() for name in state["numpy"]}
+    return Checkpoint(file, state["step"], plan=plan, counters=state["counters"], **parts)
 
 
-def load_reference(out_dir: str | Path, model: nn.Module) -> None:
-    """Load what :func:`save_reference` wrote. Raises SaerlError when it is missing or damaged."""
-    from safetensors.torch import load_file
-
-    path = Path(out_dir) / "reference.safetensors"
-    try:
-        tensors = load_file(path)
-    except Exception as err:  # FileNotFoundError, or safetensors' own error
-        raise SaerlError(f"the reference policy {path} cannot be read ({err}); start the run again") from None
-    load_model_tensors(model, tensors)
+def _files(root: Path) -> list[Path]:
+    """Complete checkpoints, latest first."""
+    return sorted(root.glob("step-*-*.safetensors"), key=_step, reverse=True)
 
 
-def restore_rng(state: Mapping[str, Any]) -> None:
-    """Set the process's random generators to a checkpoint's."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal.tolist()), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state.get("cuda") is not None:
-        torch.cuda.set_rng_state(state["cuda"])
+def _step(file: Path) -> int:
+    return int(file.name.split("-")[1])
 
 
-def _rng_state() -> dict[str, Any]:
-    version, internal, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": [version, torch.tensor(internal), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def _load(folder: Path) -> Checkpoint:
-    from safetensors.torch import load_file
-
-    manifest = json.loads((folder / "manifest.json").read_text())
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
-    for name, digest in manifest["files"].items():
-        if _digest(folder / name) != digest:
-            raise ValueError(f"{name} does not match its checksum")
-    state = json.loads((folder / "state.json").read_text())
-    extra = load_file(folder / "extra.safetensors")
-    return Checkpoint(
-        path=folder,
-        step=int(state["step"]),
-        model=load_file(folder / "model.safetensors"),
-        optimizer=load_file(folder / "optimizer.safetensors"),
-        plan=_fill(state["plan"], extra),
-        rng=_fill(state["rng"], extra),
-        counters=state["counters"],
-    )
-
-
-def _folders(root: Path) -> list[Path]:
-    """Complete checkpoint folders, latest first."""
-    return sorted((p for p in root.glob("step-*") if p.suffix != ".tmp" and p.is_dir()), reverse=True)
-
-
-def _strip(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` with its tensors and arrays moved to ``tensors`` and named in their place."""
-    if isinstance(value, (Tensor, np.ndarray)):
-        tensors[name] = torch.as_tensor(value)
-        return {"__tensor__": name, "numpy": isinstance(value, np.ndarray)}
-    if isinstance(value, Mapping):
-        return {str(key): _strip(item, f"{name}.{key}", tensors) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strip(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _fill(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, dict):
-        if "__tensor__" in value:
-            tensor = tensors[value["__tensor__"]]
-            return tensor.numpy() if value["numpy"] else tensor
-        return {key: _fill(item, tensors) for key, item in value.items()}
-    return [_fill(item, tensors) for item in value] if isinstance(value, list) else value
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:
     from safetensors.torch import save_file
 
     # a copy of each: safetensors refuses views that share memory
-    save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, path)
+    save_file(
+        {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, path, about
+    )
 
 
 def _digest(path: Path) -> str:
+    found = hashlib.sha256()
     with path.open("rb") as file:
-        found = hashlib.sha256()
         while block := file.read(1 << 20):
             found.update(block)
-    return found.hexdigest()
+    return found.hexdigest()[:16]
 
 
 def _sync(path: Path) -> None:

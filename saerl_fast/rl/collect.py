@@ -6,7 +6,7 @@ draw on; train on the first batch's worth of those that do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from saerl_fast.config import RolloutConfig
-from saerl_fast.rl import distributed
-from saerl_fast.rl.evaluate import score_rollouts
-from saerl_fast.rl.rollouts import Rollouts, generate
-from saerl_fast.rl.runtime import Clock
+from saerl_fast.rl.rollouts import Rollouts
 
 
 @dataclass
@@ -34,72 +30,38 @@ class Draw:
     advantage: Tensor  # float32 [P, G]
     used: Tensor  # bool [P]: rewards that differ, so a gradient
 
-    def counts(self) -> dict[str, int]:
-        lengths = self.rollouts.lengths
-        return {"rollouts": len(lengths), "tokens": int(lengths.sum()), "groups": len(self.ids)}
-
-
-def sample_together(
-    model: Any,
-    tokenizer: Any,
-    prompts: list[str],
-    columns: Mapping[str, list[Any]],
-    reward: Callable[..., Any],
-    cfg: RolloutConfig,
-    *,
-    seed: int,
-    capture: Any | None,
-    clock: Clock,
-    engine: Callable[..., Rollouts] = generate,
-) -> tuple[Rollouts, np.ndarray]:
-    """The rollouts of a batch and their rewards float64 [P, G]; each process makes a share, all get all.
-
-    The reward function is called once in every process, with that process's share.
-    """
-    here = distributed.block(len(prompts))
-
-    def sample() -> tuple[Rollouts, np.ndarray]:
-        mine = prompts[here]
-        made = engine(model, tokenizer, mine, cfg, seed=seed, first=here.start, capture=capture)
-        for phase, seconds in made.timings.items():
-            clock.add(phase, seconds)
-        with clock("reward"):
-            part = {name: column[here] for name, column in columns.items()}
-            rewards = score_rollouts(made, part, mine, reward)
-        return made.to("cpu") if distributed.size() > 1 else made, rewards
-
-    parts = distributed.share(sample)
-    if len(parts) == 1:
-        return parts[0]
-    whole = concat([rollouts for rollouts, _ in parts]).to(model.device)
-    return whole, np.concatenate([rewards for _, rewards in parts])
-
 
 def concat(parts: Sequence[Rollouts]) -> Rollouts:
     """Rollouts of several batches of prompts, one after the other, padded to one width."""
-    width = max(part.prompt_ids.shape[1] for part in parts)
-    longest = max(part.completion_ids.shape[1] for part in parts)
-
-    def padded(name: str) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    tensors: dict[str, Any] = {}
+    for name in _tensors(parts[0]):
         fields = [getattr(part, name) for part in parts]
-        return torch.cat([pad(field, (0, longest - field.shape[1])) for field in fields])
-
-    features = None
-    if all(part.features is not None for part in parts):
+        if fields[0].ndim == 2:
+            width, left = max(field.shape[1] for field in fields), name == "prompt_ids"
+            gaps = [width - field.shape[1] for field in fields]
+            fields = [pad(f, (gap, 0) if left else (0, gap)) for f, gap in zip(fields, gaps, strict=True)]
+        tensors[name] = torch.cat(fields)
+    features = [part.features for part in parts if part.features is not None]
+    joined = None
+    if features:
         from saerl_kernels import CSR
 
-        features = CSR.concat([part.features for part in parts if part.features is not None])
-    return replace(
-        parts[0],
-        prompt_ids=torch.cat([pad(p.prompt_ids, (width - p.prompt_ids.shape[1], 0)) for p in parts]),
-        prompt_lens=torch.cat([part.prompt_lens for part in parts]),
-        texts=[text for part in parts for text in part.texts],
-        finished=torch.cat([part.finished for part in parts]),
-        features=features,
-        completion_ids=padded("completion_ids"),
-        completion_mask=padded("completion_mask"),
-        logprobs=padded("logprobs"),
-    )
+        joined = CSR.concat(features)
+    texts = [text for part in parts for text in part.texts]
+    return replace(parts[0], texts=texts, features=joined, **tensors)
+
+
+def select(rollouts: Rollouts, groups: Tensor) -> Rollouts:
+    """The rollouts of some prompts, int64 [n], without features."""
+    size = rollouts.group_size
+    rows = (groups[:, None] * size + torch.arange(size)).flatten()
+    of = {"prompt_ids": groups, "prompt_lens": groups}
+    tensors = {
+        name: tensor[of.get(name, rows).to(tensor.device)] for name, tensor in _tensors(rollouts).items()
+    }
+    return replace(rollouts, texts=[rollouts.texts[i] for i in rows], features=None, **tensors)
 
 
 def join(draws: Sequence[Draw], most: int) -> tuple[Rollouts, Tensor, Tensor]:
@@ -108,22 +70,13 @@ def join(draws: Sequence[Draw], most: int) -> tuple[Rollouts, Tensor, Tensor]:
     A single draw is taken whole. Of several, the first ``most`` groups with a signal make the batch, and
     nothing else counts in the loss's normaliser; if no group has one, the first draw stands for them.
     """
-    first, used = draws[0], torch.cat([draw.used for draw in draws])
+    used = torch.cat([draw.used for draw in draws])
     if len(draws) == 1 or not used.any():
-        return first.rollouts, first.advantage, first.used
+        return draws[0].rollouts, draws[0].advantage, draws[0].used
     chosen = used.nonzero()[:most, 0]
-    whole = concat([replace(draw.rollouts, features=None) for draw in draws])
-    size, device = whole.group_size, whole.logprobs.device
-    groups = chosen.to(device)
-    rows = (groups[:, None] * size + torch.arange(size, device=device)).flatten()
-    rollouts = replace(
-        whole,
-        prompt_ids=whole.prompt_ids[groups],
-        prompt_lens=whole.prompt_lens[groups],
-        completion_ids=whole.completion_ids[rows],
-        completion_mask=whole.completion_mask[rows],
-        logprobs=whole.logprobs[rows],
-        texts=[whole.texts[i] for i in rows.tolist()],
-        finished=whole.finished[rows],
-    )
+    rollouts = select(concat([draw.rollouts for draw in draws]), chosen)
     return rollouts, torch.cat([draw.advantage for draw in draws])[chosen], used[chosen]
+
+
+def _tensors(rollouts: Rollouts) -> dict[str, Any]:
+    return {name: value for name, value in vars(rollouts).items() if isinstance(value, Tensor)}

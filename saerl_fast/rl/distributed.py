@@ -15,7 +15,7 @@ everything here returns at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -27,7 +27,6 @@ from saerl_fast.errors import SaerlError
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=4)  # a process may wait that long for another's slow reward function
-BUCKET = 1 << 25  # elements added up at once
 
 
 class SharedError(SaerlError):
@@ -106,14 +105,11 @@ def tell(error: SaerlError) -> None:
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over all processes, in place; all of one dtype."""
+    """Replace each tensor by its sum over all processes, in place."""
     if size() == 1:
         return
-    for bucket in _buckets(tensors):
-        flat = torch.cat([tensor.flatten() for tensor in bucket])
-        dist.all_reduce(flat)
-        for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+    for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+        work.wait()
 
 
 def add_up_gradients(parameters: Sequence[Tensor]) -> None:
@@ -134,14 +130,3 @@ def same_everywhere(tensors: Sequence[Tensor]) -> None:
     if size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET:
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
-        yield bucket

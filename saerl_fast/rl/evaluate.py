@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from saerl_fast.config import EvalConfig, RolloutConfig
+from saerl_fast.config import TrainConfig, check_ranges
 from saerl_fast.errors import SaerlError
 from saerl_fast.prompts import Pool
 from saerl_fast.rl import distributed
@@ -18,7 +18,6 @@ from saerl_fast.rl.rewards import check_answers, score_rewards
 from saerl_fast.rl.rollouts import Rollouts, generate
 from saerl_fast.rl.warmup import answer_rows
 
-MODES = ("sample", "greedy", "prob")
 Reward = Callable[..., Any]
 
 
@@ -32,40 +31,26 @@ class EvalResult:
     tokens: int  # generated
 
 
-def check_eval(cfg: EvalConfig) -> None:
-    """SaerlError on an unknown mode or a number out of range."""
-    if cfg.mode not in MODES:
-        raise SaerlError(f"train.eval.mode={cfg.mode!r} is unknown; choose one of {', '.join(MODES)}")
-    if cfg.samples < 1 or cfg.temperature <= 0 or cfg.every < 0:
-        raise SaerlError(
-            f"train.eval: samples={cfg.samples} must be at least 1, temperature={cfg.temperature} above 0 "
-            f"and every={cfg.every} not negative"
-        )
-
-
 def evaluate(
     model: Any,
     tokenizer: Any,
     pool: Pool,
     prompts: Sequence[str],
     reward: Reward,
-    cfg: EvalConfig,
-    rollout: RolloutConfig,
-    *,
+    train: TrainConfig,
     seed: int = 0,
-    max_tokens: int = 16384,
 ) -> EvalResult:
     """Score every row of ``pool``, whose final prompt texts are ``prompts``.
 
-    sample: mean reward of ``cfg.samples`` completions (avg@k), the same seed every time, so that two
+    sample: mean reward of ``train.eval.samples`` completions (avg@k), the same seed every time, so that two
     evaluations differ by the weights and not by luck; greedy: reward of the likeliest completion; prob:
     probability that the model samples exactly the reference answer and then ends, exp of the sum of
-    teacher-forced log-probabilities at ``cfg.temperature``, which has no sampling noise at all.
-    ``max_tokens`` bounds a forward pass in prob mode; ``rollout`` bounds one in the others. Several
-    processes take a share of the items each and all get the whole result. SaerlError
-    on an empty pool, and in prob mode when no row has an answer.
+    teacher-forced log-probabilities at ``train.eval.temperature``, which has no sampling noise at all.
+    ``train.micro_tokens`` bounds a forward pass in prob mode, ``train.rollout`` one in the others. Several
+    processes take a share of the items each and all get the whole result. SaerlError on an empty pool, and
+    in prob mode when no row has an answer.
     """
-    check_eval(cfg)
+    cfg, rollout = check_ranges(train, "train.").eval, train.rollout
     if len(pool) == 0:
         raise SaerlError("the evaluation pool is empty; check data.eval and data.eval_size")
     if cfg.mode == "prob":
@@ -82,18 +67,17 @@ def evaluate(
     )
 
     def part() -> tuple[list[dict[str, Any]], int]:
-        if not texts:  # more processes than items
-            return [], 0
         completions: list[str | None] = [None] * len(texts)
-        tokens = 0
-        if cfg.mode == "prob":
+        scores, tokens = np.zeros(0), 0
+        if cfg.mode == "prob" and texts:
             answers = columns["answer"]
-            scores = answer_probabilities(model, tokenizer, texts, answers, cfg.temperature, max_tokens)
-        else:
+            scores = answer_probabilities(
+                model, tokenizer, texts, answers, cfg.temperature, train.micro_tokens
+            )
+        elif texts:  # there may be more processes than items
             made = generate(model, tokenizer, texts, settings, seed=seed, first=here.start)
             scores = score_rollouts(made, columns, texts, reward).mean(1)
-            completions = list(made.texts[:: made.group_size])
-            tokens = int(made.lengths.sum())
+            completions, tokens = [*made.texts[:: made.group_size]], int(made.lengths.sum())
         each = zip(columns["prompt_id"], scores, completions, strict=True)
         return [{"prompt_id": i, "score": float(s), "completion": c} for i, s, c in each], tokens
 
@@ -119,21 +103,6 @@ def pass_rates(rewards: np.ndarray) -> np.ndarray:
     For 0/1 rewards this is the pass rate; graded rewards in [0, 1] count by their grade.
     """
     return np.clip(rewards, 0.0, 1.0).mean(1)
-
-
-def sample_pass_rates(
-    model: Any,
-    tokenizer: Any,
-    pool: Pool,
-    prompts: Sequence[str],
-    reward: Reward,
-    cfg: RolloutConfig,
-    *,
-    seed: int = 0,
-) -> tuple[np.ndarray, int]:
-    """Pass rates [len(pool)] from ``cfg.group_size`` rollouts each, and the tokens that took."""
-    made = generate(model, tokenizer, list(prompts), cfg, seed=seed)
-    return pass_rates(score_rollouts(made, pool.columns, prompts, reward)), int(made.lengths.sum())
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ def micro_batches(lengths: Tensor, max_tokens: int, owner: Tensor | None = None)
     A row longer than the budget gets a micro-batch of its own. With ``owner`` [N] (ascending, the prompt
     that a row belongs to) a prompt's rows stay together, so that they can share its forward pass.
     """
-    if owner is not None:  # every row counts as long as the longest of its prompt
+    if owner is not None and len(owner):  # every row counts as long as the longest of its prompt
         longest = lengths.new_zeros(int(owner.max()) + 1).scatter_reduce(0, owner, lengths, "amax")
         lengths = longest[owner]
     order = lengths.argsort(descending=True, stable=True)
@@ -87,11 +87,9 @@ def plain_head(model: Any) -> bool:
     """
     if model not in _plain_heads:
         config = model.config.get_text_config()
-        scales = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-        capped = getattr(config, "final_logit_softcapping", None) is not None
-        scaled = any(getattr(config, name, None) not in (None, 1, 1.0) for name in scales)
+        odd = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
         core, head = _parts(model)
-        plain = type(head) is nn.Linear and not capped and not scaled
+        plain = type(head) is nn.Linear and all(getattr(config, name, None) in (None, 1) for name in odd)
         if plain:
             ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
             was_training = model.training
@@ -116,9 +114,8 @@ def _share_pays(model: Any, ids: Tensor, starts: Tensor, lengths: Tensor, owner:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    if model.training:  # gradient checkpointing, which switches caches off
-        return False
-    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
+    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    if not plain or getattr(model, "is_gradient_checkpointing", False):  # which switches caches off
         return False
     prompts = len(owner.unique_consecutive())
     tokens = prompts * int(starts.max()) + len(ids) * (int(lengths.max()) - 1)

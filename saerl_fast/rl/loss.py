@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 
 from saerl_fast.config import LossConfig, TrainConfig
-from saerl_fast.errors import SaerlError
 
 CLIP = {  # kind -> eps_low, eps_high unless configured
     "dapo": (0.2, 0.28),
@@ -50,16 +49,6 @@ class BatchSize:
     completions: int
     tokens: int
     max_new_tokens: int
-
-
-def check_loss(cfg: LossConfig) -> None:
-    """SaerlError on an unknown kind or a number out of range."""
-    if cfg.kind not in CLIP:
-        raise SaerlError(f"train.loss.kind={cfg.kind!r} is unknown; choose one of {', '.join(CLIP)}")
-    for name in ("clip_low", "clip_high", "beta", "overlong_window", "importance_cap"):
-        value = getattr(cfg, name)
-        if value is not None and value < 0:
-            raise SaerlError(f"train.loss.{name}={value} must not be negative")
 
 
 def clip_range(cfg: LossConfig) -> tuple[float, float]:

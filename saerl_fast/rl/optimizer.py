@@ -1,18 +1,21 @@
-"""AdamW that also works for bfloat16 weights, and the model's state around an update."""
+"""AdamW that also works for bfloat16 weights, with gradients from micro-batches that fit into memory."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.rl import distributed
+from saerl_fast.rl.logprobs import micro_batches
 
 log = logging.getLogger(__name__)
 
@@ -22,39 +25,55 @@ class Optimizer:
 
     At a learning rate of 1e-6 an update is far below the spacing of bfloat16 numbers and would be
     rounded away, so half-precision weights are updated in float32 and copied back. Gradients of
-    micro-batches are added up in float32 for the same reason: call :meth:`collect` after each backward.
+    micro-batches are added up in float32 for the same reason. ``micro_tokens``, the size of a micro-batch,
+    shrinks when memory runs out.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float,
-        *,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-    ) -> None:
+    def __init__(self, model: nn.Module, cfg: TrainConfig) -> None:
+        self.model, self.micro_tokens = model, cfg.micro_tokens
+        self.gradient_checkpointing = cfg.gradient_checkpointing
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise SaerlError("the model has no trainable parameters; unfreeze some")
         self.masters = [
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters
         ]
-        self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=weight_decay, betas=betas)
+        self.adamw = torch.optim.AdamW(self.masters, betas=cfg.betas, weight_decay=cfg.weight_decay)
 
-    def collect(self) -> None:
-        """Move half-precision gradients of the last backward into the float32 sums."""
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter and parameter.grad is not None:
-                if master.grad is None:
-                    master.grad = parameter.grad.float()
-                else:
-                    master.grad += parameter.grad
-                parameter.grad = None
+    def accumulate(
+        self, lengths: Tensor, backward: Callable[[Tensor], Tensor], width: int, owner: Tensor | None = None
+    ) -> Tensor:
+        """Add up the gradients of this process's rows; returns sums float64 [width] over all processes.
 
-    def clear(self) -> None:
-        """Forget all gradients."""
-        for tensor in (*self.parameters, *self.masters):
-            tensor.grad = None
+        ``backward(rows)`` makes the backward pass of a micro-batch, given as row numbers, and returns
+        figures [width] to be summed. ``lengths`` [n] tokens of each row, ``owner`` as in `micro_batches`.
+        When memory runs out, all is done again with smaller micro-batches.
+        """
+        total = torch.zeros(width, dtype=torch.float64, device=lengths.device)
+
+        def attempt() -> None:
+            while True:
+                total.zero_()
+                try:
+                    for rows in micro_batches(lengths, self.micro_tokens, owner):
+                        total.add_(backward(rows))
+                        self._collect()
+                    return
+                except torch.OutOfMemoryError:
+                    self._clear()
+                longest = int(lengths.max())
+                if self.micro_tokens <= longest:
+                    raise SaerlError(
+                        f"out of memory on a single sequence of {longest} tokens; lower "
+                        "rollout.max_new_tokens or set train.gradient_checkpointing=true"
+                    )
+                self.micro_tokens = max(longest, min(self.micro_tokens, int(lengths.sum())) // 2)
+                log.warning("out of memory in a micro-batch: micro_tokens is now %d", self.micro_tokens)
+
+        with training_mode(self.model, self.gradient_checkpointing):
+            distributed.share(attempt)
+        distributed.add_up([total])
+        return total
 
     def step(self, lr: float, max_norm: float) -> float:
         """Clip to ``max_norm`` (0: no clipping), update, clear; returns the norm before clipping.
@@ -63,19 +82,17 @@ class Optimizer:
         is not finite leaves weights and moments as they are, with a line in the log.
         """
         distributed.add_up_gradients(self.masters)
-        norm = float(nn.utils.clip_grad_norm_(self.masters, max_norm if max_norm > 0 else float("inf")))
-        if not math.isfinite(norm):
-            log.warning("the gradient norm is %s: this update is skipped", norm)
-            self.clear()
-            return norm
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.adamw.step()
-        with torch.no_grad():
-            for parameter, master in zip(self.parameters, self.masters, strict=True):
-                if master is not parameter:
+        norm = float(nn.utils.clip_grad_norm_(self.masters, max_norm if max_norm > 0 else math.inf))
+        if math.isfinite(norm):
+            for group in self.adamw.param_groups:
+                group["lr"] = lr
+            self.adamw.step()
+            with torch.no_grad():
+                for parameter, master in self._copies():
                     parameter.copy_(master)
-        self.clear()
+        else:
+            log.warning("the gradient norm is %s: this update is skipped", norm)
+        self._clear()
         return norm
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -85,41 +102,53 @@ class Optimizer:
             for index, values in self.adamw.state_dict()["state"].items()
             for name, value in values.items()
         }
-        for index, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
-            if master is not parameter:
-                state[f"{index}.master"] = master.detach()
-        return state
+        number = {id(master): index for index, master in enumerate(self.masters)}
+        return state | {f"{number[id(m)]}.master": m.detach() for _, m in self._copies()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` returned, for the same model."""
-        moments: dict[int, dict[str, Tensor]] = {}
+        moments: dict[int, dict[str, Tensor]] = defaultdict(dict)
         for key, value in state.items():
             index, _, name = key.partition(".")
-            if int(index) >= len(self.masters):
-                raise SaerlError(f"the checkpoint's optimizer has parameter {index}, which the model lacks")
             if name == "master":
-                with torch.no_grad():
-                    self.masters[int(index)].copy_(value)
+                self.masters[int(index)].data.copy_(value)
             else:
-                moments.setdefault(int(index), {})[name] = value
+                moments[int(index)][name] = value
         groups = self.adamw.state_dict()["param_groups"]
-        self.adamw.load_state_dict({"state": moments, "param_groups": groups})
+        self.adamw.load_state_dict({"state": dict(moments), "param_groups": groups})
+
+    def _copies(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Half-precision parameters with their float32 masters."""
+        pairs = zip(self.parameters, self.masters, strict=True)
+        return ((parameter, master) for parameter, master in pairs if master is not parameter)
+
+    def _collect(self) -> None:
+        """Move half-precision gradients of the last backward into the float32 sums."""
+        for parameter, master in self._copies():
+            if parameter.grad is not None:
+                if master.grad is None:
+                    master.grad = torch.zeros_like(master)
+                master.grad += parameter.grad
+                parameter.grad = None
+
+    def _clear(self) -> None:
+        for tensor in (*self.parameters, *self.masters):
+            tensor.grad = None
 
 
 @contextmanager
 def training_mode(model: Any, gradient_checkpointing: bool = False) -> Iterator[None]:
     """Settings of an update: no dropout (log-probabilities must match the sampled ones), checkpointing.
 
-    transformers recomputes activations only in training mode, so that mode is used just for this.
+    transformers recomputes the activations only of blocks in training mode, so just these are set to it, and
+    not the modules inside them, which would drop out.
     """
     was_training = model.training
     model.eval()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
         for module in model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.eval()
+            module.training = getattr(module, "gradient_checkpointing", False)
     try:
         yield
     finally:

@@ -15,15 +15,15 @@ passes but counted in the rollouts, in the loss's normaliser and in every figure
 (:mod:`saerl_fast.rl.collect`). Every draw counts: in the rollouts, in the plan's memory and as one of the
 plan's steps, so a schedule paced for ``total_steps`` ends early and the plan goes on after its end.
 
-All randomness comes from (seed, purpose, step), so a resumed run needs no generator state to go on. For
-several processes see :mod:`saerl_fast.rl.distributed`: a checkpoint of N processes goes on with any number.
+All randomness comes from (seed, purpose, step), so a resumed run needs no generator state to go on; the
+global generators, which a reward may use, are seeded at the start of every step. For several processes see
+:mod:`saerl_fast.rl.distributed`: a checkpoint of N processes goes on with any number.
 """
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,20 +31,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from saerl_fast.config import DataConfig, TrainConfig
+from saerl_fast.config import DataConfig, TrainConfig, check_ranges
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import write_json
+from saerl_fast.interrupt import graceful_interrupt
 from saerl_fast.log import JsonlLog, MetricsLog
+from saerl_fast.models import add_adapters
 from saerl_fast.prompts import Pool, render
 from saerl_fast.rl import checkpoint as ckpt
 from saerl_fast.rl import distributed
-from saerl_fast.rl.collect import Draw, join, sample_together
-from saerl_fast.rl.evaluate import check_eval, evaluate, pass_rates
-from saerl_fast.rl.lora import add_adapters
-from saerl_fast.rl.loss import advantages, check_loss, overlong_penalty
+from saerl_fast.rl.collect import Draw, concat, join
+from saerl_fast.rl.evaluate import evaluate, pass_rates, score_rollouts
+from saerl_fast.rl.loss import advantages, overlong_penalty
 from saerl_fast.rl.rewards import with_timeout
 from saerl_fast.rl.rollouts import Rollouts, generate
-from saerl_fast.rl.runtime import Clock, derived_seed, graceful_interrupt
+from saerl_fast.rl.runtime import Clock, derived_seed
 from saerl_fast.rl.update import Learner
 from saerl_fast.rl.warmup import warm_up
 
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from saerl_fast.data.plan import Plan
 
 log = logging.getLogger(__name__)
-ROLLOUT_SEED, EVAL_SEED, ADAPTER_SEED = 1, 2, 3  # purposes of a derived seed
+ROLLOUT_SEED, EVAL_SEED, ADAPTER_SEED, GLOBAL_SEED = 1, 2, 3, 4  # purposes of a derived seed
 
 
 def train(
@@ -67,6 +68,7 @@ def train(
     *,
     data: DataConfig | None = None,
     capture: Any | None = None,
+    engine: Callable[..., Rollouts] = generate,
     resume: bool = False,
     seed: int = 0,
     echo: Callable[[str], None] | None = None,
@@ -75,8 +77,9 @@ def train(
     """Train ``model`` in place for ``cfg.steps`` steps; returns (and writes) the summary.
 
     ``data`` says how prompts are rendered. ``capture``: a context manager around each prefill with
-    ``features()`` -> CSR, one row per prompt, handed to ``plan.observe``. ``echo`` gets a line of text per
-    row of the log, ``progress`` (step, steps). Files in ``out_dir``: metrics.jsonl, eval_items.jsonl,
+    ``features()`` -> CSR, one row per prompt, handed to ``plan.observe``. ``engine`` makes the rollouts when
+    ``cfg.rollout.engine`` is not transformers. ``echo`` gets a line of text per row of the log,
+    ``progress`` (step, steps). Files in ``out_dir``: metrics.jsonl, eval_items.jsonl,
     rollouts.jsonl, checkpoints/, summary.json and model/. With ``cfg.lora.rank`` > 0 the warm-up and the
     steps train adapters alone, the reference policy (``cfg.loss.beta`` > 0) is the model without them, so
     as it was before the warm-up, and at the end they are written to adapter/ and merged into ``model``
@@ -86,9 +89,8 @@ def train(
     checkpoint it starts afresh. The first interrupt (Ctrl-C) finishes the step, saves and raises
     KeyboardInterrupt; a second one stops at once.
     """
-    pools = {"train": train_pool, "eval": eval_pool}
-    out = Path(out_dir)
-    run = _Run(model, tokenizer, pools, plan, reward, cfg, out, data or DataConfig(), capture, seed, echo)
+    pools, out, data = {"train": train_pool, "eval": eval_pool}, Path(out_dir), data or DataConfig()
+    run = _Run(model, tokenizer, pools, plan, reward, cfg, out, data, capture, engine, seed, echo)
     start = run.open(resume)
     try:
         with graceful_interrupt() as interrupted:
@@ -125,23 +127,15 @@ class _Run:
     out_dir: Path
     data: DataConfig
     capture: Any | None
+    engine: Callable[..., Rollouts]
     seed: int
     echo: Callable[[str], None] | None
 
     def __post_init__(self) -> None:
         cfg = self.cfg
-        check_loss(cfg.loss)
-        check_eval(cfg.eval)
-        if cfg.steps < 0 or cfg.micro_tokens < 1 or cfg.keep < 1 or cfg.lr < 0:
-            raise SaerlError(
-                f"train.steps={cfg.steps}, micro_tokens={cfg.micro_tokens}, keep={cfg.keep}, lr={cfg.lr}: "
-                "steps and lr must not be negative, the others at least 1"
-            )
-        if cfg.rollout.group_size < 2:
-            raise SaerlError(
-                f"train.rollout.group_size={cfg.rollout.group_size} leaves a group nothing to compare with; "
-                "use at least 2"
-            )
+        check_ranges(cfg, "train.")
+        if (cfg.rollout.engine == "transformers") != (self.engine is generate):
+            raise SaerlError(f"train.rollout.engine={cfg.rollout.engine} is not the engine given to train()")
         self.texts = {name: render(pool, self.tokenizer, self.data) for name, pool in self.pools.items()}
         self.row = {name: i for i, name in enumerate(self.pools["train"].column("prompt_id"))}
         unknown = [name for name in self.plan.prompt_ids if name not in self.row]
@@ -154,19 +148,15 @@ class _Run:
             )
         self.reward = with_timeout(self.reward, cfg.reward_timeout)
         self.writes = distributed.rank() == 0
-        self.engine = self._engine()
-        self.keeps_reference = cfg.loss.beta > 0 and cfg.lora.rank == 0
-        self.counters: dict[str, Any] = {
-            "rollouts": 0,
-            "tokens": 0,
-            "groups": 0,
-            "groups_used": 0,
-            "seconds": {},
-        }
+        self.counters: dict[str, Any] = dict.fromkeys(("rollouts", "tokens", "groups", "groups_used"), 0)
+        self.counters["seconds"] = {}
 
     def say(self, line: str) -> None:
         if self.writes:
             (self.echo or log.info)(line)
+
+    def clock(self) -> Clock:
+        return Clock(self.model.device, self.counters["seconds"])
 
     # --- life of a run -----------------------------------------------------------------------------
 
@@ -178,12 +168,12 @@ class _Run:
             ckpt.load_model_tensors(self.model, found.model)
             self.learner = Learner(self.model, self.cfg)
             self.learner.optimizer.load_state_dict(found.optimizer)
-            if self.keeps_reference:
-                ckpt.load_reference(self.out_dir, self.learner.freeze_reference())
+            if self.learner.reference is not None:
+                ckpt.load_model_tensors(self.learner.reference, found.reference)
             self.plan.load_state_dict(found.plan)
-            ckpt.restore_rng(found.rng)
             self.counters = found.counters
-            self.learner.micro_tokens = min(self.cfg.micro_tokens, self.counters.pop("micro_tokens"))
+            fitted = self.counters.pop("micro_tokens")
+            self.learner.optimizer.micro_tokens = min(self.cfg.micro_tokens, fitted)
             self.say(f"resuming after step {found.step} from {found.path}")
         elif resume:
             self.say(f"no checkpoint in {self.out_dir}: starting at step 0")
@@ -204,44 +194,27 @@ class _Run:
     def begin(self) -> None:
         """Warm-up, the frozen reference, the first evaluation, and a checkpoint of what training changed."""
         cfg = self.cfg
+        self._seed_globals(0)
         if cfg.warmup.steps > 0:
             answers = self.pools["train"].column("answer")
-            row = warm_up(
-                self.model,
-                self.tokenizer,
-                self.texts["train"],
-                answers,
-                cfg.warmup,
-                seed=self.seed,
-                max_tokens=cfg.micro_tokens,
-                gradient_checkpointing=cfg.gradient_checkpointing,
-            )
-            self._count_seconds({"warmup": row["seconds"]})
-            timing = {"warmup": row.pop("seconds")}
-            self._record({"step": 0, "kind": "warmup", **row, "time": timing})
+            clock = self.clock()
+            with clock("warmup"):
+                row = warm_up(self.model, self.tokenizer, self.texts["train"], answers, cfg, self.seed)
+            self._record({"step": 0, "kind": "warmup", **row, "time": clock.seconds})
         self.learner = Learner(self.model, cfg)
-        if self.keeps_reference:
-            frozen = self.learner.freeze_reference()
-            distributed.on_first(lambda: ckpt.save_reference(self.out_dir, frozen))
         if cfg.eval.every > 0 or cfg.steps == 0:
             self.evaluate(0)
         if cfg.warmup.steps > 0 or cfg.steps == 0:
             self.save(0)
 
     def save(self, step: int) -> None:
-        started = time.perf_counter()
-        distributed.on_first(
-            lambda: ckpt.save_checkpoint(
-                self.out_dir,
-                step,
-                model=self.model,
-                optimizer=self.learner.optimizer.state_dict(),
-                plan=self.plan.state_dict(),
-                counters=self.counters | {"micro_tokens": self.learner.micro_tokens},
-                keep=self.cfg.keep,
-            )
-        )
-        self._count_seconds({"save": time.perf_counter() - started})
+        learner = self.learner
+        counters = self.counters | {"micro_tokens": learner.optimizer.micro_tokens}
+        state: dict[str, Any] = {"model": self.model, "reference": learner.reference, "counters": counters}
+        state |= {"optimizer": learner.optimizer.state_dict(), "plan": self.plan.state_dict()}
+        state["keep"] = self.cfg.keep
+        with self.clock()("save"):
+            distributed.on_first(lambda: ckpt.save_checkpoint(self.out_dir, step, **state))
 
     def stop(self, step: int) -> None:
         """End an interrupted run with everything saved."""
@@ -254,13 +227,8 @@ class _Run:
         if self.cfg.lora.rank:
             distributed.on_first(lambda: self._export("adapter", self.model, save_embedding_layers=False))
             self.model = self.model.merge_and_unload()
-        summary = {
-            "schedule": self.plan.schedule,
-            "seed": self.seed,
-            "steps": self.cfg.steps,
-            "mode": self.cfg.eval.mode,
-            **self.counters,
-        }
+        summary = {"schedule": self.plan.schedule, "seed": self.seed, "steps": self.cfg.steps}
+        summary |= {"mode": self.cfg.eval.mode, **self.counters}
 
         def write() -> None:
             self._export("model", self.model)
@@ -285,30 +253,21 @@ class _Run:
         if self.cfg.lora.rank and hasattr(self.model, "unload"):
             self.model.unload()  # stopped early: the caller gets its model back as it was
 
-    def _engine(self) -> Callable[..., Rollouts]:
-        if self.cfg.rollout.engine == "transformers":
-            return generate
-        if self.cfg.lora.rank:
-            raise SaerlError("train.rollout.engine=vllm trains all weights; set train.lora.rank=0")
-        from saerl_fast.rl.vllm_engine import VllmEngine
+    def _seed_globals(self, step: int) -> None:
+        """So that rewards that draw at random do so again after a resume."""
+        from transformers import set_seed
 
-        if self.capture is not None:
-            self.say("vLLM's prefill cannot be observed: features take a forward pass of their own")
-        return VllmEngine(self.model, self.cfg.rollout).generate
+        set_seed(derived_seed(self.seed, GLOBAL_SEED, step, distributed.rank()))
 
     def _record(self, row: dict[str, Any]) -> None:
         if self.writes:
             self.metrics.log(row)
 
-    def _count_seconds(self, seconds: Mapping[str, float]) -> None:
-        total = self.counters["seconds"]
-        for phase, value in seconds.items():
-            total[phase] = total.get(phase, 0.0) + value
-
     # --- one step ----------------------------------------------------------------------------------
 
     def step(self, step: int) -> None:
-        cfg, clock = self.cfg, Clock(self.model.device)
+        cfg, clock = self.cfg, self.clock()
+        self._seed_globals(step)
         draws = [self._draw(step, 0, clock)]
         wanted = cfg.rollout.prompts_per_step
         while len(draws) <= cfg.dynamic_sampling and sum(int(d.used.sum()) for d in draws) < wanted:
@@ -316,13 +275,15 @@ class _Run:
         rollouts, advantage, used = join(draws, wanted)
         lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
         update = self.learner.update(rollouts, advantage, used, lr, clock)
-        counts = {"groups_used": int(used.sum())}
-        for draw in draws:
-            for name, value in draw.counts().items():
-                counts[name] = counts.get(name, 0) + value
+        lengths = torch.cat([draw.rollouts.lengths for draw in draws])
+        counts = {
+            "rollouts": len(lengths),
+            "tokens": int(lengths.sum()),
+            "groups": sum(len(draw.ids) for draw in draws),
+            "groups_used": int(used.sum()),
+        }
         for name, value in counts.items():
             self.counters[name] += value
-        self._count_seconds(clock.seconds)
         if self.writes:
             self._log_rollouts(step, draws[0])
         rewards = np.concatenate([draw.rewards for draw in draws])
@@ -351,18 +312,22 @@ class _Run:
         # not Pool.select: a small pool may repeat a prompt inside a batch
         columns = {name: [column[i] for i in rows] for name, column in self.pools["train"].columns.items()}
         prompts = [self.texts["train"][i] for i in rows]
-        rollouts, rewards = sample_together(
-            self.model,
-            self.tokenizer,
-            prompts,
-            columns,
-            self.reward,
-            cfg.rollout,
-            seed=derived_seed(self.seed, ROLLOUT_SEED, step, number),
-            capture=self.capture,
-            clock=clock,
-            engine=self.engine,
-        )
+        here = distributed.block(len(ids))
+        mine, part = prompts[here], {name: column[here] for name, column in columns.items()}
+        seed = derived_seed(self.seed, ROLLOUT_SEED, step, number)
+
+        def sample() -> tuple[Rollouts, np.ndarray]:
+            options = {"seed": seed, "first": here.start, "capture": self.capture}
+            made = self.engine(self.model, self.tokenizer, mine, cfg.rollout, **options)
+            for phase, seconds in made.timings.items():
+                clock.add(phase, seconds)
+            with clock("reward"):
+                rewards = score_rollouts(made, part, mine, self.reward)
+            return made.to("cpu") if distributed.size() > 1 else made, rewards
+
+        shares = distributed.share(sample)
+        rollouts = concat([made for made, _ in shares]).to(self.model.device)
+        rewards = np.concatenate([found for _, found in shares])
         with clock("plan"):
             self.plan.observe(ids, pass_rates(rewards), rollouts.features)
         shaped = torch.from_numpy(rewards)
@@ -372,33 +337,17 @@ class _Run:
     # --- around the steps --------------------------------------------------------------------------
 
     def evaluate(self, step: int) -> None:
-        cfg, clock = self.cfg, Clock(self.model.device)
+        clock = self.clock()
         with clock("eval"):
-            result = evaluate(
-                self.model,
-                self.tokenizer,
-                self.pools["eval"],
-                self.texts["eval"],
-                self.reward,
-                cfg.eval,
-                cfg.rollout,
-                seed=derived_seed(self.seed, EVAL_SEED, 0),
-                max_tokens=cfg.micro_tokens,
-            )
+            pool, texts, seed = self.pools["eval"], self.texts["eval"], derived_seed(self.seed, EVAL_SEED, 0)
+            result = evaluate(self.model, self.tokenizer, pool, texts, self.reward, self.cfg, seed)
         if self.writes:
             self.eval_items.write({"step": step, **item} for item in result.items)
-        self._count_seconds(clock.seconds)
         self.counters.setdefault("accuracy_first", result.mean)
         self.counters["accuracy"] = result.mean
         self.counters["accuracy_best"] = max(result.mean, self.counters.get("accuracy_best", result.mean))
-        row = {
-            "step": step,
-            "kind": "eval",
-            "accuracy": result.mean,
-            "n": len(result.items),
-            "mode": result.mode,
-        }
-        self._record(row | {"tokens": result.tokens, "time": clock.seconds})
+        row = {"step": step, "kind": "eval", "accuracy": result.mean, "n": len(result.items)}
+        self._record(row | {"mode": result.mode, "tokens": result.tokens, "time": clock.seconds})
 
     def _log_rollouts(self, step: int, draw: Draw) -> None:
         """The first few prompts of the step with all their completions."""

@@ -6,20 +6,19 @@ Prompt and answer are tokenised apart, as in rollouts, where a completion's toke
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saerl_fast.config import WarmupConfig
+from saerl_fast.config import TrainConfig, check_ranges
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import max_positions, token_ids
 from saerl_fast.rl import distributed
-from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
-from saerl_fast.rl.optimizer import Optimizer, training_mode
+from saerl_fast.rl.logprobs import completion_logprobs
+from saerl_fast.rl.optimizer import Optimizer
 from saerl_fast.rl.rewards import check_answers
 from saerl_fast.rl.rollouts import stop_tokens
 
@@ -54,59 +53,41 @@ def warm_up(
     tokenizer: Any,
     prompts: Sequence[str],
     answers: Sequence[str],
-    cfg: WarmupConfig,
-    *,
+    cfg: TrainConfig,
     seed: int = 0,
-    max_tokens: int = 16384,
-    gradient_checkpointing: bool = False,
-    on_step: Callable[[int, float], None] | None = None,
 ) -> dict[str, float]:
-    """``cfg.steps`` AdamW steps on the mean negative log-likelihood of answer and end token.
+    """``cfg.warmup.steps`` (at least 1) steps on the mean negative log-likelihood of answer and end token.
 
-    Sees ``cfg.rows`` seeded rows (all if None) in seeded passes. The rate rises over the first tenth of
-    the steps. ``on_step`` gets (step, loss). Returns the first and the last loss, steps and seconds.
+    Sees ``cfg.warmup.rows`` seeded rows (all if None) in seeded passes. The rate rises over the first tenth
+    of the steps. Returns the first and the last loss, and steps.
     """
+    settings = check_ranges(cfg, "train.").warmup
     if not prompts:
-        raise SaerlError("the warm-up has no rows; check data.train and train.warmup.rows")
-    if cfg.batch_size < 1:
-        raise SaerlError(f"train.warmup.batch_size={cfg.batch_size} must be at least 1")
+        raise SaerlError("the warm-up has no rows; check data.train")
     check_answers(answers, "the warm-up")
-    started = time.perf_counter()
     rng = np.random.default_rng([seed, 4])
-    rows = rng.permutation(len(prompts))[: cfg.rows]
-    if len(rows) == 0:
-        raise SaerlError(f"train.warmup.rows={cfg.rows} leaves the warm-up nothing to learn from; raise it")
-    optimizer = Optimizer(model, lr=cfg.lr)
-    queue: list[int] = []
-    losses = []
-    with training_mode(model, gradient_checkpointing):
-        for step in range(1, cfg.steps + 1):
-            while len(queue) < cfg.batch_size:
-                queue += rng.permutation(rows).tolist()
-            chosen, queue = queue[: cfg.batch_size], queue[cfg.batch_size :]
-            ids, starts, lengths = answer_rows(
-                model, tokenizer, [prompts[i] for i in chosen], [answers[i] for i in chosen]
+    rows = rng.permutation(len(prompts))[: settings.rows]
+    passes = -(-settings.steps * settings.batch_size // len(rows))
+    order = np.concatenate([rng.permutation(rows) for _ in range(passes)])
+    optimizer = Optimizer(model, cfg)
+
+    def learn(step: int) -> float:
+        chosen = order[(step - 1) * settings.batch_size : step * settings.batch_size]
+        batch = answer_rows(model, tokenizer, [prompts[i] for i in chosen], [answers[i] for i in chosen])
+        total = batch[2].sum()
+        ids, starts, lengths = (part[distributed.block(len(chosen))] for part in batch)
+
+        def backward(part: Tensor) -> Tensor:
+            logprobs, _ = completion_logprobs(
+                model, ids[part], starts[part], lengths[part], with_entropy=False
             )
-            total = int(lengths.sum())
-            loss = torch.zeros((), dtype=torch.float64, device=ids.device)
-            mine = torch.arange(len(ids), device=ids.device)[distributed.block(len(ids))]
-            for local in micro_batches((starts + lengths)[mine], max_tokens):
-                part = mine[local]
-                logprobs, _ = completion_logprobs(
-                    model, ids[part], starts[part], lengths[part], with_entropy=False
-                )
-                share = -logprobs.sum() / total
-                share.backward()
-                optimizer.collect()
-                loss += share.detach()
-            distributed.add_up([loss])
-            optimizer.step(cfg.lr * min(1.0, step / max(1, cfg.steps // 10)), max_norm=1.0)
-            losses.append(float(loss))
-            if on_step is not None:
-                on_step(step, losses[-1])
-    return {
-        "loss_first": losses[0] if losses else float("nan"),
-        "loss": losses[-1] if losses else float("nan"),
-        "steps": float(cfg.steps),
-        "seconds": time.perf_counter() - started,
-    }
+            loss = -logprobs.sum() / total
+            loss.backward()
+            return loss.detach()[None]
+
+        loss = optimizer.accumulate(starts + lengths, backward, 1)
+        optimizer.step(settings.lr * min(1.0, step / max(1, settings.steps // 10)), max_norm=1.0)
+        return float(loss)
+
+    losses = [learn(step) for step in range(1, settings.steps + 1)]
+    return {"loss_first": losses[0], "loss": losses[-1], "steps": float(settings.steps)}

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from saerl_fast.config import LoRAConfig, LossConfig, RolloutConfig
+from saerl_fast.config import Config, LoRAConfig, LossConfig, RolloutConfig
+from saerl_fast.console import Echo
 from saerl_fast.errors import SaerlError
+from saerl_fast.integrations.vllm import VllmEngine
 from saerl_fast.log import read_metrics
+from saerl_fast.pipeline import _vllm
 from saerl_fast.rl.logprobs import completion_logprobs
-from saerl_fast.rl.vllm_engine import VllmEngine
 from saerl_fast.sae.capture import FeatureCapture
 from tests.test_capture import sae_for
 from tests.test_trainer import run, small
@@ -119,7 +121,9 @@ def test_training_corrects_for_the_other_engine(
     norms = []
     for bias in (0.0, torch.tensor(4.0).log().item()):
         monkeypatch.setattr(LLM, "bias", bias)
-        run(tmp_path / str(bias), copy.deepcopy(cfg))
+        model = tiny_model()
+        engine = VllmEngine(model, cfg.rollout).generate
+        run(tmp_path / str(bias), copy.deepcopy(cfg), model=model, engine=engine)
         row = next(r for r in read_metrics(tmp_path / str(bias)) if r["kind"] == "train")
         assert row["mismatch"] == pytest.approx(bias, abs=1e-4)
         norms.append(row["grad_norm"])
@@ -129,13 +133,19 @@ def test_training_corrects_for_the_other_engine(
         assert norms[1] / norms[0] == pytest.approx(moved / min(1.0, cap), rel=1e-3)
 
 
-def test_without_vllm_and_with_lora(tmp_path, monkeypatch) -> None:
+def test_without_vllm_without_the_engine_and_with_lora(tmp_path, monkeypatch) -> None:
     cfg = small(steps=1)
     cfg.rollout.engine = "vllm"
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(SaerlError, match="pip install vllm"):
+        VllmEngine(tiny_model(), cfg.rollout)
+    with pytest.raises(SaerlError, match="engine=vllm is not the engine"):
         run(tmp_path / "a", cfg)
+    session = SimpleNamespace(model=tiny_model())
+    config = Config(train=cfg)
+    with pytest.raises(SaerlError, match="pip install vllm"):
+        _vllm(config, Echo(), session)
     cfg.lora = LoRAConfig(rank=2)
     with pytest.raises(SaerlError, match="lora.rank=0"):
-        run(tmp_path / "b", cfg)
+        _vllm(config, Echo(), session)
     assert not list(tmp_path.iterdir())
