@@ -7,8 +7,10 @@ project's own choice, tested where ``benchmarks/`` says so, and none should be r
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -16,6 +18,7 @@ from typing import Any, Literal, Union
 from saerl_fast.errors import SaerlError
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+Loss = Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"]
 Schedule = Literal["vanilla", "literal", "global", "medium", "adaptive"]
 
 
@@ -23,7 +26,8 @@ Schedule = Literal["vanilla", "literal", "global", "medium", "adaptive"]
 class ModelConfig:
     path: str = ""  # hub id, local folder, or a .gguf file
     gguf_file: str | None = None  # name of the GGUF inside the folder or hub repository `path`
-    dtype: str = "auto"  # auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16, float16
+    # auto: float32 on a CPU, bfloat16 on a GPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     trust_remote_code: bool = False
     attn: str | None = None  # transformers' attn_implementation; None leaves its default
@@ -36,7 +40,7 @@ class DataConfig:
     eval_size: int = 64  # rows held out, or generated for a reasoning-gym evaluation
     eval_filter: str | None = None  # hold out only rows where this column is true or above 0 (null: no)
     limit: int | None = None  # keep the first N training rows
-    eval_limit: int | None = None
+    eval_limit: int | None = None  # keep the first N evaluation rows
     size: int = 512  # rows to generate for a reasoning-gym spec
     hub_config: str | None = None  # configuration name of a hub dataset (gsm8k has "main")
     split: str = "train"  # of a hub dataset
@@ -68,19 +72,19 @@ class SAEConfig:
 
 @dataclass
 class ScoreConfig:
-    reduce: str = "max"  # max or mean over a sequence's tokens
+    reduce: Literal["max", "mean"] = "max"  # over a sequence's tokens
     batch_tokens: int = 8192  # tokens in one prefill
     shard: int = 4096  # prompts whose features are saved together; an interrupted pass loses one shard
     include_answer: bool = True  # quality also reads the features of the reference answer
-    backend: str = "auto"  # of saerl_kernels: auto, triton, torch, numba
+    backend: Literal["auto", "triton", "torch", "numba"] = "auto"  # of saerl_kernels
 
 
 @dataclass
 class QualityConfig:
-    head: str = "logistic"  # logistic (labels 0/1), ridge (a score), none
+    head: Literal["logistic", "ridge", "none"] = "logistic"  # logistic (labels 0/1), ridge (a score), none
     label_column: str = "quality_label"  # null where a row is unlabelled; absent column: no filter
     filter_ratio: float | None = None  # drop this share with the lowest quality; None: below `threshold`
-    threshold: float = 0.5
+    threshold: float = 0.5  # a probability of being good (logistic), or a score (ridge)
     c: float = 10.0  # inverse regularisation, both heads
     folds: int = 5  # of the held-out figures
 
@@ -88,11 +92,11 @@ class QualityConfig:
 @dataclass
 class DifficultyConfig:
     label_column: str | None = None  # pass rate in [0, 1], null where unknown; None rolls out a subset
-    n_labels: int = 128  # prompts rolled out for labels; 0: no difficulty
+    n_labels: int = 128  # prompts rolled out for labels, by the model as it is before any warm-up; 0: none
     rollouts: int = 4  # per labelled prompt
     alpha: float = 0.05  # ElasticNet penalty, as a share of the smallest that leaves no coefficient
     l1_ratio: float = 0.2
-    folds: int = 5
+    folds: int = 5  # of the held-out figures
 
 
 @dataclass
@@ -143,7 +147,7 @@ class RolloutConfig:
 
 @dataclass
 class LossConfig:
-    kind: str = "dapo"  # dapo, grpo, dr_grpo, gspo, cispo; formulas in rl/loss.py
+    kind: Loss = "dapo"  # formulas in rl/loss.py
     clip_low: float | None = None  # None: the loss's own, 0.2; gspo 3e-4; cispo 1 (none)
     clip_high: float | None = None  # None: the loss's own, 0.28; gspo 4e-4; cispo 4
     beta: float = 0.0  # KL to the starting model; 0 keeps no reference model
@@ -171,7 +175,8 @@ class WarmupConfig:
 @dataclass
 class EvalConfig:
     every: int = 10  # steps; 0: only at the end
-    mode: str = "sample"  # sample (avg@k), greedy, prob (teacher-forced probability of the answer)
+    # sample (avg@k), greedy, prob (teacher-forced probability of the reference answer)
+    mode: Literal["sample", "greedy", "prob"] = "sample"
     samples: int = 4  # k of avg@k
     temperature: float = 1.0
 
@@ -354,7 +359,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
                 raise ValueError
             return int(float(value)) if isinstance(value, str) else int(value)
         if hint is float:
-            if isinstance(value, bool):
+            if isinstance(value, bool) or not math.isfinite(float(value)):
                 raise ValueError
             return float(value)
         if hint is str:
@@ -369,32 +374,50 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
+_AT_LEAST_0 = """
+    seed sae.aux_k sae.dead_after sae.sink_ratio sae.seed difficulty.n_labels diversity.svd diversity.polish
+    diversity.seed diversity.null_rounds plan.seed plan.adaptive.noise plan.adaptive.cooldown train.seed
+    train.steps train.lr train.warmup_steps train.weight_decay train.dynamic_sampling train.reward_timeout
+    train.save_every train.rollout_log train.loss.clip_low train.loss.clip_high train.loss.beta
+    train.loss.importance_cap train.loss.overlong_window train.lora.rank train.warmup.steps train.warmup.lr
+    train.eval.every
+"""
+_AT_LEAST_1 = """
+    threads data.eval_size data.limit data.eval_limit data.size data.max_prompt_tokens sae.d_sae sae.k
+    sae.steps sae.batch_size sae.max_tokens score.batch_tokens score.shard difficulty.rollouts
+    diversity.n_clusters diversity.n_init plan.window plan.adaptive.svd train.micro_tokens train.keep
+    train.warmup.batch_size train.warmup.rows train.rollout.prompts_per_step train.rollout.max_new_tokens
+    train.rollout.batch_size train.eval.samples compare.smooth
+"""
+_ABOVE_0 = """
+    sae.lr quality.c train.grad_norm train.lora.alpha train.rollout.temperature train.rollout.top_p
+    train.rollout.gpu_memory train.eval.temperature
+"""
+_SHARES = """
+    plan.mix plan.medium_keep plan.adaptive.target_start plan.adaptive.target_end
+    train.rollout.top_p train.rollout.gpu_memory
+"""
+_RULES: list[tuple[str, str, Callable[[Any], bool]]] = [
+    (_AT_LEAST_0, "at least 0", lambda value: value >= 0),
+    (_AT_LEAST_1, "at least 1", lambda value: value >= 1),
+    ("quality.folds difficulty.folds train.rollout.group_size", "at least 2", lambda value: value >= 2),
+    (_ABOVE_0, "above 0", lambda value: value > 0),
+    (_SHARES, "between 0 and 1", lambda value: 0 <= value <= 1),
+    ("train.betas", "two numbers from 0 to below 1", lambda value: all(0 <= beta < 1 for beta in value)),
+    ("train.lora.targets", "one or more names", lambda value: bool(value) and all(value)),
+]
+
+
 def check_ranges(config: Config) -> Config:
-    """The config itself; SaerlError for numbers that no stage could work with."""
-    least = {
-        "threads": 1,
-        "seed": 0,
-        "data.limit": 1,
-        "data.eval_limit": 1,
-        "data.size": 1,
-        "score.batch_tokens": 1,
-    }
-    least |= {"score.shard": 1, "plan.window": 1, "difficulty.n_labels": 0, "difficulty.rollouts": 1}
-    least |= {
-        "diversity.n_clusters": 1,
-        "train.seed": 0,
-        "train.steps": 0,
-        "train.dynamic_sampling": 0,
-        "train.lora.rank": 0,
-    }
-    least |= {"train.warmup.batch_size": 1, "train.rollout.prompts_per_step": 1}
-    least |= {"train.rollout.max_new_tokens": 1, "train.eval.samples": 1}
-    for key, low in least.items():
-        value: Any = config
-        for name in key.split("."):
-            value = getattr(value, name)
-        if value is not None and value < low:
-            raise SaerlError(f"{key}={value} must be at least {low}")
+    """The config itself; SaerlError for values that no stage could work with, before any stage begins."""
+    for keys, rule, holds in _RULES:
+        for key in keys.split():
+            value: Any = config
+            for name in key.split("."):
+                value = getattr(value, name)
+            if value is not None and not holds(value):
+                shown = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+                raise SaerlError(f"{key}={shown} must be {rule}")
     return config
 
 
