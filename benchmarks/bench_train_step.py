@@ -9,16 +9,14 @@ fused Adam and hold no gradients between steps. On a GPU ours multiplies in bflo
 SAELens is also run under bfloat16 autocast.
 
 Peak memory is what a step takes beyond weights and optimizer state, its gradients included: on a GPU from the
-allocator, on a CPU the growth of the largest resident set in a forked child. How time is taken: harness.py.
+allocator, on a CPU the growth of the resident set. How time and memory are taken: harness.py.
 SAERL_BENCH_GRID=tiny runs one small shape.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
-import resource
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -157,26 +155,6 @@ class Problem:
                 assert error < limit, f"{name}: gradient of {what} is off by {error:.2g}"
 
 
-def child_peak_mb(call: Callable[[], Any]) -> float:
-    """How much the largest resident set of a forked child grows during one call, in MiB."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            with open("/proc/self/statm") as file:
-                before = int(file.read().split()[1]) * resource.getpagesize() / 1024
-            call()
-            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-            os.write(writing, str(grown / 1024).encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as file:
-        text = file.read()
-    os.waitpid(child, 0)
-    return float(text)
-
-
 @pytest.mark.parametrize("shape", GRID, ids=lambda s: "x".join(map(str, s)))
 def test_train_step(benchmark: Any, shape: Shape) -> None:
     problem = Problem(shape, DEVICE)
@@ -188,11 +166,9 @@ def test_train_step(benchmark: Any, shape: Shape) -> None:
         steps = problem.contenders()
         problem.check(steps)
         table = measure(steps, DEVICE, rounds, base="SAELens")
-        if DEVICE.type == "cpu" and torch.get_num_threads() == 1:  # threads do not survive a fork
-            for name, step in steps.items():
-                table[name]["peak_mb"] = child_peak_mb(step)
-        found = environment(DEVICE) | {"sparsify": importlib.metadata.version("eai-sparsify")}
-        benchmark.extra_info.update(shape._asdict(), base="SAELens", contenders=table, environment=found)
+        benchmark.extra_info.update(
+            shape._asdict(), base="SAELens", contenders=table, environment=environment(DEVICE)
+        )
         best = steps["saerl_kernels triton" if DEVICE.type == "cuda" else "saerl_kernels numba"]
         benchmark.pedantic(best, rounds=2)
     finally:

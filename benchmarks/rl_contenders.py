@@ -24,7 +24,7 @@ from saerl_fast.data.score import Scores
 from saerl_fast.pipeline import Session, open_session, score_stage, set_up
 from saerl_fast.prompts import render
 from saerl_fast.rl.logprobs import completion_logprobs
-from saerl_fast.rl.loss import BatchSize, advantages, policy_loss
+from saerl_fast.rl.loss import BatchSize, advantages, clip_range, policy_loss
 from saerl_fast.rl.rewards import get_reward
 from saerl_fast.rl.trainer import train
 from saerl_fast.sae.capture import FeatureCapture
@@ -232,6 +232,7 @@ def _trl(job: Job, pipe: Any, agreement: bool) -> None:
             )
             raise _Stop
 
+    lowest, highest = clip_range(config.train.loss)
     with tempfile.TemporaryDirectory() as out:
         args = GRPOConfig(
             output_dir=out,
@@ -244,8 +245,8 @@ def _trl(job: Job, pipe: Any, agreement: bool) -> None:
             learning_rate=LR,
             lr_scheduler_type="constant",
             loss_type=config.train.loss.kind,
-            epsilon=config.train.loss.clip_low,
-            epsilon_high=config.train.loss.clip_high,
+            epsilon=1 - lowest,
+            epsilon_high=highest - 1,
             beta=0.0,
             gradient_checkpointing=False,
             bf16=next(session.model.parameters()).dtype == torch.bfloat16,

@@ -142,6 +142,8 @@ class RolloutConfig:
     top_p: float = 1.0
     batch_size: int | None = None  # sequences generated at once; None: all of a step
     engine: Literal["transformers", "vllm"] = "transformers"  # of training rollouts, not of evaluations
+    # static: steps of one shape, on a GPU one CUDA graph; auto: static on a GPU, where the model allows
+    decode: Literal["auto", "dynamic", "static"] = "auto"
     gpu_memory: float = 0.3  # share of the GPU's memory that vLLM may take
 
 

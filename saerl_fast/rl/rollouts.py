@@ -2,7 +2,8 @@
 
 The loop is our own rather than ``model.generate`` because a GRPO step wants four things together: each
 prompt is prefetched once and its cache expanded to the group, a capture object sees exactly that
-prefill, every sampled token's log-probability is recorded, and finished rows leave the batch.
+prefill, every sampled token's log-probability is recorded, and finished rows leave the batch (rl/decode.py
+has the other way: on a GPU steps of one shape, which a CUDA graph replays).
 
 Randomness: one uniform number per (row, position), drawn up front from a CPU generator. A row's tokens
 therefore do not depend on chunking, on when other rows finish, or on the device's own generator.
@@ -23,6 +24,7 @@ from torch import Tensor
 from saerl_fast.config import RolloutConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import max_positions, token_ids
+from saerl_fast.rl.decode import CHECK_EVERY, StaticDecoder, sample, use_static
 
 if TYPE_CHECKING:
     from saerl_kernels import CSR
@@ -129,6 +131,7 @@ def generate(
     todo = [(i, min(i + width, len(prompts))) for i in range(0, len(prompts), width)]
     parts: list[tuple[Tensor, Tensor, Tensor, Any]] = []
     timings = {"generate": 0.0, "capture": 0.0, "encode": 0.0}
+    decoders: dict[int, StaticDecoder] = {}  # the latest, by its rows; its memory is free for training after
     was_training = model.training
     model.eval()
     try:
@@ -136,10 +139,10 @@ def generate(
             start, end = todo.pop(0)
             try:
                 rows = slice(start * group, end * group)
-                part = _decode(
-                    model, ids[start:end], lens[start:end], uniforms[rows], stops, cfg, capture, timings
-                )
+                inputs = ids[start:end], lens[start:end], uniforms[rows]
+                part = _decode(model, *inputs, stops, cfg, capture, timings, decoders)
             except torch.OutOfMemoryError:
+                decoders.clear()
                 if end - start == 1:
                     raise
                 middle = (start + end) // 2
@@ -167,33 +170,6 @@ def decoded(tokenizer: Any, tokens: Tensor, mask: Tensor, stops: Tensor) -> tupl
     return ends.any(1), tokenizer.batch_decode(plain, skip_special_tokens=True)
 
 
-def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """One token per row of ``logits`` [n, V] by inverting the distribution function at ``uniforms`` [n].
-
-    Returns tokens int64 [n] and their log-probabilities float32 [n] at this temperature (before top-p;
-    temperature 0: the likeliest token, and its log-probability at temperature 1).
-    """
-    scaled = logits.float() / (temperature or 1.0)
-    total = scaled.logsumexp(-1, keepdim=True)
-    if temperature == 0:
-        token = scaled.argmax(-1, keepdim=True)
-    else:
-        probs = (scaled - total).exp_()
-        order = None
-        if top_p < 1:
-            probs, order = probs.sort(-1, descending=True)
-        reach = probs.cumsum(-1)
-        mass = reach[:, -1:]
-        if top_p < 1:  # the smallest set of likeliest tokens that holds top_p of the mass
-            mass = reach.gather(1, (reach < top_p).sum(-1, keepdim=True).clamp_(max=reach.shape[1] - 1))
-        # strictly below the mass, so a token of probability 0 can never be picked
-        point = torch.minimum(uniforms[:, None] * mass, mass.nextafter(torch.zeros_like(mass)))
-        token = torch.searchsorted(reach, point, right=True)
-        if order is not None:
-            token = order.gather(1, token)
-    return token[:, 0], (scaled.gather(1, token) - total)[:, 0]
-
-
 def _decode(
     model: Any,
     ids: Tensor,
@@ -203,16 +179,14 @@ def _decode(
     cfg: RolloutConfig,
     capture: Any | None,
     timings: dict[str, float],
+    decoders: dict[int, StaticDecoder],
 ) -> tuple[Tensor, Tensor, Tensor, Any]:
     """Prefill P prompts, expand them to N rows, decode. Returns tokens, log-probs, mask [N, C], features."""
     from transformers import DynamicCache
 
-    device, width = ids.device, ids.shape[1]
-    n_rows, limit = uniforms.shape
-    columns = torch.arange(width + limit, device=device)
-    seen = columns >= (width - lens)[:, None]  # [P, S + limit]: False on the left padding
-    padded = bool((lens < width).any())
-    positions = (columns[:width] - (width - lens)[:, None]).clamp_(min=0)
+    width, n_rows = ids.shape[1], len(uniforms)
+    positions = torch.arange(width, device=ids.device) - (width - lens)[:, None]
+    seen = positions >= 0  # [P, S]: False on the left padding
     cache = DynamicCache(config=model.config)
     if capture is not None and hasattr(capture, "reset_timings"):
         capture.reset_timings()
@@ -220,26 +194,60 @@ def _decode(
     with capture if capture is not None else nullcontext():
         output = model(
             input_ids=ids,
-            attention_mask=seen[:, :width].long(),
-            position_ids=positions,
+            attention_mask=seen.long(),
+            position_ids=positions.clamp(min=0),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
     started += sum(getattr(capture, "timings", {}).values())  # hooks are not generation
-    _expand(cache, cfg.group_size, limit)
-    logits = output.logits[:, -1].repeat_interleave(cfg.group_size, 0)
-    next_position = lens.repeat_interleave(cfg.group_size)[:, None]
-    mask = seen.repeat_interleave(cfg.group_size, 0) if padded else None
-    if mask is not None and _takes_4d(model, cache):
-        mask = mask[:, None, None, :]  # used as it is, so no mask is built from it in every step
+    logits = output.logits[:, -1]
+    plain = _plain(model, cache)
+    if use_static(cfg.decode, model, plain):
+        if n_rows not in decoders:
+            decoders.clear()
+            decoders[n_rows] = StaticDecoder(model, cache, uniforms, stops, cfg, width)
+        made = decoders[n_rows].run(cache, logits, seen, lens, uniforms)
+    else:
+        made = _dynamic(model, cache, logits, seen, lens, uniforms, stops, cfg, plain)
+    used = max(int(made[2].any(0).sum()), 1)
+    timings["generate"] += time.perf_counter() - started
+    features = None
+    if capture is not None:  # asked for last: on a GPU they are made beside the decoding
+        features = capture.features()
+        for name, seconds in getattr(capture, "timings", {}).items():
+            timings[name] = timings.get(name, 0.0) + seconds
+    tokens, logprobs, kept = (part[:, :used] for part in made)
+    return tokens, logprobs, kept, features
 
+
+def _dynamic(
+    model: Any,
+    cache: Any,
+    logits: Tensor,
+    seen: Tensor,
+    lens: Tensor,
+    uniforms: Tensor,
+    stops: Tensor,
+    cfg: RolloutConfig,
+    plain: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``StaticDecoder.run``, with a cache that grows and rows that leave once half have ended."""
+    (n_rows, limit), device, width = uniforms.shape, uniforms.device, seen.shape[1]
+    _expand(cache, cfg.group_size, limit)
+    logits = logits.repeat_interleave(cfg.group_size, 0)
+    next_position = lens.repeat_interleave(cfg.group_size)[:, None]
+    mask = None
+    if not bool(seen.all()):
+        mask = torch.nn.functional.pad(seen, (0, limit), value=True).repeat_interleave(cfg.group_size, 0)
+        if plain:
+            mask = mask[:, None, None, :]  # used as it is, so no mask is built from it in every step
     tokens = torch.zeros(n_rows, limit, dtype=torch.long, device=device)
     logprobs = torch.zeros(n_rows, limit, device=device)
     kept = torch.zeros(n_rows, limit, dtype=torch.bool, device=device)
     alive = torch.arange(n_rows, device=device)  # rows still in the batch ...
     done = torch.zeros(n_rows, dtype=torch.bool, device=device)  # ... and which of those have ended
-    sync_every = 1 if device.type == "cpu" else 8  # asking whether all have ended waits for a GPU
+    sync_every = 1 if device.type == "cpu" else CHECK_EVERY  # asking whether all have ended waits for a GPU
     for step in range(limit):
         token, logprob = sample(logits, uniforms[alive, step], cfg.temperature, cfg.top_p)
         tokens[alive, step] = token.masked_fill(done, 0)
@@ -266,14 +274,7 @@ def _decode(
             logits_to_keep=1,
         )
         logits = output.logits[:, -1]
-    used = max(int(kept.any(0).sum()), 1)
-    timings["generate"] += time.perf_counter() - started
-    features = None
-    if capture is not None:  # asked for last: on a GPU they are made beside the decoding
-        features = capture.features()
-        for name, seconds in getattr(capture, "timings", {}).items():
-            timings[name] = timings.get(name, 0.0) + seconds
-    return tokens[:, :used], logprobs[:, :used], kept[:, :used], features
+    return tokens, logprobs, kept
 
 
 @lru_cache(maxsize=1)
@@ -322,9 +323,11 @@ def _expand(cache: Any, repeats: int, room: int) -> None:
             layer.batch_repeat_interleave(repeats)
 
 
-def _takes_4d(model: Any, cache: Any) -> bool:
+def _plain(model: Any, cache: Any) -> bool:
     """Whether a ready-made boolean mask [N, 1, 1, T] is right for every layer of this model."""
-    plain = all(type(layer) is _growing_layer() for layer in cache.layers)
+    from transformers.cache_utils import DynamicLayer
+
+    plain = all(type(layer) is DynamicLayer for layer in cache.layers)
     return plain and getattr(model.config, "_attn_implementation", None) == "sdpa"
 
 
