@@ -227,7 +227,7 @@ def test_filter_and_group_size_need_no_new_scores(scored, tmp_path):
         settings += [f"quality.threshold={threshold}", "train.rollout.group_size=2"]
         assert saerl("plan", tmp_path, *settings) == 0
         found = json.loads((tmp_path / "plan.json").read_text())["dropped"]
-        dropped.append({row["prompt_id"] for row in found})
+        dropped.append({row["id"] for row in found})
     assert dropped[0] < dropped[1]
 
 
