@@ -29,7 +29,7 @@ class ModelConfig:
     # auto: float32 on a CPU, bfloat16 on a GPU
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"  # auto, cpu, cuda, cuda:N
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # run code that comes with the model
     attn: str | None = None  # transformers' attn_implementation; None leaves its default
 
 
@@ -57,9 +57,9 @@ class DataConfig:
 class SAEConfig:
     path: str | None = None  # SAELens or sparsify folder; None uses <run_dir>/sae, training it if absent
     layer: int | None = None  # hidden state after this many blocks; None: the SAE's own, else the middle
-    d_sae: int = 1024
+    d_sae: int = 1024  # features
     activation: Literal["topk", "batchtopk"] = "topk"  # batchtopk: k features a token on average over a batch
-    k: int = 16
+    k: int = 16  # features active for a token
     steps: int = 1000  # training steps
     batch_size: int = 1024  # tokens a step
     lr: float = 3e-3  # best of 1e-3 and 3e-3 at 1,024 features; lower it for much wider dictionaries
@@ -95,7 +95,7 @@ class DifficultyConfig:
     n_labels: int = 128  # prompts rolled out for labels, by the model as it is before any warm-up; 0: none
     rollouts: int = 4  # per labelled prompt
     alpha: float = 0.05  # ElasticNet penalty, as a share of the smallest that leaves no coefficient
-    l1_ratio: float = 0.2
+    l1_ratio: float = 0.2  # share of the absolute values in the ElasticNet penalty
     folds: int = 5  # of the held-out figures
 
 
@@ -104,7 +104,7 @@ class DiversityConfig:
     n_clusters: int = 16
     svd: int = 64  # dense dimensions for k-means; 0 clusters the sparse rows themselves
     polish: int = 3  # exact sparse spherical iterations after it
-    n_init: int = 4
+    n_init: int = 4  # starts, of which the best is kept
     seed: int = 0
     null_rounds: int = 3  # feature permutations behind the reported null
 
@@ -135,11 +135,11 @@ class PlanConfig:
 
 @dataclass
 class RolloutConfig:
-    prompts_per_step: int = 16
+    prompts_per_step: int = 16  # a batch of the plan
     group_size: int = 8  # rollouts per prompt
     max_new_tokens: int = 64
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float = 1.0  # of sampling; the loss uses the same
+    top_p: float = 1.0  # nucleus sampling; 1 samples from everything
     batch_size: int | None = None  # sequences generated at once; None: all of a step
     engine: Literal["transformers", "vllm"] = "transformers"  # of training rollouts, not of evaluations
     # static: steps of one shape, on a GPU one CUDA graph; auto: static on a GPU, where the model allows
@@ -185,15 +185,15 @@ class EvalConfig:
 
 @dataclass
 class TrainConfig:
-    steps: int = 100
+    steps: int = 100  # optimizer steps, one for each batch of rollouts
     seed: int | None = None  # of sampling and order; None: the run's seed. The data split keeps the latter
     lr: float = 1e-6  # about ten times as much with train.lora
     warmup_steps: int = 10  # of the learning rate
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    grad_norm: float = 1.0
+    weight_decay: float = 0.0  # of AdamW
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    grad_norm: float = 1.0  # gradients are clipped to this norm
     micro_tokens: int = 16384  # tokens of a forward/backward
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # less memory, more time
     dynamic_sampling: int = 0  # further plan batches a step may draw while too few groups have a signal
     reward: str = "exact"  # exact, numeric, maths, reasoning-gym, or module:function (TRL's signature)
     reward_timeout: float = 0.0  # seconds one call of the reward may take; 0: no limit
@@ -212,8 +212,8 @@ class TrainConfig:
 
 @dataclass
 class CompareConfig:
-    arms: list[str] = field(default_factory=lambda: ["vanilla", "adaptive"])
-    seeds: list[int] = field(default_factory=lambda: [0])
+    arms: list[str] = field(default_factory=lambda: ["vanilla", "adaptive"])  # NAME or NAME:key=value;...
+    seeds: list[int] = field(default_factory=lambda: [0])  # of every arm; pairs are compared by seed
     targets: list[float] = field(default_factory=lambda: [0.6, 0.8])  # shares of the first arm's gain
     target_values: list[float] | None = None  # accuracies registered beforehand; replace `targets`
     smooth: int = 3  # evaluations in the running mean that is tested against a target
@@ -221,8 +221,8 @@ class CompareConfig:
 
 @dataclass
 class Config:
-    run_dir: str = "runs/default"
-    seed: int = 0
+    run_dir: str = "runs/default"  # where every stage writes
+    seed: int = 0  # of the data split, the labels and, unless train.seed is set, training
     threads: int | None = None  # CPU threads; None leaves torch's choice
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

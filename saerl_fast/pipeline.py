@@ -313,7 +313,7 @@ def make_plan(config: Config, echo: Echo, session: Session | None = None) -> Pla
         scores,
         config.plan,
         batch_size=config.train.rollout.prompts_per_step,
-        total_steps=config.train.steps,
+        total_steps=max(config.train.steps, 1),  # 0: only the warm-up
         seed=training_seed(config),
         quality=config.quality,
     )

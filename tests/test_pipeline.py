@@ -97,6 +97,13 @@ def test_vanilla_needs_no_sae(tmp_path):
     assert (tmp_path / "r" / "vanilla" / "metrics.jsonl").is_file()
 
 
+def test_no_steps_leave_the_warm_up(tmp_path):
+    settings = ["plan.schedule=vanilla", "train.steps=0", "train.warmup.steps=1"]
+    assert saerl("train", tmp_path, *settings) == 0
+    rows = [json.loads(line) for line in (tmp_path / "vanilla" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in rows] == ["warmup", "eval"]
+
+
 @pytest.mark.parametrize("schedule", ["literal", "global", "medium", "adaptive"])
 def test_every_schedule_trains_and_resumes(scored, tmp_path, schedule):
     folder = copy_of(scored, tmp_path / "demo")
