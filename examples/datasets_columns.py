@@ -35,4 +35,4 @@ if __name__ == "__main__":
     rows = main(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
     print(rows)
     for row in rows.select(range(min(5, len(rows)))):
-        print(row["saerl_difficulty"], row["saerl_cluster"], row["prompt"][:60])
+        print(row["saerl_difficulty"], row["saerl_cluster"], row["prompt"].splitlines()[0][:60])

@@ -32,7 +32,7 @@ def main(run_dir: str, steps: int = 5, batch_size: int = 8) -> list[list[str]]:
     for step, batch in enumerate(loader):
         pass_rates = [float(i % 2) for i in range(len(batch["prompt_id"]))]  # yours: rollouts and rewards
         plan.observe(batch["prompt_id"], pass_rates)
-        print(f"step {step}: {', '.join(text[:24] for text in batch['prompt'][:3])} ...")
+        print(f"step {step}: {', '.join(text.splitlines()[0][:24] for text in batch['prompt'][:3])} ...")
         seen.append(list(batch["prompt_id"]))
     return seen
 

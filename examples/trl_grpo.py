@@ -69,4 +69,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     rewards = main(options.run_dir, options.steps)
-    print("mean reward of each step:", " ".join(f"{reward:.2f}" for reward in rewards))
+    if os.environ.get("RANK", "0") == "0":
+        print("mean reward of each step:", " ".join(f"{reward:.2f}" for reward in rewards))

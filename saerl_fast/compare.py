@@ -6,20 +6,23 @@ apart only by an arm such as ``filtered:plan.schedule=vanilla;plan.filter=true``
 
 from __future__ import annotations
 
+import typing
 from pathlib import Path
 
-from saerl_fast.config import Config, apply_overrides, to_dict
+from saerl_fast.config import Config, Schedule, apply_overrides, to_dict
 from saerl_fast.console import Echo
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_json
-from saerl_fast.fingerprint import RUN_SECTIONS, fingerprint
+from saerl_fast.fingerprint import RUN_SECTIONS, changes, fingerprint
 from saerl_fast.pipeline import train_stage
+from saerl_fast.preflight import check_packages
 from saerl_fast.report import write_report
 
 
 def parse_arm(text: str) -> tuple[str, list[str]]:
     """``NAME`` (a schedule) or ``NAME:key=value;key=value`` -> the arm's name and its overrides.
 
+    An arm named after a schedule follows it, another one the config's, unless it sets plan.schedule.
     Overrides reach ``plan`` and ``train`` only: what an arm changes must not touch data or scores.
     """
     name, _, rest = text.partition(":")
@@ -27,7 +30,8 @@ def parse_arm(text: str) -> tuple[str, list[str]]:
     for item in overrides:
         if not item.startswith(("plan.", "train.")):
             raise SaerlError(f"arm {text!r} sets {item!r}; an arm may set plan.* and train.* only")
-    if not any(item.startswith("plan.schedule=") for item in overrides):
+    named = name in typing.get_args(Schedule) or not overrides
+    if named and not any(item.startswith("plan.schedule=") for item in overrides):
         overrides.insert(0, f"plan.schedule={name}")
     if not name.replace("-", "_").isidentifier() or name == "sae":
         raise SaerlError(
@@ -55,6 +59,7 @@ def compare(config: Config, echo: Echo) -> list[Path]:
     for seed in seeds:
         for name, overrides in arms:
             mine = apply_overrides(config, [*overrides, f"train.seed={seed}"])
+            check_packages(mine)
             folder = name if seed == seeds[0] else f"{name}.seed-{seed}"
             jobs.append((name, mine, root / folder))
     states = [_state(mine, out) for _, mine, out in jobs]  # all of them before the first one runs
@@ -78,5 +83,8 @@ def _state(config: Config, out: Path) -> tuple[bool, bool]:
         return False, False
     record = read_json(described, "saerl compare")
     if record.get("fingerprint") != fingerprint(config, RUN_SECTIONS):
-        raise SaerlError(f"{out} holds a run with other settings; remove it or choose another run_dir")
+        why = changes(record.get("config"), config, RUN_SECTIONS)
+        raise SaerlError(
+            f"{out} holds a run with other settings ({why}); remove it or choose another run_dir"
+        )
     return True, (out / "summary.json").is_file()

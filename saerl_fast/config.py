@@ -7,6 +7,7 @@ project's own choice, tested where ``benchmarks/`` says so, and none should be r
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -14,54 +15,22 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.ranges import RULES
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+Loss = Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"]
 Schedule = Literal["vanilla", "literal", "global", "medium", "adaptive"]
 Section = TypeVar("Section")
-LEAST: dict[str, float] = {  # the smallest values that a stage can work with
-    "threads": 1,
-    "seed": 0,
-    "data.limit": 1,
-    "data.eval_limit": 1,
-    "data.size": 1,
-    "score.batch_tokens": 1,
-    "score.shard": 1,
-    "difficulty.n_labels": 0,
-    "difficulty.rollouts": 1,
-    "diversity.n_clusters": 1,
-    "plan.window": 1,
-    "train.seed": 0,
-    "train.steps": 0,
-    "train.lr": 0,
-    "train.micro_tokens": 1,
-    "train.keep": 1,
-    "train.dynamic_sampling": 0,
-    "train.reward_timeout": 0,
-    "train.loss.clip_low": 0,
-    "train.loss.clip_high": 0,
-    "train.loss.beta": 0,
-    "train.loss.importance_cap": 0,
-    "train.loss.overlong_window": 0,
-    "train.lora.rank": 0,
-    "train.rollout.prompts_per_step": 1,
-    "train.rollout.group_size": 2,  # a group of one has nothing to compare with
-    "train.rollout.max_new_tokens": 1,
-    "train.warmup.steps": 0,
-    "train.warmup.batch_size": 1,
-    "train.warmup.rows": 1,
-    "train.eval.every": 0,
-    "train.eval.samples": 1,
-    "train.eval.temperature": 0.001,
-}
 
 
 @dataclass
 class ModelConfig:
     path: str = ""  # hub id, local folder, or a .gguf file
     gguf_file: str | None = None  # name of the GGUF inside the folder or hub repository `path`
-    dtype: str = "auto"  # auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16, float16
+    # auto: float32 on a CPU, bfloat16 on a GPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"  # auto, cpu, cuda, cuda:N
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # run code that comes with the model
     attn: str | None = None  # transformers' attn_implementation; None leaves its default
 
 
@@ -72,7 +41,7 @@ class DataConfig:
     eval_size: int = 64  # rows held out, or generated for a reasoning-gym evaluation
     eval_filter: str | None = None  # hold out only rows where this column is true or above 0 (null: no)
     limit: int | None = None  # keep the first N training rows
-    eval_limit: int | None = None
+    eval_limit: int | None = None  # keep the first N evaluation rows
     size: int = 512  # rows to generate for a reasoning-gym spec
     hub_config: str | None = None  # configuration name of a hub dataset (gsm8k has "main")
     split: str = "train"  # of a hub dataset
@@ -89,9 +58,9 @@ class DataConfig:
 class SAEConfig:
     path: str | None = None  # SAELens or sparsify folder; None uses <run_dir>/sae, training it if absent
     layer: int | None = None  # hidden state after this many blocks; None: the SAE's own, else the middle
-    d_sae: int = 1024
+    d_sae: int = 1024  # features
     activation: Literal["topk", "batchtopk"] = "topk"  # batchtopk: k features a token on average over a batch
-    k: int = 16
+    k: int = 16  # features active for a token
     steps: int = 1000  # training steps
     batch_size: int = 1024  # tokens a step
     lr: float = 3e-3  # best of 1e-3 and 3e-3 at 1,024 features; lower it for much wider dictionaries
@@ -104,19 +73,19 @@ class SAEConfig:
 
 @dataclass
 class ScoreConfig:
-    reduce: str = "max"  # max or mean over a sequence's tokens
+    reduce: Literal["max", "mean"] = "max"  # over a sequence's tokens
     batch_tokens: int = 8192  # tokens in one prefill
     shard: int = 4096  # prompts whose features are saved together; an interrupted pass loses one shard
     include_answer: bool = True  # quality also reads the features of the reference answer
-    backend: str = "auto"  # of saerl_kernels: auto, triton, torch, numba
+    backend: Literal["auto", "triton", "torch", "numba"] = "auto"  # of saerl_kernels
 
 
 @dataclass
 class QualityConfig:
-    head: str = "logistic"  # logistic (labels 0/1), ridge (a score), none
+    head: Literal["logistic", "ridge", "none"] = "logistic"  # logistic (labels 0/1), ridge (a score), none
     label_column: str = "quality_label"  # null where a row is unlabelled; absent column: no filter
     filter_ratio: float | None = None  # drop this share with the lowest quality; None: below `threshold`
-    threshold: float = 0.5
+    threshold: float = 0.5  # a probability of being good (logistic), or a score (ridge)
     c: float = 10.0  # inverse regularisation, both heads
     folds: int = 5  # of the held-out figures
 
@@ -124,11 +93,11 @@ class QualityConfig:
 @dataclass
 class DifficultyConfig:
     label_column: str | None = None  # pass rate in [0, 1], null where unknown; None rolls out a subset
-    n_labels: int = 128  # prompts rolled out for labels; 0: no difficulty
+    n_labels: int = 128  # prompts rolled out for labels, by the model as it is before any warm-up; 0: none
     rollouts: int = 4  # per labelled prompt
     alpha: float = 0.05  # ElasticNet penalty, as a share of the smallest that leaves no coefficient
-    l1_ratio: float = 0.2
-    folds: int = 5
+    l1_ratio: float = 0.2  # share of the absolute values in the ElasticNet penalty
+    folds: int = 5  # of the held-out figures
 
 
 @dataclass
@@ -136,7 +105,7 @@ class DiversityConfig:
     n_clusters: int = 16
     svd: int = 64  # dense dimensions for k-means; 0 clusters the sparse rows themselves
     polish: int = 3  # exact sparse spherical iterations after it
-    n_init: int = 4
+    n_init: int = 4  # starts, of which the best is kept
     seed: int = 0
     null_rounds: int = 3  # feature permutations behind the reported null
 
@@ -167,11 +136,11 @@ class PlanConfig:
 
 @dataclass
 class RolloutConfig:
-    prompts_per_step: int = 16
+    prompts_per_step: int = 16  # a batch of the plan
     group_size: int = 8  # rollouts per prompt
     max_new_tokens: int = 64
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float = 1.0  # of sampling; the loss uses the same
+    top_p: float = 1.0  # nucleus sampling; 1 samples from everything
     batch_size: int | None = None  # sequences generated at once; None: all of a step
     engine: Literal["transformers", "vllm"] = "transformers"  # of training rollouts, not of evaluations
     # static: steps of one shape, on a GPU one CUDA graph; auto: static on a GPU, where the model allows
@@ -181,7 +150,7 @@ class RolloutConfig:
 
 @dataclass
 class LossConfig:
-    kind: Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"] = "dapo"  # formulas in rl/loss.py
+    kind: Loss = "dapo"  # formulas in rl/loss.py
     clip_low: float | None = None  # None: the loss's own, 0.2; gspo 3e-4; cispo 1 (none)
     clip_high: float | None = None  # None: the loss's own, 0.28; gspo 4e-4; cispo 4
     beta: float = 0.0  # KL to the starting model; 0 keeps no reference model
@@ -209,7 +178,7 @@ class WarmupConfig:
 @dataclass
 class EvalConfig:
     every: int = 10  # steps; 0: only at the end
-    # sample: avg@k; prob: teacher-forced probability of the answer
+    # sample (avg@k), greedy, prob (teacher-forced probability of the reference answer)
     mode: Literal["sample", "greedy", "prob"] = "sample"
     samples: int = 4  # k of avg@k
     temperature: float = 1.0
@@ -217,15 +186,15 @@ class EvalConfig:
 
 @dataclass
 class TrainConfig:
-    steps: int = 100
+    steps: int = 100  # optimizer steps, one for each batch of rollouts
     seed: int | None = None  # of sampling and order; None: the run's seed. The data split keeps the latter
     lr: float = 1e-6  # about ten times as much with train.lora
     warmup_steps: int = 10  # of the learning rate
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    grad_norm: float = 1.0
+    weight_decay: float = 0.0  # of AdamW
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    grad_norm: float = 1.0  # gradients are clipped to this norm
     micro_tokens: int = 16384  # tokens of a forward/backward
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # less memory, more time
     dynamic_sampling: int = 0  # further plan batches a step may draw while too few groups have a signal
     reward: str = "exact"  # exact, numeric, maths, reasoning-gym, or module:function (TRL's signature)
     reward_timeout: float = 0.0  # seconds one call of the reward may take; 0: no limit
@@ -244,8 +213,8 @@ class TrainConfig:
 
 @dataclass
 class CompareConfig:
-    arms: list[str] = field(default_factory=lambda: ["vanilla", "adaptive"])
-    seeds: list[int] = field(default_factory=lambda: [0])
+    arms: list[str] = field(default_factory=lambda: ["vanilla", "adaptive"])  # NAME or NAME:key=value;...
+    seeds: list[int] = field(default_factory=lambda: [0])  # of every arm; pairs are compared by seed
     targets: list[float] = field(default_factory=lambda: [0.6, 0.8])  # shares of the first arm's gain
     target_values: list[float] | None = None  # accuracies registered beforehand; replace `targets`
     smooth: int = 3  # evaluations in the running mean that is tested against a target
@@ -253,8 +222,8 @@ class CompareConfig:
 
 @dataclass
 class Config:
-    run_dir: str = "runs/default"
-    seed: int = 0
+    run_dir: str = "runs/default"  # where every stage writes
+    seed: int = 0  # of the data split, the labels and, unless train.seed is set, training
     threads: int | None = None  # CPU threads; None leaves torch's choice
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -393,7 +362,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
                 raise ValueError
             return int(float(value)) if isinstance(value, str) else int(value)
         if hint is float:
-            if isinstance(value, bool):
+            if isinstance(value, bool) or not math.isfinite(float(value)):
                 raise ValueError
             return float(value)
         if hint is str:
@@ -416,8 +385,11 @@ def check_ranges(section: Section, where: str = "") -> Section:
             check_ranges(value, f"{key}.")
         elif typing.get_origin(hint) is Literal:
             _coerce(value, hint, key)
-        elif value is not None and key in LEAST and value < LEAST[key]:
-            raise SaerlError(f"{key}={value} must be at least {LEAST[key]}")
+        elif value is not None:
+            for keys, rule, holds in RULES:
+                if key in keys.split() and not holds(value):
+                    shown = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+                    raise SaerlError(f"{key}={shown} must be {rule}")
     return section
 
 

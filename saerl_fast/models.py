@@ -246,13 +246,7 @@ def add_adapters(model: Any, cfg: LoRAConfig, seed: int) -> Any:
         raise SaerlError(
             f"train.lora.rank={cfg.rank} needs peft; run `pip install saerl-fast[lora]` or set it to 0"
         ) from None
-    named = [name for name, _ in model.named_modules()]
-    for target in cfg.targets:
-        if target != "all-linear" and not any(name.split(".")[-1] == target for name in named):
-            raise SaerlError(
-                f"train.lora.targets={target!r} names no module of {type(model).__name__}; use all-linear or "
-                "names such as q_proj"
-            )
+    check_targets(model, cfg)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         settings = peft.LoraConfig(
@@ -263,3 +257,16 @@ def add_adapters(model: Any, cfg: LoRAConfig, seed: int) -> Any:
             task_type="CAUSAL_LM",
         )
         return peft.get_peft_model(model, settings).eval()
+
+
+def check_targets(model: Any, cfg: LoRAConfig) -> None:
+    """SaerlError when adapters are asked for on modules that ``model`` lacks."""
+    if cfg.rank == 0:
+        return
+    named = [name for name, _ in model.named_modules()]
+    for target in cfg.targets:
+        if target != "all-linear" and not any(name.split(".")[-1] == target for name in named):
+            raise SaerlError(
+                f"train.lora.targets={target!r} names no module of {type(model).__name__}; use all-linear or "
+                "names such as q_proj"
+            )

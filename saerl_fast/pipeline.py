@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from saerl_fast.fingerprint import (
     fingerprint,
     training_seed,
 )
+from saerl_fast.preflight import check_packages, check_target
 
 if TYPE_CHECKING:
     from saerl_fast.data.plan import Plan
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from saerl_fast.data.shards import Shards
     from saerl_fast.prompts import Pool
     from saerl_fast.sae.model import TopKSAE
+
+LABEL_CHUNK = 16  # prompts rolled out for labels before they are saved
 
 
 @dataclass
@@ -61,6 +65,7 @@ def set_up(config: Config) -> None:
         raise SaerlError("transformers is not installed; run `pip install saerl-fast[all]`") from None
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's, not the user's
     if config.threads is not None:
         import torch
 
@@ -128,6 +133,7 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> Top
         **metrics,
         "seconds_capture": captured - started,
         "fingerprint": fingerprint(config, SAE_SECTIONS),
+        "config": to_dict(config),
     }
     write_json(folder / "train.json", record)
     echo(
@@ -149,7 +155,7 @@ def find_sae(config: Config, echo: Echo, session: Session) -> TopKSAE:
         _refuse_together(folder, "saerl sae train")
         return sae_stage(config, echo, session)
     record = read_json(folder / "train.json", "saerl sae train")
-    check_same(record.get("fingerprint"), config, SAE_SECTIONS, folder, "saerl sae train")
+    check_same(record, config, SAE_SECTIONS, folder, "saerl sae train")
     return load_sae(folder).to(session.model.device)
 
 
@@ -162,7 +168,8 @@ def describe_sae(path: str) -> str:
     lines += [f"  {key}: {value}" for key, value in sorted(sae.cfg.items()) if value is not None]
     trained = Path(path) / "train.json"
     if trained.is_file():
-        lines += [f"  {key}: {value}" for key, value in read_json(trained, "saerl sae train").items()]
+        record = read_json(trained, "saerl sae train")
+        lines += [f"  {key}: {value}" for key, value in record.items() if key != "config"]
     return "\n".join(lines)
 
 
@@ -191,7 +198,7 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None) -> S
         shards=shards,
     )
     scores.metadata["difficulty_labels"] = label_costs
-    scores.metadata["fingerprint"] = fingerprint(config, SCORE_SECTIONS)
+    scores.metadata |= {"fingerprint": fingerprint(config, SCORE_SECTIONS), "config": to_dict(config)}
     folder = scores.save(config.run_dir)
     shards.clear()
     echo(f"wrote {folder / 'scores.parquet'}, scores.json and features.safetensors")
@@ -218,8 +225,7 @@ def find_scores(config: Config, echo: Echo, session: Session | None = None) -> S
         _refuse_together(file, "saerl score")
         return score_stage(config, echo, session)
     scores = Scores.load(config.run_dir)
-    found = scores.metadata.get("fingerprint")
-    check_same(found, config, SCORE_SECTIONS, file, "saerl score")
+    check_same(scores.metadata, config, SCORE_SECTIONS, file, "saerl score")
     return scores
 
 
@@ -269,7 +275,7 @@ def difficulty_labels(
     reward = with_timeout(get_reward(config.train.reward), config.train.reward_timeout)
     ids = pool.column("prompt_id")
     rollout = replace(config.train.rollout, group_size=settings.rollouts)
-    bar, width = echo.bar("difficulty labels"), max(config.train.rollout.prompts_per_step, 1)
+    bar, width = echo.bar("difficulty labels"), LABEL_CHUNK
     for start in range(0, len(chosen), width):
         part = [int(i) for i in chosen[start : start + width]]
         if not all(ids[i] in record["rates"] for i in part):
@@ -307,8 +313,9 @@ def make_plan(config: Config, echo: Echo, session: Session | None = None) -> Pla
         scores,
         config.plan,
         batch_size=config.train.rollout.prompts_per_step,
-        total_steps=config.train.steps,
+        total_steps=max(config.train.steps, 1),  # 0: only the warm-up
         seed=training_seed(config),
+        quality=config.quality,
     )
     echo(f"plan: {config.plan.schedule}, {len(plan.prompt_ids)} prompts kept, {len(plan.dropped)} dropped")
     return plan
@@ -339,6 +346,7 @@ def train_stage(
     import shutil
 
     from saerl_fast.data.plan import load_plan, save_plan
+    from saerl_fast.models import check_targets
     from saerl_fast.report import write_report
     from saerl_fast.rl import distributed
     from saerl_fast.rl.rewards import get_reward
@@ -358,7 +366,8 @@ def train_stage(
     }
     if distributed.size() > 1 and ":" in config.model.device:
         raise SaerlError(f"model.device={config.model.device} is one device for all processes; set auto")
-    distributed.on_first(lambda: _check_target(out, described, resume=resume, overwrite=overwrite))
+    check_packages(config)
+    distributed.on_first(lambda: check_target(out, described, config, resume=resume, overwrite=overwrite))
     reward = get_reward(config.train.reward)
     session = open_session(config, echo)
     plan = given or make_plan(config, echo, session)
@@ -375,6 +384,7 @@ def train_stage(
         )
         capture.warm_up()
     engine = {} if config.train.rollout.engine == "transformers" else {"engine": _vllm(config, echo, session)}
+    check_targets(session.model, config.train.lora)
 
     def prepare() -> None:
         if overwrite and out.exists():
@@ -415,26 +425,3 @@ def _vllm(config: Config, echo: Echo, session: Session) -> Callable[..., Any]:
     if config.train.capture:
         echo("vLLM's prefill cannot be observed: features take a forward pass of their own")
     return VllmEngine(session.model, config.train.rollout).generate
-
-
-def _check_target(out: Path, described: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """SaerlError before anything in ``out`` is touched that must not be."""
-    if resume and overwrite:
-        raise SaerlError("--resume goes on with a run and --overwrite replaces it; choose one")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not (out / "run.json").is_file():
-        raise SaerlError(f"{out} holds files that are no run of saerl; choose another run_dir")
-    if overwrite:
-        return
-    if not resume:
-        raise SaerlError(f"{out} holds a run already; add --resume to go on, or --overwrite to replace it")
-    before = read_json(out / "run.json", "saerl train")
-    if any(before.get(key) != described[key] for key in ("resumable", "plan")):
-        raise SaerlError(
-            f"{out} was started with other settings; resume with the same ones (train.steps may grow), or "
-            "choose another run_dir"
-        )
-    steps, planned = described["config"]["train"]["steps"], before["config"]["train"]["steps"]
-    if steps < planned:
-        raise SaerlError(f"train.steps={steps} is less than the {planned} this run was started with")

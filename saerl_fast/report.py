@@ -93,7 +93,8 @@ def main_table(runs: list[RunRecord], targets: dict[str, float], settings: Compa
         mine = [run for run in runs if run.arm == arm]
         known = [run for run in mine if run.eval]
         row = [arm, str(len(mine))]
-        row += [_mean([run.accuracy[0] for run in known]), _mean([run.accuracy[-1] for run in known])]
+        row.append(_mean([run.accuracy[0] for run in known if run.eval_steps[0] == 0]))
+        row.append(_mean([run.accuracy[-1] for run in known]))
         row += [_mean([area_under_curve(run.eval_steps, run.accuracy) for run in known])]
         for value in targets.values():
             reached = [steps_to_target(r.eval_steps, r.accuracy, value, settings.smooth) for r in known]

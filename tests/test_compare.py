@@ -16,6 +16,7 @@ def test_an_arm_is_a_schedule_or_a_name_with_settings():
     assert parse_arm("global") == ("global", ["plan.schedule=global"])
     name, overrides = parse_arm("cold:plan.schedule=adaptive;plan.adaptive.use_labels=false")
     assert (name, overrides[0]) == ("cold", "plan.schedule=adaptive")
+    assert parse_arm("sequence:train.loss.kind=gspo")[1] == ["train.loss.kind=gspo"]  # the config's schedule
     assert parse_arm("vanilla:train.lr=1e-5")[1] == ["plan.schedule=vanilla", "train.lr=1e-5"]
 
 

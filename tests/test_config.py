@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 
-from saerl_fast.config import Config, apply_overrides, load_config, to_dict
+from saerl_fast.config import Config, apply_overrides, check_ranges, load_config, to_dict
 from saerl_fast.errors import SaerlError
+from saerl_fast.ranges import RULES
 
 
 @pytest.fixture
@@ -79,6 +82,17 @@ def test_override_values(item, get, value):
         ("train.trackers=wandb,mlflow", ["train.trackers", "'mlflow'", "trackio"]),
         ("train.lora.rank=-1", ["train.lora.rank=-1"]),
         ("train.dynamic_sampling=-1", ["train.dynamic_sampling=-1"]),
+        ("train.loss.kind=ppo", ["train.loss.kind='ppo'", "cispo"]),
+        ("train.eval.mode=best", ["train.eval.mode='best'", "greedy"]),
+        ("train.lr=nan", ["train.lr='nan'", "float"]),
+        ("train.lr=-1", ["train.lr=-1.0", "at least 0"]),
+        ("train.reward_timeout=-1", ["train.reward_timeout=-1.0", "at least 0"]),
+        ("train.rollout.group_size=1", ["train.rollout.group_size=1", "at least 2"]),
+        ("train.rollout.temperature=0", ["train.rollout.temperature=0.0", "above 0"]),
+        ("train.rollout.top_p=2", ["train.rollout.top_p=2.0", "between 0 and 1"]),
+        ("train.betas=0.9,1", ["train.betas=0.9,1.0", "below 1"]),
+        ("train.lora.targets=[]", ["train.lora.targets=", "one or more"]),
+        ("train.lora.targets=", ["train.lora.targets=", "one or more"]),
         ("train=5", ["'train'", "mapping", "5"]),
         ("train.lr.x=5", ["train.lr"]),
         ("train.lr", ["'train.lr'", "key.sub=value"]),
@@ -128,3 +142,10 @@ def test_configs_survive_a_round_trip_and_copies_are_independent():
     changed = apply_overrides(config, ["train.lr=1e-4"])
     assert changed.train.lr == 1e-4 and config.train.lr == Config().train.lr
     assert to_dict(changed)["train"]["betas"] == (0.8, 0.9)
+
+
+def test_every_key_with_a_rule_exists():
+    assert check_ranges(Config()) == Config()
+    for keys, _, _ in RULES:
+        for key in keys.split():
+            functools.reduce(getattr, key.split("."), Config())

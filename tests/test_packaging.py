@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels" / "torch-ext" / "saerl_kernels"
 # Shared base of saerl_fast: importable by all of it (the last two are parts of prompts).
-BASE = {"errors", "fileio", "config", "interrupt", "log", "models"}
+BASE = {"errors", "fileio", "config", "ranges", "interrupt", "log", "models"}
 BASE |= {"prompts", "prompt_files", "reasoning_gym_pool"}
 MAY_IMPORT = {  # sub-package of saerl_fast -> first components of saerl_fast (or kernels) it may import
     "sae": {"sae", "saerl_kernels"},

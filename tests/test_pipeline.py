@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -94,6 +95,13 @@ def test_vanilla_needs_no_sae(tmp_path):
     assert saerl("train", tmp_path / "r", "plan.schedule=vanilla", "train.steps=1") == 0
     assert not (tmp_path / "r" / "sae").exists()
     assert (tmp_path / "r" / "vanilla" / "metrics.jsonl").is_file()
+
+
+def test_no_steps_leave_the_warm_up(tmp_path):
+    settings = ["plan.schedule=vanilla", "train.steps=0", "train.warmup.steps=1"]
+    assert saerl("train", tmp_path, *settings) == 0
+    rows = [json.loads(line) for line in (tmp_path / "vanilla" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in rows] == ["warmup", "eval"]
 
 
 @pytest.mark.parametrize("schedule", ["literal", "global", "medium", "adaptive"])
@@ -201,6 +209,53 @@ def test_other_settings_are_not_mixed(scored, tmp_path, capsys):
     assert saerl("train", folder, "diversity.n_clusters=5") == 2
     one_sentence(capsys, "was made with other settings")
     assert (folder / "scores.parquet").read_bytes() == before
+
+
+def test_the_setting_that_differs_is_named(scored, tmp_path, capsys):
+    folder = copy_of(scored, tmp_path / "demo")
+    assert saerl("train", folder, "score.reduce=max") == 2
+    one_sentence(capsys, "(score.reduce was mean)")
+    assert saerl("score", folder, "sae.k=4") == 2
+    one_sentence(capsys, "(sae.k was 8)")
+    assert saerl("train", folder, "train.rollout.temperature=0.5") == 2
+    one_sentence(capsys, "(train.rollout.temperature was 1.0)")
+    assert saerl("train", folder, "train.steps=1") == 0
+    assert saerl("train", folder, "train.steps=1", "train.lr=0.01", "--resume") == 2
+    one_sentence(capsys, "(train.lr was 0.0005)")
+    assert saerl("compare", folder, "train.steps=1", "train.lr=0.01") == 2
+    one_sentence(capsys, "(train.lr was 0.0005)")
+
+
+def test_filter_and_group_size_need_no_new_scores(scored, tmp_path):
+    settings = ["data.limit=300", f"sae.path={scored / 'sae'}"]
+    assert saerl("score", tmp_path, *settings) == 0
+    dropped = []
+    for threshold in (0.3, 0.6):
+        settings += [f"quality.threshold={threshold}", "train.rollout.group_size=2"]
+        assert saerl("plan", tmp_path, *settings) == 0
+        found = json.loads((tmp_path / "plan.json").read_text())["dropped"]
+        dropped.append({row["id"] for row in found})
+    assert dropped[0] < dropped[1]
+
+
+def test_what_cannot_work_stops_before_a_run_is_replaced(scored, tmp_path, capsys, monkeypatch):
+    folder = copy_of(scored, tmp_path / "demo")
+    assert saerl("train", folder, "train.steps=1") == 0
+    for package in ("peft", "vllm", "tensorboard"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for setting, said in [
+        ("train.lora.rank=2", "needs peft; run `pip install peft`"),
+        ("train.rollout.engine=vllm", "needs vllm"),
+        ("train.trackers=tensorboard", "train.trackers=tensorboard needs tensorboard"),
+        ("train.loss.kind=ppo", "choose one of"),
+    ]:
+        assert saerl("train", folder, "--overwrite", setting) == 2
+        one_sentence(capsys, said)
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    assert saerl("train", folder, "--overwrite", "train.lora.rank=2", "train.lora.targets=nope") == 2
+    one_sentence(capsys, "'nope' names no module")
+    assert (folder / "adaptive" / "summary.json").is_file()
 
 
 def test_empty_pool(tmp_path, capsys):
