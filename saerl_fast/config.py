@@ -192,7 +192,7 @@ class TrainConfig:
     warmup_steps: int = 10  # of the learning rate
     weight_decay: float = 0.0  # of AdamW
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
-    grad_norm: float = 1.0  # gradients are clipped to this norm
+    grad_norm: float = 1.0  # gradients are clipped to this norm; 0: not clipped
     micro_tokens: int = 16384  # tokens of a forward/backward
     gradient_checkpointing: bool = False  # less memory, more time
     dynamic_sampling: int = 0  # further plan batches a step may draw while too few groups have a signal

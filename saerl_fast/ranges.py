@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 _AT_LEAST_0 = """
-    seed sae.aux_k sae.dead_after sae.sink_ratio sae.seed difficulty.n_labels diversity.svd diversity.polish
-    diversity.seed diversity.null_rounds plan.seed plan.adaptive.noise plan.adaptive.cooldown train.seed
-    train.steps train.lr train.warmup_steps train.weight_decay train.dynamic_sampling train.reward_timeout
-    train.save_every train.rollout_log train.loss.clip_low train.loss.clip_high train.loss.beta
-    train.loss.importance_cap train.loss.overlong_window train.lora.rank train.warmup.steps train.warmup.lr
-    train.eval.every
+    seed sae.aux_k sae.dead_after sae.sink_ratio sae.seed difficulty.n_labels diversity.svd
+    diversity.polish diversity.seed diversity.null_rounds plan.seed plan.adaptive.noise
+    plan.adaptive.cooldown train.seed train.steps train.lr train.grad_norm train.warmup_steps
+    train.weight_decay train.dynamic_sampling train.reward_timeout train.save_every train.rollout_log
+    train.loss.clip_low train.loss.clip_high train.loss.beta train.loss.importance_cap
+    train.loss.overlong_window train.lora.rank train.warmup.steps train.warmup.lr train.eval.every
 """
 _AT_LEAST_1 = """
     threads data.eval_size data.limit data.eval_limit data.size data.max_prompt_tokens sae.d_sae sae.k
@@ -21,7 +21,7 @@ _AT_LEAST_1 = """
     train.rollout.batch_size train.eval.samples compare.smooth
 """
 _ABOVE_0 = """
-    sae.lr quality.c train.grad_norm train.lora.alpha train.rollout.temperature train.rollout.top_p
+    sae.lr quality.c train.lora.alpha train.rollout.temperature train.rollout.top_p
     train.rollout.gpu_memory train.eval.temperature
 """
 _SHARES = """

@@ -18,8 +18,8 @@ import torch
 
 from saerl_fast.config import EvalConfig, WarmupConfig
 from saerl_fast.rl.checkpoint import load_latest
-from tests.test_trainer import adaptive_plan, assert_same_run, run, same_weights, small, sums, vowels
 from tests.tiny_lm import tiny_model
+from tests.training import adaptive_plan, assert_same_run, run, same_weights, small, sums, vowels
 
 ROOT = Path(__file__).parents[1]
 # place -> (module, what is called there, in which call of it the process dies, before or after it, the

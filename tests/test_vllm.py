@@ -19,8 +19,8 @@ from saerl_fast.pipeline import _vllm
 from saerl_fast.rl.logprobs import completion_logprobs
 from saerl_fast.sae.capture import FeatureCapture
 from tests.test_capture import sae_for
-from tests.test_trainer import run, small
 from tests.tiny_lm import char_tokenizer, tiny_model
+from tests.training import run, small
 
 TOKENIZER = char_tokenizer()
 PROMPTS = ["1+1=", "what is 12+30?", "a"]

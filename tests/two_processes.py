@@ -15,8 +15,8 @@ from saerl_fast.config import EvalConfig, LossConfig, WarmupConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.rl import distributed
 from saerl_fast.rl.checkpoint import model_tensors
-from tests.test_trainer import adaptive_plan, run, small, sums
 from tests.tiny_lm import tiny_model
+from tests.training import adaptive_plan, run, small, sums
 
 
 def one_sided(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:

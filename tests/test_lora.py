@@ -1,0 +1,105 @@
+"""Training adapters alone."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from saerl_fast.config import (
+    LoRAConfig,
+    LossConfig,
+    TrainConfig,
+    WarmupConfig,
+)
+from saerl_fast.errors import SaerlError
+from saerl_fast.log import read_metrics
+from saerl_fast.rl import update as module
+from saerl_fast.rl.checkpoint import load_latest, model_tensors
+from tests.tiny_lm import tiny_model
+from tests.training import (
+    PHASES,
+    adaptive_plan,
+    assert_same_run,
+    dying_reward,
+    run,
+    same_weights,
+    small,
+    sums,
+)
+
+
+def adapted(**change) -> TrainConfig:
+    return small(lora=LoRAConfig(rank=4, alpha=8.0), lr=1e-2, **change)
+
+
+@pytest.mark.parametrize(("warm", "beta"), [(0, 0.0), (3, 0.1)])
+def test_adapters_alone_are_trained_saved_and_resumed(tmp_path: Path, warm: int, beta: float) -> None:
+    pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    cfg = adapted(warmup=WarmupConfig(steps=warm, batch_size=4, lr=1e-3), loss=LossConfig(beta=beta))
+    straight, _, summary = run(tmp_path / "one", cfg)
+    start = tiny_model()
+    with pytest.raises(SaerlError, match="Die"):
+        broken = tiny_model()
+        run(tmp_path / "two", cfg, model=broken, reward=dying_reward(7))
+    assert same_weights(broken, start)  # adapters taken out again
+    resumed, _, again = run(tmp_path / "two", cfg, resume=True)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert same_weights(straight, resumed) and not same_weights(straight, start)
+    assert type(straight) is type(start) and straight.state_dict().keys() == start.state_dict().keys()
+    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "model"), straight)
+    saved = load_latest(tmp_path / "one")
+    assert saved.model and all("lora_" in name for name in saved.model) and not saved.reference
+    rows = [row for row in read_metrics(tmp_path / "one") if row["kind"] == "train"]
+    assert all((row["kl"] > 0) == (beta > 0) for row in rows[1:])
+    assert beta == 0 or warm > 0 or rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+
+    import peft
+
+    loaded = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "one" / "adapter").merge_and_unload()
+    for a, b in zip(model_tensors(loaded).values(), model_tensors(straight).values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_reference_of_adapters_is_the_model_without_them(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("peft")
+    real, seen = module.policy_loss, []
+
+    def watched(new, old, weight, lengths, size, cfg, ref, *more):
+        seen.append((new.detach(), ref))
+        return real(new, old, weight, lengths, size, cfg, ref, *more)
+
+    monkeypatch.setattr(module, "policy_loss", watched)
+    # with the penalty on and off, the first step's reference is the policy itself: adapters start at 0
+    run(tmp_path, adapted(steps=2, loss=LossConfig(beta=0.1), warmup_steps=0))
+    torch.testing.assert_close(seen[0][0], seen[0][1])
+    assert not torch.allclose(seen[-1][0], seen[-1][1], atol=1e-4)
+
+
+def test_adapters_with_gradient_checkpointing_and_capture(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    plain, _, _ = run(tmp_path / "one", adapted(steps=2))
+    model = tiny_model()
+    plan, capture = adaptive_plan(model, sums(10))
+    run(tmp_path / "three", adapted(steps=2), model=model, plan=plan, capture=capture)
+    times = [row["time"] for row in read_metrics(tmp_path / "three") if row["kind"] == "train"]
+    assert times[-1].keys() == {*PHASES, "capture", "encode"}
+    assert plan._refreshed.any()  # the features of the prefill reached the plan
+    saving, _, _ = run(tmp_path / "two", adapted(steps=2, gradient_checkpointing=True))
+    one, two = (read_metrics(tmp_path / name)[1] for name in ("one", "two"))
+    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+    assert not saving.training
+
+
+def test_adapters_that_cannot_be(tmp_path: Path, monkeypatch) -> None:
+    cfg = adapted()
+    cfg.lora.targets = ["q_prj"]
+    pytest.importorskip("peft")
+    with pytest.raises(SaerlError, match="'q_prj' names no module of LlamaForCausalLM"):
+        run(tmp_path / "out", cfg)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SaerlError, match=r"needs peft; run `pip install saerl-fast\[lora\]`"):
+        run(tmp_path / "out", adapted())
+    assert not (tmp_path / "out").exists()
