@@ -88,7 +88,7 @@ def _tables(path: Path, benchmarks: list[dict[str, Any]]) -> list[Table]:
         if "contenders" not in info:
             continue
         contenders = {
-            name: {key: float(value) for key, value in row.items()}
+            name: {key: float(value) for key, value in row.items() if not isinstance(value, dict)}
             for name, row in info["contenders"].items()
             if "p50_ms" in row or _fail(f"{name} has no p50_ms")
         }

@@ -84,7 +84,7 @@ def _run_part(part: Part, seconds: float | None) -> str | None:
         environment = dict(os.environ)
         if soft is not None:
             environment["SAERL_BENCH_SECONDS"] = str(0.9 * soft)
-        process = subprocess.Popen(command, cwd=ROOT, env=environment)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=heed_interrupts)
         failure = None
         try:
             code = process.wait(soft)
@@ -104,6 +104,11 @@ def _run_part(part: Part, seconds: float | None) -> str | None:
             write_json(part.output, slim)
             print(f"wrote {part.output} ({len(slim['benchmarks'])} shapes)", flush=True)
         return failure
+
+
+def heed_interrupts() -> None:
+    """What a shell starts in the background ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _slim(path: Path) -> dict | None:

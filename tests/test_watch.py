@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.run_all import heed_interrupts
 from saerl_fast.errors import SaerlError
 from saerl_fast.log import MetricsLog
 from saerl_fast.watch import watch
@@ -98,6 +99,7 @@ def test_ctrl_c_ends_the_command_quietly(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     )
     deadline = time.time() + 60
     while not (tmp_path / "run" / "live.png").exists():
