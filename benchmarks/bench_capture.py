@@ -13,13 +13,12 @@ How time is taken: harness.py.
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from benchmarks.harness import DEVICE, Contender, environment, measure
+from benchmarks.harness import DEVICE, Contender, bench_threads, environment, grid, measure
 from saerl_fast.config import RolloutConfig
 from saerl_fast.rl.rollouts import generate
 from saerl_fast.sae.capture import FeatureCapture
@@ -132,24 +131,13 @@ class Numbers:
         return [" ".join(map(str, row)) for row in rows]
 
 
-def grid() -> list[Shape]:
-    if os.environ.get("SAERL_BENCH_GRID") == "tiny":
-        return TINY
-    return GPU_GRID if DEVICE.type == "cuda" else CPU_GRID
-
-
-@pytest.mark.parametrize("shape", grid(), ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("shape", grid(TINY, CPU_GRID, GPU_GRID), ids=lambda s: "x".join(map(str, s)))
 def test_capture(benchmark: Any, shape: Shape) -> None:
     enabled = not benchmark.disabled
-    threads = torch.get_num_threads()
-    if DEVICE.type == "cpu":
-        torch.set_num_threads(int(os.environ.get("SAERL_BENCH_THREADS", "1")))
-    try:
+    with bench_threads():
         problem = Problem(shape, DEVICE)
         table = measure(problem.contenders(), DEVICE, 9 if enabled else 2, base=BASE, check=problem.check)
         benchmark.extra_info.update(
             shape._asdict(), base=BASE, contenders=table, environment=environment(DEVICE)
         )
         benchmark.pedantic(problem.captured, rounds=3, warmup_rounds=1)
-    finally:
-        torch.set_num_threads(threads)

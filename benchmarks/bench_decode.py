@@ -8,7 +8,6 @@ small shape.
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import saerl_kernels as sk
-from benchmarks.harness import DEVICE, Contender, environment, measure
+from benchmarks.harness import DEVICE, Contender, bench_threads, environment, grid, measure
 
 BASE = "embedding_bag"
 
@@ -43,9 +42,7 @@ GPU_GRID = [
     for batch in (4096, 65536)
     for dtype in ("bfloat16", "float32")
 ]
-GRID = (
-    TINY if os.environ.get("SAERL_BENCH_GRID") == "tiny" else GPU_GRID if DEVICE.type == "cuda" else CPU_GRID
-)
+GRID = grid(TINY, CPU_GRID, GPU_GRID)
 
 
 class Problem:
@@ -110,10 +107,7 @@ class Problem:
 
 @pytest.mark.parametrize("shape", GRID, ids=lambda s: "x".join(map(str, s)))
 def test_sparse_decode(benchmark: Any, shape: Shape) -> None:
-    threads = torch.get_num_threads()
-    if DEVICE.type == "cpu":
-        torch.set_num_threads(int(os.environ.get("SAERL_BENCH_THREADS", "1")))
-    try:
+    with bench_threads():
         problem = Problem(shape, DEVICE)
         rounds = (20 if DEVICE.type == "cuda" else 9) if not benchmark.disabled else 2
         table = measure(problem.contenders(), DEVICE, rounds, base=BASE, check=problem.check)
@@ -121,5 +115,3 @@ def test_sparse_decode(benchmark: Any, shape: Shape) -> None:
             shape._asdict(), base=BASE, contenders=table, environment=environment(DEVICE)
         )
         benchmark.pedantic(sk.decode_csr, (problem.csr, problem.W), rounds=3, warmup_rounds=1)
-    finally:
-        torch.set_num_threads(threads)

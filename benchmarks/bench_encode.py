@@ -8,14 +8,13 @@ How time is taken: harness.py.
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import saerl_kernels as sk
-from benchmarks.harness import DEVICE, Contender, environment, measure
+from benchmarks.harness import DEVICE, Contender, bench_threads, environment, grid, measure, saelens_topk
 
 
 class Shape(NamedTuple):
@@ -93,14 +92,7 @@ class Problem:
     def _peers(self) -> dict[str, Contender]:
         peers: dict[str, Contender] = {}
         try:
-            from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
-
-            config = TopKSAEConfig(
-                d_in=self.shape.d_in, d_sae=self.shape.d_sae, k=self.shape.k, device=str(self.device)
-            )
-            sae = TopKSAE(config).to(self.device, self.x.dtype)
-            zeros = torch.zeros(self.shape.d_in, device=self.device)
-            sae.load_state_dict({"W_enc": self.W, "b_enc": self.b, "W_dec": sae.W_dec, "b_dec": zeros})
+            sae = saelens_topk(self.W, self.b, self.shape.k)
             peers["SAELens TopKSAE.encode"] = torch.no_grad()(lambda: sae.encode(self.x))
         except ImportError:
             pass
@@ -132,22 +124,15 @@ class Problem:
         assert bool((result.indices.long().sort(-1).values.diff(dim=-1) > 0).all()), "an index came twice"
 
 
-GRID = GPU_GRID if DEVICE.type == "cuda" else CPU_GRID
-if os.environ.get("SAERL_BENCH_GRID") == "tiny":
-    GRID = TINY
+GRID = grid(TINY, CPU_GRID, GPU_GRID)
 
 
 @pytest.mark.parametrize("shape", GRID, ids=lambda s: "x".join(map(str, s)))
 def test_encode_topk(benchmark: Any, shape: Shape) -> None:
     problem = Problem(shape, DEVICE)
     enabled = not benchmark.disabled
-    threads = torch.get_num_threads()
-    if DEVICE.type == "cpu":
-        torch.set_num_threads(int(os.environ.get("SAERL_BENCH_THREADS", "1")))
-    try:
+    with bench_threads():
         rounds = (10 if DEVICE.type == "cuda" else 9) if enabled else 2
         table = measure(problem.contenders(), DEVICE, rounds, base="linear", check=problem.check)
         benchmark.extra_info.update(shape._asdict(), contenders=table, environment=environment(DEVICE))
         benchmark.pedantic(sk.encode_topk, (problem.x, problem.encoder, shape.k), rounds=3, warmup_rounds=1)
-    finally:
-        torch.set_num_threads(threads)

@@ -11,12 +11,8 @@ SAERL_BENCH_GRID=tiny is a smoke run. How time is taken: harness.py.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import importlib.util
 import io
-import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +20,7 @@ import pytest
 import torch
 
 import saerl_kernels as sk
-from benchmarks.harness import DEVICE, Contender, environment, measure
+from benchmarks.harness import DEVICE, Contender, bench_threads, environment, grid, measure
 from saerl_kernels import csr
 
 TOLERANCE = 1.02  # our objective over the base's: different paths end in different local optima
@@ -41,12 +37,6 @@ class Shape(NamedTuple):
 TINY = [Shape(300, 12, 256, 5, 3)]
 CPU_GRID = [Shape(20_000, 200, 16384, 64, 10), Shape(20_000, 200, 16384, 256, 10)]
 GPU_GRID = [Shape(103_000, 500, 65536, n_clusters, 10) for n_clusters in (64, 256, 1000)]
-
-
-def grid() -> list[Shape]:
-    if os.environ.get("SAERL_BENCH_GRID") == "tiny":
-        return TINY
-    return GPU_GRID if DEVICE.type == "cuda" else CPU_GRID
 
 
 def pooled_rows(shape: Shape, seed: int = 0) -> sk.CSR:
@@ -164,47 +154,19 @@ class Problem:
         self.found[name] = mine
 
 
-def peak_mb(call: Contender) -> float | None:
-    """Megabytes of resident memory a call reaches beyond what was held before; None off Linux."""
-    try:
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else memory freed before serves the call unseen
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        call()
-        return (_status("VmHWM") - before) / 1024
-    except (OSError, AttributeError):
-        return None
-
-
-def _status(field: str) -> int:
-    """Kilobytes in a field of the process's status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-@pytest.mark.parametrize("shape", grid(), ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("shape", grid(TINY, CPU_GRID, GPU_GRID), ids=lambda s: "x".join(map(str, s)))
 def test_spherical_kmeans(benchmark: Any, shape: Shape) -> None:
     from threadpoolctl import threadpool_limits
 
     problem = Problem(shape, DEVICE)
-    threads = torch.get_num_threads()
-    if DEVICE.type == "cpu":
-        torch.set_num_threads(int(os.environ.get("SAERL_BENCH_THREADS", "1")))
-    try:
-        with threadpool_limits(torch.get_num_threads() if DEVICE.type == "cpu" else None):
-            contenders = problem.contenders()
-            rounds = 2 if benchmark.disabled else 3
-            table = measure(contenders, DEVICE, rounds, base="scikit-learn", check=problem.check)
-            for name, row in table.items():
-                row.update(problem.found[name])
-                memory = peak_mb(contenders[name]) if DEVICE.type == "cpu" else None
-                if memory is not None:
-                    row["peak_mb"] = memory
-            benchmark.extra_info.update(
-                shape._asdict(), base="scikit-learn", contenders=table, environment=environment(DEVICE)
-            )
-            backend = "triton" if DEVICE.type == "cuda" else "auto"
-            benchmark.pedantic(problem.ours, (backend,), rounds=3, warmup_rounds=1)
-    finally:
-        torch.set_num_threads(threads)
+    with bench_threads(), threadpool_limits(torch.get_num_threads() if DEVICE.type == "cpu" else None):
+        contenders = problem.contenders()
+        rounds = 2 if benchmark.disabled else 3
+        table = measure(contenders, DEVICE, rounds, base="scikit-learn", check=problem.check)
+        for name, row in table.items():
+            row.update(problem.found[name])
+        benchmark.extra_info.update(
+            shape._asdict(), base="scikit-learn", contenders=table, environment=environment(DEVICE)
+        )
+        backend = "triton" if DEVICE.type == "cuda" else "auto"
+        benchmark.pedantic(problem.ours, (backend,), rounds=3, warmup_rounds=1)

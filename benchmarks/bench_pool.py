@@ -9,14 +9,13 @@ shape.
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import saerl_kernels as sk
-from benchmarks.harness import DEVICE, Contender, environment, measure
+from benchmarks.harness import DEVICE, Contender, bench_threads, environment, grid, measure, saelens_topk
 
 BASE = "linear + torch.topk + scatter + amax"
 
@@ -41,9 +40,7 @@ GPU_GRID = [
     for k in (32, 64)
     for tokens, length in ((16384, 128), (65536, 512), (65536, 65536))
 ]
-GRID = (
-    TINY if os.environ.get("SAERL_BENCH_GRID") == "tiny" else GPU_GRID if DEVICE.type == "cuda" else CPU_GRID
-)
+GRID = grid(TINY, CPU_GRID, GPU_GRID)
 
 
 class Problem:
@@ -101,14 +98,7 @@ class Problem:
         for name in ["torch", "triton"] if self.device.type == "cuda" else ["torch", "numba"]:
             found[f"saerl_kernels {name}"] = lambda name=name: self.pool(name)  # type: ignore[misc]
         try:
-            from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
-
-            config = TopKSAEConfig(
-                d_in=self.shape.d_in, d_sae=self.shape.d_sae, k=self.shape.k, device=str(self.device)
-            )
-            sae = TopKSAE(config).to(self.device, self.x.dtype)
-            zeros = torch.zeros(self.shape.d_in, device=self.device)
-            sae.load_state_dict({"W_enc": self.W, "b_enc": self.b, "W_dec": sae.W_dec, "b_dec": zeros})
+            sae = saelens_topk(self.W, self.b, self.shape.k)
             found["SAELens encode + amax"] = torch.no_grad()(
                 lambda: torch.stack([sae.encode(self.x[start:stop]).amax(0) for start, stop in self.pairs])
             )
@@ -136,10 +126,7 @@ class Problem:
 
 @pytest.mark.parametrize("shape", GRID, ids=lambda s: "x".join(map(str, s)))
 def test_encode_pool(benchmark: Any, shape: Shape) -> None:
-    threads = torch.get_num_threads()
-    if DEVICE.type == "cpu":
-        torch.set_num_threads(int(os.environ.get("SAERL_BENCH_THREADS", "1")))
-    try:
+    with bench_threads():
         problem = Problem(shape, DEVICE)
         rounds = (10 if DEVICE.type == "cuda" else 7) if not benchmark.disabled else 2
         table = measure(problem.contenders(), DEVICE, rounds, base=BASE, check=problem.check)
@@ -147,5 +134,3 @@ def test_encode_pool(benchmark: Any, shape: Shape) -> None:
             shape._asdict(), base=BASE, contenders=table, environment=environment(DEVICE)
         )
         benchmark.pedantic(problem.pool, ("auto",), rounds=3, warmup_rounds=1)
-    finally:
-        torch.set_num_threads(threads)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import saerl_kernels as sk
-from benchmarks.harness import DEVICE, environment, measure
+from benchmarks.harness import DEVICE, bench_threads, environment, grid, measure
 
 
 class Shape(NamedTuple):
@@ -44,8 +44,7 @@ GPU_GRID = [
     for batch in (4096, 8192)
 ]
 TINY_GRID = [Shape(16, 128, 4, 32)]
-TINY = os.environ.get("SAERL_BENCH_GRID") == "tiny"
-GRID = TINY_GRID if TINY else GPU_GRID if DEVICE.type == "cuda" else CPU_GRID
+GRID = grid(TINY_GRID, CPU_GRID, GPU_GRID)
 
 
 class Step:
@@ -159,10 +158,7 @@ class Problem:
 def test_train_step(benchmark: Any, shape: Shape) -> None:
     problem = Problem(shape, DEVICE)
     rounds = (10 if DEVICE.type == "cuda" else 5) if benchmark.enabled else 2
-    threads = torch.get_num_threads()
-    if DEVICE.type == "cpu":
-        torch.set_num_threads(int(os.environ.get("SAERL_BENCH_THREADS", "1")))
-    try:
+    with bench_threads():
         steps = problem.contenders()
         problem.check(steps)
         table = measure(steps, DEVICE, rounds, base="SAELens")
@@ -171,5 +167,3 @@ def test_train_step(benchmark: Any, shape: Shape) -> None:
         )
         best = steps["saerl_kernels triton" if DEVICE.type == "cuda" else "saerl_kernels numba"]
         benchmark.pedantic(best, rounds=2)
-    finally:
-        torch.set_num_threads(threads)

@@ -9,13 +9,15 @@ Rounds end early when a shape has had its seconds: SAERL_BENCH_SHAPE_SECONDS, 1.
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.metadata
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,36 @@ def summary(times: Mapping[str, Sequence[float]], base: str) -> dict[str, dict[s
     return table
 
 
+def grid(tiny: list, cpu: list, gpu: list) -> list:
+    """The shapes to measure here: with SAERL_BENCH_GRID=tiny a smoke run's, else the device's."""
+    if os.environ.get("SAERL_BENCH_GRID") == "tiny":
+        return tiny
+    return gpu if DEVICE.type == "cuda" else cpu
+
+
+@contextmanager
+def bench_threads() -> Iterator[None]:
+    """On a CPU SAERL_BENCH_THREADS threads of torch's (one unless set), and after it as many as before."""
+    threads = torch.get_num_threads()
+    if DEVICE.type == "cpu":
+        torch.set_num_threads(int(os.environ.get("SAERL_BENCH_THREADS", "1")))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def saelens_topk(W: torch.Tensor, b: torch.Tensor, k: int) -> Any:
+    """SAELens' TopKSAE with the encoder W [d_in, d_sae], b [d_sae]; ImportError where it is missing."""
+    from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+
+    d_in, d_sae = W.shape
+    sae = TopKSAE(TopKSAEConfig(d_in=d_in, d_sae=d_sae, k=k, device=str(W.device))).to(W.device, W.dtype)
+    zeros = torch.zeros(d_in, device=W.device)
+    sae.load_state_dict({"W_enc": W, "b_enc": b, "W_dec": sae.W_dec, "b_dec": zeros})
+    return sae
+
+
 def peak_memory(call: Contender, device: torch.device) -> float | None:
     """MB (2**20 bytes) that ``call`` needs at its peak, its result included, beyond what is held before.
 
@@ -111,19 +143,20 @@ def peak_memory(call: Contender, device: torch.device) -> float | None:
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
+        gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-        resident = _status("VmRSS")
+        resident = process_mb("VmRSS")
         call()
-        return max(0.0, (_status("VmHWM") - resident) / 2**10)
+        return max(0.0, process_mb("VmHWM") - resident)
     except (AttributeError, OSError, KeyError):
         return None
 
 
-def _status(field: str) -> int:
-    """A size in kB from /proc/self/status."""
+def process_mb(field: str) -> float:
+    """MB (2**20 bytes) in /proc/self/status; ru_maxrss will not do: a child starts at its parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return int(dict(line.split(":", 1) for line in lines)[field].split()[0])
+    return int(dict(line.split(":", 1) for line in lines)[field].split()[0]) / 2**10
 
 
 def environment(device: torch.device) -> dict[str, Any]:

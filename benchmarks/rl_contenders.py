@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness import process_mb
 from saerl_fast.config import Config, PlanConfig, load_config
 from saerl_fast.console import Echo
 from saerl_fast.data.plan import Plan, build_plan
@@ -117,7 +118,7 @@ class Turn:
         self._held = 0.0
         if not self.cuda:
             Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far, reached while loading
-            self._held = _status("VmRSS")
+            self._held = process_mb("VmRSS")
         self._started = 0.0
 
     def seconds(self) -> float:
@@ -127,7 +128,7 @@ class Turn:
         return self.clock() - self._started
 
     def __call__(self, **report: Any) -> None:
-        peak = torch.cuda.max_memory_allocated() / 2**20 if self.cuda else _status("VmHWM") - self._held
+        peak = torch.cuda.max_memory_allocated() / 2**20 if self.cuda else process_mb("VmHWM") - self._held
         self.pipe.send(report | {"peak_mb": peak})
         word = self.pipe.recv()
         if word is None:
@@ -303,9 +304,3 @@ def _differences(
         "gradients": max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)) / scale,
         "scale": scale,
     }
-
-
-def _status(field: str) -> float:
-    """MiB of a field of /proc/self/status; ru_maxrss will not do, as it starts from the parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
