@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.harness import DEVICE, Contender, bench_threads, environment, grid, measure
 from saerl_fast.config import RolloutConfig
-from saerl_fast.rl.rollouts import generate
+from saerl_fast.rl.generate import generate
 from saerl_fast.sae.capture import FeatureCapture
 from saerl_fast.sae.model import TopKSAE
 from saerl_fast.sae.pooled import pooled_features

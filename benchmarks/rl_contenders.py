@@ -19,17 +19,18 @@ import torch
 
 from benchmarks.harness import process_mb
 from saerl_fast.config import Config, PlanConfig, load_config
-from saerl_fast.console import Echo
-from saerl_fast.data.plan import Plan, build_plan
-from saerl_fast.data.score import Scores
-from saerl_fast.pipeline import Session, open_session, score_stage, set_up
-from saerl_fast.prompts import render
+from saerl_fast.plan import Plan, build_plan
+from saerl_fast.prompts.render import render
 from saerl_fast.rl.logprobs import completion_logprobs
 from saerl_fast.rl.loss import BatchSize, advantages, clip_range, policy_loss
 from saerl_fast.rl.rewards import get_reward
 from saerl_fast.rl.trainer import train
 from saerl_fast.sae.capture import FeatureCapture
 from saerl_fast.sae.files import load_sae
+from saerl_fast.signals.scores import Scores
+from saerl_fast.stages.console import Echo
+from saerl_fast.stages.pipeline import score_stage
+from saerl_fast.stages.session import Session, open_session, set_up
 
 DEMO = Path(__file__).resolve().parents[1] / "examples"
 LR = 1e-6  # so small that every contender goes on sampling from the same distribution

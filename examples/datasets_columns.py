@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from saerl_fast.config import load_config
-from saerl_fast.data.score import Scores
 from saerl_fast.integrations.columns import add_scores, to_dataset
-from saerl_fast.prompts import load_split
+from saerl_fast.prompts.pool import load_split
+from saerl_fast.signals.scores import Scores
 
 
 def main(run_dir: str) -> Any:

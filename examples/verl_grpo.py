@@ -11,10 +11,10 @@ import argparse
 from pathlib import Path
 
 from saerl_fast.config import PlanConfig, load_config
-from saerl_fast.data.plan import build_plan
-from saerl_fast.data.score import Scores
 from saerl_fast.integrations.verl import write_parquet
-from saerl_fast.prompts import Pool
+from saerl_fast.plan import build_plan
+from saerl_fast.prompts.pool import Pool
+from saerl_fast.signals.scores import Scores
 
 
 def main(run_dir: str, out: str, model: str, steps: int = 80, batch_size: int = 16) -> list[str]:

@@ -85,29 +85,29 @@ def read_config(args: argparse.Namespace) -> Config:
 def run(args: argparse.Namespace) -> None:
     """Dispatch to the pipeline; imports happen here."""
     if args.command == "report":
-        from saerl_fast.report import write_report
+        from saerl_fast.records.report import write_report
 
         for path in write_report(Path(args.run), echo=print):
             print(f"wrote {path}")
         return
     if args.command == "watch":
-        from saerl_fast.console import Echo
-        from saerl_fast.watch import watch
+        from saerl_fast.records.watch import watch
+        from saerl_fast.stages.console import Echo
 
         watch(args.run, Echo(), every=args.every)
         return
     if args.command == "sae" and args.sae_command == "info":
-        from saerl_fast.pipeline import describe_sae
+        from saerl_fast.stages.pipeline import describe_sae
 
         print(describe_sae(args.path))
         return
 
     config = read_config(args)
-    from saerl_fast import compare, pipeline
-    from saerl_fast.console import Echo
+    from saerl_fast.stages import compare, pipeline, session
+    from saerl_fast.stages.console import Echo
 
     echo = Echo(quiet=args.quiet or RANK > 0)
-    pipeline.set_up(config)
+    session.set_up(config)
     if args.command == "sae":
         pipeline.sae_stage(config, echo)
     elif args.command == "score":
@@ -132,13 +132,13 @@ def _run_together(args: argparse.Namespace) -> int:
         if args.command != "train":
             raise SaerlError(f"`saerl {args.command}` is the work of one process; start it without torchrun")
         run(args)
-        distributed.share(lambda: None)  # the others may still fail
+        distributed.gather(lambda: None)  # the others may still fail
     except SaerlError as err:
-        distributed.tell(err)
+        distributed.broadcast_error(err)
         if RANK == 0:
             print(f"saerl: {err}", file=sys.stderr, flush=True)
         code = 2
-    distributed.leave()
+    distributed.shutdown()
     return code
 
 

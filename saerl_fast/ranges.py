@@ -21,11 +21,12 @@ _AT_LEAST_1 = """
     train.rollout.batch_size train.eval.samples compare.smooth
 """
 _ABOVE_0 = """
+    plan.adaptive.forgetting plan.adaptive.ridge plan.medium_keep
     sae.lr quality.c train.lora.alpha train.rollout.temperature train.rollout.top_p
     train.rollout.gpu_memory train.eval.temperature
 """
 _SHARES = """
-    plan.mix plan.medium_keep plan.adaptive.target_start plan.adaptive.target_end
+    plan.mix plan.medium_keep plan.adaptive.forgetting plan.adaptive.target_start plan.adaptive.target_end
     train.rollout.top_p train.rollout.gpu_memory
 """
 RULES: list[tuple[str, str, Callable[[Any], bool]]] = [  # keys, what they must be, the test of it

@@ -6,9 +6,9 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from saerl_fast.config import DiversityConfig
-from saerl_fast.data.clusters import _centroids, cluster_prompts, permute_features, purity
-from saerl_fast.data.features import as_scipy, weighted
 from saerl_fast.errors import SaerlError
+from saerl_fast.signals.clusters import _centroids, cluster_prompts, permute_features, purity
+from saerl_fast.signals.features import as_scipy, weighted
 from saerl_kernels import CSR
 
 

@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from saerl_fast import compare as module
-from saerl_fast.compare import compare, parse_arm
 from saerl_fast.config import load_config
-from saerl_fast.console import Echo
 from saerl_fast.errors import SaerlError
+from saerl_fast.stages import compare as module
+from saerl_fast.stages.compare import compare, parse_arm
+from saerl_fast.stages.console import Echo
 
 POOL = Path(__file__).parents[1] / "examples" / "demo" / "pool.jsonl"
 

@@ -8,8 +8,8 @@ import torch
 from scipy.stats import spearmanr
 
 from saerl_fast.config import DifficultyConfig
-from saerl_fast.data.difficulty import fit_difficulty
 from saerl_fast.errors import SaerlError
+from saerl_fast.signals.difficulty import fit_difficulty
 from saerl_kernels import CSR
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.log import read_jsonl, read_metrics
+from saerl_fast.records.log import read_jsonl, read_metrics
 from saerl_fast.rl import distributed
 from saerl_fast.rl.checkpoint import load_latest
 from tests.two_processes import failing, whole_run
@@ -124,13 +124,13 @@ def test_an_error_or_an_interrupt_in_one_process_ends_both(both) -> None:
 
 def test_a_single_process_needs_no_group(monkeypatch) -> None:
     distributed.start()
-    assert (distributed.size(), distributed.rank()) == (1, 0) and distributed.block(7) == slice(0, 7)
-    assert distributed.share(lambda: "x") == ["x"]
+    assert (distributed.size(), distributed.rank()) == (1, 0) and distributed.shard(7) == slice(0, 7)
+    assert distributed.gather(lambda: "x") == ["x"]
     tensor = torch.ones(2)
-    distributed.add_up([tensor]), distributed.same_everywhere([tensor]), distributed.leave()
+    distributed.all_reduce([tensor]), distributed.broadcast([tensor]), distributed.shutdown()
     assert tensor.tolist() == [1, 1]
     with pytest.raises(SaerlError, match="raised RuntimeError") as caught:
-        distributed.share(lambda: (_ for _ in ()).throw(SaerlError("raised RuntimeError")))
+        distributed.gather(lambda: (_ for _ in ()).throw(SaerlError("raised RuntimeError")))
     assert not isinstance(caught.value, distributed.SharedError)
     assert failing(1, 0)(["1"], ["a"]) == [1.0]
 

@@ -4,15 +4,15 @@ import torch
 
 from saerl_fast.config import EvalConfig, RolloutConfig, TrainConfig, WarmupConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.prompts import Pool
+from saerl_fast.prompts.pool import Pool
 from saerl_fast.rl.evaluate import (
     answer_probabilities,
     evaluate,
     pass_rates,
     score_rollouts,
 )
+from saerl_fast.rl.generate import generate
 from saerl_fast.rl.rewards import get_reward
-from saerl_fast.rl.rollouts import generate
 from saerl_fast.rl.warmup import warm_up
 from tests.tiny_lm import char_tokenizer, tiny_model
 

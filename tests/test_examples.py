@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from saerl_fast.config import load_config
-from saerl_fast.data.score import Scores
-from saerl_fast.prompts import load_split
+from saerl_fast.prompts.pool import load_split
 from saerl_fast.rl.rewards import get_reward, score_rewards
+from saerl_fast.signals.scores import Scores
 from saerl_kernels import CSR
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

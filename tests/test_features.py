@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from saerl_fast.data.features import (
+from saerl_fast.errors import SaerlError
+from saerl_fast.signals.features import (
     as_scipy,
     idf_weights,
     l2_rows,
@@ -14,7 +15,6 @@ from saerl_fast.data.features import (
     svd_reduce,
     weighted,
 )
-from saerl_fast.errors import SaerlError
 from saerl_kernels import CSR
 
 

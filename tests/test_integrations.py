@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from saerl_fast.config import PlanConfig
-from saerl_fast.data.plan import Plan, build_plan, save_plan
-from saerl_fast.data.score import Scores
 from saerl_fast.errors import SaerlError
 from saerl_fast.integrations.columns import add_scores, to_dataset
 from saerl_fast.integrations.trl import PlanRepeatSampler, plan_trainer
 from saerl_fast.integrations.verl import compute_score, write_parquet
-from saerl_fast.prompts import Pool
+from saerl_fast.plan import Plan, build_plan, save_plan
+from saerl_fast.prompts.pool import Pool
+from saerl_fast.signals.scores import Scores
 from saerl_kernels import CSR
 
 N = 24

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from saerl_fast.interrupt import TimeUp, call_within
+from saerl_fast.rl.interrupt import TimeUp, call_within
 
 
 def sleepy() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.log import JsonlLog, MetricsLog, format_row, keep_until, read_jsonl, read_metrics
+from saerl_fast.records.log import JsonlLog, MetricsLog, format_row, keep_until, read_jsonl, read_metrics
 
 
 def write_steps(folder, steps, **options):
@@ -124,7 +124,7 @@ def test_console_line_goes_to_echo_or_to_logging(tmp_path, caplog):
     with MetricsLog(tmp_path / "a", echo=lines.append) as log:
         log.log(row)
     assert lines == ["step    12 train  reward 0.5123  lr 1e-06  1.2 s"] == [format_row(row)]
-    with caplog.at_level(logging.INFO, logger="saerl_fast.log"), MetricsLog(tmp_path / "b") as log:
+    with caplog.at_level(logging.INFO, logger="saerl_fast.records.log"), MetricsLog(tmp_path / "b") as log:
         log.log(row)
     assert caplog.messages == lines
 

@@ -14,14 +14,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels" / "torch-ext" / "saerl_kernels"
-# Shared base of saerl_fast: importable by all of it (the last two are parts of prompts).
-BASE = {"errors", "fileio", "config", "ranges", "interrupt", "log", "models"}
-BASE |= {"prompts", "prompt_files", "reasoning_gym_pool"}
-MAY_IMPORT = {  # sub-package of saerl_fast -> first components of saerl_fast (or kernels) it may import
-    "sae": {"sae", "saerl_kernels"},
-    "data": {"data", "sae", "saerl_kernels"},
-    "rl": {"rl", "data.plan", "saerl_kernels"},
-}
+# The storeys of saerl_fast, from the ground up: each may import itself and what is below it.
+STOREYS = [
+    {"errors"},
+    {"ranges"},
+    {"config", "fileio"},
+    {"records", "models"},
+    {"prompts"},
+    {"sae"},
+    {"signals"},
+    {"plan"},
+    {"rl"},
+    {"stages"},
+    {"cli", "integrations"},
+]
+STOREY = {room: level for level, rooms in enumerate(STOREYS) for room in rooms}
 
 
 def imports(path: Path, package: str) -> Iterator[tuple[str, bool]]:
@@ -75,21 +82,29 @@ def test_saerl_kernels_imports_only_torch_and_triton():
 
 
 def test_import_direction():
+    """Downwards only, between the folders and (no circle) between the files of each."""
     top = ROOT / "saerl_fast"
+    rooms = {path.stem if path.is_file() else path.name for path in top.iterdir() if path.name[0] != "_"}
+    assert rooms - {"py.typed"} == set(STOREY), "a new room needs a storey"
+    assert len(list(top.glob("*.py"))) <= 8
+    arrows: dict[str, set[str]] = {}
     for path in top.rglob("*.py"):
-        parts = path.relative_to(top).parts
-        owner = parts[0] if len(parts) > 1 else parts[0].removesuffix(".py")
+        parts = path.relative_to(top).with_suffix("").parts
         for name, _ in imports(path, package_of(path, top)):
-            head, _, rest = name.partition(".")
+            head, *rest = name.split(".")
             assert head not in ("tests", "benchmarks", "examples"), f"{path} imports {name}"
-            if owner in BASE:
-                if head == "saerl_fast":
-                    assert rest.split(".")[0] in BASE | {""}, f"{path} imports {name}"
-                assert head != "saerl_kernels", f"{path} imports {name}"
-            elif owner in MAY_IMPORT and head == "saerl_fast" and rest:
-                first, two = rest.split(".")[0], ".".join(rest.split(".")[:2])
-                fits = first in BASE or first in MAY_IMPORT[owner] or two in MAY_IMPORT[owner]
-                assert fits or not (top / first).exists(), f"{path} imports {name}"
+            if head == "saerl_kernels":
+                assert STOREY.get(parts[0], 9) > STOREY["prompts"], f"{path} imports {name}"
+            if head != "saerl_fast" or not rest or rest[0] not in STOREY or parts[0] == "__init__":
+                continue
+            down = STOREY[rest[0]] < STOREY[parts[0]]
+            assert down or rest[0] == parts[0], f"{path} imports {name}, which is not below it"
+            if rest[0] == parts[0]:
+                arrows.setdefault(".".join(parts), set()).add(".".join(rest[:2]))
+    while arrows:  # take away the files that import no other one, until none is left
+        free = {file for file, to in arrows.items() if not (to - {file}) & arrows.keys()}
+        assert free, f"these files import each other in a circle: {sorted(arrows)}"
+        arrows = {file: to for file, to in arrows.items() if file not in free}
 
 
 def run(code: str, **environment: str) -> str:

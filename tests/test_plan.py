@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from saerl_fast.config import AdaptiveConfig, PlanConfig, QualityConfig
-from saerl_fast.data.plan import SCHEDULES, build_plan
-from saerl_fast.data.score import Scores
 from saerl_fast.errors import SaerlError
+from saerl_fast.plan import SCHEDULES, build_plan
+from saerl_fast.signals.scores import Scores
 from saerl_kernels import CSR
 
 

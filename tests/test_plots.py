@@ -7,8 +7,8 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.figure import Figure
 
-from saerl_fast import plots
-from saerl_fast.runs import RunRecord
+from saerl_fast.records import plots
+from saerl_fast.records.runs import RunRecord
 
 TIMES = {"generate": 0.5, "update": 0.5, "encode": 0.25, "eval": 9.0}
 COLUMNS = {

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from saerl_fast import prompt_files, reasoning_gym_pool
 from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.prompts import Pool, fit_context, load_prompts, load_split, render
+from saerl_fast.prompts import files as prompt_files
+from saerl_fast.prompts import reasoning_gym as reasoning_gym_pool
+from saerl_fast.prompts.pool import Pool, load_prompts, load_split
+from saerl_fast.prompts.render import fit_context, render
 
 ROWS = [
     {"prompt": f"What is {i} + {i}? {{braces}}", "answer": str(2 * i), "quality_label": i % 3 and 1, "n": i}

@@ -6,8 +6,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from saerl_fast.config import QualityConfig
-from saerl_fast.data.quality import fit_quality
 from saerl_fast.errors import SaerlError
+from saerl_fast.signals.quality import fit_quality
 from saerl_kernels import CSR
 
 
@@ -111,6 +111,6 @@ def test_accuracy_is_measured_on_rows_the_calibration_did_not_see(monkeypatch):
         seen = dict(zip(held_out, labels, strict=True))
         return np.array([seen.get(score, 0.0) for score in scores])
 
-    monkeypatch.setattr("saerl_fast.data.quality._calibrate", memorise)
+    monkeypatch.setattr("saerl_fast.signals.quality._calibrate", memorise)
     accuracy = fit_quality(X, good, QualityConfig()).metrics["accuracy"]
     assert accuracy == pytest.approx(1 - good.mean(), abs=0.02)

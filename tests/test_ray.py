@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from saerl_fast.config import load_config
-from saerl_fast.console import Echo
-from saerl_fast.data.score import Scores
 from saerl_fast.errors import SaerlError
 from saerl_fast.integrations.ray import score_with_ray
-from saerl_fast.pipeline import score_stage
+from saerl_fast.signals.scores import Scores
+from saerl_fast.stages.console import Echo
+from saerl_fast.stages.pipeline import score_stage
 
 ROOT = Path(__file__).resolve().parents[1]
 

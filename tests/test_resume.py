@@ -14,7 +14,7 @@ from saerl_fast.config import (
     WarmupConfig,
 )
 from saerl_fast.errors import SaerlError
-from saerl_fast.log import read_metrics
+from saerl_fast.records.log import read_metrics
 from tests.tiny_lm import tiny_model
 from tests.training import (
     Die,

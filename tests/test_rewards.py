@@ -12,8 +12,8 @@ import torch
 
 from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.prompts import load_prompts
-from saerl_fast.reasoning_gym_pool import bands
+from saerl_fast.prompts.pool import load_prompts
+from saerl_fast.prompts.reasoning_gym import bands
 from saerl_fast.rl import rewards
 from saerl_fast.rl.rewards import final_answer, get_reward, last_number, score_rewards
 

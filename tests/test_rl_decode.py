@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from saerl_fast.config import RolloutConfig
 from saerl_fast.rl import decode
 from saerl_fast.rl.decode import StaticDecoder
-from saerl_fast.rl.rollouts import Rollouts, generate
+from saerl_fast.rl.generate import generate
+from saerl_fast.rl.rollouts import Rollouts
 from tests.tiny_lm import char_tokenizer, tiny_model
 
 PROMPTS = ["1+1=", "what is 12+30?", "a", "copy: xyz.", "12"]

@@ -1,207 +1,122 @@
+"""Dynamic sampling and what becomes of completions that are cut off."""
+
+from pathlib import Path
+
 import pytest
-import torch
-from torch import Tensor
 
-from saerl_fast.config import RolloutConfig
-from saerl_fast.errors import SaerlError
-from saerl_fast.rl.logprobs import completion_logprobs
-from saerl_fast.rl.rollouts import Rollouts, generate, left_pad, sample, stop_tokens
-from tests.tiny_lm import char_tokenizer, tiny_model
-
-PROMPTS = ["1+1=", "what is 12+30?", "a", "copy: xyz."]
-KINDS = ["llama", "qwen2", "qwen3", "neox", "gpt2", "gemma2", "gemma3"]
-TOKENIZER = char_tokenizer()
-
-
-def naive(model, prompt: str, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> list[int]:
-    """One row at a time, without a cache, without padding."""
-    ids, out = TOKENIZER(prompt)["input_ids"], []
-    for u in uniforms:
-        logits = model(torch.tensor([ids + out])).logits[:, -1]
-        out.append(int(sample(logits, u[None], temperature, top_p)[0]))
-        if out[-1] == TOKENIZER.eos_token_id:
-            break
-    return out
-
-
-def rows(rollouts: Rollouts) -> list[list[int]]:
-    both = zip(rollouts.completion_ids.tolist(), rollouts.lengths.tolist(), strict=True)
-    return [ids[:n] for ids, n in both]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_same_tokens_as_the_plain_loop(kind: str) -> None:
-    model = tiny_model(kind, spread=1.5)
-    cfg = RolloutConfig(group_size=3, max_new_tokens=20, temperature=0.8)
-    rollouts = generate(model, TOKENIZER, PROMPTS, cfg, seed=3)
-    uniforms = torch.rand(12, 20, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        wanted = [naive(model, PROMPTS[i // 3], uniforms[i], 0.8) for i in range(12)]
-    assert rows(rollouts) == wanted
-    assert rollouts.finished.tolist() == [row[-1] == 1 for row in wanted]
-    assert len({tuple(row) for row in wanted}) > 6  # sampling, not one answer for all
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampled_logprobs_agree_with_recomputed(kind: str, temperature: float) -> None:
-    model = tiny_model(kind)
-    cfg = RolloutConfig(group_size=4, max_new_tokens=24, temperature=temperature, top_p=0.9)
-    rollouts = generate(model, TOKENIZER, PROMPTS, cfg, seed=1)
-    with torch.no_grad():
-        again, _ = completion_logprobs(model, *rollouts.sequences(), temperature=temperature)
-    torch.testing.assert_close(rollouts.logprobs[rollouts.completion_mask], again, atol=1e-4, rtol=0)
-    assert (rollouts.logprobs[~rollouts.completion_mask] == 0).all()
-
-
-def test_finished_rows_leave_the_batch_without_changing_the_others() -> None:
-    model = tiny_model(spread=1.5)
-    with torch.no_grad():
-        model.lm_head.weight[1] *= 1.5  # ends often, at different places
-    cfg = RolloutConfig(group_size=8, max_new_tokens=40)
-    sizes = []
-    handle = model.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    rollouts = generate(model, TOKENIZER, PROMPTS, cfg, seed=0)
-    handle.remove()
-    assert sizes[0] == 4 and sizes[1] == 32 and sizes[-1] <= 16
-    assert rollouts.finished.float().mean() > 0.5
-    lengths = rollouts.lengths
-    assert len(lengths.unique()) > 4
-    for i, row in enumerate(rows(rollouts)):
-        assert (row.count(1), row[-1] == 1) == ((1, True) if rollouts.finished[i] else (0, False))
-
-
-def test_chunks_and_seeds() -> None:
-    model = tiny_model()
-    cfg = RolloutConfig(group_size=2, max_new_tokens=12)
-    whole = generate(model, TOKENIZER, PROMPTS, cfg, seed=5)
-    parts = generate(
-        model, TOKENIZER, PROMPTS, RolloutConfig(group_size=2, max_new_tokens=12, batch_size=2), seed=5
-    )
-    assert rows(whole) == rows(parts) and whole.texts == parts.texts
-    torch.testing.assert_close(whole.logprobs, parts.logprobs, atol=1e-5, rtol=0)
-    assert rows(generate(model, TOKENIZER, PROMPTS, cfg, seed=5)) == rows(whole)
-    assert rows(generate(model, TOKENIZER, PROMPTS, cfg, seed=6)) != rows(whole)
-
-
-def test_out_of_memory_halves_the_batch(monkeypatch, caplog) -> None:
-    from saerl_fast.rl import rollouts as module
-
-    real = module._decode
-
-    def tight(model, ids, *rest):
-        if len(ids) > 1:
-            raise torch.OutOfMemoryError("no room")
-        return real(model, ids, *rest)
-
-    model, cfg = tiny_model(), RolloutConfig(group_size=2, max_new_tokens=6)
-    whole = generate(model, TOKENIZER, PROMPTS, cfg, seed=5)
-    monkeypatch.setattr(module, "_decode", tight)
-    assert rows(generate(model, TOKENIZER, PROMPTS, cfg, seed=5)) == rows(whole)
-    assert "out of memory" in caplog.text
-
-
-class Recorder:
-    def __init__(self, model) -> None:
-        self.model, self.inside, self.calls = model, False, []
-        model.register_forward_pre_hook(self.before, with_kwargs=True)
-
-    def before(self, module, args, kwargs) -> None:
-        self.calls.append((self.inside, tuple(kwargs["input_ids"].shape)))
-
-    def __enter__(self):
-        self.inside = True
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.inside = False
-
-    def features(self):
-        return sum(inside for inside, _ in self.calls)
-
-
-def test_capture_sees_the_prefill_and_nothing_else() -> None:
-    model = tiny_model()
-    recorder = Recorder(model)
-    cfg = RolloutConfig(group_size=4, max_new_tokens=5)
-    rollouts = generate(model, TOKENIZER, PROMPTS, cfg, capture=recorder)
-    assert rollouts.features == 1
-    assert recorder.calls[0] == (True, (4, len(PROMPTS[1])))
-    assert len(recorder.calls) > 3 and not any(inside for inside, _ in recorder.calls[1:])
-    assert rollouts.timings["generate"] > 0
-
-
-def test_greedy_takes_the_likeliest_and_modes_are_restored() -> None:
-    model = tiny_model().train()
-    greedy = generate(model, TOKENIZER, PROMPTS, RolloutConfig(group_size=1, max_new_tokens=8, temperature=0))
-    assert model.training
-    ids, starts, lengths = greedy.sequences()
-    with torch.no_grad():
-        logits = model.eval()(ids).logits
-    for i in range(4):
-        span = slice(int(starts[i]) - 1, int(starts[i] + lengths[i]) - 1)
-        assert logits[i, span].argmax(-1).tolist() == rows(greedy)[i]
-
-
-def test_sample_follows_the_distribution() -> None:
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, float("-inf")]]).expand(20_000, -1)
-    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
-    for temperature, top_p in [(1.0, 1.0), (0.5, 1.0), (2.0, 0.8)]:
-        token, logprob = sample(logits, uniforms, temperature, top_p)
-        probs = (logits[0] / temperature).softmax(0)
-        torch.testing.assert_close(logprob, probs.log()[token])
-        if top_p < 1:  # 0.453, 0.275, 0.166: three tokens hold 0.8
-            probs = probs * torch.tensor([1, 1, 1, 0, 0])
-            probs = probs / probs.sum()
-        found = torch.bincount(token, minlength=5) / 20_000
-        assert (found - probs).abs().max() < 0.012
-        assert found[4] == 0
-
-
-def test_extremes_of_the_uniform_pick_possible_tokens() -> None:
-    logits = torch.tensor([[float("-inf"), 0.0, 1.0, float("-inf")]] * 2)
-    token, _ = sample(logits, torch.tensor([0.0, 1.0 - 2**-24]), 1.0, 1.0)
-    assert token.tolist() == [1, 2]
-
-
-def test_sequences_join_prompt_and_completion() -> None:
-    ids, lens = left_pad([[5, 6], [7, 8, 9]], 0, torch.device("cpu"))
-    completions = torch.tensor([[3, 1], [4, 0], [2, 2], [1, 0]])
-    mask = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0]]).bool()
-    made = Rollouts(ids, lens, completions, mask, mask.float(), [""] * 4, mask[:, 0], 2)
-    joined, starts, lengths = made.sequences()
-    real = [row[: s + n] for row, s, n in zip(joined.tolist(), starts, lengths, strict=True)]
-    assert real == [[5, 6, 3, 1], [5, 6, 4], [7, 8, 9, 2, 2], [7, 8, 9, 1]]
-
-
-def test_stop_tokens_and_texts() -> None:
-    model = tiny_model(spread=1.5)
-    model.generation_config.eos_token_id = [1, 7]
-    assert stop_tokens(model, TOKENIZER) == [1, 7]
-    rollouts = generate(model, TOKENIZER, PROMPTS, RolloutConfig(group_size=8, max_new_tokens=30))
-    ends = {row[-1] for row, done in zip(rows(rollouts), rollouts.finished, strict=True) if done}
-    assert ends == {1, 7}
-    wanted = [
-        "".join(TOKENIZER.convert_ids_to_tokens([t for t in row if t > 2 and t != 7]))
-        for row in rows(rollouts)
-    ]
-    assert rollouts.texts == wanted
-
-
-@pytest.mark.parametrize(
-    ("prompts", "change", "message"),
-    [
-        ([], {}, "no prompts"),
-        ([""], {}, "has no tokens"),
-        (["a" * 120], {}, "120 tokens"),
-        (["a"], {"group_size": 0}, "group_size=0"),
-        (["a"], {"max_new_tokens": 0}, "max_new_tokens=0"),
-        (["a"], {"temperature": -1.0}, "temperature=-1.0"),
-        (["a"], {"top_p": 0.0}, "top_p=0.0"),
-    ],
+from saerl_fast.config import (
+    LossConfig,
 )
-def test_bad_input(prompts: list[str], change: dict, message: str) -> None:
-    with pytest.raises(SaerlError, match=message):
-        generate(tiny_model(), TOKENIZER, prompts, RolloutConfig(**({"max_new_tokens": 16} | change)))
+from saerl_fast.errors import SaerlError
+from saerl_fast.records.log import read_metrics
+from saerl_fast.rl import update as module
+from tests.tiny_lm import tiny_model
+from tests.training import TOKENIZER, Die, adaptive_plan, assert_same_run, run, same_weights, small, sums
+
+
+def picky(prompts, completions, **columns):
+    """Differs within a group for about half of the prompts only."""
+    return [
+        float("a" in text) if prompt[0] in "01" else 0.0
+        for prompt, text in zip(prompts, completions, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_dynamic_sampling_counts_every_rollout_and_resumes(tmp_path: Path, adaptive: bool) -> None:
+    cfg = small(steps=4, dynamic_sampling=3, save_every=1)
+
+    def go(out: Path, reward=picky, **options):
+        model = tiny_model()
+        more = {}
+        if adaptive:
+            more["plan"], more["capture"] = adaptive_plan(model, sums(10))
+        return run(out, cfg, model=model, reward=reward, **more, **options)
+
+    def dying(prompts, completions, **columns):
+        calls.append(1)
+        if len(calls) > 7:
+            raise Die
+        return picky(prompts, completions)
+
+    calls: list[int] = []
+    straight, plan, summary = go(tmp_path / "one")
+    rows = [row for row in read_metrics(tmp_path / "one") if row["kind"] == "train"]
+    assert any(row["draws"] > 1 for row in rows) and all(row["draws"] <= 4 for row in rows)
+    for row in rows:
+        assert row["groups"] == 4 * row["draws"] and row["rollouts"] == 16 * row["draws"]
+        assert row["groups_used"] == 4 or row["draws"] == 4
+    assert summary["rollouts"] == sum(row["rollouts"] for row in rows)
+    assert plan.step == sum(row["draws"] for row in rows)
+    with pytest.raises(SaerlError, match="Die"):
+        go(tmp_path / "two", reward=dying)
+    resumed, again, _ = go(tmp_path / "two", resume=True)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert same_weights(straight, resumed) and plan.step == again.step
+
+
+def test_dynamic_sampling_trains_on_the_useful_groups_of_all_draws(tmp_path: Path, monkeypatch) -> None:
+    batches = []
+    real = module.Learner.update
+
+    def watched(self, rollouts, advantage, used, lr, clock):
+        batches.append((rollouts, advantage, used))
+        return real(self, rollouts, advantage, used, lr, clock)
+
+    monkeypatch.setattr(module.Learner, "update", watched)
+    run(tmp_path, small(steps=1, dynamic_sampling=5), reward=picky)
+    rollouts, advantage, used = batches[0]
+    row = next(row for row in read_metrics(tmp_path) if row["kind"] == "train")
+    assert row["draws"] > 1 and used.all() and len(used) == row["groups_used"] <= 4
+    assert advantage.shape == (len(used), 4) and advantage.abs().sum(1).min() > 0
+    texts = TOKENIZER.batch_decode(rollouts.completion_ids.masked_fill(~rollouts.completion_mask, 0))
+    for decoded, text in zip(texts, rollouts.texts, strict=True):
+        assert decoded.replace("<pad>", "").replace("<eos>", "") == text
+    ids, starts, lengths = rollouts.sequences()
+    for i, (row_ids, start) in enumerate(zip(ids.tolist(), starts.tolist(), strict=True)):
+        prompt = TOKENIZER.decode(row_ids[:start])
+        assert prompt[0] in "01" and prompt[-1] == "=" and lengths[i] == rollouts.completion_mask[i].sum()
+    assert row["mismatch"] < 1e-4  # the joined log-probabilities belong to the joined tokens
+
+
+def test_dynamic_sampling_gives_up_at_its_limit(tmp_path: Path) -> None:
+    def constant(prompts, completions, **columns):
+        return [0.0] * len(completions)
+
+    model, plan, summary = run(tmp_path, small(steps=1, dynamic_sampling=2), reward=constant)
+    assert same_weights(model, tiny_model()) and plan.step == 3
+    assert summary["rollouts"] == 48 and summary["groups_used"] == 0
+
+
+def test_truncated_completions_can_be_left_out_of_the_loss(tmp_path: Path, monkeypatch) -> None:
+    """The loss is that of the finished completions alone, and its normaliser counts only them."""
+    seen = []
+    real = module.policy_loss
+
+    def watched(new, old, weight, lengths, size, cfg, ref, *more):
+        seen.append((lengths, size))
+        return real(new, old, weight, lengths, size, cfg, ref, *more)
+
+    monkeypatch.setattr(module, "policy_loss", watched)
+    cfg = small(steps=1, loss=LossConfig(mask_truncated=True))
+    cfg.rollout.max_new_tokens = 40
+    run(tmp_path, cfg, reward=lambda prompts, completions, **_: list(range(len(completions))))
+    row = next(row for row in read_metrics(tmp_path) if row["kind"] == "train")
+    assert 0 < row["finished"] < 1 and row["groups_used"] == 4
+    assert sum(len(lengths) for lengths, _ in seen) == round(16 * row["finished"])
+    size = seen[0][1]
+    assert size.completions == round(16 * row["finished"])
+    assert size.tokens == sum(int(lengths.sum()) for lengths, _ in seen)
+    assert size.tokens == row["tokens"] - 40 * (16 - size.completions)
+
+
+def test_overlong_completions_lose_reward_but_not_pass_rate(tmp_path: Path) -> None:
+    def constant(prompts, completions, **columns):
+        return [1.0] * len(completions)
+
+    cfg = small(steps=1, loss=LossConfig(overlong_window=36))
+    cfg.rollout.max_new_tokens = 40
+    _, plan, _ = run(tmp_path, cfg, reward=constant)
+    row = next(row for row in read_metrics(tmp_path) if row["kind"] == "train")
+    assert row["reward"] == row["pass_rate"] == 1 and plan.told.sum() == 4
+    assert row["groups_used"] > 0  # lengths differ, so there is something to learn

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.runs import RunRecord, eval_modes, load_runs
+from saerl_fast.records.runs import RunRecord, eval_modes, load_runs
 
 
 def record_run(folder, arm, seed=0, rows=()):

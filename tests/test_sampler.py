@@ -4,10 +4,10 @@ import pytest
 from torch.utils.data import DataLoader
 
 from saerl_fast.config import PlanConfig
-from saerl_fast.data.plan import build_plan
-from saerl_fast.data.sampler import PlanBatchSampler, PlanSampler
-from saerl_fast.data.score import Scores
 from saerl_fast.errors import SaerlError
+from saerl_fast.plan import build_plan
+from saerl_fast.plan.sampler import PlanBatchSampler, PlanSampler
+from saerl_fast.signals.scores import Scores
 
 IDS = [f"p{i}" for i in range(20)]
 DATASET = [f"p{i}" for i in reversed(range(25))]  # another order, and rows the plan does not know

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from saerl_fast.data.shards import Shards
 from saerl_fast.errors import SaerlError
+from saerl_fast.signals.shards import Shards
 from saerl_kernels import CSR
 
 IDS = [f"p{i}" for i in range(23)]

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from saerl_fast.stats import area_under_curve, paired_ratio, smooth, steps_to_target
+from saerl_fast.records.stats import area_under_curve, paired_ratio, smooth, steps_to_target
 
 
 def test_smooth_is_a_running_mean_over_what_there_is():

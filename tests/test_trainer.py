@@ -12,9 +12,9 @@ from saerl_fast.config import (
     PlanConfig,
     RolloutConfig,
 )
-from saerl_fast.data.plan import StaticPlan
 from saerl_fast.errors import SaerlError
-from saerl_fast.log import read_jsonl, read_metrics
+from saerl_fast.plan.static import StaticPlan
+from saerl_fast.records.log import read_jsonl, read_metrics
 from saerl_fast.rl import update as module
 from saerl_fast.rl.checkpoint import model_tensors
 from saerl_fast.rl.trainer import train

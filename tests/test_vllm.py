@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from saerl_fast.config import Config, LoRAConfig, LossConfig, RolloutConfig
-from saerl_fast.console import Echo
 from saerl_fast.errors import SaerlError
-from saerl_fast.integrations.vllm import VllmEngine
-from saerl_fast.log import read_metrics
-from saerl_fast.pipeline import _vllm
+from saerl_fast.records.log import read_metrics
 from saerl_fast.rl.logprobs import completion_logprobs
+from saerl_fast.rl.vllm import VllmEngine
 from saerl_fast.sae.capture import FeatureCapture
+from saerl_fast.stages.console import Echo
+from saerl_fast.stages.pipeline import _vllm
 from tests.test_capture import sae_for
 from tests.tiny_lm import char_tokenizer, tiny_model
 from tests.training import run, small

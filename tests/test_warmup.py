@@ -4,7 +4,7 @@ import torch
 from saerl_fast.config import RolloutConfig, TrainConfig, WarmupConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.rl.evaluate import answer_probabilities
-from saerl_fast.rl.rollouts import generate
+from saerl_fast.rl.generate import generate
 from saerl_fast.rl.warmup import answer_rows, warm_up
 from tests.tiny_lm import char_tokenizer, tiny_model
 

@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.run_all import heed_interrupts
 from saerl_fast.errors import SaerlError
-from saerl_fast.log import MetricsLog
-from saerl_fast.watch import watch
+from saerl_fast.records.log import MetricsLog
+from saerl_fast.records.watch import watch
 
 
 def rows(step: int) -> list[dict]:

@@ -10,9 +10,9 @@ from saerl_fast.config import (
     RolloutConfig,
     TrainConfig,
 )
-from saerl_fast.data.plan import StaticPlan
-from saerl_fast.log import read_jsonl
-from saerl_fast.prompts import Pool
+from saerl_fast.plan.static import StaticPlan
+from saerl_fast.prompts.pool import Pool
+from saerl_fast.records.log import read_jsonl
 from saerl_fast.rl.checkpoint import model_tensors
 from saerl_fast.rl.trainer import train
 from tests.tiny_lm import char_tokenizer, tiny_model
@@ -140,11 +140,11 @@ class Features:
 def adaptive_plan(model, pool: Pool):
     """The real plan on real features of the real capture, from a random SAE."""
     from saerl_fast.config import AdaptiveConfig
-    from saerl_fast.data.plan import build_plan
-    from saerl_fast.data.score import Scores
-    from saerl_fast.rl.rollouts import generate
+    from saerl_fast.plan import build_plan
+    from saerl_fast.rl.generate import generate
     from saerl_fast.sae.capture import FeatureCapture
     from saerl_fast.sae.model import TopKSAE
+    from saerl_fast.signals.scores import Scores
 
     g = torch.Generator().manual_seed(0)
     W_enc = torch.randn(32, 64, generator=g)

@@ -59,21 +59,21 @@ def main(folder: Path) -> None:
     me, found = distributed.rank(), {}
     assert distributed.size() == 2
 
-    found["blocks"] = [distributed.block(n).indices(n)[:2] for n in (5, 1, 0)]
-    found["shared"] = distributed.share(lambda: me * 10)
+    found["blocks"] = [distributed.shard(n).indices(n)[:2] for n in (5, 1, 0)]
+    found["shared"] = distributed.gather(lambda: me * 10)
     parts = [torch.full((3,), me + 1.0), torch.full((2, 2), me * 2.0)]
-    distributed.add_up(parts)
+    distributed.all_reduce(parts)
     found["sums"] = [part.tolist() for part in parts]
     weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
     weights[0].grad = torch.ones(2)
     if me == 1:
         weights[1].grad = torch.ones(2)
-    distributed.add_up_gradients(weights)
+    distributed.all_reduce_gradients(weights)
     found["gradients"] = [None if w.grad is None else w.grad.tolist() for w in weights]
 
     model, plan, _ = whole_run(folder / "together")
-    found["same"] = len({str(values) for values in distributed.share(lambda: _ends(model))}) == 1
-    found["plans"] = distributed.share(plan.next_batch)
+    found["same"] = len({str(values) for values in distributed.gather(lambda: _ends(model))}) == 1
+    found["plans"] = distributed.gather(plan.next_batch)
     model, _, _ = whole_run(folder / "alone-then-together", resume=True)
     whole_run(folder / "kl", beta=0.1)
     try:
@@ -95,11 +95,11 @@ def main(folder: Path) -> None:
     try:
         if me == 0:
             raise SaerlError("the disk is full")
-        distributed.share(lambda: None)
+        distributed.gather(lambda: None)
     except SaerlError as err:
-        distributed.tell(err)
+        distributed.broadcast_error(err)
         found["told"] = [type(err).__name__, str(err)]
-    distributed.leave()
+    distributed.shutdown()
     (folder / f"found-{me}.json").write_text(json.dumps(found))
 
 

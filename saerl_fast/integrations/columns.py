@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from saerl_fast.data.score import SCORE_COLUMNS, Scores
 from saerl_fast.errors import SaerlError
-from saerl_fast.prompts import Pool
+from saerl_fast.prompts.pool import Pool
+from saerl_fast.signals.scores import SCORE_COLUMNS, Scores
 
 
 def to_dataset(pool: Pool) -> Any:

@@ -14,11 +14,12 @@ import os
 from typing import Any
 
 from saerl_fast.config import Config
-from saerl_fast.console import Echo
-from saerl_fast.data.score import Scores, feature_pass
 from saerl_fast.errors import SaerlError
-from saerl_fast.pipeline import find_sae, open_session, score_shards, score_stage, set_up
-from saerl_fast.prompts import render
+from saerl_fast.prompts.render import render
+from saerl_fast.signals.scores import Scores, feature_pass
+from saerl_fast.stages.console import Echo
+from saerl_fast.stages.pipeline import find_sae, score_shards, score_stage
+from saerl_fast.stages.session import open_session, set_up
 
 
 def score_with_ray(

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from saerl_fast.data.plan import Plan
-from saerl_fast.data.sampler import dataset_rows
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_text
+from saerl_fast.plan import Plan
+from saerl_fast.plan.sampler import dataset_rows
 
 STATE = "saerl_plan.json"
 PassRate = Callable[[np.ndarray], np.ndarray]

@@ -22,11 +22,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from saerl_fast.data.plan import Plan, StaticPlan
-from saerl_fast.data.sampler import dataset_rows
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import atomic_path
-from saerl_fast.prompts import Pool
+from saerl_fast.plan.base import Plan
+from saerl_fast.plan.sampler import dataset_rows
+from saerl_fast.plan.static import StaticPlan
+from saerl_fast.prompts.pool import Pool
 from saerl_fast.rl.rewards import Reward, get_reward, score_rewards
 
 

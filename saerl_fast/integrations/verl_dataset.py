@@ -16,10 +16,10 @@ from typing import Any
 
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
-from saerl_fast.data.plan import load_plan
-from saerl_fast.data.sampler import dataset_rows
 from saerl_fast.errors import SaerlError
 from saerl_fast.integrations.verl import planned_batches
+from saerl_fast.plan import load_plan
+from saerl_fast.plan.sampler import dataset_rows
 
 
 class PlanDataset(RLHFDataset):

@@ -7,9 +7,9 @@ to the order of summation. Gradients are added up explicitly, once, after the la
 normalised by the tokens of the whole batch already, so a plain sum is right, where a
 DistributedDataParallel wrapper would take the mean, and after every backward pass.
 
-Errors: processes meet in :func:`share`, which carries a SaerlError of one to all of them. One raised
-anywhere else is announced by :func:`tell` and arrives at the others' next meeting. In a single process
-everything here returns at once.
+Errors: processes meet in :func:`gather`, which carries a SaerlError of one to all of them. One raised
+anywhere else is announced by :func:`broadcast_error` and arrives at the others' next meeting. In a single
+process everything here returns at once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def start() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
 
 
-def leave() -> None:
+def shutdown() -> None:
     """Wait for all processes, then part: torchrun ends the others as soon as one has ended with an error."""
     if size() > 1:
         dist.all_gather_object([None] * size(), None)
@@ -62,12 +62,12 @@ def rank() -> int:
     return dist.get_rank() if size() > 1 else 0
 
 
-def block(n: int) -> slice:
+def shard(n: int) -> slice:
     """This process's share of ``n`` rows, contiguous and in rank order."""
     return slice(n * rank() // size(), n * (rank() + 1) // size())
 
 
-def share(make: Callable[[], T]) -> list[T]:
+def gather(make: Callable[[], T]) -> list[T]:
     """``make()`` of every process in rank order (picklable; no GPU tensors).
 
     A SaerlError in one of them is raised in all, as a SharedError.
@@ -95,16 +95,16 @@ def on_first(make: Callable[[], Any]) -> None:
         if rank() == 0:
             make()
 
-    share(run)
+    gather(run)
 
 
-def tell(error: SaerlError) -> None:
+def broadcast_error(error: SaerlError) -> None:
     """Raise ``error`` in the other processes when they next meet, unless they have raised it already."""
     if size() > 1 and not isinstance(error, SharedError):
         dist.all_gather_object([None] * size(), (None, str(error)))
 
 
-def add_up(tensors: Sequence[Tensor]) -> None:
+def all_reduce(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over all processes, in place."""
     if size() == 1:
         return
@@ -112,20 +112,20 @@ def add_up(tensors: Sequence[Tensor]) -> None:
         work.wait()
 
 
-def add_up_gradients(parameters: Sequence[Tensor]) -> None:
+def all_reduce_gradients(parameters: Sequence[Tensor]) -> None:
     """Sum every parameter's gradient over all processes; one that no process has stays None."""
     if size() == 1:
         return
     have = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    add_up([have])
+    all_reduce([have])
     used = [p for p, count in zip(parameters, have.tolist(), strict=True) if count]
     for parameter in used:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    add_up([p.grad for p in used if p.grad is not None])
+    all_reduce([p.grad for p in used if p.grad is not None])
 
 
-def same_everywhere(tensors: Sequence[Tensor]) -> None:
+def broadcast(tensors: Sequence[Tensor]) -> None:
     """Overwrite the tensors with process 0's."""
     if size() > 1:
         for tensor in tensors:

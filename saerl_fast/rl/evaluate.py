@@ -11,11 +11,12 @@ import torch
 
 from saerl_fast.config import TrainConfig, check_ranges
 from saerl_fast.errors import SaerlError
-from saerl_fast.prompts import Pool
+from saerl_fast.prompts.pool import Pool
 from saerl_fast.rl import distributed
+from saerl_fast.rl.generate import generate
 from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
 from saerl_fast.rl.rewards import check_answers, score_rewards
-from saerl_fast.rl.rollouts import Rollouts, generate
+from saerl_fast.rl.rollouts import Rollouts
 from saerl_fast.rl.warmup import answer_rows
 
 Reward = Callable[..., Any]
@@ -55,7 +56,7 @@ def evaluate(
         raise SaerlError("the evaluation pool is empty; check data.eval and data.eval_size")
     if cfg.mode == "prob":
         check_answers(pool.column("answer"), "train.eval.mode=prob")
-    here = distributed.block(len(pool))
+    here = distributed.shard(len(pool))
     columns = {name: column[here] for name, column in pool.columns.items()}
     texts = list(prompts[here])
     greedy = cfg.mode == "greedy"
@@ -81,7 +82,7 @@ def evaluate(
         each = zip(columns["prompt_id"], scores, completions, strict=True)
         return [{"prompt_id": i, "score": float(s), "completion": c} for i, s, c in each], tokens
 
-    parts = distributed.share(part)
+    parts = distributed.gather(part)
     items = [item for found, _ in parts for item in found]
     mean = float(np.mean([item["score"] for item in items]))
     return EvalResult(mean, items, cfg.mode, sum(tokens for _, tokens in parts))

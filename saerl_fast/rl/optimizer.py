@@ -71,8 +71,8 @@ class Optimizer:
                 log.warning("out of memory in a micro-batch: micro_tokens is now %d", self.micro_tokens)
 
         with training_mode(self.model, self.gradient_checkpointing):
-            distributed.share(attempt)
-        distributed.add_up([total])
+            distributed.gather(attempt)
+        distributed.all_reduce([total])
         return total
 
     def step(self, lr: float, max_norm: float) -> float:
@@ -81,7 +81,7 @@ class Optimizer:
         Gradients of several processes are added up first, so all of them make the same update. A norm that
         is not finite leaves weights and moments as they are, with a line in the log.
         """
-        distributed.add_up_gradients(self.masters)
+        distributed.all_reduce_gradients(self.masters)
         norm = float(nn.utils.clip_grad_norm_(self.masters, max_norm if max_norm > 0 else math.inf))
         if math.isfinite(norm):
             for group in self.adamw.param_groups:

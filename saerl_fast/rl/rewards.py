@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.interrupt import TimeUp, call_within
+from saerl_fast.rl.interrupt import TimeUp, call_within
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ Groups whose rewards are all equal have zero advantages: they are left out of th
 passes but counted in the rollouts, in the loss's normaliser and in every figure of the log except
 ``loss``, ``entropy``, ``clipped``, ``kl`` and ``mismatch``, which are about the groups used. With
 ``train.dynamic_sampling`` a step draws further batches from the plan while too few groups have a signal
-(:mod:`saerl_fast.rl.collect`). Every draw counts: in the rollouts, in the plan's memory and as one of the
+(:mod:`saerl_fast.rl.rollouts`). Every draw counts: in the rollouts, in the plan's memory and as one of the
 plan's steps, so a schedule paced for ``total_steps`` ends early and the plan goes on after its end.
 
 All randomness comes from (seed, purpose, step), so a resumed run needs no generator state to go on; the
@@ -34,26 +34,27 @@ import torch
 from saerl_fast.config import DataConfig, TrainConfig, check_ranges
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import write_json
-from saerl_fast.interrupt import graceful_interrupt
-from saerl_fast.log import JsonlLog, MetricsLog
 from saerl_fast.models import add_adapters
-from saerl_fast.prompts import Pool, render
+from saerl_fast.prompts.pool import Pool
+from saerl_fast.prompts.render import render
+from saerl_fast.records.log import JsonlLog, MetricsLog
 from saerl_fast.rl import checkpoint as ckpt
-from saerl_fast.rl import distributed
-from saerl_fast.rl.collect import Draw, concat, join
+from saerl_fast.rl import distributed, seeds
+from saerl_fast.rl.clock import Clock
 from saerl_fast.rl.evaluate import evaluate, pass_rates, score_rollouts
+from saerl_fast.rl.generate import generate
+from saerl_fast.rl.interrupt import graceful_interrupt
 from saerl_fast.rl.loss import advantages, overlong_penalty
 from saerl_fast.rl.rewards import with_timeout
-from saerl_fast.rl.rollouts import Rollouts, generate
-from saerl_fast.rl.runtime import Clock, derived_seed
+from saerl_fast.rl.rollouts import Draw, Rollouts, concat, join
+from saerl_fast.rl.seeds import derived_seed
 from saerl_fast.rl.update import Learner
 from saerl_fast.rl.warmup import warm_up
 
 if TYPE_CHECKING:
-    from saerl_fast.data.plan import Plan
+    from saerl_fast.plan import Plan
 
 log = logging.getLogger(__name__)
-ROLLOUT_SEED, EVAL_SEED, ADAPTER_SEED, GLOBAL_SEED = 1, 2, 3, 4  # purposes of a derived seed
 
 
 def train(
@@ -96,7 +97,7 @@ def train(
         with graceful_interrupt() as interrupted:
             if start is None:
                 run.begin()
-                if any(distributed.share(interrupted)):
+                if any(distributed.gather(interrupted)):
                     run.stop(0)
             for step in range((start or 0) + 1, cfg.steps + 1):
                 run.step(step)
@@ -107,7 +108,7 @@ def train(
                     run.save(step)
                 if progress is not None:
                     progress(step, cfg.steps)
-                if any(distributed.share(interrupted)) and not last:
+                if any(distributed.gather(interrupted)) and not last:
                     run.stop(step)
         return run.finish()
     finally:
@@ -163,7 +164,7 @@ class _Run:
     def open(self, resume: bool) -> int | None:
         """Restore the latest checkpoint when resuming, open the logs; its step, or None for a fresh start."""
         found = ckpt.load_latest(self.out_dir) if resume else None
-        self.model = add_adapters(self.model, self.cfg.lora, derived_seed(self.seed, ADAPTER_SEED, 0))
+        self.model = add_adapters(self.model, self.cfg.lora, derived_seed(self.seed, seeds.ADAPTER, 0))
         if found is not None:
             ckpt.load_model_tensors(self.model, found.model)
             self.learner = Learner(self.model, self.cfg)
@@ -178,9 +179,9 @@ class _Run:
         elif resume:
             self.say(f"no checkpoint in {self.out_dir}: starting at step 0")
         at = found.step if found is not None else None
-        if len(set(distributed.share(lambda: at))) > 1:
+        if len(set(distributed.gather(lambda: at))) > 1:
             raise SaerlError(f"the processes find different checkpoints in {self.out_dir}; share the folder")
-        distributed.same_everywhere(list(ckpt.model_tensors(self.model).values()))
+        distributed.broadcast(list(ckpt.model_tensors(self.model).values()))
         if not self.writes:
             return at
         if found is None:
@@ -257,7 +258,7 @@ class _Run:
         """So that rewards that draw at random do so again after a resume."""
         from transformers import set_seed
 
-        set_seed(derived_seed(self.seed, GLOBAL_SEED, step, distributed.rank()))
+        set_seed(derived_seed(self.seed, seeds.GLOBAL, step, distributed.rank()))
 
     def _record(self, row: dict[str, Any]) -> None:
         if self.writes:
@@ -307,14 +308,14 @@ class _Run:
         """The plan's next batch: sampled, rewarded, told to the plan."""
         cfg = self.cfg
         with clock("plan"):
-            ids = distributed.share(self.plan.next_batch)[0]  # one order, even if machines round differently
+            ids = distributed.gather(self.plan.next_batch)[0]  # one order, even if machines round differently
         rows = [self.row[name] for name in ids]
         # not Pool.select: a small pool may repeat a prompt inside a batch
         columns = {name: [column[i] for i in rows] for name, column in self.pools["train"].columns.items()}
         prompts = [self.texts["train"][i] for i in rows]
-        here = distributed.block(len(ids))
+        here = distributed.shard(len(ids))
         mine, part = prompts[here], {name: column[here] for name, column in columns.items()}
-        seed = derived_seed(self.seed, ROLLOUT_SEED, step, number)
+        seed = derived_seed(self.seed, seeds.ROLLOUT, step, number)
 
         def sample() -> tuple[Rollouts, np.ndarray]:
             options = {"seed": seed, "first": here.start, "capture": self.capture}
@@ -325,7 +326,7 @@ class _Run:
                 rewards = score_rollouts(made, part, mine, self.reward)
             return made.to("cpu") if distributed.size() > 1 else made, rewards
 
-        shares = distributed.share(sample)
+        shares = distributed.gather(sample)
         rollouts = concat([made for made, _ in shares]).to(self.model.device)
         rewards = np.concatenate([found for _, found in shares])
         with clock("plan"):
@@ -339,7 +340,7 @@ class _Run:
     def evaluate(self, step: int) -> None:
         clock = self.clock()
         with clock("eval"):
-            pool, texts, seed = self.pools["eval"], self.texts["eval"], derived_seed(self.seed, EVAL_SEED, 0)
+            pool, texts, seed = self.pools["eval"], self.texts["eval"], derived_seed(self.seed, seeds.EVAL, 0)
             result = evaluate(self.model, self.tokenizer, pool, texts, self.reward, self.cfg, seed)
         if self.writes:
             self.eval_items.write({"step": step, **item} for item in result.items)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from saerl_fast.config import TrainConfig
 from saerl_fast.rl import distributed
+from saerl_fast.rl.clock import Clock
 from saerl_fast.rl.logprobs import completion_logprobs
 from saerl_fast.rl.loss import BatchSize, importance_weights, policy_loss
 from saerl_fast.rl.optimizer import Optimizer
 from saerl_fast.rl.rollouts import Rollouts
-from saerl_fast.rl.runtime import Clock
 
 FIGURES = ("loss", "entropy", "clipped", "kl", "mismatch")
 
@@ -47,7 +47,7 @@ class Learner:
         owner = torch.arange(len(counted), device=device) // rollouts.group_size
         if not (counted & torch.isin(owner, groups.to(device))).any():
             return {**dict.fromkeys(FIGURES), "grad_norm": None}
-        mine = groups[distributed.block(len(groups))].to(device)
+        mine = groups[distributed.shard(len(groups))].to(device)
         chosen = (counted & torch.isin(owner, mine)).nonzero()[:, 0]
         owner = owner[chosen]
         ids, starts, lengths = (part[chosen] for part in rollouts.sequences())

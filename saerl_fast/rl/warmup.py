@@ -75,7 +75,7 @@ def warm_up(
         chosen = order[(step - 1) * settings.batch_size : step * settings.batch_size]
         batch = answer_rows(model, tokenizer, [prompts[i] for i in chosen], [answers[i] for i in chosen])
         total = batch[2].sum()
-        ids, starts, lengths = (part[distributed.block(len(chosen))] for part in batch)
+        ids, starts, lengths = (part[distributed.shard(len(chosen))] for part in batch)
 
         def backward(part: Tensor) -> Tensor:
             logprobs, _ = completion_logprobs(

@@ -50,7 +50,7 @@ def kmeans_assign(
     name = resolve(backend, X.device)
     if name == "reference":
         return reference.kmeans_assign(X, centroids)
-    return _steps(name).assign(_plain(X), centroids.detach().float().t().contiguous())
+    return _steps(name).assign(_detached(X), centroids.detach().float().t().contiguous())
 
 
 def kmeans_update(
@@ -79,14 +79,14 @@ def kmeans_update(
         return reference.kmeans_update(X, labels, n_clusters)
     steps = _steps(name)
     if transposed is None:
-        return steps.update(steps.transpose(_plain(X)), labels, n_clusters).t()
+        return steps.update(steps.transpose(_detached(X)), labels, n_clusters).t()
     if (transposed.n_rows, transposed.n_cols, transposed.nnz) != (X.n_cols, X.n_rows, X.nnz):
         raise ValueError(
             f"transposed is {transposed.n_rows} x {transposed.n_cols} with {transposed.nnz} entries, "
             f"expected {X.n_cols} x {X.n_rows} with {X.nnz}"
         )
     check_rows(transposed, check)
-    return steps.update(_plain(transposed), labels, n_clusters).t()
+    return steps.update(_detached(transposed), labels, n_clusters).t()
 
 
 def spherical_kmeans(
@@ -141,7 +141,7 @@ def spherical_kmeans(
         else:
             labels = _check_labels(X, init, n_clusters, check)
     name = resolve(backend, X.device)
-    rows = l2_rows(_plain(X))
+    rows = l2_rows(_detached(X))
     if name == "reference":
         start = None if init is None else (labels if table is None else table.t())
         found = reference.spherical_kmeans(
@@ -256,7 +256,7 @@ def _active(rows: CSR) -> Tensor:
     return filled
 
 
-def _plain(X: CSR) -> CSR:
+def _detached(X: CSR) -> CSR:
     """X without gradients or gaps between entries, as the kernels read it."""
     values = X.values.detach().contiguous()
     return CSR(X.indptr.contiguous(), X.indices.contiguous(), values, X.n_cols)

@@ -1,0 +1,137 @@
+"""Scores in, a plan out: the quality filter, what the schedule needs, and the plan itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from saerl_fast.config import PlanConfig, QualityConfig, check_ranges
+from saerl_fast.errors import SaerlError
+from saerl_fast.plan.adaptive import AdaptivePlan, embed
+from saerl_fast.plan.base import Plan
+from saerl_fast.plan.static import STATIC, StaticPlan
+
+if TYPE_CHECKING:
+    from saerl_fast.signals.scores import Scores
+
+SCHEDULES = (*STATIC, "adaptive")
+MISSING = {
+    "difficulty": "difficulty scores; set difficulty.label_column or difficulty.n_labels, and",
+    "cluster": "clusters;",
+}
+
+
+def build_plan(
+    scores: Scores,
+    cfg: PlanConfig,
+    *,
+    batch_size: int,
+    total_steps: int,
+    seed: int,
+    quality: QualityConfig | None = None,
+) -> Plan:
+    """The plan for a run of ``total_steps`` batches of ``batch_size`` prompts.
+
+    ``seed`` serves where ``cfg.seed`` is None. ``quality`` overrides the filter settings recorded
+    in ``scores``. Without a quality signal nothing is filtered, which ``plan.notes`` says, unless
+    ``cfg.filter`` asks for it: that is an error, as are a schedule whose signal is missing and a
+    filter that leaves nothing.
+    """
+    check_ranges(cfg, "plan.")
+    static = STATIC.get(cfg.schedule)
+    ids = scores.prompt_ids
+    if not ids:
+        raise SaerlError("the pool has no prompts to plan; check data.train and data.limit")
+    notes: list[str] = []
+    dropped: dict[str, str] = {}
+    table = _table(scores)
+    rows = np.arange(len(ids))
+    if cfg.filter or (cfg.filter is None and (static is None or static.filtered)):
+        rows, dropped = _filter(ids, table.get("quality"), scores.metadata, quality, bool(cfg.filter), notes)
+
+    for name in static.needs if static else ():
+        if name not in table:
+            raise SaerlError(f"schedule {cfg.schedule!r} needs {MISSING[name]} run `saerl score` again")
+    if static and "difficulty" in static.needs and np.ptp(table["difficulty"][rows]) == 0:
+        notes.append("predicted difficulty is the same for all prompts: the easy-to-hard order is random")
+    if static and static.keep:
+        kept = static.keep(table["difficulty"], rows, cfg.medium_keep)
+        for i in np.setdiff1d(rows, kept):
+            reason = f"difficulty {table['difficulty'][i]:.3f} outside the middle {cfg.medium_keep:.0%}"
+            dropped[ids[i]] = reason
+        rows = kept
+
+    out = np.setdiff1d(np.arange(len(ids)), rows)
+    common: dict[str, Any] = {
+        "batch_size": batch_size,
+        "total_steps": total_steps,
+        "seed": seed if cfg.seed is None else cfg.seed,
+        "table": {name: column[rows] for name, column in table.items()},
+        "dropped": {ids[i]: dropped[ids[i]] for i in out},
+        "dropped_table": {name: column[out] for name, column in table.items()},
+        "notes": notes,
+    }
+    kept_ids = [ids[i] for i in rows]
+    if static:
+        return StaticPlan(cfg.schedule, kept_ids, cfg, **common)
+    if scores.features is None:
+        raise SaerlError(
+            "schedule 'adaptive' needs the prompts' SAE features, but the scores have none; "
+            "run `saerl score` again"
+        )
+    embedding = embed(scores.features, rows, cfg.adaptive, seed=common["seed"])
+    return AdaptivePlan(kept_ids, cfg, embedding=embedding, **common)
+
+
+def _table(scores: Scores) -> dict[str, np.ndarray]:
+    """The score columns a plan reads; a column that is null throughout counts as absent."""
+    table: dict[str, np.ndarray] = {}
+    for name, dtype in (("cluster", np.int32), ("difficulty", np.float32), ("quality", np.float32)):
+        column = scores.column(f"saerl_{name}")
+        if column is not None:
+            table[name] = np.asarray(column, dtype=dtype)
+    rates = scores.column("saerl_pass_rate")
+    if rates is not None:
+        table["pass_rate"] = np.asarray(rates, dtype=np.float32)
+    if "difficulty" in table:  # a row without a score goes to the middle of the order
+        known = np.isfinite(table["difficulty"])
+        table["difficulty"] = np.where(known, table["difficulty"], np.median(table["difficulty"][known]))
+    return table
+
+
+def _filter(
+    ids: list[str],
+    scores: np.ndarray | None,
+    metadata: dict[str, Any],
+    override: QualityConfig | None,
+    asked: bool,
+    notes: list[str],
+) -> tuple[np.ndarray, dict[str, str]]:
+    """Rows that pass the quality filter, and the reason for each id that does not."""
+    rows = np.arange(len(ids))
+    if scores is None:
+        if asked:
+            raise SaerlError(
+                "plan.filter=true needs quality scores, but the scores have none; give labels in "
+                "quality.label_column and run `saerl score` again, or set plan.filter=false"
+            )
+        notes.append("no quality scores: nothing was filtered")
+        return rows, {}
+    recorded = metadata.get("quality", {})
+    threshold = override.threshold if override else recorded.get("threshold", QualityConfig.threshold)
+    ratio = override.filter_ratio if override else recorded.get("filter_ratio", QualityConfig.filter_ratio)
+    if ratio is not None:
+        if not 0 <= ratio <= 1:
+            raise SaerlError(f"quality.filter_ratio={ratio} is not a share between 0 and 1")
+        ranked = np.argsort(np.where(np.isfinite(scores), scores, np.inf), kind="stable")
+        bad = np.sort(ranked[: round(ratio * len(ids))])
+        reason = f"among the lowest {ratio:.1%}"
+        fix = f"lower quality.filter_ratio={ratio}"
+    else:
+        bad = rows[scores < threshold]  # an unknown score (NaN) stays
+        reason = f"below {threshold:g}"
+        fix = f"lower quality.threshold={threshold:g} (the best prompt has {np.nanmax(scores):.3f})"
+    if len(bad) == len(ids):
+        raise SaerlError(f"the quality filter drops all {len(ids)} prompts; {fix} or set plan.filter=false")
+    return np.setdiff1d(rows, bad), {ids[i]: f"quality {scores[i]:.3f} {reason}" for i in bad}

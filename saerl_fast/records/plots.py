@@ -1,0 +1,195 @@
+"""Figures from recorded runs: matplotlib only, drawn from JSON and Parquet alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saerl_fast.fileio import atomic_path
+from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes
+
+MODE_LABELS = {
+    "sample": "held-out accuracy (avg@k)",
+    "greedy": "held-out accuracy (greedy)",
+    "prob": "P(reference answer), held out",
+}
+PALETTE = ("#4a5568", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d6a9f", "#2e4057", "#b56576")
+
+
+def _figure(
+    path: Path, size: tuple[float, float], draw: Callable[[Any, Any], None], columns: int = 1
+) -> Path:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style: Any = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+    }
+    style |= {"font.size": 10, "axes.axisbelow": True}
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained")
+        draw(figure, axes)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=130, format="png")
+        plt.close(figure)
+    return path
+
+
+def colours(runs: list[RunRecord]) -> dict[str, str]:
+    """One colour an arm, the same in every figure."""
+    arms = list(dict.fromkeys(run.arm for run in runs))
+    return {arm: PALETTE[i % len(PALETTE)] for i, arm in enumerate(arms)}
+
+
+def accuracy_label(runs: list[RunRecord]) -> str:
+    """What the evaluations measured, for an axis; runs of several modes share no scale."""
+    modes = eval_modes(runs)
+    if len(modes) > 1:
+        return f"held-out figure (modes: {', '.join(modes)})"
+    return MODE_LABELS.get(modes[0], "held-out accuracy") if modes else "held-out accuracy"
+
+
+def learning_curves(runs: list[RunRecord], targets: dict[str, float], path: Path) -> Path:
+    """Held-out accuracy against steps and against rollouts; thin lines are seeds, thick ones their mean."""
+    colour = colours(runs)
+
+    def draw(figure: Any, axes: Any) -> None:
+        for arm, shade in colour.items():
+            mine = [run for run in runs if run.arm == arm and run.eval]
+            for run in mine:
+                axes[0].plot(
+                    run.eval_steps, run.accuracy, color=shade, lw=0.8, alpha=0.4 if len(mine) > 1 else 0
+                )
+                rollouts = np.cumsum([0] + [row.get("rollouts", 0) for row in run.train])
+                at = [rollouts[min(step, len(rollouts) - 1)] for step in run.eval_steps]
+                axes[1].plot(at, run.accuracy, color=shade, lw=1.6, alpha=0.9 if len(mine) == 1 else 0.5)
+            steps = [run.eval_steps for run in mine]
+            if mine and all(s == steps[0] for s in steps):
+                mean = np.mean([run.accuracy for run in mine], axis=0)
+                label = arm if len(mine) == 1 else f"{arm} (mean of {len(mine)})"
+                axes[0].plot(steps[0], mean, color=shade, lw=2.2, label=label)
+        for name, value in targets.items():
+            axes[0].axhline(value, color="#999999", lw=0.8, ls="--")
+            axes[0].annotate(name, (0, value), fontsize=8, color="#777777", va="bottom")
+        axes[0].set(xlabel="GRPO steps", ylabel=accuracy_label(runs))
+        axes[1].set(xlabel="rollouts spent")
+        axes[0].legend(frameon=False)
+
+    return _figure(path, (10, 3.8), draw, columns=2)
+
+
+def live(runs: list[RunRecord], path: Path) -> Path:
+    """What there is so far of each run: held-out accuracy, and the reward of the batches."""
+    colour = colours(runs)
+
+    def draw(figure: Any, axes: Any) -> None:
+        for run in runs:
+            label = f"{run.arm}, seed {run.seed}"
+            axes[0].plot(run.eval_steps, run.accuracy, color=colour[run.arm], marker=".", label=label)
+            rewards = [(row["step"], row["reward"]) for row in run.train if row.get("reward") is not None]
+            axes[1].plot(*zip(*rewards, strict=True) if rewards else ((), ()), color=colour[run.arm], lw=1)
+        axes[0].set(xlabel="GRPO steps", ylabel=accuracy_label(runs))
+        axes[1].set(xlabel="GRPO steps", ylabel="mean reward of the batch")
+        axes[0].legend(frameon=False, fontsize=8)
+
+    return _figure(path, (10, 3.8), draw, columns=2)
+
+
+def phases(runs: list[RunRecord], path: Path) -> Path:
+    """Mean seconds of a step by phase; what this project adds is drawn last, in red."""
+    colour = {
+        name: shade for name, shade in zip(SAERL_PHASES, ("#d1495b", "#e07a5f", "#f2a490"), strict=True)
+    }
+
+    def draw(figure: Any, axis: Any) -> None:
+        arms = list(dict.fromkeys(run.arm for run in runs))
+        seconds = {arm: [run.phase_seconds() for run in runs if run.arm == arm and run.train] for arm in arms}
+        steps = {arm: sum(len(run.train) for run in runs if run.arm == arm) for arm in arms}
+        names = sorted({name for arm in arms for one in seconds[arm] for name in one if name != "eval"})
+        names = [n for n in names if n not in SAERL_PHASES] + [n for n in SAERL_PHASES if n in names]
+        left = np.zeros(len(arms))
+        greys = iter(np.linspace(0.35, 0.85, max(len(names), 1)))
+        for name in names:
+            width = np.array([sum(s.get(name, 0) for s in seconds[a]) / max(steps[a], 1) for a in arms])
+            axis.barh(arms, width, left=left, label=name, color=colour.get(name, str(next(greys))))
+            left += width
+        axis.invert_yaxis()
+        axis.set(xlabel="seconds per step (without evaluation)")
+        axis.legend(frameon=False, ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.35))
+
+    return _figure(path, (8, 1.6 + 0.5 * len({run.arm for run in runs})), draw)
+
+
+def batches(runs: list[RunRecord], path: Path) -> Path:
+    """What each step trained on: pass rate of the batch, and the share of groups that carry a gradient."""
+    colour = colours(runs)
+
+    def draw(figure: Any, axes: Any) -> None:
+        for run in runs:
+            steps = [row["step"] for row in run.train]
+            size = [max(row.get("groups", 0), 1) for row in run.train]
+            used = [row.get("groups_used", 0) / n for row, n in zip(run.train, size, strict=True)]
+            label = run.arm if run.seed == min(r.seed for r in runs if r.arm == run.arm) else None
+            axes[0].plot(
+                steps, [row.get("pass_rate") for row in run.train], color=colour[run.arm], label=label
+            )
+            axes[1].plot(steps, used, color=colour[run.arm])
+        axes[0].axhline(0.5, color="#999999", lw=0.8, ls="--")
+        axes[0].set(xlabel="GRPO steps", ylabel="pass rate of the batch", ylim=(0, 1))
+        axes[1].set(xlabel="GRPO steps", ylabel="groups with mixed rewards", ylim=(0, 1))
+        axes[0].legend(frameon=False)
+
+    return _figure(path, (10, 3.4), draw, columns=2)
+
+
+def signals(columns: dict[str, list[Any]], path: Path) -> Path:
+    """Histograms of quality and difficulty, and cluster sizes.
+
+    ``columns`` are those of scores.parquet. The histograms are split by the pool's optional column
+    ``quality_label`` (see `label_groups`) where it holds labels, and not at all otherwise.
+    """
+    split = label_groups(columns.get("quality_label")) or {"all": np.ones(len(columns["prompt_id"]), bool)}
+    names = list(split)
+
+    def draw(figure: Any, axes: Any) -> None:
+        for axis, key in ((axes[0], "saerl_quality"), (axes[1], "saerl_difficulty")):
+            values = np.asarray(columns[key], dtype=np.float64)
+            groups = [values[mask & np.isfinite(values)] for mask in split.values()]
+            shades = [PALETTE[i % len(PALETTE)] for i in range(len(names))]
+            axis.hist(groups, bins=25, stacked=True, label=names, color=shades)
+            axis.set(xlabel=key.removeprefix("saerl_"), ylabel="prompts")
+        if len(names) > 1:
+            axes[0].legend(frameon=False, fontsize=8)
+        sizes = np.bincount(np.asarray(columns["saerl_cluster"], dtype=np.int64))
+        axes[2].bar(np.arange(len(sizes)), np.sort(sizes)[::-1], color=PALETTE[2])
+        axes[2].set(xlabel="clusters, by size", ylabel="prompts")
+
+    return _figure(path, (11, 3.2), draw, columns=3)
+
+
+def label_groups(labels: list[Any] | None) -> dict[str, np.ndarray]:
+    """Masks [n] of the rows labelled good (1), labelled bad (0) and unlabelled (null); empty ones left out.
+
+    Labels that are scores, not 0 or 1, make one group "labelled". {} when there is nothing to split by: no
+    column, no label in it, or labels that are no numbers.
+    """
+    try:
+        values = np.asarray(labels if labels is not None else [], dtype=np.float64)
+    except (TypeError, ValueError):
+        return {}
+    known = np.isfinite(values)
+    if not known.any():
+        return {}
+    if np.isin(values[known], (0, 1)).all():
+        groups = {"labelled good": values == 1, "labelled bad": values == 0, "unlabelled": ~known}
+    else:
+        groups = {"labelled": known, "unlabelled": ~known}
+    return {name: mask for name, mask in groups.items() if mask.any()}

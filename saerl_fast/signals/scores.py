@@ -1,0 +1,280 @@
+"""A pool's scores: what each prompt's SAE features say about its quality, difficulty and cluster."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from saerl_fast.config import Config, QualityConfig
+from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import atomic_path, read_json, write_json
+from saerl_fast.signals.clusters import cluster_prompts
+from saerl_fast.signals.difficulty import fit_difficulty
+from saerl_fast.signals.features import load_features, save_features
+from saerl_fast.signals.quality import fit_quality
+
+if TYPE_CHECKING:
+    from saerl_fast.prompts.pool import Pool
+    from saerl_fast.signals.shards import Compute, Shards
+    from saerl_kernels import CSR
+
+FORMAT = "saerl-scores-1"
+# The columns this package adds. A float is NaN (null on disk) where the signal is not known.
+SCORE_COLUMNS = {
+    "saerl_cluster": np.int32,
+    "saerl_difficulty": np.float32,
+    "saerl_quality": np.float32,
+    "saerl_pass_rate": np.float32,
+}
+
+
+@dataclass
+class Scores:
+    """Scored prompts: ``columns`` [n] by name, at least ``prompt_id``; see ``SCORE_COLUMNS``.
+
+    ``metadata``: JSON-able; the held-out figures of every probe under quality, difficulty, clusters.
+    ``features``: pooled prompt features, CSR with n rows, or None.
+    """
+
+    columns: dict[str, Any]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    features: CSR | None = None
+
+    def __post_init__(self) -> None:
+        if "prompt_id" not in self.columns:
+            raise SaerlError(f"scores need a prompt_id column, found {', '.join(self.columns) or 'none'}")
+        count = len(self.columns["prompt_id"])
+        for name, column in self.columns.items():
+            if len(column) != count:
+                raise SaerlError(
+                    f"score column {name!r} has {len(column)} rows but there are {count} prompts"
+                )
+        if self.features is not None and len(self.features.indptr) - 1 != count:
+            raise SaerlError(f"{len(self.features.indptr) - 1} feature rows cannot belong to {count} prompts")
+
+    def __len__(self) -> int:
+        return len(self.columns["prompt_id"])
+
+    @property
+    def prompt_ids(self) -> list[str]:
+        return [str(name) for name in self.columns["prompt_id"]]
+
+    def column(self, name: str) -> np.ndarray | None:
+        """A score column in its dtype, [n]; None when it is absent or unknown throughout."""
+        if name not in self.columns:
+            return None
+        dtype = SCORE_COLUMNS.get(name)
+        values = [np.nan if value is None else value for value in self.columns[name]]
+        if dtype is np.int32:
+            return np.array(values, dtype=np.int32)
+        array = np.array(values, dtype=dtype)
+        return array if np.isfinite(array).any() else None
+
+    def save(self, run_dir: str | Path) -> Path:
+        """Write scores.parquet, scores.json and, with features, features.safetensors; the folder."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        folder = Path(run_dir)
+        arrays = {}
+        for name, column in self.columns.items():
+            try:
+                if name in SCORE_COLUMNS:
+                    arrays[name] = pa.array(np.asarray(column, SCORE_COLUMNS[name]), from_pandas=True)
+                else:
+                    arrays[name] = pa.array(column)
+            except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError, TypeError) as err:
+                reason = " ".join(str(err).split())
+                raise SaerlError(f"column {name!r} cannot be written to Parquet: {reason}") from None
+        text = json.dumps(self.metadata, allow_nan=False)
+        table = pa.table(arrays).replace_schema_metadata({"saerl": text, "saerl_format": FORMAT})
+        if self.features is not None:
+            save_features(folder / "features.safetensors", self.features, self.prompt_ids)
+        with atomic_path(folder / "scores.parquet") as temporary:
+            pq.write_table(table, temporary)
+        summary = {"format": FORMAT, "n_prompts": len(self), "columns": list(self.columns)}
+        summary["features"] = None if self.features is None else "features.safetensors"
+        write_json(folder / "scores.json", {**summary, "metadata": self.metadata})
+        return folder
+
+    @classmethod
+    def load(cls, run_dir: str | Path) -> Scores:
+        """What :meth:`save` wrote. Raises SaerlError when a file is missing, damaged or of other prompts."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        folder = Path(run_dir)
+        summary = read_json(folder / "scores.json", "saerl score")
+        if not isinstance(summary, dict) or summary.get("format") != FORMAT:
+            raise SaerlError(f"{folder / 'scores.json'} is not of format {FORMAT}; run `saerl score` again")
+        file = folder / "scores.parquet"
+        if not file.is_file():
+            raise SaerlError(f"{file} does not exist; make it with `saerl score`")
+        try:
+            table = pq.read_table(file)
+        except (pa.ArrowException, OSError) as err:
+            reason = " ".join(str(err).split())
+            raise SaerlError(f"{file} is damaged ({reason}); make it again with `saerl score`") from None
+        if table.num_rows != summary["n_prompts"]:
+            raise SaerlError(
+                f"{file} has {table.num_rows} rows but scores.json {summary['n_prompts']}; "
+                "run `saerl score` again"
+            )
+        columns: dict[str, Any] = table.to_pydict()
+        for name in SCORE_COLUMNS.keys() & columns.keys():
+            values = [np.nan if value is None else value for value in columns[name]]
+            columns[name] = np.array(values, dtype=SCORE_COLUMNS[name])
+        features = None
+        if summary["features"] is not None:
+            features = load_features(folder / summary["features"], columns["prompt_id"])
+        return cls(columns, summary["metadata"], features)
+
+
+def score_features(
+    pool: Pool,
+    prompt_features: CSR,
+    answer_features: CSR | None,
+    config: Config,
+    pass_rates: Any | None = None,
+) -> Scores:
+    """Quality, difficulty and cluster of every row of ``pool`` from features computed before.
+
+    ``prompt_features``, ``answer_features``: pooled, one CSR row per prompt. ``pass_rates`` [n] in
+    [0, 1], NaN where unknown; None reads ``difficulty.label_column``. Quality labels come from
+    ``quality.label_column``; a pool without the default column is not scored for quality, a column
+    asked for by another name must be there. Row ``task``, where present, is compared with the clusters.
+    """
+    count = len(pool)
+    if not count:
+        raise SaerlError("the pool has no prompts to score; check data.train and data.limit")
+    for features in (prompt_features, answer_features):
+        if features is not None and len(features.indptr) - 1 != count:
+            raise SaerlError(f"{len(features.indptr) - 1} feature rows cannot belong to {count} prompts")
+    seconds: dict[str, float] = {}
+    clock = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        seconds[name] = time.perf_counter() - clock
+        clock = time.perf_counter()
+
+    column = config.quality.label_column
+    if column in pool.columns or column != QualityConfig.label_column:
+        labels = _numbers(pool.column(column), "quality.label_column")
+    else:
+        labels = np.full(count, np.nan)
+    quality = fit_quality(prompt_features, labels, config.quality, answers=answer_features, seed=config.seed)
+    lap("quality")
+    if pass_rates is None and config.difficulty.label_column is not None:
+        pass_rates = _numbers(pool.column(config.difficulty.label_column), "difficulty.label_column")
+    rates = np.full(count, np.nan) if pass_rates is None else np.asarray(pass_rates, dtype=np.float64)
+    difficulty = fit_difficulty(prompt_features, rates, config.difficulty, seed=config.seed)
+    lap("difficulty")
+    clusters = cluster_prompts(prompt_features, config.diversity, tasks=pool.columns.get("task"))
+    lap("clusters")
+
+    active = len(prompt_features.indices) / count
+    metadata = {
+        "n_prompts": count,
+        "quality": quality.metrics,
+        "difficulty": difficulty.metrics,
+        "clusters": clusters.metrics,
+        "features": {
+            "d_sae": int(prompt_features.n_cols),
+            "active_per_prompt": active,
+            "reduce": config.score.reduce,
+        },
+        "seconds": seconds,
+    }
+    added = {
+        "saerl_cluster": clusters.labels,
+        "saerl_difficulty": difficulty.scores,
+        "saerl_quality": quality.scores,
+        "saerl_pass_rate": rates.astype(np.float32),
+    }
+    return Scores({**pool.columns, **added}, metadata, prompt_features)
+
+
+def feature_pass(
+    pool: Pool,
+    prompts: Sequence[str],
+    model: Any,
+    tokenizer: Any,
+    sae: Any,
+    config: Config,
+    *,
+    layer: int | None = None,
+) -> Compute:
+    """``compute(start, end, progress)``: pooled features of these rows, of prompts and (or None) answers.
+
+    With ``score.include_answer`` and an answer in every row, the quality probe reads the answers' too.
+    """
+    from saerl_fast.sae.pooled import pooled_features
+
+    answers: list[str] | None = None
+    column = pool.columns.get("answer")
+    if config.score.include_answer and config.quality.head != "none" and column is not None:
+        answers = None if any(answer is None for answer in column) else [str(answer) for answer in column]
+
+    def compute(start: int, end: int, progress: Callable[[int, int], None] | None) -> Any:
+        return pooled_features(
+            model,
+            tokenizer,
+            sae,
+            prompts[start:end],
+            None if answers is None else answers[start:end],
+            layer=layer,
+            reduce=config.score.reduce,
+            batch_tokens=config.score.batch_tokens,
+            backend=config.score.backend,
+            on_progress=progress,
+        )
+
+    return compute
+
+
+def score_pool(
+    pool: Pool,
+    prompts: Sequence[str],
+    model: Any,
+    tokenizer: Any,
+    sae: Any,
+    config: Config,
+    *,
+    layer: int | None = None,
+    pass_rates: Any | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    shards: Shards | None = None,
+) -> Scores:
+    """:func:`score_features` on features captured now, in one early-stopped pass over the pool.
+
+    ``shards`` keeps finished parts of the pass on the disk; without it the pass is made in one go.
+    ``prompts``: the final text of every row, as the policy will see it.
+    """
+    began = time.perf_counter()
+    compute = feature_pass(pool, prompts, model, tokenizer, sae, config, layer=layer)
+    if shards is None:
+        prompt_features, answer_features = compute(0, len(prompts), on_progress)
+    else:
+        prompt_features, answer_features = shards.collect(pool.column("prompt_id"), compute, on_progress)
+    seconds = time.perf_counter() - began
+    scores = score_features(pool, prompt_features, answer_features, config, pass_rates)
+    scores.metadata["seconds"] = {"features": seconds, **scores.metadata["seconds"]}
+    return scores
+
+
+def _numbers(column: Sequence[Any], setting: str) -> np.ndarray:
+    """A label column as float64 [n], NaN for null."""
+    numbers = np.full(len(column), np.nan)
+    for i, value in enumerate(column):
+        try:
+            numbers[i] = np.nan if value is None else float(value)
+        except (TypeError, ValueError):
+            raise SaerlError(f"{setting} names a column that holds {value!r}; use numbers or null") from None
+    return numbers

@@ -1,0 +1,77 @@
+"""Pass rates for the difficulty probe: a column of the pool, or rollouts of a seeded subset."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saerl_fast.config import Config
+from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import read_json, write_json
+from saerl_fast.stages.console import Echo
+from saerl_fast.stages.fingerprint import LABEL_SECTIONS, fingerprint
+from saerl_fast.stages.session import Session
+
+LABEL_CHUNK = 16  # prompts rolled out for labels before they are saved
+
+
+def difficulty_labels(
+    config: Config, echo: Echo, session: Session
+) -> tuple[np.ndarray | None, dict[str, float]]:
+    """Pass rates [n_prompts] (NaN where unlabelled) for the difficulty regressor, and what they cost.
+
+    Labels are the column the config names, else the mean reward of a few rollouts on a seeded subset.
+    Rollouts are made in chunks, each with its own seed and saved at once, so an interrupted labelling
+    goes on where it stopped and ends with the same labels.
+    """
+    pool, settings = session.train, config.difficulty
+    if settings.label_column is not None:
+        values = pool.column(settings.label_column)
+        try:
+            rates = np.array([np.nan if value is None else float(value) for value in values])
+        except (TypeError, ValueError):
+            name = settings.label_column
+            raise SaerlError(
+                f"difficulty.label_column={name!r} must hold pass rates in [0, 1] or null"
+            ) from None
+        return rates, {"labelled": float(np.isfinite(rates).sum()), "rollouts": 0.0}
+    if settings.n_labels < 1:
+        return None, {"labelled": 0.0, "rollouts": 0.0}
+    from saerl_fast.prompts.render import render
+    from saerl_fast.rl.evaluate import pass_rates, score_rollouts
+    from saerl_fast.rl.generate import generate
+    from saerl_fast.rl.rewards import get_reward, with_timeout
+
+    chosen = np.random.default_rng([config.seed, 1]).permutation(len(pool))[: settings.n_labels]
+    file = Path(config.run_dir) / "labels.json"
+    mark = fingerprint(config, LABEL_SECTIONS)
+    record: dict[str, Any] = {"fingerprint": mark, "rates": {}, "tokens": 0, "seconds": 0.0}
+    if file.is_file():
+        saved = read_json(file, "saerl score")
+        record = saved if saved.get("fingerprint") == mark else record
+    reward = with_timeout(get_reward(config.train.reward), config.train.reward_timeout)
+    ids = pool.column("prompt_id")
+    rollout = replace(config.train.rollout, group_size=settings.rollouts)
+    bar, width = echo.bar("difficulty labels"), LABEL_CHUNK
+    for start in range(0, len(chosen), width):
+        part = [int(i) for i in chosen[start : start + width]]
+        if not all(ids[i] in record["rates"] for i in part):
+            began = time.perf_counter()
+            rows = pool.select(part)
+            texts = render(rows, session.tokenizer, config.data)
+            seed = int(np.random.SeedSequence([config.seed, 2, start]).generate_state(1)[0])
+            made = generate(session.model, session.tokenizer, texts, rollout, seed=seed)
+            rates = pass_rates(score_rollouts(made, rows.columns, texts, reward))
+            record["rates"].update({ids[i]: float(rate) for i, rate in zip(part, rates, strict=True)})
+            record["tokens"] += int(made.lengths.sum())
+            record["seconds"] += time.perf_counter() - began
+            write_json(file, record)
+        bar(min(start + width, len(chosen)), len(chosen))
+    rates = np.full(len(pool), np.nan)
+    rates[chosen] = [record["rates"][ids[i]] for i in chosen]
+    costs = {"labelled": len(chosen), "rollouts": len(chosen) * settings.rollouts, "tokens": record["tokens"]}
+    return rates, {key: float(value) for key, value in costs.items()} | {"seconds": record["seconds"]}

@@ -1,0 +1,318 @@
+"""The stages behind the commands: SAE, scores, plan, training. Each writes what the next one reads.
+
+A stage that finds its input missing makes it; one that finds it made with other settings says so and
+stops, because silently mixing the two would make every figure after it wrong. Under torchrun only training
+runs, and a missing SAE or missing scores are refused: made by one process, they would keep the GPUs of the
+others waiting for as long as that takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saerl_fast.config import Config, to_dict
+from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import read_json, write_json
+from saerl_fast.stages.console import Echo
+from saerl_fast.stages.fingerprint import (
+    RUN_SECTIONS,
+    SAE_SECTIONS,
+    SCORE_SECTIONS,
+    check_same,
+    fingerprint,
+    training_seed,
+)
+from saerl_fast.stages.labels import difficulty_labels
+from saerl_fast.stages.preflight import check_packages, check_target
+from saerl_fast.stages.session import Session, open_session
+
+if TYPE_CHECKING:
+    from saerl_fast.plan import Plan
+    from saerl_fast.sae.model import TopKSAE
+    from saerl_fast.signals.scores import Scores
+    from saerl_fast.signals.shards import Shards
+
+
+# --- SAE -------------------------------------------------------------------------------------------
+
+
+def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> TopKSAE:
+    """Train a TopK SAE on the training prompts' (and answers') activations into ``<run_dir>/sae``."""
+    from saerl_fast.prompts.render import render
+    from saerl_fast.sae.capture import resolve_layer
+    from saerl_fast.sae.files import save_sae
+    from saerl_fast.sae.train import collect_activations, train_sae
+
+    if config.sae.path is not None:
+        raise SaerlError(f"sae.path={config.sae.path} names an SAE already; leave it out to train one")
+    folder = Path(config.run_dir) / "sae"
+    session = session or open_session(config, echo)
+    layer = resolve_layer(session.model, None, config.sae.layer)
+    texts = render(session.train, session.tokenizer, config.data)
+    answers = session.train.columns.get("answer")
+    if config.score.include_answer and answers is not None:
+        texts = [text + str(answer or "") for text, answer in zip(texts, answers, strict=True)]
+    started = time.perf_counter()
+    activations = collect_activations(
+        session.model,
+        session.tokenizer,
+        texts,
+        layer,
+        config.sae.max_tokens,
+        seed=config.sae.seed,
+        on_progress=echo.bar("activations"),
+    )
+    captured = time.perf_counter()
+    bar = echo.bar("sae")
+    sae, metrics = train_sae(
+        activations,
+        replace(config.sae, layer=layer),
+        on_step=lambda step, shown: bar(step, int(shown["steps"])),
+        model_name=config.model.path,
+        device=session.model.device,
+    )
+    save_sae(sae, folder)
+    record = {
+        "layer": layer,
+        **metrics,
+        "seconds_capture": captured - started,
+        "fingerprint": fingerprint(config, SAE_SECTIONS),
+        "config": to_dict(config),
+    }
+    write_json(folder / "train.json", record)
+    echo(
+        f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.cfg['k']}, unexplained variance "
+        f"{metrics['fvu']:.3f} on held-out tokens, {metrics['dead_fraction']:.1%} dead features"
+    )
+    echo(f"wrote {folder}")
+    return sae
+
+
+def find_sae(config: Config, echo: Echo, session: Session) -> TopKSAE:
+    """The SAE that the config names, the one trained for this run, or a newly trained one."""
+    from saerl_fast.sae.files import load_sae
+
+    if config.sae.path is not None:
+        return load_sae(config.sae.path).to(session.model.device)
+    folder = Path(config.run_dir) / "sae"
+    if not folder.is_dir():
+        _refuse_together(folder, "saerl sae train")
+        return sae_stage(config, echo, session)
+    record = read_json(folder / "train.json", "saerl sae train")
+    check_same(record, config, SAE_SECTIONS, folder, "saerl sae train")
+    return load_sae(folder).to(session.model.device)
+
+
+def describe_sae(path: str) -> str:
+    """What ``saerl sae info`` prints: the shape and flags of a checkpoint, and how it was trained here."""
+    from saerl_fast.sae.files import load_sae
+
+    sae = load_sae(path)
+    lines = [f"{path}: {sae.architecture} SAE, d_in={sae.d_in}, d_sae={sae.d_sae}, k={sae.cfg['k']}"]
+    lines += [f"  {key}: {value}" for key, value in sorted(sae.cfg.items()) if value is not None]
+    trained = Path(path) / "train.json"
+    if trained.is_file():
+        record = read_json(trained, "saerl sae train")
+        lines += [f"  {key}: {value}" for key, value in record.items() if key != "config"]
+    return "\n".join(lines)
+
+
+# --- scores ----------------------------------------------------------------------------------------
+
+
+def score_stage(config: Config, echo: Echo, session: Session | None = None) -> Scores:
+    """Score every training prompt; writes scores.parquet, scores.json and features.safetensors."""
+    from saerl_fast.prompts.render import render
+    from saerl_fast.signals.scores import score_pool
+
+    session = session or open_session(config, echo)
+    sae = find_sae(config, echo, session)
+    labels, label_costs = difficulty_labels(config, echo, session)
+    shards = score_shards(config, sae)
+    scores = score_pool(
+        session.train,
+        render(session.train, session.tokenizer, config.data),
+        session.model,
+        session.tokenizer,
+        sae,
+        config,
+        layer=config.sae.layer,
+        pass_rates=labels,
+        on_progress=echo.bar("features"),
+        shards=shards,
+    )
+    scores.metadata["difficulty_labels"] = label_costs
+    scores.metadata |= {"fingerprint": fingerprint(config, SCORE_SECTIONS), "config": to_dict(config)}
+    folder = scores.save(config.run_dir)
+    shards.clear()
+    echo(f"wrote {folder / 'scores.parquet'}, scores.json and features.safetensors")
+    return scores
+
+
+def score_shards(config: Config, sae: TopKSAE) -> Shards:
+    """Where the features of these settings and this SAE are kept until they are complete."""
+    import torch
+
+    from saerl_fast.signals.shards import Shards
+
+    weights = torch.cat([sae.b_enc, sae.b_dec, sae.W_enc[0]]).detach().float().cpu().numpy().tobytes()
+    mark = f"{fingerprint(config, SCORE_SECTIONS)}-{hashlib.sha256(weights).hexdigest()[:8]}"
+    return Shards(config.run_dir, mark, config.score.shard)
+
+
+def find_scores(config: Config, echo: Echo, session: Session | None = None) -> Scores:
+    """The scores of this run, made now when they are missing."""
+    from saerl_fast.signals.scores import Scores
+
+    file = Path(config.run_dir) / "scores.parquet"
+    if not file.is_file():
+        _refuse_together(file, "saerl score")
+        return score_stage(config, echo, session)
+    scores = Scores.load(config.run_dir)
+    check_same(scores.metadata, config, SCORE_SECTIONS, file, "saerl score")
+    return scores
+
+
+def _refuse_together(missing: Path, command: str) -> None:
+    from saerl_fast.rl import distributed
+
+    if distributed.size() > 1:
+        raise SaerlError(
+            f"{missing} does not exist; make it with `{command}`, in one process, before torchrun"
+        )
+
+
+# --- plan and training -------------------------------------------------------------------------------
+
+
+def make_plan(config: Config, echo: Echo, session: Session | None = None) -> Plan:
+    """The plan that the config asks for; ``vanilla`` needs no SAE and no scores."""
+    from saerl_fast.plan import build_plan
+    from saerl_fast.signals.scores import Scores
+
+    if config.plan.schedule == "vanilla" and not config.plan.filter:
+        session = session or open_session(config, echo)
+        scores = Scores({"prompt_id": session.train.column("prompt_id")})
+    else:
+        scores = find_scores(config, echo, session)
+    plan = build_plan(
+        scores,
+        config.plan,
+        batch_size=config.train.rollout.prompts_per_step,
+        total_steps=max(config.train.steps, 1),  # 0: only the warm-up
+        seed=training_seed(config),
+        quality=config.quality,
+    )
+    echo(f"plan: {config.plan.schedule}, {len(plan.prompt_ids)} prompts kept, {len(plan.dropped)} dropped")
+    return plan
+
+
+def plan_stage(config: Config, echo: Echo) -> Path:
+    """Write ``<run_dir>/plan.json``: the order for this loop, TRL or verl."""
+    from saerl_fast.plan import save_plan
+
+    path = Path(config.run_dir) / "plan.json"
+    save_plan(make_plan(config, echo), path)
+    echo(f"wrote {path}")
+    return path
+
+
+def train_stage(
+    config: Config,
+    echo: Echo,
+    *,
+    plan_file: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    out: Path | None = None,
+    arm: str | None = None,
+    with_report: bool = False,
+) -> dict[str, Any]:
+    """One GRPO run into ``<run_dir>/<schedule>``; returns its summary."""
+    import shutil
+
+    from saerl_fast.models import check_targets
+    from saerl_fast.plan import load_plan, save_plan
+    from saerl_fast.records.report import write_report
+    from saerl_fast.rl import distributed
+    from saerl_fast.rl.rewards import get_reward
+    from saerl_fast.rl.trainer import train
+    from saerl_fast.sae.capture import FeatureCapture
+
+    given = load_plan(plan_file) if plan_file else None
+    arm = arm or (given.schedule if given else config.plan.schedule)
+    out = out or Path(config.run_dir) / arm
+    described = {
+        "arm": arm,
+        "seed": training_seed(config),
+        "fingerprint": fingerprint(config, RUN_SECTIONS),
+        "resumable": fingerprint(config, RUN_SECTIONS, without=("steps",)),
+        "plan": hashlib.sha256(Path(plan_file).read_bytes()).hexdigest() if plan_file else None,
+        "config": to_dict(config),
+    }
+    if distributed.size() > 1 and ":" in config.model.device:
+        raise SaerlError(f"model.device={config.model.device} is one device for all processes; set auto")
+    check_packages(config)
+    distributed.on_first(lambda: check_target(out, described, config, resume=resume, overwrite=overwrite))
+    reward = get_reward(config.train.reward)
+    session = open_session(config, echo)
+    plan = given or make_plan(config, echo, session)
+    if plan.batch_size != config.train.rollout.prompts_per_step or plan.total_steps < config.train.steps:
+        raise SaerlError(
+            f"{plan_file} is a plan of {plan.total_steps} batches of {plan.batch_size} prompts; set "
+            "train.steps and train.rollout.prompts_per_step to match"
+        )
+    capture = None
+    if config.train.capture and plan.wants_features:
+        sae = find_sae(config, echo, session)
+        capture = FeatureCapture(
+            session.model, sae, config.score.reduce, config.score.backend, layer=config.sae.layer
+        )
+        capture.warm_up()
+    engine = {} if config.train.rollout.engine == "transformers" else {"engine": _vllm(config, echo, session)}
+    check_targets(session.model, config.train.lora)
+
+    def prepare() -> None:
+        if overwrite and out.exists():
+            shutil.rmtree(out)
+        write_json(out / "run.json", described)
+        save_plan(plan, out / "plan.json")
+
+    distributed.on_first(prepare)
+    echo(f"training into {out}")
+    summary = train(
+        session.model,
+        session.tokenizer,
+        session.train,
+        session.eval,
+        plan,
+        reward,
+        config.train,
+        out,
+        data=config.data,
+        capture=capture,
+        **engine,
+        resume=resume,
+        seed=training_seed(config),
+        echo=echo,
+    )
+    echo(f"wrote {out}")
+    if with_report and distributed.rank() == 0:
+        for path in write_report(out, echo=echo.result):
+            echo(f"wrote {path}")
+    return summary
+
+
+def _vllm(config: Config, echo: Echo, session: Session) -> Callable[..., Any]:
+    from saerl_fast.rl.vllm import VllmEngine
+
+    if config.train.lora.rank:
+        raise SaerlError("train.rollout.engine=vllm trains all weights; set train.lora.rank=0")
+    if config.train.capture:
+        echo("vLLM's prefill cannot be observed: features take a forward pass of their own")
+    return VllmEngine(session.model, config.train.rollout).generate

@@ -1,0 +1,57 @@
+"""What is checked before a training run begins: the packages it needs, and the folder it would write."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from saerl_fast.config import Config
+from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import read_json
+from saerl_fast.stages.fingerprint import RUN_SECTIONS, changes
+
+
+def check_packages(config: Config) -> None:
+    """SaerlError for a setting of training whose package is missing, before anything takes long."""
+    needs: dict[str, str] = {name: f"train.trackers={name}" for name in config.train.trackers}
+    if config.train.lora.rank:
+        needs["peft"] = f"train.lora.rank={config.train.lora.rank}"
+    if config.train.rollout.engine == "vllm":
+        needs["vllm"] = "train.rollout.engine=vllm"
+    for package, setting in needs.items():
+        missing = sys.modules[package] is None if package in sys.modules else not find_spec(package)
+        if missing:
+            raise SaerlError(f"{setting} needs {package}; run `pip install {package}`, or leave it out")
+
+
+def check_target(
+    out: Path, described: dict[str, Any], config: Config, *, resume: bool, overwrite: bool
+) -> None:
+    """SaerlError before anything in ``out`` is touched that must not be."""
+    if resume and overwrite:
+        raise SaerlError("--resume goes on with a run and --overwrite replaces it; choose one")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / "run.json").is_file():
+        raise SaerlError(f"{out} holds files that are no run of saerl; choose another run_dir")
+    if overwrite:
+        return
+    if not resume:
+        raise SaerlError(f"{out} holds a run already; add --resume to go on, or --overwrite to replace it")
+    before = read_json(out / "run.json", "saerl train")
+    if any(before.get(key) != described[key] for key in ("resumable", "plan")):
+        raise SaerlError(
+            f"{out} was started with other settings ({_why(before, described, config)}); resume with the "
+            "same ones (train.steps may grow), or choose another run_dir"
+        )
+    steps, planned = described["config"]["train"]["steps"], before["config"]["train"]["steps"]
+    if steps < planned:
+        raise SaerlError(f"train.steps={steps} is less than the {planned} this run was started with")
+
+
+def _why(before: dict[str, Any], described: dict[str, Any], config: Config) -> str:
+    if before.get("plan") != described["plan"]:
+        return "another --plan"
+    return changes(before.get("config"), config, RUN_SECTIONS, ("steps",))
