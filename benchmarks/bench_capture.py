@@ -87,8 +87,7 @@ class Problem:
         )
         self.sae = sae.to(device, dtype)
         self.capture = FeatureCapture(self.model, self.sae)
-        rows = torch.randint(2, 512, (shape.prompts, shape.prompt_tokens)).tolist()
-        self.prompts = [" ".join(map(str, row)) for row in rows]
+        self.prompts = torch.randint(2, 512, (shape.prompts, shape.prompt_tokens)).tolist()
         self.cfg = RolloutConfig(group_size=shape.group, max_new_tokens=shape.new_tokens)
 
     def contenders(self) -> dict[str, Contender]:
@@ -101,7 +100,7 @@ class Problem:
         return generate(self.model, Numbers(), self.prompts, self.cfg, capture=self.capture)
 
     def separate(self) -> Any:
-        features, _ = pooled_features(self.model, Numbers(), self.sae, self.prompts)  # type: ignore[arg-type]
+        features, _ = pooled_features(self.model, self.sae, self.prompts)
         made = self.generate()
         made.features = features
         return made
@@ -115,17 +114,14 @@ class Problem:
         features = result.features.to_dense()
         assert features.any()
         if self.device.type == "cpu":  # in bfloat16 two batch shapes may choose different features
-            other = pooled_features(self.model, Numbers(), self.sae, self.prompts)[0]  # type: ignore[arg-type]
+            other = pooled_features(self.model, self.sae, self.prompts)[0]
             torch.testing.assert_close(features, other.to_dense(), rtol=1e-3, atol=1e-4)
 
 
 class Numbers:
-    """A tokenizer of texts that are token ids already."""
+    """A tokenizer whose texts are the token ids."""
 
-    pad_token_id, eos_token_id, bos_token_id = 0, 1, None
-
-    def __call__(self, texts: list[str], add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
+    pad_token_id, eos_token_id = 0, 1
 
     def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool = True) -> list[str]:
         return [" ".join(map(str, row)) for row in rows]

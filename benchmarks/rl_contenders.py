@@ -20,17 +20,17 @@ import torch
 from benchmarks.harness import process_mb
 from saerl_fast.config import Config, PlanConfig, load_config
 from saerl_fast.plan import Plan, build_plan
-from saerl_fast.prompts.render import render
 from saerl_fast.rl.logprobs import completion_logprobs
 from saerl_fast.rl.loss import BatchSize, advantages, clip_range, policy_loss
 from saerl_fast.rl.rewards import get_reward
 from saerl_fast.rl.trainer import train
 from saerl_fast.sae.capture import FeatureCapture
 from saerl_fast.sae.files import load_sae
+from saerl_fast.session import Session
 from saerl_fast.signals.scores import Scores
 from saerl_fast.stages.console import Echo
 from saerl_fast.stages.pipeline import score_stage
-from saerl_fast.stages.session import Session, open_session, set_up
+from saerl_fast.stages.session import set_up
 
 DEMO = Path(__file__).resolve().parents[1] / "examples"
 LR = 1e-6  # so small that every contender goes on sampling from the same distribution
@@ -82,7 +82,7 @@ class Job:
 
     def session(self) -> Session:
         """Model, tokenizer and pools, loaded alike for every contender."""
-        session = open_session(self.config(), Echo(quiet=True))
+        session = Session.open(self.config())
         if not self.ends:
             session.tokenizer.add_special_tokens({"eos_token": "<never>"})
             never = session.tokenizer.eos_token_id
@@ -187,15 +187,11 @@ def _ours(job: Job, pipe: Any) -> None:
 
         turn()
         train(
-            session.model,
-            session.tokenizer,
-            session.train,
-            session.eval,
+            session,
             plan,
             job.score(),
             config.train,
             out,
-            data=config.data,
             capture=capture,
             progress=ended,
         )
@@ -211,8 +207,7 @@ def _trl(job: Job, pipe: Any, agreement: bool) -> None:
     row = {name: i for i, name in enumerate(session.train.column("prompt_id"))}
     plan = job.vanilla(session)
     order = [row[name] for _ in range(2 if agreement else job.steps) for name in plan.next_batch()]
-    texts = render(session.train, session.tokenizer, config.data)
-    rows = Dataset.from_dict(session.train.columns | {"prompt": texts}).select(order)
+    rows = Dataset.from_dict(session.train.columns | {"prompt": session.train.texts}).select(order)
     reward, tokens = job.score(), [0]
 
     def counting(completion_ids: list[list[int]], **columns: Any) -> list[float]:

@@ -16,11 +16,9 @@ import os
 from saerl_fast.config import load_config
 from saerl_fast.integrations.columns import to_dataset
 from saerl_fast.integrations.trl import plan_trainer
-from saerl_fast.models import load_model
 from saerl_fast.plan import build_plan
-from saerl_fast.prompts.pool import load_split
-from saerl_fast.prompts.render import render
 from saerl_fast.rl.rewards import get_reward
+from saerl_fast.session import Session
 from saerl_fast.signals.scores import Scores
 
 
@@ -33,10 +31,9 @@ def main(
 
     config = load_config("examples/demo.yaml")
     plan = build_plan(Scores.load(run_dir), config.plan, batch_size=prompts, total_steps=steps, seed=0)
-    pool, _ = load_split(config.data, config.seed)
-    model, tokenizer = load_model(config.model)
-    dataset = to_dataset(pool).remove_columns("prompt")
-    dataset = dataset.add_column("prompt", render(pool, tokenizer, config.data))
+    session = Session.open(config)
+    dataset = to_dataset(session.train).remove_columns("prompt")
+    dataset = dataset.add_column("prompt", session.train.texts)
     args = GRPOConfig(
         output_dir=out,
         # over all processes, one plan batch is one optimizer step
@@ -54,11 +51,11 @@ def main(
     )
     trainer = plan_trainer(
         plan,
-        model=model,
+        model=session.model,
         args=args,
         train_dataset=dataset,
         reward_funcs=get_reward(config.train.reward),
-        processing_class=tokenizer,
+        processing_class=session.tokenizer,
     )
     trainer.train()
     return [row["reward"] for row in trainer.state.log_history if "reward" in row]

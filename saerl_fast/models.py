@@ -132,6 +132,20 @@ def max_positions(model: nn.Module) -> int | None:
     return int(limit) if limit else None
 
 
+def check_fit(model: nn.Module, rows: Sequence[Sequence[int]], room: int = 0, what: str = "prompt") -> None:
+    """SaerlError when a row of token ids is empty, or longer than the model's positions less ``room``."""
+    limit = max_positions(model)
+    for number, row in enumerate(rows):
+        if not row:
+            raise SaerlError(f"{what} {number} has no tokens; remove it from the pool")
+        if limit is not None and len(row) + room > limit:
+            new = f" and {room} new ones" if room else ""
+            raise SaerlError(
+                f"{what} {number} has {len(row)} tokens{new}, the model reads {limit}; "
+                "lower data.max_prompt_tokens" + (" or train.rollout.max_new_tokens" if room else "")
+            )
+
+
 def token_ids(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool = True
 ) -> list[list[int]]:

@@ -208,7 +208,7 @@ def test_feature_capture_equals_offline_features(device: torch.device) -> None:
     model, tokenizer = tiny_model("llama").to(device), Tokenizer()
     sae = sae_for(16)
     prompts = ["abc", "hello you", "q"]
-    offline, none = pooled_features(model, tokenizer, sae, prompts, batch_tokens=12)
+    offline, none = pooled_features(model, sae, tokenizer(prompts)["input_ids"], batch_tokens=12)
     assert none is None and offline.n_cols == 48 and offline.nnz > 10
     ids, mask = left_padded([row for row in tokenizer(prompts)["input_ids"] for _ in range(3)])
     capture = FeatureCapture(model, sae, every=3)
@@ -225,13 +225,12 @@ def test_feature_capture_equals_offline_features(device: torch.device) -> None:
 def test_pooled_features_split_prompt_and_answer(reduce: str) -> None:
     model, tokenizer, sae = tiny_model("llama"), Tokenizer(), sae_for(16)
     prompts, answers = ["abc", "hello you", "q"], ["42", "", "a long answer"]
-    head, tail = pooled_features(
-        model, tokenizer, sae, prompts, answers, layer=3, reduce=reduce, batch_tokens=16
-    )
+    heads = tokenizer(prompts)["input_ids"]
+    tails = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    head, tail = pooled_features(model, sae, heads, tails, layer=3, reduce=reduce, batch_tokens=16)
     assert isinstance(tail, CSR)
-    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        first = tokenizer([prompt])["input_ids"][0]
-        row = first + tokenizer([answer], add_special_tokens=False)["input_ids"][0]
+    for i, (first, answer) in enumerate(zip(heads, tails, strict=True)):
+        row = first + answer
         codes = sae.encode(alone(model, [row], 3)).to_dense(48)  # type: ignore[call-arg]
         want = getattr(codes[: len(first)], "amax" if reduce == "max" else "mean")(0)
         torch.testing.assert_close(head.to_dense()[i], want, atol=1e-4, rtol=1e-4)
@@ -240,7 +239,7 @@ def test_pooled_features_split_prompt_and_answer(reduce: str) -> None:
             torch.testing.assert_close(tail.to_dense()[i], want, atol=1e-4, rtol=1e-4)
         else:
             assert tail.to_dense()[i].abs().sum() == 0
-    assert pooled_features(model, tokenizer, sae, [], [])[0].n_rows == 0
+    assert pooled_features(model, sae, [], [])[0].n_rows == 0
 
 
 def test_sink_tokens_are_left_out_of_pooling() -> None:
@@ -255,21 +254,21 @@ def test_sink_tokens_are_left_out_of_pooling() -> None:
 
 
 def test_bad_activations_and_settings_are_one_sentence() -> None:
-    model, tokenizer = tiny_model("llama"), Tokenizer()
+    model = tiny_model("llama")
     ids, mask = left_padded(ROWS)
     with pytest.raises(SaerlError, match="width 24 but the model's hidden size is 16"):
         FeatureCapture(model, sae_for(24))
     with pytest.raises(SaerlError, match="width 24 but the model's hidden size is 16"):
-        pooled_features(model, tokenizer, sae_for(24), ["a"])
+        pooled_features(model, sae_for(24), [[4]])
     with pytest.raises(SaerlError, match="layer 5 does not exist in a model of 4 blocks"):
         Capture(model, 5)
     with pytest.raises(SaerlError, match="reads 'blocks.1.hook_mlp_out', which is no residual stream"):
         resolve_layer(model, sae_for(16, hook_layer=None, hook_name="blocks.1.hook_mlp_out"))
     assert resolve_layer(model) == 2 and resolve_layer(model, sae_for(16), 1) == 1
-    with pytest.raises(SaerlError, match="prompt 1 is empty"):
-        pooled_features(model, tokenizer, sae_for(16), ["a", ""])
+    with pytest.raises(SaerlError, match="prompt 1 has no tokens"):
+        pooled_features(model, sae_for(16), [[4], []])
     with pytest.raises(SaerlError, match="2 prompts but 1 answers"):
-        pooled_features(model, tokenizer, sae_for(16), ["a", "b"], ["c"])
+        pooled_features(model, sae_for(16), [[4], [5]], [[6]])
     with pytest.raises(SaerlError, match="text 0 has 65 tokens, the model reads 64"):
         next(iter_hidden_ids(model, [[3] * 65], 2))
     with pytest.raises(SaerlError, match="unknown"):

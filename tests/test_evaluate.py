@@ -4,7 +4,7 @@ import torch
 
 from saerl_fast.config import EvalConfig, RolloutConfig, TrainConfig, WarmupConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.prompts.pool import Pool
+from saerl_fast.prompts.render import Prompts
 from saerl_fast.rl.evaluate import (
     answer_probabilities,
     evaluate,
@@ -14,11 +14,17 @@ from saerl_fast.rl.evaluate import (
 from saerl_fast.rl.generate import generate
 from saerl_fast.rl.rewards import get_reward
 from saerl_fast.rl.warmup import warm_up
-from tests.tiny_lm import char_tokenizer, tiny_model
+from tests.tiny_lm import char_tokenizer, prompts_of, tiny_model
 
 TOKENIZER = char_tokenizer()
 PROMPTS = ["1+1=", "say a: ", "zz"]
-POOL = Pool({"prompt_id": ["x", "y", "z"], "prompt": PROMPTS, "answer": ["a", "b", "c"]})
+
+
+def pool_of(answers: list[str]) -> Prompts:
+    return prompts_of(PROMPTS, answers, ["x", "y", "z"])
+
+
+POOL = pool_of(["a", "b", "c"])
 
 
 def settings(cfg: EvalConfig) -> TrainConfig:
@@ -33,7 +39,7 @@ def first_letter(prompts, completions, answer, **columns):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_answer_probability_by_hand(kind: str, temperature: float) -> None:
     model = tiny_model(kind)
-    found = answer_probabilities(model, TOKENIZER, PROMPTS, ["ab", "3", "xyz"], temperature, max_tokens=20)
+    found = answer_probabilities(model, TOKENIZER, pool_of(["ab", "3", "xyz"]), temperature, max_tokens=20)
     for prompt, answer, value in zip(PROMPTS, ["ab", "3", "xyz"], found, strict=True):
         head = TOKENIZER(prompt)["input_ids"]
         tail = [*TOKENIZER(answer)["input_ids"], TOKENIZER.eos_token_id]
@@ -45,13 +51,11 @@ def test_answer_probability_by_hand(kind: str, temperature: float) -> None:
 
 def test_probability_is_the_limit_of_sampled_accuracy() -> None:
     model, answers = tiny_model(), ["a", "bc", "d"]
-    warm_up(
-        model, TOKENIZER, PROMPTS, answers, TrainConfig(warmup=WarmupConfig(steps=12, batch_size=3, lr=1e-2))
-    )
-    pool = Pool(POOL.columns | {"answer": answers})
-    exact = answer_probabilities(model, TOKENIZER, PROMPTS, answers)
+    pool = pool_of(answers)
+    warm_up(model, TOKENIZER, pool, TrainConfig(warmup=WarmupConfig(steps=12, batch_size=3, lr=1e-2)))
+    exact = answer_probabilities(model, TOKENIZER, pool)
     cfg = RolloutConfig(group_size=1500, max_new_tokens=4)
-    made = generate(model, TOKENIZER, PROMPTS, cfg, seed=2)
+    made = generate(model, TOKENIZER, pool.ids, cfg, seed=2)
     ends = made.finished.numpy().reshape(3, -1)
     hits = score_rollouts(made, pool.columns, PROMPTS, get_reward("exact")) * ends
     spread = np.sqrt(exact * (1 - exact) / 1500)
@@ -62,8 +66,8 @@ def test_probability_is_the_limit_of_sampled_accuracy() -> None:
 def test_sample_mode_averages_k_completions() -> None:
     model = tiny_model()
     cfg = EvalConfig(mode="sample", samples=8)
-    result = evaluate(model, TOKENIZER, POOL, PROMPTS, first_letter, settings(cfg), seed=4)
-    made = generate(model, TOKENIZER, PROMPTS, RolloutConfig(group_size=8, max_new_tokens=4), seed=4)
+    result = evaluate(model, TOKENIZER, POOL, first_letter, settings(cfg), seed=4)
+    made = generate(model, TOKENIZER, POOL.ids, RolloutConfig(group_size=8, max_new_tokens=4), seed=4)
     scores = [
         np.mean([t[:1] == a for t in made.texts[i * 8 : (i + 1) * 8]]) for i, a in enumerate(["a", "b", "c"])
     ]
@@ -71,21 +75,21 @@ def test_sample_mode_averages_k_completions() -> None:
     assert [item["prompt_id"] for item in result.items] == ["x", "y", "z"]
     assert [item["completion"] for item in result.items] == made.texts[::8]
     assert result.mean == pytest.approx(np.mean(scores)) and result.tokens == int(made.lengths.sum())
-    again = evaluate(model, TOKENIZER, POOL, PROMPTS, first_letter, settings(cfg), seed=4)
+    again = evaluate(model, TOKENIZER, POOL, first_letter, settings(cfg), seed=4)
     assert again == result
 
 
 def test_greedy_mode_ignores_the_seed() -> None:
     model = tiny_model()
     cfg = EvalConfig(mode="greedy")
-    a, b = (evaluate(model, TOKENIZER, POOL, PROMPTS, first_letter, settings(cfg), seed=s) for s in (1, 2))
+    a, b = (evaluate(model, TOKENIZER, POOL, first_letter, settings(cfg), seed=s) for s in (1, 2))
     assert a == b and len(a.items) == 3
 
 
 def test_prob_mode_generates_nothing() -> None:
     model = tiny_model()
-    result = evaluate(model, TOKENIZER, POOL, PROMPTS, first_letter, settings(EvalConfig(mode="prob")))
-    wanted = answer_probabilities(model, TOKENIZER, PROMPTS, ["a", "b", "c"])
+    result = evaluate(model, TOKENIZER, POOL, first_letter, settings(EvalConfig(mode="prob")))
+    wanted = answer_probabilities(model, TOKENIZER, POOL)
     assert [item["score"] for item in result.items] == pytest.approx(wanted)
     assert result.tokens == 0 and result.items[0]["completion"] is None
 
@@ -105,19 +109,19 @@ def test_pass_rates() -> None:
 )
 def test_bad_settings(cfg: EvalConfig, message: str) -> None:
     with pytest.raises(SaerlError, match=message):
-        evaluate(tiny_model(), TOKENIZER, POOL, PROMPTS, first_letter, settings(cfg))
+        evaluate(tiny_model(), TOKENIZER, POOL, first_letter, settings(cfg))
 
 
 def test_an_empty_pool() -> None:
-    empty = Pool({"prompt_id": [], "prompt": [], "answer": []})
+    empty = prompts_of([])
     with pytest.raises(SaerlError, match="evaluation pool is empty"):
-        evaluate(tiny_model(), TOKENIZER, empty, [], first_letter, TrainConfig())
+        evaluate(tiny_model(), TOKENIZER, empty, first_letter, TrainConfig())
 
 
 def test_prob_mode_without_answers_is_refused() -> None:
-    blank = Pool(POOL.columns | {"answer": ["", " ", ""]})
+    blank = pool_of(["", " ", ""])
     with pytest.raises(SaerlError, match="train.eval.mode=prob needs reference answers.*data.answer_column"):
-        evaluate(tiny_model(), TOKENIZER, blank, PROMPTS, first_letter, settings(EvalConfig(mode="prob")))
-    partly = Pool(POOL.columns | {"answer": ["", "b", ""]})
+        evaluate(tiny_model(), TOKENIZER, blank, first_letter, settings(EvalConfig(mode="prob")))
+    partly = pool_of(["", "b", ""])
     cfg = EvalConfig(mode="prob")
-    assert len(evaluate(tiny_model(), TOKENIZER, partly, PROMPTS, first_letter, settings(cfg)).items) == 3
+    assert len(evaluate(tiny_model(), TOKENIZER, partly, first_letter, settings(cfg)).items) == 3

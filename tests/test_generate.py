@@ -8,16 +8,16 @@ from saerl_fast.rl.decode import sample
 from saerl_fast.rl.generate import generate
 from saerl_fast.rl.logprobs import completion_logprobs
 from saerl_fast.rl.rollouts import Rollouts, left_pad, stop_tokens
-from tests.tiny_lm import char_tokenizer, tiny_model
+from tests.tiny_lm import char_tokenizer, tiny_model, token_rows
 
-PROMPTS = ["1+1=", "what is 12+30?", "a", "copy: xyz."]
+PROMPTS = token_rows(["1+1=", "what is 12+30?", "a", "copy: xyz."])
 KINDS = ["llama", "qwen2", "qwen3", "neox", "gpt2", "gemma2", "gemma3"]
 TOKENIZER = char_tokenizer()
 
 
-def naive(model, prompt: str, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> list[int]:
+def naive(model, prompt: list[int], uniforms: Tensor, temperature: float, top_p: float = 1.0) -> list[int]:
     """One row at a time, without a cache, without padding."""
-    ids, out = TOKENIZER(prompt)["input_ids"], []
+    ids, out = list(prompt), []
     for u in uniforms:
         logits = model(torch.tensor([ids + out])).logits[:, -1]
         out.append(int(sample(logits, u[None], temperature, top_p)[0]))
@@ -196,14 +196,14 @@ def test_stop_tokens_and_texts() -> None:
     ("prompts", "change", "message"),
     [
         ([], {}, "no prompts"),
-        ([""], {}, "has no tokens"),
-        (["a" * 120], {}, "120 tokens"),
-        (["a"], {"group_size": 0}, "group_size=0"),
-        (["a"], {"max_new_tokens": 0}, "max_new_tokens=0"),
-        (["a"], {"temperature": -1.0}, "temperature=-1.0"),
-        (["a"], {"top_p": 0.0}, "top_p=0.0"),
+        ([[]], {}, "prompt 0 has no tokens"),
+        ([[4] * 120], {}, "120 tokens and 16 new ones, the model reads 128"),
+        ([[4]], {"group_size": 0}, "group_size=0"),
+        ([[4]], {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ([[4]], {"temperature": -1.0}, "temperature=-1.0"),
+        ([[4]], {"top_p": 0.0}, "top_p=0.0"),
     ],
 )
-def test_bad_input(prompts: list[str], change: dict, message: str) -> None:
+def test_bad_input(prompts: list[list[int]], change: dict, message: str) -> None:
     with pytest.raises(SaerlError, match=message):
         generate(tiny_model(), TOKENIZER, prompts, RolloutConfig(**({"max_new_tokens": 16} | change)))

@@ -21,6 +21,7 @@ STOREYS = [
     {"config", "fileio"},
     {"records", "models"},
     {"prompts"},
+    {"session"},
     {"sae"},
     {"signals"},
     {"plan"},

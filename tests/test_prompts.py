@@ -12,7 +12,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.prompts import files as prompt_files
 from saerl_fast.prompts import reasoning_gym as reasoning_gym_pool
 from saerl_fast.prompts.pool import Pool, load_prompts, load_split
-from saerl_fast.prompts.render import fit_context, render
+from saerl_fast.prompts.render import prepare, render
 
 ROWS = [
     {"prompt": f"What is {i} + {i}? {{braces}}", "answer": str(2 * i), "quality_label": i % 3 and 1, "n": i}
@@ -355,10 +355,10 @@ def test_chat_rendering_starts_with_one_bos_once_tokenised(chat_tokenizer):
 
 def test_long_prompts_are_dropped_and_counted(chat_tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
-        pool = fit_context(small_pool(), chat_tokenizer, DataConfig(max_prompt_tokens=6))
+        pool = prepare(small_pool(), chat_tokenizer, DataConfig(max_prompt_tokens=6))
     assert pool.column("prompt_id") == ["0"] and "dropped 1 of 2 prompts over 6 tokens" in caplog.text
-    assert len(fit_context(small_pool(), chat_tokenizer, DataConfig(max_prompt_tokens=9))) == 2
-    message = message_of(fit_context, small_pool(), chat_tokenizer, DataConfig(max_prompt_tokens=2))
+    assert len(prepare(small_pool(), chat_tokenizer, DataConfig(max_prompt_tokens=9))) == 2
+    message = message_of(prepare, small_pool(), chat_tokenizer, DataConfig(max_prompt_tokens=2))
     assert "all 2 prompts" in message and "max_prompt_tokens=2" in message and "has 6" in message
 
 
@@ -368,16 +368,16 @@ def test_long_prompts_are_dropped_and_counted(chat_tokenizer, caplog):
 )
 def test_the_smaller_prompt_limit_holds(chat_tokenizer, caplog, most, limit, kept, named):
     with caplog.at_level(logging.WARNING):
-        pool = fit_context(small_pool(), chat_tokenizer, DataConfig(max_prompt_tokens=most), limit=limit)
+        pool = prepare(small_pool(), chat_tokenizer, DataConfig(max_prompt_tokens=most), limit=limit)
     assert len(pool) == kept and named in caplog.text and bool(caplog.text) == (kept < 2)
 
 
 def test_prompts_longer_than_the_model_reads_name_that_limit(chat_tokenizer):
     for limit in (2, -5):
         with pytest.raises(SaerlError, match=f"max_new_tokens={limit} .*lower max_new_tokens"):
-            fit_context(small_pool(), chat_tokenizer, DataConfig(max_prompt_tokens=9), limit=limit)
+            prepare(small_pool(), chat_tokenizer, DataConfig(max_prompt_tokens=9), limit=limit)
     with pytest.raises(SaerlError, match="data.max_prompt_tokens=2"):
-        fit_context(small_pool(), chat_tokenizer, DataConfig(max_prompt_tokens=2), limit=5)
+        prepare(small_pool(), chat_tokenizer, DataConfig(max_prompt_tokens=2), limit=5)
 
 
 def test_a_chat_template_that_rejects_a_message_names_the_prompt(chat_tokenizer):

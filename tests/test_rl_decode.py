@@ -12,9 +12,9 @@ from saerl_fast.rl import decode
 from saerl_fast.rl.decode import StaticDecoder
 from saerl_fast.rl.generate import generate
 from saerl_fast.rl.rollouts import Rollouts
-from tests.tiny_lm import char_tokenizer, tiny_model
+from tests.tiny_lm import char_tokenizer, tiny_model, token_rows
 
-PROMPTS = ["1+1=", "what is 12+30?", "a", "copy: xyz.", "12"]
+PROMPTS = token_rows(["1+1=", "what is 12+30?", "a", "copy: xyz.", "12"])
 KINDS = ["llama", "qwen2", "qwen3", "neox", "gpt2"]
 TOKENIZER = char_tokenizer()
 CFG = RolloutConfig(group_size=3, max_new_tokens=21, temperature=0.8, decode="static")
@@ -35,7 +35,9 @@ def check_same(found: Rollouts, wanted: Rollouts) -> None:
     torch.testing.assert_close(found.logprobs, wanted.logprobs, atol=1e-4, rtol=0)
 
 
-def dynamic(model: Any, prompts: list[str] = PROMPTS, cfg: RolloutConfig = CFG, **rest: Any) -> Rollouts:
+def dynamic(
+    model: Any, prompts: list[list[int]] = PROMPTS, cfg: RolloutConfig = CFG, **rest: Any
+) -> Rollouts:
     return generate(model, TOKENIZER, prompts, replace(cfg, decode="dynamic"), **rest)
 
 
@@ -56,7 +58,7 @@ def spy(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
 def test_same_as_dynamic(kind: str, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, cfg = ending_model(kind), replace(CFG, **change)
     runs = spy(monkeypatch, StaticDecoder, "run")
-    for prompts in (PROMPTS, ["12+3=", "45-6="]):  # padded, and not
+    for prompts in (PROMPTS, token_rows(["12+3=", "45-6="])):  # padded, and not
         wanted = dynamic(model, prompts, cfg, seed=3)
         assert not runs
         check_same(generate(model, TOKENIZER, prompts, cfg, seed=3), wanted)

@@ -150,26 +150,19 @@ def test_bad_input_is_one_sentence(x: Any, change: dict[str, int], message: str)
         train_sae(x, SAEConfig(**SMALL | change))
 
 
-class Letters:
-    bos_token_id = None
-
-    def __call__(self, texts: list[str], add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[ord(c) % 30 for c in text] for text in texts]}
-
-
 def test_collecting_activations() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=30, max_position_embeddings=64, **shape)).eval()
-    texts = ["word" * (1 + i % 5) for i in range(50)]
-    every = collect_activations(model, Letters(), texts, 1)
-    assert every.shape == (sum(map(len, texts)), 16)
-    some = collect_activations(model, Letters(), texts, 1, max_tokens=101, seed=3)
+    rows = [[ord(c) % 30 for c in "word" * (1 + i % 5)] for i in range(50)]
+    every = collect_activations(model, rows, 1)
+    assert every.shape == (sum(map(len, rows)), 16)
+    some = collect_activations(model, rows, 1, max_tokens=101, seed=3)
     assert some.shape == (101, 16)
-    assert torch.equal(some, collect_activations(model, Letters(), texts, 1, max_tokens=101, seed=3))
+    assert torch.equal(some, collect_activations(model, rows, 1, max_tokens=101, seed=3))
     assert torch.cdist(some, every).amin(1).max() < 1e-3
     sae, metrics = train_sae(every, SAEConfig(**SMALL | {"steps": 20}))
     assert sae.d_in == 16 and metrics["fvu"] < 1
-    with pytest.raises(SaerlError, match="none of the 1 texts has a token"):
-        collect_activations(model, Letters(), [""], 1)
+    with pytest.raises(SaerlError, match="no text with a token"):
+        collect_activations(model, [[]], 1)

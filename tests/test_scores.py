@@ -11,7 +11,7 @@ from saerl_fast.config import Config, DifficultyConfig, DiversityConfig, Quality
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan import build_plan
 from saerl_fast.prompts.pool import Pool
-from saerl_fast.signals.scores import Scores, score_features, score_pool
+from saerl_fast.signals.scores import Scores, score, score_features
 from saerl_kernels import CSR
 
 
@@ -175,7 +175,7 @@ def test_a_pool_scored_by_a_model_and_its_sae():
     """Prompt and answer features of a random model, pooled as the config says, reach the probes."""
     from saerl_fast.sae.model import TopKSAE
     from saerl_fast.sae.pooled import pooled_features
-    from tests.tiny_lm import char_tokenizer, tiny_model
+    from tests.tiny_lm import session_of, tiny_model
 
     rng = np.random.default_rng(0)
     pairs = rng.integers(0, 99, (40, 2))
@@ -186,15 +186,14 @@ def test_a_pool_scored_by_a_model_and_its_sae():
     weights = torch.randn(32, 64)
     cfg = {"architecture": "topk", "k": 4, "hook_layer": 1}
     sae = TopKSAE(weights, torch.zeros(64), weights.T.contiguous(), torch.zeros(32), cfg=cfg)
-    model, tokenizer, done = tiny_model(), char_tokenizer(), []
+    model, done = tiny_model(), []
     config = make_config(difficulty=DifficultyConfig(), score=ScoreConfig(reduce="mean"))
-    scores = score_pool(
-        pool, texts, model, tokenizer, sae, config, on_progress=lambda part, whole: done.append((part, whole))
-    )
-    expected, _ = pooled_features(model, tokenizer, sae, texts, reduce="mean")
+    session = session_of(model, pool)
+    scores = score(session, sae, config, on_progress=lambda part, whole: done.append((part, whole)))
+    expected, _ = pooled_features(model, sae, session.train.ids, reduce="mean")
     torch.testing.assert_close(scores.features.to_dense(), expected.to_dense())
     assert scores.metadata["quality"]["reads_answers"] and scores.metadata["quality"]["auc"] > 0.9
     assert scores.metadata["seconds"]["features"] > 0 and done[-1][0] == done[-1][1]
     config.score.include_answer = False
-    without = score_pool(pool, texts, model, tokenizer, sae, config)
+    without = score(session, sae, config)
     assert not without.metadata["quality"]["reads_answers"]

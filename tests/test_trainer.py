@@ -18,10 +18,9 @@ from saerl_fast.records.log import read_jsonl, read_metrics
 from saerl_fast.rl import update as module
 from saerl_fast.rl.checkpoint import model_tensors
 from saerl_fast.rl.trainer import train
-from tests.tiny_lm import tiny_model
+from tests.tiny_lm import session_of, tiny_model
 from tests.training import (
     PHASES,
-    TOKENIZER,
     Features,
     WatchfulPlan,
     assert_same_run,
@@ -179,7 +178,7 @@ def test_half_precision_weights_move_by_small_updates(tmp_path: Path) -> None:
 def test_a_pool_smaller_than_a_batch(tmp_path: Path) -> None:
     pool = sums(2)
     plan = StaticPlan("vanilla", pool.column("prompt_id"), PlanConfig(), batch_size=4, total_steps=2, seed=0)
-    summary = train(tiny_model(), TOKENIZER, pool, sums(2, 5), plan, vowels, small(steps=2), tmp_path)
+    summary = train(session_of(tiny_model(), pool, sums(2, 5)), plan, vowels, small(steps=2), tmp_path)
     assert summary["rollouts"] == 32
 
 

@@ -19,11 +19,11 @@ from saerl_fast.sae.capture import FeatureCapture
 from saerl_fast.stages.console import Echo
 from saerl_fast.stages.pipeline import _vllm
 from tests.test_capture import sae_for
-from tests.tiny_lm import char_tokenizer, tiny_model
+from tests.tiny_lm import char_tokenizer, tiny_model, token_rows
 from tests.training import run, small
 
 TOKENIZER = char_tokenizer()
-PROMPTS = ["1+1=", "what is 12+30?", "a"]
+PROMPTS = token_rows(["1+1=", "what is 12+30?", "a"])
 
 
 class LLM:
@@ -106,7 +106,7 @@ def test_features_take_a_prefill_of_their_own(vllm: type[LLM]) -> None:
     made = VllmEngine(model, cfg).generate(model, TOKENIZER, PROMPTS, cfg, capture=capture)
     with capture:
         for prompt in PROMPTS:
-            model(torch.tensor([TOKENIZER(prompt)["input_ids"]]))
+            model(torch.tensor([prompt]))
     torch.testing.assert_close(made.features.to_dense(), capture.features().to_dense(), atol=1e-4, rtol=1e-4)
     assert made.timings["capture"] > 0
 

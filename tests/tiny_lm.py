@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 
+from saerl_fast.prompts.pool import Pool
+from saerl_fast.prompts.render import Prompts, prepare
+from saerl_fast.session import Session
+
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789+=?: ."
 
 
@@ -26,6 +30,23 @@ def char_tokenizer() -> Any:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def token_rows(texts: list[str]) -> list[list[int]]:
+    """Token ids of texts, as `generate` and its like take them."""
+    return [[ALPHABET.index(c) + 3 if c in ALPHABET else 2 for c in text] for text in texts]
+
+
+def prompts_of(texts: list[str], answers: list[str] | None = None, ids: list[str] | None = None) -> Prompts:
+    """Prepared prompts with these texts."""
+    names = ids or [str(i) for i in range(len(texts))]
+    columns = {"prompt_id": names, "prompt": texts, "answer": answers or [""] * len(texts)}
+    return prepare(Pool(columns), char_tokenizer())
+
+
+def session_of(model: Any, train: Pool, evaluation: Pool | None = None) -> Session:
+    """A session with the character tokenizer."""
+    return Session.of(model, char_tokenizer(), train, evaluation or train)
 
 
 def tiny_model(

@@ -15,7 +15,7 @@ from saerl_fast.prompts.pool import Pool
 from saerl_fast.records.log import read_jsonl
 from saerl_fast.rl.checkpoint import model_tensors
 from saerl_fast.rl.trainer import train
-from tests.tiny_lm import char_tokenizer, tiny_model
+from tests.tiny_lm import char_tokenizer, session_of, tiny_model, token_rows
 
 TOKENIZER = char_tokenizer()
 
@@ -81,7 +81,7 @@ def run(out: Path, cfg: TrainConfig, *, reward=vowels, model=None, resume: bool 
     model = model if model is not None else tiny_model()
     pool = sums(10)
     plan = more.pop("plan", None) or WatchfulPlan(pool)
-    summary = train(model, TOKENIZER, pool, sums(3, 10), plan, reward, cfg, out, resume=resume, **more)
+    summary = train(session_of(model, pool, sums(3, 10)), plan, reward, cfg, out, resume=resume, **more)
     return model, plan, summary
 
 
@@ -153,7 +153,7 @@ def adaptive_plan(model, pool: Pool):
     )
     capture = FeatureCapture(model, sae)
     one = RolloutConfig(group_size=1, max_new_tokens=1)
-    features = generate(model, TOKENIZER, pool.column("prompt"), one, capture=capture).features
+    features = generate(model, TOKENIZER, token_rows(pool.column("prompt")), one, capture=capture).features
     cfg = PlanConfig(schedule="adaptive", adaptive=AdaptiveConfig(refresh_features=True, cooldown=1, svd=4))
     scores = Scores({"prompt_id": pool.column("prompt_id")}, features=features)
     return build_plan(scores, cfg, batch_size=4, total_steps=6, seed=0), capture

@@ -15,11 +15,11 @@ from typing import Any
 
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
-from saerl_fast.prompts.render import render
+from saerl_fast.session import Session
 from saerl_fast.signals.scores import Scores, feature_pass
 from saerl_fast.stages.console import Echo
 from saerl_fast.stages.pipeline import find_sae, score_shards, score_stage
-from saerl_fast.stages.session import open_session, set_up
+from saerl_fast.stages.session import set_up
 
 
 def score_with_ray(
@@ -38,7 +38,7 @@ def score_with_ray(
         raise SaerlError(f"actors={actors} must be at least 1")
     echo = echo or Echo(quiet=True)
     set_up(config)
-    session = open_session(config, echo)
+    session = Session.open(config, echo)
     shards = score_shards(config, find_sae(config, echo, session))
     starts = [{"start": start} for start, _ in shards.ranges(len(session.train))]
     done = ray.data.from_items(starts, override_num_blocks=len(starts)).map_batches(
@@ -62,13 +62,10 @@ class _Actor:
         os.chdir(folder)  # relative paths in the config are the caller's
         set_up(config)
         quiet = Echo(quiet=True)
-        session = open_session(config, quiet)
+        session = Session.open(config)
         sae = find_sae(config, quiet, session)
-        texts = render(session.train, session.tokenizer, config.data)
         self.ids, self.shards = session.train.column("prompt_id"), score_shards(config, sae)
-        self.compute = feature_pass(
-            session.train, texts, session.model, session.tokenizer, sae, config, layer=config.sae.layer
-        )
+        self.compute = feature_pass(session, sae, config)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         for start in batch["start"]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +51,12 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.columns["prompt_id"])
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of ids, prompts and answers: what a stage's output depends on."""
+        rows = [self.columns[name] for name in ("prompt_id", "prompt", "answer")]
+        return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
 
     def column(self, name: str) -> list[Any]:
         """One column; SaerlError when there is none of that name."""

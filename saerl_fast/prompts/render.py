@@ -1,15 +1,75 @@
-"""Prompts as a tokenizer's model reads them: final texts, and which of them fit."""
+"""Prompts as a model reads them: the final text and token ids of every row, made once."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.models import token_ids
 from saerl_fast.prompts.pool import Pool
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Prompts(Pool):
+    """A pool whose rows a model can read. Whatever reads a prompt or an answer takes it from here.
+
+    ``texts`` [n]: the final prompts, with the chat template. ``ids`` [n]: their token ids, at least one each.
+    ``answer_ids`` [n]: token ids of the answers, without special tokens: prompt and answer are tokenised
+    apart, as in rollouts, where a completion's tokens follow the prompt's.
+    """
+
+    texts: list[str]
+    ids: list[list[int]]
+    answer_ids: list[list[int]]
+
+    def select(self, indices: Sequence[int]) -> Prompts:
+        """The rows at ``indices``, in that order."""
+        return Prompts(
+            super().select(indices).columns,
+            [self.texts[i] for i in indices],
+            [self.ids[i] for i in indices],
+            [self.answer_ids[i] for i in indices],
+        )
+
+
+def prepare(
+    pool: Pool, tokenizer: Any, cfg: DataConfig | None = None, *, limit: int | None = None
+) -> Prompts:
+    """Render and tokenise every row of ``pool``; rows of too many tokens are dropped, with a log line.
+
+    ``cfg`` says how prompts are rendered, and the most tokens of one (`max_prompt_tokens`). ``limit``: tokens
+    the model can take for a prompt (its positions less the new tokens), where that is known; the smaller of
+    the two holds. Raises SaerlError, naming it, when no row is short enough, and for a prompt of no tokens.
+    """
+    cfg = cfg or DataConfig()
+    most, which, fix = cfg.max_prompt_tokens, "data.max_prompt_tokens", "raise it"
+    if limit is not None and limit < most:
+        most, which = limit, "the model's positions less train.rollout.max_new_tokens"
+        fix = "lower max_new_tokens, or use a model that reads more"
+    texts = render(pool, tokenizer, cfg)
+    ids = token_ids(tokenizer, texts)
+    empty = next((i for i, row in enumerate(ids) if not row), None)
+    if empty is not None:
+        name = pool.column("prompt_id")[empty]
+        raise SaerlError(f"prompt {name!r} ({texts[empty][:40]!r}) has no tokens; remove it from the pool")
+    answers = token_ids(tokenizer, [str(answer or "") for answer in pool.column("answer")], special=False)
+    made = Prompts(pool.columns, texts, ids, answers)
+    keep = [i for i, row in enumerate(ids) if len(row) <= most]
+    if len(keep) == len(pool):
+        return made
+    if not keep:
+        shortest = min(len(row) for row in ids)
+        raise SaerlError(
+            f"all {len(pool)} prompts are longer than {which}={most} (the shortest has {shortest}); {fix}"
+        )
+    log.warning("dropped %d of %d prompts over %d tokens (%s)", len(pool) - len(keep), len(pool), most, which)
+    return made.select(keep)
 
 
 def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> list[str]:
@@ -47,26 +107,3 @@ def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> list[str]:
     if bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         texts = [text.removeprefix(bos) for text in texts]
     return texts
-
-
-def fit_context(pool: Pool, tokenizer: Any, cfg: DataConfig, *, limit: int | None = None) -> Pool:
-    """The rows whose rendered prompt has at most `max_prompt_tokens` tokens; the others are logged.
-
-    ``limit``: tokens the model can take for a prompt (its positions less `max_new_tokens`), where that
-    is known; the smaller of the two holds. Raises SaerlError, naming it, when no row is short enough.
-    """
-    most, which, fix = cfg.max_prompt_tokens, "data.max_prompt_tokens", "raise it"
-    if limit is not None and limit < most:
-        most, which = limit, "the model's positions less train.rollout.max_new_tokens"
-        fix = "lower max_new_tokens, or use a model that reads more"
-    texts = render(pool, tokenizer, cfg)
-    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
-    keep = [i for i, length in enumerate(lengths) if length <= most]
-    if not keep:
-        raise SaerlError(
-            f"all {len(pool)} prompts are longer than {which}={most} (the shortest has {min(lengths)}); {fix}"
-        )
-    if len(keep) < len(pool):
-        dropped = len(pool) - len(keep)
-        log.warning("dropped %d of %d prompts over %d tokens (%s)", dropped, len(pool), most, which)
-    return pool.select(keep)

@@ -11,7 +11,7 @@ import torch
 
 from saerl_fast.config import TrainConfig, check_ranges
 from saerl_fast.errors import SaerlError
-from saerl_fast.prompts.pool import Pool
+from saerl_fast.prompts.render import Prompts
 from saerl_fast.rl import distributed
 from saerl_fast.rl.generate import generate
 from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
@@ -35,13 +35,12 @@ class EvalResult:
 def evaluate(
     model: Any,
     tokenizer: Any,
-    pool: Pool,
-    prompts: Sequence[str],
+    pool: Prompts,
     reward: Reward,
     train: TrainConfig,
     seed: int = 0,
 ) -> EvalResult:
-    """Score every row of ``pool``, whose final prompt texts are ``prompts``.
+    """Score every row of ``pool``.
 
     sample: mean reward of ``train.eval.samples`` completions (avg@k), the same seed every time, so that two
     evaluations differ by the weights and not by luck; greedy: reward of the likeliest completion; prob:
@@ -57,8 +56,7 @@ def evaluate(
     if cfg.mode == "prob":
         check_answers(pool.column("answer"), "train.eval.mode=prob")
     here = distributed.shard(len(pool))
-    columns = {name: column[here] for name, column in pool.columns.items()}
-    texts = list(prompts[here])
+    mine = pool.select(range(len(pool))[here])
     greedy = cfg.mode == "greedy"
     settings = replace(
         rollout,
@@ -68,18 +66,15 @@ def evaluate(
     )
 
     def part() -> tuple[list[dict[str, Any]], int]:
-        completions: list[str | None] = [None] * len(texts)
+        completions: list[str | None] = [None] * len(mine)
         scores, tokens = np.zeros(0), 0
-        if cfg.mode == "prob" and texts:
-            answers = columns["answer"]
-            scores = answer_probabilities(
-                model, tokenizer, texts, answers, cfg.temperature, train.micro_tokens
-            )
-        elif texts:  # there may be more processes than items
-            made = generate(model, tokenizer, texts, settings, seed=seed, first=here.start)
-            scores = score_rollouts(made, columns, texts, reward).mean(1)
+        if cfg.mode == "prob" and len(mine):
+            scores = answer_probabilities(model, tokenizer, mine, cfg.temperature, train.micro_tokens)
+        elif len(mine):  # there may be more processes than items
+            made = generate(model, tokenizer, mine.ids, settings, seed=seed, first=here.start)
+            scores = score_rollouts(made, mine.columns, mine.texts, reward).mean(1)
             completions, tokens = [*made.texts[:: made.group_size]], int(made.lengths.sum())
-        each = zip(columns["prompt_id"], scores, completions, strict=True)
+        each = zip(mine.column("prompt_id"), scores, completions, strict=True)
         return [{"prompt_id": i, "score": float(s), "completion": c} for i, s, c in each], tokens
 
     parts = distributed.gather(part)
@@ -110,13 +105,12 @@ def pass_rates(rewards: np.ndarray) -> np.ndarray:
 def answer_probabilities(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
-    answers: Sequence[str],
+    pool: Prompts,
     temperature: float = 1.0,
     max_tokens: int = 16384,
 ) -> np.ndarray:
     """Probability float64 [n] that a completion is exactly the answer followed by the end token."""
-    ids, starts, lengths = answer_rows(model, tokenizer, prompts, answers)
+    ids, starts, lengths = answer_rows(model, tokenizer, pool.ids, pool.answer_ids)
     found = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
     was_training = model.training
     model.eval()

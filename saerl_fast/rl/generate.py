@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from saerl_fast.config import RolloutConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import max_positions, token_ids
+from saerl_fast.models import check_fit
 from saerl_fast.rl.decode import CHECK_EVERY, StaticDecoder, sample, use_static
 from saerl_fast.rl.rollouts import Rollouts, decoded, left_pad, stop_tokens
 
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: list[str],
+    prompts: Sequence[list[int]],
     cfg: RolloutConfig,
     *,
     seed: int = 0,
@@ -44,6 +45,8 @@ def generate(
     capture: Any | None = None,
 ) -> Rollouts:
     """Sample ``cfg.group_size`` completions of every prompt; temperature 0 takes the likeliest token.
+
+    ``prompts``: token ids of each, as :class:`saerl_fast.prompts.render.Prompts` holds them.
 
     ``first``: how many prompts of the same batch come before these, in other processes; each prompt gets
     the random numbers that it would get if they were all here.
@@ -57,9 +60,8 @@ def generate(
         raise SaerlError("there are no prompts to generate from; pass at least one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    ids, lens = left_pad(
-        encode_prompts(model, tokenizer, prompts, cfg), tokenizer.pad_token_id or 0, model.device
-    )
+    check_fit(model, prompts, cfg.max_new_tokens)
+    ids, lens = left_pad(prompts, tokenizer.pad_token_id or 0, model.device)
     group, n_rows = cfg.group_size, len(prompts) * cfg.group_size
     rows_before = first * group
     generator = torch.Generator().manual_seed(seed)
@@ -261,22 +263,6 @@ def _takes_ready_mask(model: Any, cache: Any) -> bool:
 
     plain = all(type(layer) is DynamicLayer for layer in cache.layers)
     return plain and getattr(model.config, "_attn_implementation", None) == "sdpa"
-
-
-def encode_prompts(model: Any, tokenizer: Any, prompts: list[str], cfg: RolloutConfig) -> list[list[int]]:
-    """Token ids of each prompt; SaerlError for one that is empty or does not fit the context."""
-    rows = token_ids(tokenizer, prompts)
-    limit = max_positions(model)
-    for prompt, row in zip(prompts, rows, strict=True):
-        if not row:
-            raise SaerlError(f"prompt {prompt[:40]!r} has no tokens; remove it from the pool")
-        if limit is not None and len(row) + cfg.max_new_tokens > limit:
-            raise SaerlError(
-                f"prompt {prompt[:40]!r} has {len(row)} tokens, which with "
-                f"rollout.max_new_tokens={cfg.max_new_tokens} exceeds the model's {limit} positions; "
-                "lower data.max_prompt_tokens or rollout.max_new_tokens"
-            )
-    return rows
 
 
 def check_rollout(cfg: RolloutConfig) -> None:

@@ -135,7 +135,7 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
-def left_pad(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def left_pad(rows: Sequence[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids int64 [n, longest] padded on the left, and the rows' lengths int64 [n]."""
     lengths = torch.tensor([len(row) for row in rows])
     width = int(lengths.max())

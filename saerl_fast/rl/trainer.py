@@ -31,12 +31,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from saerl_fast.config import DataConfig, TrainConfig, check_ranges
+from saerl_fast.config import TrainConfig, check_ranges
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import write_json
 from saerl_fast.models import add_adapters
-from saerl_fast.prompts.pool import Pool
-from saerl_fast.prompts.render import render
 from saerl_fast.records.log import JsonlLog, MetricsLog
 from saerl_fast.rl import checkpoint as ckpt
 from saerl_fast.rl import distributed, seeds
@@ -53,21 +51,18 @@ from saerl_fast.rl.warmup import warm_up
 
 if TYPE_CHECKING:
     from saerl_fast.plan import Plan
+    from saerl_fast.session import Session
 
 log = logging.getLogger(__name__)
 
 
 def train(
-    model: Any,
-    tokenizer: Any,
-    train_pool: Pool,
-    eval_pool: Pool,
+    session: Session,
     plan: Plan,
     reward: Callable[..., Any],
     cfg: TrainConfig,
     out_dir: str | Path,
     *,
-    data: DataConfig | None = None,
     capture: Any | None = None,
     engine: Callable[..., Rollouts] = generate,
     resume: bool = False,
@@ -75,9 +70,9 @@ def train(
     echo: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Train ``model`` in place for ``cfg.steps`` steps; returns (and writes) the summary.
+    """Train ``session.model`` in place for ``cfg.steps`` steps; returns (and writes) the summary.
 
-    ``data`` says how prompts are rendered. ``capture``: a context manager around each prefill with
+    ``capture``: a context manager around each prefill with
     ``features()`` -> CSR, one row per prompt, handed to ``plan.observe``. ``engine`` makes the rollouts when
     ``cfg.rollout.engine`` is not transformers. ``echo`` gets a line of text per row of the log,
     ``progress`` (step, steps). Files in ``out_dir``: metrics.jsonl, eval_items.jsonl,
@@ -90,8 +85,18 @@ def train(
     checkpoint it starts afresh. The first interrupt (Ctrl-C) finishes the step, saves and raises
     KeyboardInterrupt; a second one stops at once.
     """
-    pools, out, data = {"train": train_pool, "eval": eval_pool}, Path(out_dir), data or DataConfig()
-    run = _Run(model, tokenizer, pools, plan, reward, cfg, out, data, capture, engine, seed, echo)
+    run = _Run(
+        session.model,
+        session,
+        plan=plan,
+        reward=reward,
+        cfg=cfg,
+        out_dir=Path(out_dir),
+        capture=capture,
+        engine=engine,
+        seed=seed,
+        echo=echo,
+    )
     start = run.open(resume)
     try:
         with graceful_interrupt() as interrupted:
@@ -119,14 +124,12 @@ def train(
 class _Run:
     """The state of a run between steps: model, optimizer, plan, counters, logs."""
 
-    model: Any
-    tokenizer: Any
-    pools: dict[str, Pool]  # train, eval
+    model: Any  # the session's, or the adapters around it
+    session: Session
     plan: Plan
     reward: Callable[..., Any]
     cfg: TrainConfig
     out_dir: Path
-    data: DataConfig
     capture: Any | None
     engine: Callable[..., Rollouts]
     seed: int
@@ -137,8 +140,8 @@ class _Run:
         check_ranges(cfg, "train.")
         if (cfg.rollout.engine == "transformers") != (self.engine is generate):
             raise SaerlError(f"train.rollout.engine={cfg.rollout.engine} is not the engine given to train()")
-        self.texts = {name: render(pool, self.tokenizer, self.data) for name, pool in self.pools.items()}
-        self.row = {name: i for i, name in enumerate(self.pools["train"].column("prompt_id"))}
+        self.pool, self.tokenizer = self.session.train, self.session.tokenizer
+        self.row = {name: i for i, name in enumerate(self.pool.column("prompt_id"))}
         unknown = [name for name in self.plan.prompt_ids if name not in self.row]
         if unknown:
             raise SaerlError(f"the plan has prompt {unknown[0]!r}, which the pool lacks; make the plan again")
@@ -197,10 +200,9 @@ class _Run:
         cfg = self.cfg
         self._seed_globals(0)
         if cfg.warmup.steps > 0:
-            answers = self.pools["train"].column("answer")
             clock = self.clock()
             with clock("warmup"):
-                row = warm_up(self.model, self.tokenizer, self.texts["train"], answers, cfg, self.seed)
+                row = warm_up(self.model, self.tokenizer, self.pool, cfg, self.seed)
             self._record({"step": 0, "kind": "warmup", **row, "time": clock.seconds})
         self.learner = Learner(self.model, cfg)
         if cfg.eval.every > 0 or cfg.steps == 0:
@@ -311,19 +313,20 @@ class _Run:
             ids = distributed.gather(self.plan.next_batch)[0]  # one order, even if machines round differently
         rows = [self.row[name] for name in ids]
         # not Pool.select: a small pool may repeat a prompt inside a batch
-        columns = {name: [column[i] for i in rows] for name, column in self.pools["train"].columns.items()}
-        prompts = [self.texts["train"][i] for i in rows]
+        columns = {name: [column[i] for i in rows] for name, column in self.pool.columns.items()}
+        prompts = [self.pool.texts[i] for i in rows]
         here = distributed.shard(len(ids))
-        mine, part = prompts[here], {name: column[here] for name, column in columns.items()}
+        part = {name: column[here] for name, column in columns.items()}
         seed = derived_seed(self.seed, seeds.ROLLOUT, step, number)
 
         def sample() -> tuple[Rollouts, np.ndarray]:
             options = {"seed": seed, "first": here.start, "capture": self.capture}
-            made = self.engine(self.model, self.tokenizer, mine, cfg.rollout, **options)
+            tokens = [self.pool.ids[i] for i in rows[here]]
+            made = self.engine(self.model, self.tokenizer, tokens, cfg.rollout, **options)
             for phase, seconds in made.timings.items():
                 clock.add(phase, seconds)
             with clock("reward"):
-                rewards = score_rollouts(made, part, mine, self.reward)
+                rewards = score_rollouts(made, part, prompts[here], self.reward)
             return made.to("cpu") if distributed.size() > 1 else made, rewards
 
         shares = distributed.gather(sample)
@@ -340,8 +343,8 @@ class _Run:
     def evaluate(self, step: int) -> None:
         clock = self.clock()
         with clock("eval"):
-            pool, texts, seed = self.pools["eval"], self.texts["eval"], derived_seed(self.seed, seeds.EVAL, 0)
-            result = evaluate(self.model, self.tokenizer, pool, texts, self.reward, self.cfg, seed)
+            pool, seed = self.session.eval, derived_seed(self.seed, seeds.EVAL, 0)
+            result = evaluate(self.model, self.tokenizer, pool, self.reward, self.cfg, seed)
         if self.writes:
             self.eval_items.write({"step": step, **item} for item in result.items)
         self.counters.setdefault("accuracy_first", result.mean)

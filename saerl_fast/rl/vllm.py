@@ -11,15 +11,16 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from saerl_fast.config import RolloutConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import max_positions
+from saerl_fast.models import check_fit, max_positions
 from saerl_fast.rl import distributed
-from saerl_fast.rl.generate import check_rollout, encode_prompts
+from saerl_fast.rl.generate import check_rollout
 from saerl_fast.rl.rollouts import Rollouts, decoded, left_pad, stop_tokens
 from saerl_fast.rl.seeds import PROMPT, derived_seed
 
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class VllmEngine:
-    """A vLLM engine that stands in for :func:`saerl_fast.rl.rollouts.generate`.
+    """A vLLM engine that stands in for :func:`saerl_fast.rl.generate.generate`.
 
     ``model`` must come from a folder or hub id that vLLM loads too. Raises SaerlError without vLLM.
     """
@@ -66,19 +67,19 @@ class VllmEngine:
         self,
         model: Any,
         tokenizer: Any,
-        prompts: list[str],
+        prompts: Sequence[list[int]],
         cfg: RolloutConfig,
         *,
         seed: int = 0,
         first: int = 0,
         capture: Any | None = None,
     ) -> Rollouts:
-        """As :func:`saerl_fast.rl.rollouts.generate`; log-probabilities are vLLM's, after top-p."""
+        """As :func:`saerl_fast.rl.generate.generate`; log-probabilities are vLLM's, after top-p."""
         from vllm import SamplingParams
 
         check_rollout(cfg)
-        rows = encode_prompts(model, tokenizer, prompts, cfg)
-        ids, lens = left_pad(rows, tokenizer.pad_token_id or 0, model.device)
+        check_fit(model, prompts, cfg.max_new_tokens)
+        ids, lens = left_pad(prompts, tokenizer.pad_token_id or 0, model.device)
         stops = stop_tokens(model, tokenizer)
         started = time.perf_counter()
         self.sync(model)
@@ -93,9 +94,9 @@ class VllmEngine:
                 logprobs=0,  # the sampled token's alone
                 detokenize=False,
             )
-            for i in range(len(rows))
+            for i in range(len(prompts))
         ]
-        inputs = [{"prompt_token_ids": row} for row in rows]
+        inputs = [{"prompt_token_ids": row} for row in prompts]
         found = self.llm.generate(inputs, sampling_params=params, use_tqdm=False)
         samples = [s for output in found for s in sorted(output.outputs, key=lambda s: s.index)]
         longest = max(len(s.token_ids) for s in samples)

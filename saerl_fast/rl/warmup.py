@@ -15,7 +15,8 @@ from torch import Tensor
 
 from saerl_fast.config import TrainConfig, check_ranges
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import max_positions, token_ids
+from saerl_fast.models import check_fit
+from saerl_fast.prompts.render import Prompts
 from saerl_fast.rl import distributed
 from saerl_fast.rl.logprobs import completion_logprobs
 from saerl_fast.rl.optimizer import Optimizer
@@ -24,26 +25,25 @@ from saerl_fast.rl.rollouts import stop_tokens
 
 
 def answer_rows(
-    model: Any, tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids int64 [n, L] of prompt + answer + end token, padded on the right; lengths of both parts [n]."""
+    """Ids int64 [n, L] of prompt + answer + end token, padded on the right; lengths of both parts [n].
+
+    ``prompts``, ``answers``: token ids. SaerlError for a row that is empty or that the model cannot read.
+    """
     stops = stop_tokens(model, tokenizer)
     own = tokenizer.eos_token_id
     end = [own] if own is not None else stops[:1]
-    heads = token_ids(tokenizer, list(prompts))
-    tails = [row + end for row in token_ids(tokenizer, list(answers), special=False)]
-    width = max(len(a) + len(b) for a, b in zip(heads, tails, strict=True))
-    ids = [a + b + [0] * (width - len(a) - len(b)) for a, b in zip(heads, tails, strict=True)]
-    starts, lengths = ([len(row) for row in part] for part in (heads, tails))
+    tails = [[*row, *end] for row in answers]
+    starts, lengths = ([len(row) for row in part] for part in (prompts, tails))
     if min(starts) == 0 or min(lengths) == 0:
         raise SaerlError(
             "a prompt or an answer has no tokens; remove the row or give the tokenizer an end token"
         )
-    limit = max_positions(model)
-    if limit is not None and width > limit:
-        raise SaerlError(
-            f"a prompt with its answer has {width} tokens but the model reads {limit}; remove the row"
-        )
+    rows = [[*head, *tail] for head, tail in zip(prompts, tails, strict=True)]
+    check_fit(model, rows, what="the prompt with its answer in row")
+    width = max(len(row) for row in rows)
+    ids = [row + [0] * (width - len(row)) for row in rows]
     made = (torch.tensor(values, device=model.device) for values in (ids, starts, lengths))
     return tuple(made)  # type: ignore[return-value]
 
@@ -51,8 +51,7 @@ def answer_rows(
 def warm_up(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
-    answers: Sequence[str],
+    pool: Prompts,
     cfg: TrainConfig,
     seed: int = 0,
 ) -> dict[str, float]:
@@ -62,18 +61,19 @@ def warm_up(
     of the steps. Returns the first and the last loss, and steps.
     """
     settings = check_ranges(cfg, "train.").warmup
-    if not prompts:
+    if not len(pool):
         raise SaerlError("the warm-up has no rows; check data.train")
-    check_answers(answers, "the warm-up")
+    check_answers(pool.column("answer"), "the warm-up")
     rng = np.random.default_rng([seed, 4])
-    rows = rng.permutation(len(prompts))[: settings.rows]
+    rows = rng.permutation(len(pool))[: settings.rows]
     passes = -(-settings.steps * settings.batch_size // len(rows))
     order = np.concatenate([rng.permutation(rows) for _ in range(passes)])
     optimizer = Optimizer(model, cfg)
 
     def learn(step: int) -> float:
         chosen = order[(step - 1) * settings.batch_size : step * settings.batch_size]
-        batch = answer_rows(model, tokenizer, [prompts[i] for i in chosen], [answers[i] for i in chosen])
+        prompts, answers = ([part[i] for i in chosen] for part in (pool.ids, pool.answer_ids))
+        batch = answer_rows(model, tokenizer, prompts, answers)
         total = batch[2].sum()
         ids, starts, lengths = (part[distributed.shard(len(chosen))] for part in batch)
 

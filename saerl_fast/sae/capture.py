@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import decoder, hidden_size, max_positions, n_blocks, token_ids
+from saerl_fast.models import check_fit, decoder, hidden_size, n_blocks, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -274,14 +274,7 @@ def iter_hidden_ids(
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """:func:`iter_hidden` for texts that are token ids already; an empty row raises SaerlError."""
     check_layer(model, layer)
-    limit = max_positions(model)
-    for number, row in enumerate(rows):
-        if not row:
-            raise SaerlError(f"text {number} has no tokens; drop empty prompts from the pool")
-        if limit is not None and len(row) > limit:
-            raise SaerlError(
-                f"text {number} has {len(row)} tokens, the model reads {limit}; lower data.max_prompt_tokens"
-            )
+    check_fit(model, rows, what="text")
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     done = 0

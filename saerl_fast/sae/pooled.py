@@ -9,22 +9,19 @@ import torch
 from torch import nn
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import token_ids
+from saerl_fast.models import check_fit
 from saerl_fast.sae.capture import Progress, check_width, iter_hidden_ids, resolve_layer
 from saerl_kernels import CSR
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from saerl_fast.sae.model import TopKSAE
 
 
 def pooled_features(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
     sae: TopKSAE,
-    prompts: Sequence[str],
-    answers: Sequence[str] | None = None,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]] | None = None,
     *,
     layer: int | None = None,
     reduce: str = "max",
@@ -34,7 +31,7 @@ def pooled_features(
 ) -> tuple[CSR, CSR | None]:
     """(prompt features, answer features or None), each CSR float32 [n prompts, d_sae] on the CPU.
 
-    Prompt and answer are tokenised apart and their ids joined, so both come from one forward pass: in a
+    ``prompts`` and ``answers`` are token ids. They are joined, so both come from one forward pass: in a
     causal model the prompt's hidden states do not depend on the answer. Answer rows pool the answer's
     tokens only (read after the prompt); an empty answer gives an empty row. The layer defaults to the
     SAE's own. Raises SaerlError for another width, unequal lengths, an empty prompt or bad activations.
@@ -43,22 +40,18 @@ def pooled_features(
     layer = resolve_layer(model, sae, layer)
     if answers is not None and len(answers) != len(prompts):
         raise SaerlError(f"{len(prompts)} prompts but {len(answers)} answers; give one answer per prompt")
-    empty = next((i for i, text in enumerate(prompts) if not text), None)
-    if empty is not None:
-        raise SaerlError(f"prompt {empty} is empty; drop empty prompts from the pool")
-    heads = token_ids(tokenizer, prompts)
-    tails = [[] for _ in heads] if answers is None else token_ids(tokenizer, answers, special=False)
-    if not heads:
+    check_fit(model, prompts)
+    if not prompts:
         none = CSR.empty(0, sae.d_sae)
         return none, None if answers is None else none
 
     seen: list[int] = []
     parts: list[CSR] = []
-    joined = [head + tail for head, tail in zip(heads, tails, strict=True)]
+    joined = [[*p, *a] for p, a in zip(prompts, answers, strict=True)] if answers is not None else prompts
     for rows, x, offsets in iter_hidden_ids(model, joined, layer, batch_tokens, on_progress):
         if answers is not None:  # two segments a row: starts of the prompts, starts of the answers, the end
             starts = offsets[:-1]
-            split = starts + torch.tensor([len(heads[i]) for i in rows], device=starts.device)
+            split = starts + torch.tensor([len(prompts[i]) for i in rows], device=starts.device)
             offsets = torch.cat([torch.stack([starts, split], dim=1).flatten(), offsets[-1:]])
         parts.append(sae.pool(x, offsets, reduce=reduce, backend=backend).to("cpu"))
         seen += rows

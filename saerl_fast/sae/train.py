@@ -12,20 +12,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from saerl_fast.config import SAEConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import token_ids
 from saerl_fast.sae.capture import Progress, iter_hidden_ids
 from saerl_fast.sae.model import TopKSAE
 from saerl_kernels import TopK, encode_batch_topk_train, encode_topk_train, sparse_decode
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 OnStep = Callable[[int, dict[str, float]], None]
 
@@ -96,8 +92,7 @@ def train_sae(
 
 def collect_activations(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    rows: Sequence[Sequence[int]],
     layer: int,
     max_tokens: int = 200_000,
     *,
@@ -105,16 +100,16 @@ def collect_activations(
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> Tensor:
-    """Hidden states [n <= max_tokens, d_in] of randomly chosen texts, in the model's dtype, on the CPU.
+    """Hidden states [n <= max_tokens, d_in] of randomly chosen rows of ids, in the model's dtype, on the CPU.
 
-    Texts are drawn in a seeded random order until ``max_tokens`` is reached (whole texts, so lengths stay
-    representative); surplus tokens are dropped at random. Raises SaerlError when there is no text.
+    Rows are drawn in a seeded random order until ``max_tokens`` is reached (whole rows, so lengths stay
+    representative); surplus tokens are dropped at random. Raises SaerlError when no row has a token.
     """
     if max_tokens < 1:
         raise SaerlError(f"max_tokens={max_tokens} must be at least 1")
-    rows = [row for row in token_ids(tokenizer, texts) if row]
+    rows = [row for row in rows if row]
     if not rows:
-        raise SaerlError(f"no activations to collect: none of the {len(texts)} texts has a token")
+        raise SaerlError("no activations to collect: there is no text with a token; check data.train")
     generator = torch.Generator().manual_seed(seed)
     chosen, count = [], 0
     for i in torch.randperm(len(rows), generator=generator).tolist():

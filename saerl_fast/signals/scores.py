@@ -21,6 +21,7 @@ from saerl_fast.signals.quality import fit_quality
 
 if TYPE_CHECKING:
     from saerl_fast.prompts.pool import Pool
+    from saerl_fast.session import Session
     from saerl_fast.signals.shards import Compute, Shards
     from saerl_kernels import CSR
 
@@ -201,35 +202,25 @@ def score_features(
     return Scores({**pool.columns, **added}, metadata, prompt_features)
 
 
-def feature_pass(
-    pool: Pool,
-    prompts: Sequence[str],
-    model: Any,
-    tokenizer: Any,
-    sae: Any,
-    config: Config,
-    *,
-    layer: int | None = None,
-) -> Compute:
+def feature_pass(session: Session, sae: Any, config: Config) -> Compute:
     """``compute(start, end, progress)``: pooled features of these rows, of prompts and (or None) answers.
 
     With ``score.include_answer`` and an answer in every row, the quality probe reads the answers' too.
     """
     from saerl_fast.sae.pooled import pooled_features
 
-    answers: list[str] | None = None
-    column = pool.columns.get("answer")
-    if config.score.include_answer and config.quality.head != "none" and column is not None:
-        answers = None if any(answer is None for answer in column) else [str(answer) for answer in column]
+    prompts = session.train
+    answers: list[list[int]] | None = None
+    if config.score.include_answer and config.quality.head != "none" and None not in prompts.column("answer"):
+        answers = prompts.answer_ids
 
     def compute(start: int, end: int, progress: Callable[[int, int], None] | None) -> Any:
         return pooled_features(
-            model,
-            tokenizer,
+            session.model,
             sae,
-            prompts[start:end],
+            prompts.ids[start:end],
             None if answers is None else answers[start:end],
-            layer=layer,
+            layer=config.sae.layer,
             reduce=config.score.reduce,
             batch_tokens=config.score.batch_tokens,
             backend=config.score.backend,
@@ -239,28 +230,25 @@ def feature_pass(
     return compute
 
 
-def score_pool(
-    pool: Pool,
-    prompts: Sequence[str],
-    model: Any,
-    tokenizer: Any,
+def score(
+    session: Session,
     sae: Any,
     config: Config,
     *,
-    layer: int | None = None,
     pass_rates: Any | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     shards: Shards | None = None,
 ) -> Scores:
-    """:func:`score_features` on features captured now, in one early-stopped pass over the pool.
+    """Quality, difficulty and cluster of every training prompt, from one early-stopped forward pass.
 
-    ``shards`` keeps finished parts of the pass on the disk; without it the pass is made in one go.
-    ``prompts``: the final text of every row, as the policy will see it.
+    ``pass_rates`` and errors as in :func:`score_features`. ``shards`` keeps finished parts of the pass on the
+    disk; without it the pass is made in one go.
     """
+    pool = session.train
     began = time.perf_counter()
-    compute = feature_pass(pool, prompts, model, tokenizer, sae, config, layer=layer)
+    compute = feature_pass(session, sae, config)
     if shards is None:
-        prompt_features, answer_features = compute(0, len(prompts), on_progress)
+        prompt_features, answer_features = compute(0, len(pool), on_progress)
     else:
         prompt_features, answer_features = shards.collect(pool.column("prompt_id"), compute, on_progress)
     seconds = time.perf_counter() - began

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from saerl_fast.config import Config, DataConfig, to_dict
+from saerl_fast.config import Config, to_dict
 from saerl_fast.errors import SaerlError
+from saerl_fast.session import load_pools
 
 SAE_SECTIONS = ("model", "data", "sae")  # what a trained SAE depends on
 SCORE_SECTIONS = (*SAE_SECTIONS, "score", "quality", "difficulty", "diversity", "labels")
@@ -71,27 +71,9 @@ def fingerprint(config: Config, sections: tuple[str, ...], *, without: tuple[str
         tree["labels"] = {**sampling, "reward": config.train.reward, "seed": config.seed}
     if "score" in sections:
         tree["seed"] = config.seed
-    tree["prompts"] = _prompts_digest(json.dumps(tree["data"]), config.seed, _stamp(config.data))
+    tree["prompts"] = load_pools(config)[0].digest
     tree["files"] = [_files_digest(Path(name)) for name in (config.model.path, config.sae.path) if name]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@functools.cache
-def _prompts_digest(data: str, seed: int, stamp: tuple[int, ...]) -> str:
-    """Hash of the training prompts and answers that the settings ``data`` (JSON of the section) load.
-
-    Loading takes a while, so it is done once for each ``stamp``, the state of the files it reads.
-    """
-    from saerl_fast.prompts.pool import load_split
-
-    columns = load_split(DataConfig(**json.loads(data)), seed)[0].columns
-    rows = [columns[name] for name in ("prompt_id", "prompt", "answer") if name in columns]
-    return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
-
-
-def _stamp(data: DataConfig) -> tuple[int, ...]:
-    files = [Path(name) for name in (data.train, data.eval or "") if name and Path(name).is_file()]
-    return tuple(part for file in files for part in (file.stat().st_mtime_ns, file.stat().st_size))
 
 
 def _files_digest(path: Path, tail: int = 1 << 16) -> list[list[Any]]:

@@ -12,9 +12,9 @@ import numpy as np
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_json
+from saerl_fast.session import Session
 from saerl_fast.stages.console import Echo
 from saerl_fast.stages.fingerprint import LABEL_SECTIONS, fingerprint
-from saerl_fast.stages.session import Session
 
 LABEL_CHUNK = 16  # prompts rolled out for labels before they are saved
 
@@ -41,7 +41,6 @@ def difficulty_labels(
         return rates, {"labelled": float(np.isfinite(rates).sum()), "rollouts": 0.0}
     if settings.n_labels < 1:
         return None, {"labelled": 0.0, "rollouts": 0.0}
-    from saerl_fast.prompts.render import render
     from saerl_fast.rl.evaluate import pass_rates, score_rollouts
     from saerl_fast.rl.generate import generate
     from saerl_fast.rl.rewards import get_reward, with_timeout
@@ -62,10 +61,9 @@ def difficulty_labels(
         if not all(ids[i] in record["rates"] for i in part):
             began = time.perf_counter()
             rows = pool.select(part)
-            texts = render(rows, session.tokenizer, config.data)
             seed = int(np.random.SeedSequence([config.seed, 2, start]).generate_state(1)[0])
-            made = generate(session.model, session.tokenizer, texts, rollout, seed=seed)
-            rates = pass_rates(score_rollouts(made, rows.columns, texts, reward))
+            made = generate(session.model, session.tokenizer, rows.ids, rollout, seed=seed)
+            rates = pass_rates(score_rollouts(made, rows.columns, rows.texts, reward))
             record["rates"].update({ids[i]: float(rate) for i, rate in zip(part, rates, strict=True)})
             record["tokens"] += int(made.lengths.sum())
             record["seconds"] += time.perf_counter() - began

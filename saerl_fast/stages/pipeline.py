@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from saerl_fast.config import Config, to_dict
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_json
+from saerl_fast.session import Session
 from saerl_fast.stages.console import Echo
 from saerl_fast.stages.fingerprint import (
     RUN_SECTIONS,
@@ -29,7 +30,6 @@ from saerl_fast.stages.fingerprint import (
 )
 from saerl_fast.stages.labels import difficulty_labels
 from saerl_fast.stages.preflight import check_packages, check_target
-from saerl_fast.stages.session import Session, open_session
 
 if TYPE_CHECKING:
     from saerl_fast.plan import Plan
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> TopKSAE:
     """Train a TopK SAE on the training prompts' (and answers') activations into ``<run_dir>/sae``."""
-    from saerl_fast.prompts.render import render
     from saerl_fast.sae.capture import resolve_layer
     from saerl_fast.sae.files import save_sae
     from saerl_fast.sae.train import collect_activations, train_sae
@@ -51,17 +50,15 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> Top
     if config.sae.path is not None:
         raise SaerlError(f"sae.path={config.sae.path} names an SAE already; leave it out to train one")
     folder = Path(config.run_dir) / "sae"
-    session = session or open_session(config, echo)
+    session = session or Session.open(config, echo)
     layer = resolve_layer(session.model, None, config.sae.layer)
-    texts = render(session.train, session.tokenizer, config.data)
-    answers = session.train.columns.get("answer")
-    if config.score.include_answer and answers is not None:
-        texts = [text + str(answer or "") for text, answer in zip(texts, answers, strict=True)]
+    rows = session.train.ids
+    if config.score.include_answer:
+        rows = [prompt + answer for prompt, answer in zip(rows, session.train.answer_ids, strict=True)]
     started = time.perf_counter()
     activations = collect_activations(
         session.model,
-        session.tokenizer,
-        texts,
+        rows,
         layer,
         config.sae.max_tokens,
         seed=config.sae.seed,
@@ -127,25 +124,13 @@ def describe_sae(path: str) -> str:
 
 def score_stage(config: Config, echo: Echo, session: Session | None = None) -> Scores:
     """Score every training prompt; writes scores.parquet, scores.json and features.safetensors."""
-    from saerl_fast.prompts.render import render
-    from saerl_fast.signals.scores import score_pool
+    from saerl_fast.signals.scores import score
 
-    session = session or open_session(config, echo)
+    session = session or Session.open(config, echo)
     sae = find_sae(config, echo, session)
     labels, label_costs = difficulty_labels(config, echo, session)
     shards = score_shards(config, sae)
-    scores = score_pool(
-        session.train,
-        render(session.train, session.tokenizer, config.data),
-        session.model,
-        session.tokenizer,
-        sae,
-        config,
-        layer=config.sae.layer,
-        pass_rates=labels,
-        on_progress=echo.bar("features"),
-        shards=shards,
-    )
+    scores = score(session, sae, config, pass_rates=labels, on_progress=echo.bar("features"), shards=shards)
     scores.metadata["difficulty_labels"] = label_costs
     scores.metadata |= {"fingerprint": fingerprint(config, SCORE_SECTIONS), "config": to_dict(config)}
     folder = scores.save(config.run_dir)
@@ -196,7 +181,7 @@ def make_plan(config: Config, echo: Echo, session: Session | None = None) -> Pla
     from saerl_fast.signals.scores import Scores
 
     if config.plan.schedule == "vanilla" and not config.plan.filter:
-        session = session or open_session(config, echo)
+        session = session or Session.open(config, echo)
         scores = Scores({"prompt_id": session.train.column("prompt_id")})
     else:
         scores = find_scores(config, echo, session)
@@ -260,7 +245,7 @@ def train_stage(
     check_packages(config)
     distributed.on_first(lambda: check_target(out, described, config, resume=resume, overwrite=overwrite))
     reward = get_reward(config.train.reward)
-    session = open_session(config, echo)
+    session = Session.open(config, echo)
     plan = given or make_plan(config, echo, session)
     if plan.batch_size != config.train.rollout.prompts_per_step or plan.total_steps < config.train.steps:
         raise SaerlError(
@@ -286,15 +271,11 @@ def train_stage(
     distributed.on_first(prepare)
     echo(f"training into {out}")
     summary = train(
-        session.model,
-        session.tokenizer,
-        session.train,
-        session.eval,
+        session,
         plan,
         reward,
         config.train,
         out,
-        data=config.data,
         capture=capture,
         **engine,
         resume=resume,
