@@ -5,12 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path
+from saerl_fast.fileio import check_writable
 
 if TYPE_CHECKING:
     from saerl_fast.prompts.pool import Pool
@@ -28,10 +27,7 @@ class Session:
 
 def set_up(config: Config) -> None:
     """CPU threads, a quiet transformers, and a run folder that can be written to, all before any work."""
-    probe = Path(config.run_dir) / ".writable"
-    with atomic_path(probe):
-        pass
-    probe.unlink()
+    check_writable(config.run_dir)
     try:
         from transformers.utils import logging
     except ImportError:
