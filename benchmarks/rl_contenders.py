@@ -30,7 +30,7 @@ from saerl_fast.session import Session
 from saerl_fast.signals.scores import Scores
 from saerl_fast.stages.console import Echo
 from saerl_fast.stages.pipeline import score_stage
-from saerl_fast.stages.session import set_up
+from saerl_fast.stages.preflight import set_up
 
 DEMO = Path(__file__).resolve().parents[1] / "examples"
 LR = 1e-6  # so small that every contender goes on sampling from the same distribution

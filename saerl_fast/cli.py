@@ -103,11 +103,11 @@ def run(args: argparse.Namespace) -> None:
         return
 
     config = read_config(args)
-    from saerl_fast.stages import compare, pipeline, session
+    from saerl_fast.stages import compare, pipeline, preflight
     from saerl_fast.stages.console import Echo
 
     echo = Echo(quiet=args.quiet or RANK > 0)
-    session.set_up(config)
+    preflight.set_up(config)
     if args.command == "sae":
         pipeline.sae_stage(config, echo)
     elif args.command == "score":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,16 @@ from typing import Any
 from saerl_fast.errors import SaerlError
 
 
+def check_writable(folder: str | Path) -> None:
+    """Make ``folder`` where it is missing; SaerlError when no file can be written in it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as err:
+        raise SaerlError(f"cannot write to {folder}: {err.strerror}; choose another run_dir") from None
+
+
 @contextmanager
 def atomic_path(target: str | Path) -> Iterator[Path]:
     """A temporary path beside ``target`` that replaces it when the block ends without an error.
@@ -20,20 +31,16 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     The data are flushed to the disk before the rename, so a crash leaves the old file or the new one.
     """
     target = Path(target)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")  # no other process's
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        temporary.touch(exist_ok=False)
     except OSError as err:
         raise SaerlError(f"cannot write {target}: {err.strerror}; choose another run_dir") from None
-    os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
     except OSError as err:
         raise SaerlError(f"cannot write {target}: {err.strerror or err}") from err

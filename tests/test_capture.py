@@ -187,6 +187,17 @@ def test_capture_reads_nothing_back_while_decoding(monkeypatch: pytest.MonkeyPat
     assert capture.take()[1].tolist() == [0, 7, 9, 13, 20, 22, 26]
 
 
+def test_without_a_mask_the_cache_tells_prefills_from_steps() -> None:
+    model, ids = tiny_model("llama"), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    with torch.no_grad(), Capture(model, 2) as capture:
+        cache = model(ids, use_cache=True).past_key_values
+        for name in ("past_key_values", "cache"):  # before transformers 5.24, and since
+            capture._before(model.model, (), {"input_ids": ids[:, -1:], name: cache})
+            assert not capture._armed
+        capture._before(model.model, (), {"input_ids": ids, "cache": None})
+        assert capture._armed
+
+
 def test_streaming_restores_order_and_respects_the_budget() -> None:
     model, tokenizer = tiny_model("qwen2"), Tokenizer()
     texts = ["abc", "a longer text", "", "xy", "a longer texT", "mm"]

@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path, read_json, write_json, write_text
+from saerl_fast.fileio import atomic_path, check_writable, read_json, write_json, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_replaces_the_target_only_at_the_end(tmp_path):
@@ -51,6 +56,14 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
         write_text(tmp_path / "plain" / "file.txt", "x")
 
 
+def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path):
+    (tmp_path / "plain").write_text("")
+    with pytest.raises(SaerlError, match=r"cannot write to .*plain: .*; choose another run_dir"):
+        check_writable(tmp_path / "plain")
+    check_writable(tmp_path / "new" / "deep")
+    assert not list((tmp_path / "new" / "deep").iterdir())
+
+
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder_is_one_sentence(tmp_path):
     tmp_path.chmod(0o555)
@@ -59,6 +72,25 @@ def test_a_read_only_folder_is_one_sentence(tmp_path):
             write_text(tmp_path / "file.txt", "x")
     finally:
         tmp_path.chmod(0o755)
+
+
+def test_many_processes_may_write_and_probe_at_once(tmp_path):
+    code = (
+        "import sys; from saerl_fast.fileio import check_writable, write_text\n"
+        "print(flush=True); sys.stdin.readline()\n"  # all start together
+        "for i in range(300): check_writable(sys.argv[1]); write_text(sys.argv[1] + '/x.txt', 'whole' * 1000)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, cwd=ROOT, **pipe) for _ in range(6)]
+    for process in processes:
+        assert process.stdout.readline() == "\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert [process.communicate()[1] for process in processes] == [""] * 6
+    assert (tmp_path / "run" / "x.txt").read_text() == "whole" * 1000
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["x.txt"]
 
 
 def test_a_target_that_is_a_folder_is_one_sentence(tmp_path):

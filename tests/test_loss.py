@@ -257,3 +257,10 @@ def test_importance_weighs_the_policy_term_of_each_token(kind: str) -> None:
             torch.testing.assert_close(gradient(weights) - rest, weights * (plain - rest))
         assert bool(rest.any()) == (beta > 0)
         torch.testing.assert_close(gradient(torch.ones(7)), plain)
+
+
+@pytest.mark.parametrize("value", [0.9, 0.1, 1 / 3])
+def test_groups_without_signal_have_exactly_no_advantage(value: float) -> None:
+    """The mean of three times 0.9 is not 0.9 in floats."""
+    values, used = advantages(torch.full((1, 3), value), LossConfig())
+    assert not used.any() and not values.any()

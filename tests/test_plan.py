@@ -203,6 +203,46 @@ def test_filter_by_threshold_and_by_exact_share():
     assert build_plan(scores, PlanConfig(schedule="vanilla", filter=True), **kwargs).dropped
 
 
+def unsure(quality: list[float], difficulty: list[float]) -> Scores:
+    """Scores of which some are unknown (NaN)."""
+    scores = make_scores(len(quality), clusters=2)
+    scores.columns["saerl_quality"] = np.array(quality, dtype=np.float32)
+    scores.columns["saerl_difficulty"] = np.array(difficulty, dtype=np.float32)
+    return scores
+
+
+def test_unknown_quality_stays_and_the_threshold_itself_passes():
+    scores = unsure([np.nan, 0.1, 0.5, 0.9] * 4, [0.5] * 16)
+    kwargs = {"batch_size": 2, "total_steps": 2, "seed": 0}
+    for rule in (QualityConfig(filter_ratio=0.25), QualityConfig(threshold=0.5)):
+        plan = build_plan(scores, PlanConfig("vanilla", filter=True), quality=rule, **kwargs)
+        assert set(plan.dropped) == {"p1", "p5", "p9", "p13"}
+        assert np.isnan(plan.table["quality"]).sum() == 4 and np.isfinite(plan.dropped_table["quality"]).all()
+    # a share above what is known takes the known ones first
+    rule = QualityConfig(filter_ratio=0.8125)
+    plan = build_plan(scores, PlanConfig("vanilla", filter=True), quality=rule, **kwargs)
+    assert set(plan.prompt_ids) <= {"p0", "p4", "p8", "p12"} and len(plan.prompt_ids) == 3
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_unknown_scores_leave_no_trace_in_the_figures(schedule):
+    scores = unsure([np.nan, 0.9] * 10, [np.nan, 0.1, 0.2, 0.9] * 5)
+    plan, _ = make_plan(schedule, scores=scores, filter=True, batch_size=4, total_steps=8, medium_keep=1.0)
+    for batch in run(plan, 8):
+        assert len(set(batch)) == 4
+        assert np.isfinite(list(plan.metrics().values())).all()
+        if "quality" in plan.metrics():
+            assert not any(int(name[1:]) % 2 == 0 for name in batch)
+
+
+def test_unknown_difficulty_goes_to_the_middle():
+    scores = unsure([0.9] * 5, [0.0, 0.2, np.nan, 0.9, 1.0])
+    plan, _ = make_plan("global", scores=scores, mix=0.0, window=1, batch_size=1, total_steps=5, seed=0)
+    assert [plan.next_batch()[0] for _ in range(5)] == ["p0", "p1", "p2", "p3", "p4"]
+    kept, _ = make_plan("medium", scores=scores, batch_size=1, medium_keep=0.2)
+    assert kept.prompt_ids == ["p2"]
+
+
 def test_vanilla_needs_nothing_but_ids():
     scores = Scores({"prompt_id": ["a", "b", "c"]})
     plan = build_plan(scores, PlanConfig(schedule="vanilla"), batch_size=2, total_steps=3, seed=0)

@@ -1,8 +1,11 @@
-"""Dynamic sampling and what becomes of completions that are cut off."""
+"""Batches of rollouts, dynamic sampling, and what becomes of completions that are cut off."""
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from saerl_fast.config import (
     LossConfig,
@@ -10,6 +13,7 @@ from saerl_fast.config import (
 from saerl_fast.errors import SaerlError
 from saerl_fast.records.log import read_metrics
 from saerl_fast.rl import update as module
+from saerl_fast.rl.rollouts import Draw, Rollouts, concat, join, select
 from tests.tiny_lm import tiny_model
 from tests.training import TOKENIZER, Die, adaptive_plan, assert_same_run, run, same_weights, small, sums
 
@@ -71,7 +75,7 @@ def test_dynamic_sampling_trains_on_the_useful_groups_of_all_draws(tmp_path: Pat
     assert advantage.shape == (len(used), 4) and advantage.abs().sum(1).min() > 0
     texts = TOKENIZER.batch_decode(rollouts.completion_ids.masked_fill(~rollouts.completion_mask, 0))
     for decoded, text in zip(texts, rollouts.texts, strict=True):
-        assert decoded.replace("<pad>", "").replace("<eos>", "") == text
+        assert re.sub("<pad>|<eos>|<unk>", "", decoded) == text
     ids, starts, lengths = rollouts.sequences()
     for i, (row_ids, start) in enumerate(zip(ids.tolist(), starts.tolist(), strict=True)):
         prompt = TOKENIZER.decode(row_ids[:start])
@@ -120,3 +124,63 @@ def test_overlong_completions_lose_reward_but_not_pass_rate(tmp_path: Path) -> N
     row = next(row for row in read_metrics(tmp_path) if row["kind"] == "train")
     assert row["reward"] == row["pass_rate"] == 1 and plan.told.sum() == 4
     assert row["groups_used"] > 0  # lengths differ, so there is something to learn
+
+
+def batch(prompt: list[list[int]], completion: list[list[int]], group: int = 1) -> Rollouts:
+    """Rollouts of these token ids, padded as ``generate`` does."""
+
+    def padded(rows: list[list[int]], left: bool) -> torch.Tensor:
+        width = max(map(len, rows))
+        return torch.tensor(
+            [[0] * (width - len(r)) + r if left else r + [0] * (width - len(r)) for r in rows]
+        )
+
+    lens, ids = torch.tensor([len(row) for row in prompt]), padded(completion, left=False)
+    mask, texts = ids > 0, [str(row) for row in completion]
+    return Rollouts(padded(prompt, left=True), lens, ids, mask, -0.1 * ids, texts, ids.sum(1) % 2 > 0, group)
+
+
+def tokens(rollouts: Rollouts) -> list[list[int]]:
+    ids, starts, lengths = rollouts.sequences()
+    return [row[: s + n] for row, s, n in zip(ids.tolist(), starts.tolist(), lengths.tolist(), strict=True)]
+
+
+def test_joined_batches_of_other_widths_keep_every_token() -> None:
+    short, long = batch([[1, 2]], [[3]]), batch([[4, 5, 6], [7]], [[8, 9], [10, 11]])
+    assert tokens(concat([short, long])) == [[1, 2, 3], [4, 5, 6, 8, 9], [7, 10, 11]]
+    assert tokens(concat([long, short])) == [[4, 5, 6, 8, 9], [7, 10, 11], [1, 2, 3]]
+
+
+def test_joined_batches_keep_what_belongs_to_each_row() -> None:
+    parts = [batch([[1, 2], [3]], [[4], [5, 6], [7, 8, 9], [1]], 2), batch([[5] * 4], [[6, 6], [2]], 2)]
+    whole = concat(parts)
+    assert whole.prompt_ids.shape == (3, 4) and whole.completion_ids.shape == (6, 3)
+    assert whole.lengths.tolist() == [1, 2, 3, 1, 2, 1]
+    torch.testing.assert_close(whole.logprobs, -0.1 * whole.completion_ids)
+    assert whole.finished.tolist() == [
+        bool(sum(row) % 2) for row in ([4], [5, 6], [7, 8, 9], [1], [6, 6], [2])
+    ]
+    assert whole.texts == parts[0].texts + parts[1].texts
+
+
+def test_chosen_groups_keep_their_prompts_rows_and_texts() -> None:
+    made = batch([[1, 2], [3], [4, 5, 6]], [[7], [8, 9], [1], [2, 3, 4], [5, 6], [7, 8]], 2)
+    chosen = select(made, torch.tensor([2, 0]))
+    assert tokens(chosen) == [[4, 5, 6, 5, 6], [4, 5, 6, 7, 8], [1, 2, 7], [1, 2, 8, 9]]
+    assert chosen.texts == ["[5, 6]", "[7, 8]", "[7]", "[8, 9]"]
+    assert chosen.finished.tolist() == [True, True, True, True] and chosen.features is None
+
+
+def test_no_more_groups_are_trained_on_than_a_batch_has() -> None:
+    def draw(first: int, useful: int = 3) -> Draw:
+        made = batch([[first]] * 3, [[first + i] for i in range(3)])
+        used = torch.arange(3) < useful
+        return Draw(["a"] * 3, [""] * 3, {}, made, np.zeros((3, 1)), torch.full((3, 1), float(first)), used)
+
+    rollouts, advantage, used = join([draw(1), draw(7)], most=4)
+    assert len(used) == len(advantage) == len(rollouts.finished) == 4
+    assert advantage[:, 0].tolist() == [1, 1, 1, 7] and tokens(rollouts) == [[1, 1], [1, 2], [1, 3], [7, 7]]
+    rollouts, advantage, used = join([draw(1, 0), draw(7, 2)], most=4)
+    assert used.all() and tokens(rollouts) == [[7, 7], [7, 8]] and advantage[:, 0].tolist() == [7, 7]
+    rollouts, advantage, used = join([draw(1, 0), draw(7, 0)], most=4)  # the first stands for them
+    assert not used.any() and tokens(rollouts) == [[1, 1], [1, 2], [1, 3]]

@@ -52,3 +52,19 @@ def test_ties_are_broken_by_the_generator():
 @pytest.mark.parametrize("keep, expected", [(0.5, [2, 3, 4, 5]), (1.0, list(range(8))), (0.01, [3])])
 def test_middle_by_rank(keep, expected):
     assert orders.middle(np.arange(8) ** 2.0, np.arange(8), keep).tolist() == expected
+
+
+def test_clusters_take_turns_in_another_order_each_pass():
+    cluster = np.repeat([0, 1, 2, 3], 4)
+    table, starts = {"difficulty": np.zeros(16), "cluster": cluster}, set()
+    for seed in range(12):
+        batches = orders.literal(np.arange(16), 4, np.random.default_rng(seed), table, PlanConfig(mix=0.0))
+        starts.add(int(cluster[batches[0, 0]]))
+    assert len(starts) > 1
+
+
+def test_what_is_drawn_anywhere_is_a_random_part_of_the_pass():
+    rows, cfg = np.arange(80), PlanConfig(mix=0.25, window=1)
+    table = {"difficulty": rows / 80, "cluster": np.zeros(80, int)}
+    batches = orders.easy_to_hard(rows, 8, np.random.default_rng(0), table, cfg)
+    assert batches[:, -2:].max() > 40 and batches[:, -2:].min() < 40

@@ -73,9 +73,8 @@ def test_a_comparison_ends_with_its_last_run(tmp_path: Path) -> None:
     add("vanilla")
     later = threading.Timer(0.3, add, ["adaptive"])
     later.start()
-    started = time.perf_counter()
     watch(tmp_path, said.append, every=0.02)
-    assert time.perf_counter() - started > 0.2
+    assert (tmp_path / "adaptive" / "summary.json").exists()
     assert said[0].startswith("step     2") and any(line.startswith("adaptive, seed 0: ") for line in said)
 
 

@@ -25,7 +25,7 @@ def sums(n: int, first: int = 0) -> Pool:
     return Pool(
         {
             "prompt_id": [f"p{i}" for i in range(first, first + n)],
-            "prompt": [f"{a}+{b}=" for a, b in pairs],
+            "prompt": [f"{a}+{'0' * (i % 3)}{b}=" for i, (a, b) in enumerate(pairs, first)],  # 4 to 6 tokens
             "answer": [str(a + b) for a, b in pairs],
         }
     )

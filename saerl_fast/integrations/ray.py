@@ -19,7 +19,7 @@ from saerl_fast.session import Session
 from saerl_fast.signals.scores import Scores, feature_pass
 from saerl_fast.stages.console import Echo
 from saerl_fast.stages.pipeline import find_sae, score_shards, score_stage
-from saerl_fast.stages.session import set_up
+from saerl_fast.stages.preflight import set_up
 
 
 def score_with_ray(

@@ -125,7 +125,10 @@ class AdaptivePlan(Plan):
         self._last_seen[rows] = self.step
         self.step += 1
         self._figures.update(target=target, predicted=float(predicted[rows].mean()), eligible=float(eligible))
-        self._figures.update(self._mean_of(rows))
+        means = self._mean_of(rows)
+        for name in {"difficulty", "quality"} - means.keys():  # unknown for this batch
+            self._figures.pop(name, None)
+        self._figures.update(means)
         return [self.prompt_ids[i] for i in rows]
 
     def observe(self, prompt_ids: list[str], pass_rates: Any, features: CSR | None = None) -> None:

@@ -69,20 +69,17 @@ class StaticDecoder:
     The random numbers are those of dynamic decoding, so the tokens differ by rounding of the logits at most.
     """
 
-    def __init__(
-        self, model: Any, cache: Any, uniforms: Tensor, stops: Tensor, cfg: RolloutConfig, width: int
-    ) -> None:
-        """``cache``: of a prefill, for its shapes; uniforms [N, C]; stops int64 [n]; width: S."""
-        from transformers.cache_utils import Cache, StaticLayer
+    def __init__(self, model: Any, uniforms: Tensor, stops: Tensor, cfg: RolloutConfig, width: int) -> None:
+        """uniforms [N, C]; stops int64 [n]; width: S."""
+        from transformers import StaticCache
+
+        from saerl_fast.rl.cache import cache_argument
 
         self.model, self.cfg, self.stops, self.width = model, cfg, stops, width
         n_rows, limit = uniforms.shape
         columns = -(-(width + limit) // 8) * 8  # attention kernels copy a mask whose rows are not aligned
-        layers: list[Any] = [StaticLayer(max_cache_len=columns) for _ in cache.layers]
-        for layer, source in zip(layers, cache.layers, strict=True):
-            shapes = (part[:1].expand(n_rows, -1, -1, -1) for part in (source.keys, source.values))
-            layer.lazy_initialization(*shapes)
-        self.cache: Any = Cache(layers=layers)
+        self.cache = StaticCache(config=model.config, max_cache_len=columns)
+        self.named = cache_argument(model, self.cache)
         self.uniforms, self.logprobs = torch.empty_like(uniforms), torch.empty_like(uniforms)
         self.tokens = torch.empty_like(uniforms, dtype=torch.long)
         self.kept = torch.empty_like(uniforms, dtype=torch.bool)
@@ -98,15 +95,13 @@ class StaticDecoder:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, log-probabilities and mask, each [N, C].
 
-        cache: of the prefill of P prompts; logits [P, V] behind it; seen bool [P, S]: False on padding;
-        lens int64 [P]; uniforms [N, C].
+        cache: of the prefill of P prompts (see rl/cache.py); logits [P, V] behind it; seen bool [P, S]:
+        False on padding; lens int64 [P]; uniforms [N, C].
         """
         group = len(uniforms) // len(lens)
-        for layer, source in zip(self.cache.layers, cache.layers, strict=True):
-            layer.reset()
-            for mine, theirs in ((layer.keys, source.keys), (layer.values, source.values)):
-                mine.unflatten(0, (-1, group))[..., : self.width, :] = theirs[:, None]
-            layer.cumulative_length.fill_(self.width)
+        self.cache.reset()
+        for i, layer in enumerate(cache.layers):
+            self.cache.update(*(states.repeat_interleave(group, 0) for states in layer.states), i)
         self.mask.zero_()[:, 0, 0, : self.width] = seen.repeat_interleave(group, 0)
         self.starts.copy_(lens.repeat_interleave(group))
         self.uniforms.copy_(uniforms)
@@ -137,9 +132,8 @@ class StaticDecoder:
             input_ids=self.tokens.index_select(1, self.step - 1),
             attention_mask=self.mask,
             position_ids=(self.starts + self.step - 1)[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
             logits_to_keep=1,
+            **self.named,
         )
         self._pick(output.logits[:, -1])
 

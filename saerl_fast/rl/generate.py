@@ -15,8 +15,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +25,6 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.models import check_fit
 from saerl_fast.rl.decode import CHECK_EVERY, StaticDecoder, sample, use_static
 from saerl_fast.rl.rollouts import Rollouts, decoded, left_pad, stop_tokens
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -116,12 +112,12 @@ def _decode(
     decoders: dict[int, StaticDecoder],
 ) -> tuple[Tensor, Tensor, Tensor, Any]:
     """Prefill P prompts, expand them to N rows, decode. Returns tokens, log-probs, mask [N, C], features."""
-    from transformers import DynamicCache
+    from saerl_fast.rl.cache import cache_argument, has_plain_layers, prompt_cache
 
     width, n_rows = ids.shape[1], len(uniforms)
     positions = torch.arange(width, device=ids.device) - (width - lens)[:, None]
     seen = positions >= 0  # [P, S]: False on the left padding
-    cache = DynamicCache(config=model.config)
+    cache = prompt_cache(model, cfg.max_new_tokens)
     if capture is not None and hasattr(capture, "reset_timings"):
         capture.reset_timings()
     started = time.perf_counter()
@@ -130,17 +126,17 @@ def _decode(
             input_ids=ids,
             attention_mask=seen.long(),
             position_ids=positions.clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
             logits_to_keep=1,
+            **cache_argument(model, cache),
         )
     started += sum(getattr(capture, "timings", {}).values())  # hooks are not generation
     logits = output.logits[:, -1]
-    plain = _takes_ready_mask(model, cache)
+    # whether a ready-made boolean mask [N, 1, 1, T] is right for every layer
+    plain = has_plain_layers(model) and getattr(model.config, "_attn_implementation", None) == "sdpa"
     if use_static(cfg.decode, model, plain):
         if n_rows not in decoders:
             decoders.clear()
-            decoders[n_rows] = StaticDecoder(model, cache, uniforms, stops, cfg, width)
+            decoders[n_rows] = StaticDecoder(model, uniforms, stops, cfg, width)
         made = decoders[n_rows].run(cache, logits, seen, lens, uniforms)
     else:
         made = _dynamic(model, cache, logits, seen, lens, uniforms, stops, cfg, plain)
@@ -167,8 +163,11 @@ def _dynamic(
     plain: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``StaticDecoder.run``, with a cache that grows and rows that leave once half have ended."""
+    from saerl_fast.rl.cache import cache_argument
+
     (n_rows, limit), device, width = uniforms.shape, uniforms.device, seen.shape[1]
-    _expand(cache, cfg.group_size, limit)
+    cache.batch_repeat_interleave(cfg.group_size)
+    named = cache_argument(model, cache)
     logits = logits.repeat_interleave(cfg.group_size, 0)
     next_position = lens.repeat_interleave(cfg.group_size)[:, None]
     mask = None
@@ -203,66 +202,11 @@ def _dynamic(
             input_ids=token[:, None],
             attention_mask=None if mask is None else mask[..., : width + step + 1],
             position_ids=next_position + step,
-            past_key_values=cache,
-            use_cache=True,
             logits_to_keep=1,
+            **named,
         )
         logits = output.logits[:, -1]
     return tokens, logprobs, kept
-
-
-@lru_cache(maxsize=1)
-def _growing_layer() -> type:
-    """A cache layer with room for the whole completion, so that a step writes one column, not all."""
-    from transformers.cache_utils import DynamicLayer
-
-    class Growing(DynamicLayer):
-        def __init__(self, source: Any, repeats: int, room: int) -> None:
-            super().__init__()
-            self.dtype, self.device, self.is_initialized = source.dtype, source.device, True
-            self.buffers: list[Tensor] = []
-            for tensor in (source.keys, source.values):
-                batch, heads, length, dim = tensor.shape
-                buffer = tensor.new_zeros(batch * repeats, heads, length + room, dim)
-                buffer[:, :, :length] = tensor.repeat_interleave(repeats, 0)
-                self.buffers.append(buffer)
-            self.length = source.keys.shape[-2]
-            self._view()
-
-        def _view(self) -> None:
-            self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
-
-        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-            start, self.length = self.length, self.length + key_states.shape[-2]
-            for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-                buffer[:, :, start : self.length] = new
-            self._view()
-            return self.keys, self.values
-
-        def batch_select_indices(self, indices: Tensor) -> None:
-            self.buffers = [buffer[indices] for buffer in self.buffers]
-            self._view()
-
-    return Growing
-
-
-def _expand(cache: Any, repeats: int, room: int) -> None:
-    """Give every prompt's cache to its group; plain layers also get room for ``room`` more tokens."""
-    from transformers.cache_utils import DynamicLayer
-
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[i] = _growing_layer()(layer, repeats, room)
-        else:
-            layer.batch_repeat_interleave(repeats)
-
-
-def _takes_ready_mask(model: Any, cache: Any) -> bool:
-    """Whether a ready-made boolean mask [N, 1, 1, T] is right for every layer of this model."""
-    from transformers.cache_utils import DynamicLayer
-
-    plain = all(type(layer) is DynamicLayer for layer in cache.layers)
-    return plain and getattr(model.config, "_attn_implementation", None) == "sdpa"
 
 
 def check_rollout(cfg: RolloutConfig) -> None:

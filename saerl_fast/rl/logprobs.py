@@ -111,11 +111,10 @@ def _parts(model: Any) -> tuple[Any, Any]:
 
 def _share_pays(model: Any, ids: Tensor, starts: Tensor, lengths: Tensor, owner: Tensor) -> bool:
     """Whether sharing saves enough, and works: no sliding windows, no recomputation of activations."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
+    from saerl_fast.rl.cache import has_plain_layers
 
-    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-    if not plain or getattr(model, "is_gradient_checkpointing", False):  # which switches caches off
+    checkpointing = getattr(model, "is_gradient_checkpointing", False)  # which switches caches off
+    if checkpointing or not has_plain_layers(model):
         return False
     prompts = len(owner.unique_consecutive())
     tokens = prompts * int(starts.max()) + len(ids) * (int(lengths.max()) - 1)
@@ -132,10 +131,13 @@ def _shared_hidden(
     """
     from transformers import DynamicCache
 
+    from saerl_fast.rl.cache import cache_argument
+
     _, which, counts = owner.unique_consecutive(return_inverse=True, return_counts=True)
     first, width, longest = counts.cumsum(0) - counts, int(starts.max()), int(lengths.max())
     cache = DynamicCache(config=model.config)
-    prefix = core(input_ids=ids[first, :width], past_key_values=cache, use_cache=True).last_hidden_state
+    named = cache_argument(core, cache)
+    prefix = core(input_ids=ids[first, :width], **named).last_hidden_state
     hidden = prefix[which, starts - 1][:, None]  # [N, 1, D] predicts each completion's first token
     if longest > 1:
         cache.batch_select_indices(which)
@@ -146,8 +148,7 @@ def _shared_hidden(
             input_ids=ids.gather(1, positions),
             attention_mask=torch.cat([seen, torch.ones_like(positions, dtype=torch.bool)], 1).long(),
             position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
+            **named,
         ).last_hidden_state
         hidden = torch.cat([hidden, rest], 1)
     return hidden[torch.arange(longest, device=ids.device) < lengths[:, None]]

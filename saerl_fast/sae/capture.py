@@ -115,7 +115,8 @@ class Capture:
 
     def _is_prefill(self, ids: Tensor, kwargs: dict[str, Any]) -> bool:
         # shapes and host integers only: reading a device tensor here would stall every decoding step
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        mask = kwargs.get("attention_mask")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the name before transformers 5.24
         if isinstance(mask, Tensor) and mask.ndim == 2:
             return mask.shape[1] == ids.shape[1]
         if cache is None:

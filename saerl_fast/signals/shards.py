@@ -30,7 +30,7 @@ class Shards:
         self.folder, self.size = Path(folder) / f"features.partial-{mark}", size
         for old in Path(folder).glob("features.partial-*"):
             if old != self.folder:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)  # another process may be at it too
 
     def ranges(self, total: int) -> list[tuple[int, int]]:
         """First row and end of every shard of ``total`` prompts; one, empty, for none."""

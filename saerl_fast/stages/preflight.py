@@ -1,16 +1,33 @@
-"""What is checked before a training run begins: the packages it needs, and the folder it would write."""
+"""What is set up and checked before any work: the process, its packages, the folder it would write."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import read_json
+from saerl_fast.fileio import check_writable, read_json
 from saerl_fast.stages.fingerprint import RUN_SECTIONS, changes
+
+
+def set_up(config: Config) -> None:
+    """CPU threads, a quiet transformers, and a run folder that can be written to, all before any work."""
+    check_writable(config.run_dir)
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        raise SaerlError("transformers is not installed; run `pip install saerl-fast[all]`") from None
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's, not the user's
+    if config.threads is not None:
+        import torch
+
+        torch.set_num_threads(config.threads)
 
 
 def check_packages(config: Config) -> None:
