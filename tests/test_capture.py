@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from saerl_fast.sae.capture import (
     iter_hidden_ids,
     resolve_layer,
 )
-from saerl_fast.sae.model import TopKSAE
+from saerl_fast.sae.model import SAE, SAESpec
 from saerl_fast.sae.pooled import pooled_features
 from saerl_kernels import CSR
 
@@ -55,11 +56,11 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
     return model(config).eval()
 
 
-def sae_for(d_in: int, **cfg: Any) -> TopKSAE:
+def sae_for(d_in: int, **cfg: Any) -> SAE:
     gen = torch.Generator().manual_seed(1)
     weights = torch.randn(d_in, 48, generator=gen)
-    settings = {"k": 5, "hook_layer": 2, **cfg}
-    return TopKSAE(weights, torch.zeros(48), weights.t().contiguous(), torch.zeros(d_in), cfg=settings)
+    spec = SAESpec(**{"k": 5, "hook_layer": 2, **cfg})
+    return SAE(weights, torch.zeros(48), weights.t().contiguous(), torch.zeros(d_in), cfg=spec)
 
 
 class Tokenizer:
@@ -250,7 +251,7 @@ def test_sink_tokens_are_left_out_of_pooling() -> None:
     pooled = sae.pool(x, torch.tensor([0, 4]))
     want = sae.pool(x[1:], torch.tensor([0, 3]))
     assert torch.equal(pooled.to_dense(), want.to_dense())
-    sae.cfg["max_norm"] = None
+    sae.cfg = replace(sae.cfg, max_norm=None)
     assert sae.pool(x, torch.tensor([0, 4])).values.max() > 100
 
 

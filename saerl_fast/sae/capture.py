@@ -26,7 +26,7 @@ from saerl_fast.models import decoder, hidden_size, max_positions, n_blocks, tok
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from saerl_fast.sae.model import TopKSAE
+    from saerl_fast.sae.model import SAE
     from saerl_kernels import CSR
 
 log = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ class FeatureCapture:
     def __init__(
         self,
         model: nn.Module,
-        sae: TopKSAE,
+        sae: SAE,
         reduce: str = "max",
         backend: str = "auto",
         *,
@@ -312,7 +312,7 @@ def check_layer(model: nn.Module, layer: int) -> int:
     return layer
 
 
-def resolve_layer(model: nn.Module, sae: TopKSAE | None = None, layer: int | None = None) -> int:
+def resolve_layer(model: nn.Module, sae: SAE | None = None, layer: int | None = None) -> int:
     """The layer asked for, else the SAE's own, else the middle one (checked against the model).
 
     A layer other than the SAE's own, and the middle one for an SAE that names none, are said in the log.
@@ -324,16 +324,16 @@ def resolve_layer(model: nn.Module, sae: TopKSAE | None = None, layer: int | Non
     if sae is not None:
         if sae.layer is not None:
             return check_layer(model, sae.layer)
-        if sae.hook_name:
+        if hook := sae.cfg.hook_name:
             raise SaerlError(
-                f"the SAE reads {sae.hook_name!r}, which is no residual stream; set sae.layer if you mean to"
+                f"the SAE reads {hook!r}, which is no residual stream; set sae.layer if you mean to"
             )
         middle = n_blocks(model) // 2
         _warn_once(f"the SAE names no layer: it reads the middle one, {middle}; sae.layer sets another")
     return n_blocks(model) // 2
 
 
-def check_width(model: nn.Module, sae: TopKSAE) -> None:
+def check_width(model: nn.Module, sae: SAE) -> None:
     """SaerlError naming both widths when the SAE was made for another width.
 
     An SAE of the right width that names another model is only warned of: names of one model differ.
@@ -344,7 +344,7 @@ def check_width(model: nn.Module, sae: TopKSAE) -> None:
             f"the SAE reads activations of width {sae.d_in} but the model's hidden size is {width}; "
             "use an SAE trained on this model's width"
         )
-    own, loaded = sae.cfg["model_name"], getattr(model.config, "_name_or_path", None)
+    own, loaded = sae.cfg.model_name, getattr(model.config, "_name_or_path", None)
     if own and loaded and not _short_names(own) & _short_names(loaded):
         _warn_once(f"the SAE was trained on {own} but the model is {loaded}; check that they belong together")
 

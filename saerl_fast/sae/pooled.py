@@ -16,13 +16,13 @@ from saerl_kernels import CSR
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from saerl_fast.sae.model import TopKSAE
+    from saerl_fast.sae.model import SAE
 
 
 def pooled_features(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    sae: TopKSAE,
+    sae: SAE,
     prompts: Sequence[str],
     answers: Sequence[str] | None = None,
     *,

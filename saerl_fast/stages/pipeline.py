@@ -33,7 +33,7 @@ from saerl_fast.stages.session import Session, open_session
 
 if TYPE_CHECKING:
     from saerl_fast.plan import Plan
-    from saerl_fast.sae.model import TopKSAE
+    from saerl_fast.sae.model import SAE
     from saerl_fast.signals.scores import Scores
     from saerl_fast.signals.shards import Shards
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 # --- SAE -------------------------------------------------------------------------------------------
 
 
-def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> TopKSAE:
+def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> SAE:
     """Train a TopK SAE on the training prompts' (and answers') activations into ``<run_dir>/sae``."""
     from saerl_fast.prompts.render import render
     from saerl_fast.sae.capture import resolve_layer
@@ -86,14 +86,14 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> Top
     }
     write_json(folder / "train.json", record)
     echo(
-        f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.cfg['k']}, unexplained variance "
+        f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.cfg.k}, unexplained variance "
         f"{metrics['fvu']:.3f} on held-out tokens, {metrics['dead_fraction']:.1%} dead features"
     )
     echo(f"wrote {folder}")
     return sae
 
 
-def find_sae(config: Config, echo: Echo, session: Session) -> TopKSAE:
+def find_sae(config: Config, echo: Echo, session: Session) -> SAE:
     """The SAE that the config names, the one trained for this run, or a newly trained one."""
     from saerl_fast.sae.files import load_sae
 
@@ -113,8 +113,8 @@ def describe_sae(path: str) -> str:
     from saerl_fast.sae.files import load_sae
 
     sae = load_sae(path)
-    lines = [f"{path}: {sae.architecture} SAE, d_in={sae.d_in}, d_sae={sae.d_sae}, k={sae.cfg['k']}"]
-    lines += [f"  {key}: {value}" for key, value in sorted(sae.cfg.items()) if value is not None]
+    lines = [f"{path}: {sae.architecture} SAE, d_in={sae.d_in}, d_sae={sae.d_sae}, k={sae.cfg.k}"]
+    lines += [f"  {key}: {value}" for key, value in sorted(vars(sae.cfg).items()) if value is not None]
     trained = Path(path) / "train.json"
     if trained.is_file():
         record = read_json(trained, "saerl sae train")
@@ -154,7 +154,7 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None) -> S
     return scores
 
 
-def score_shards(config: Config, sae: TopKSAE) -> Shards:
+def score_shards(config: Config, sae: SAE) -> Shards:
     """Where the features of these settings and this SAE are kept until they are complete."""
     import torch
 
