@@ -28,7 +28,7 @@ from saerl_fast.stages.fingerprint import (
     training_seed,
 )
 from saerl_fast.stages.labels import difficulty_labels
-from saerl_fast.stages.preflight import check_packages, check_target
+from saerl_fast.stages.preflight import check_packages, check_scoring, check_target
 from saerl_fast.stages.session import Session, open_session
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None) -> S
     from saerl_fast.prompts.render import render
     from saerl_fast.signals.scores import score_pool
 
+    check_scoring(config)
     session = session or open_session(config, echo)
     sae = find_sae(config, echo, session)
     labels, label_costs = difficulty_labels(config, echo, session)

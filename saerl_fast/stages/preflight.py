@@ -1,4 +1,4 @@
-"""What is checked before a training run begins: the packages it needs, and the folder it would write."""
+"""What is checked before a stage begins: the packages it needs, and the folder it would write."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ def check_packages(config: Config) -> None:
         missing = sys.modules[package] is None if package in sys.modules else not find_spec(package)
         if missing:
             raise SaerlError(f"{setting} needs {package}; run `pip install {package}`, or leave it out")
+
+
+def check_scoring(config: Config) -> None:
+    """SaerlError for a setting of scoring that cannot be followed here, before anything takes long."""
+    from saerl_fast.signals.clusters import check_backend
+
+    check_backend(config.diversity.backend)
 
 
 def check_target(
