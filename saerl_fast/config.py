@@ -106,6 +106,9 @@ class DiversityConfig:
     svd: int = 64  # dense dimensions for k-means; 0 clusters the sparse rows themselves
     polish: int = 3  # exact sparse spherical iterations after it
     n_init: int = 4  # starts, of which the best is kept
+    # cuml: k-means on a GPU by cuML, not repeatable to the bit; numba, torch: on the CPU, the same labels by
+    # both; auto: cuml where it can be loaded, else by the size of the pool
+    backend: Literal["auto", "cuml", "numba", "torch"] = "auto"
     seed: int = 0
     null_rounds: int = 3  # feature permutations behind the reported null
 

@@ -97,13 +97,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks in order: hidden state L is the output of ``blocks(model)[L - 1]``."""
-    return decoder(model)[1]
-
-
 def decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """The module that embeds ids and runs the blocks (no language-model head), and its blocks."""
+    """The module that embeds ids and runs the blocks (no language-model head), and its blocks in order.
+
+    Hidden state L is the output of block L - 1.
+    """
     n_layers = n_blocks(model)
     for module in model.modules():
         for name in _BLOCK_LISTS:

@@ -3,16 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 from scipy.stats import spearmanr
 
 from saerl_fast.config import DifficultyConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.signals.difficulty import fit_difficulty
+from saerl_fast.signals.features import probe_matrix
 from saerl_kernels import CSR
 
 
-def planted(n: int, d: int, per_row: int, seed: int = 0) -> tuple[CSR, np.ndarray]:
-    """Sparse features of which a tenth carry difficulty, and the pass rates of 4 rollouts a prompt."""
+def planted(n: int, d: int, per_row: int, seed: int = 0) -> tuple[csr_matrix, np.ndarray]:
+    """Weighted features of which a tenth carry difficulty, and the pass rates of 4 rollouts a prompt."""
     rng = np.random.default_rng(seed)
     popularity = rng.zipf(1.5, d).clip(max=50).astype(float)
     popularity /= popularity.sum()
@@ -22,7 +24,8 @@ def planted(n: int, d: int, per_row: int, seed: int = 0) -> tuple[CSR, np.ndarra
     weights = rng.normal(size=d) * (rng.random(d) < 0.1)
     hidden = dense @ weights
     hidden = 1.5 * (hidden - hidden.mean()) / hidden.std()
-    return CSR.from_dense(torch.tensor(dense)), rng.binomial(4, 1 / (1 + np.exp(hidden))) / 4
+    X = probe_matrix(CSR.from_dense(torch.tensor(dense)))
+    return X, rng.binomial(4, 1 / (1 + np.exp(hidden))) / 4
 
 
 def test_unlabelled_prompts_are_ranked_and_the_held_out_figure_is_honest():

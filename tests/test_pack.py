@@ -50,7 +50,7 @@ def test_equals_saelens_topk(apply_b_dec, rescale, norm):
         **parts,
         apply_b_dec_to_input=apply_b_dec,
         rescale_acts_by_decoder_norm=rescale,
-        normalize_input=norm,
+        normalize_activations=norm,
         permute=True,
     )
     torch.testing.assert_close(dense(x, encoder), sae.encode(x).detach(), rtol=1e-4, atol=1e-4)
@@ -71,7 +71,7 @@ def test_equals_saelens_jumprelu(apply_b_dec):
     parts = {**tensors(), "threshold": torch.rand(D_SAE) * 4}
     sae.load_state_dict(parts)
     x = torch.randn(30, D_IN)
-    encoder = sk.pack_encoder(**parts, apply_b_dec_to_input=apply_b_dec, activation="jumprelu")
+    encoder = sk.pack_encoder(**parts, apply_b_dec_to_input=apply_b_dec)
     codes = sk.encode_threshold(x, encoder)
     assert codes.nnz > 0
     torch.testing.assert_close(codes.to_dense(), sae.encode(x).detach(), rtol=1e-4, atol=1e-4)
@@ -83,7 +83,7 @@ def test_input_scale_and_formula():
     encoder = sk.pack_encoder(
         **parts,
         input_scale=3.0,
-        normalize_input="expected_average_only_in",
+        normalize_activations="expected_average_only_in",
         apply_b_dec_to_input=True,
         rescale_acts_by_decoder_norm=True,
     )
@@ -149,8 +149,7 @@ def test_to_dtype_and_device(device):
         ({"threshold": torch.zeros(4)}, "threshold has shape"),
         ({"W_dec": None, "rescale_acts_by_decoder_norm": True}, "needs W_dec"),
         ({"b_dec": None, "apply_b_dec_to_input": True}, "needs b_dec"),
-        ({"normalize_input": "covariance_whitening"}, "normalize_input='covariance_whitening' is unknown"),
-        ({"activation": "gelu"}, "activation='gelu' is unknown"),
+        ({"normalize_activations": "whiten"}, "normalize_activations='whiten' is unknown"),
         ({"permute": "yes"}, "permute='yes' is unknown"),
         ({"dtype": torch.float64}, "float64"),
         ({"W_enc": torch.zeros(4)}, "W_enc must be"),
@@ -171,7 +170,7 @@ def test_input_scale_must_be_invertible(scale):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
 def test_no_rows_give_no_warning(norm):
-    encoder = sk.pack_encoder(torch.ones(4, 9), normalize_input=norm)
+    encoder = sk.pack_encoder(torch.ones(4, 9), normalize_activations=norm)
     assert sk.encode_topk(torch.zeros(0, 4), encoder, 2).values.shape == (0, 2)
     assert sk.encode_pool(torch.rand(3, 4), [0, 0, 3], encoder, 2).n_rows == 2
 

@@ -281,13 +281,23 @@ def test_all_filtered_pool(scored, tmp_path, capsys):
     assert (folder / "scores.parquet").read_bytes() == before
 
 
+@pytest.mark.parametrize("command", ["score", "train"])
+def test_a_cluster_backend_that_is_not_here_is_refused_before_anything_is_made(
+    command, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert saerl(command, tmp_path / "r", "diversity.backend=cuml") == 2
+    one_sentence(capsys, "diversity.backend=cuml cannot be used: no CUDA device")
+    assert list((tmp_path / "r").iterdir()) == []
+
+
 def test_sae_of_another_width(scored, tmp_path, capsys):
     from saerl_fast.sae.files import save_sae
-    from saerl_fast.sae.model import TopKSAE
+    from saerl_fast.sae.model import SAE, SAESpec
 
     generator = torch.Generator().manual_seed(0)
     encoder = torch.randn(24, 32, generator=generator)
-    sae = TopKSAE(encoder, torch.zeros(32), encoder.T.clone(), torch.zeros(24), cfg={"k": 4})
+    sae = SAE(encoder, torch.zeros(32), encoder.T.clone(), torch.zeros(24), cfg=SAESpec(k=4))
     save_sae(sae, tmp_path / "sae")
     assert saerl("score", tmp_path / "r", f"sae.path={tmp_path / 'sae'}") == 2
     one_sentence(capsys, "24")

@@ -239,16 +239,6 @@ def test_training_rows_that_are_also_evaluated_are_dropped(tmp_path, caplog):
     assert "every prompt" in message_of(load_split, replace(cfg, eval=everything))
 
 
-def test_a_pool_survives_parquet(tmp_path):
-    pytest.importorskip("pyarrow")
-    pool = load(save(tmp_path / "pool.jsonl", [*ROWS[:2], ROWS[2] | {"quality_label": None}]))
-    assert Pool.from_parquet(pool.to_parquet(tmp_path / "out" / "pool.parquet")) == pool
-    mixed = Pool(pool.columns | {"odd": [1, "a", None]})
-    assert "one type" in message_of(mixed.to_parquet, tmp_path / "mixed.parquet")
-    assert not (tmp_path / "mixed.parquet").exists()
-    assert "does not exist" in message_of(Pool.from_parquet, tmp_path / "none.parquet")
-
-
 def test_pool_refuses_uneven_and_missing_columns():
     good = {"prompt_id": ["a", "b"], "prompt": ["x", "y"], "answer": ["1", "2"]}
     pool = Pool(good)

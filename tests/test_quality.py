@@ -3,21 +3,24 @@
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 from sklearn.metrics import roc_auc_score
 
 from saerl_fast.config import QualityConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.signals.features import probe_matrix
 from saerl_fast.signals.quality import fit_quality
 from saerl_kernels import CSR
 
 
-def planted(n: int = 400, d: int = 200, bad: float = 0.25, seed: int = 0) -> tuple[CSR, np.ndarray]:
-    """Sparse features and good/bad (1/0); bad rows have some of ten features more often."""
+def planted(n: int = 400, d: int = 200, bad: float = 0.25, seed: int = 0) -> tuple[csr_matrix, np.ndarray]:
+    """Weighted sparse features and good/bad (1/0); bad rows have some of ten features more often."""
     rng = np.random.default_rng(seed)
     good = (rng.random(n) >= bad).astype(float)
     on = rng.random((n, d)) < 0.1
     on[:, :10] = rng.random((n, 10)) < np.where(good[:, None] == 1, 0.05, 0.5)
-    return CSR.from_dense(torch.tensor(on * rng.gamma(2.0, 1.0, (n, d)), dtype=torch.float32)), good
+    dense = torch.tensor(on * rng.gamma(2.0, 1.0, (n, d)), dtype=torch.float32)
+    return probe_matrix(CSR.from_dense(dense)), good
 
 
 def test_held_out_auc_agrees_with_the_unlabelled_rows():
@@ -57,7 +60,8 @@ def test_labels_do_not_leak_into_their_own_scores():
 
 def test_answers_show_what_prompts_cannot():
     blank, good = planted(bad=0.5)
-    X = CSR.from_dense(torch.rand(400, 50) * (torch.rand(400, 50, generator=torch.manual_seed(0)) < 0.2))
+    dense = torch.rand(400, 50) * (torch.rand(400, 50, generator=torch.manual_seed(0)) < 0.2)
+    X = probe_matrix(CSR.from_dense(dense))
     blind = fit_quality(X, good, QualityConfig())
     seeing = fit_quality(X, good, QualityConfig(), answers=blank)
     assert blind.metrics["auc"] < 0.65 and seeing.metrics["auc"] > 0.85

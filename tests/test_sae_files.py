@@ -11,22 +11,22 @@ from safetensors.torch import load_file, save_file
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.sae.files import layer_of_hook, load_sae, save_sae
-from saerl_fast.sae.model import TopKSAE
+from saerl_fast.sae.model import SAE, SAESpec
 from saerl_kernels import TopK
 
 D_IN, D_SAE = 12, 40
 
 
-def make(architecture: str = "topk", **cfg: Any) -> TopKSAE:
+def make(architecture: str = "topk", **cfg: Any) -> SAE:
     gen = torch.Generator().manual_seed(0)
     shapes = {"W_enc": (D_IN, D_SAE), "b_enc": (D_SAE,), "W_dec": (D_SAE, D_IN), "b_dec": (D_IN,)}
     weights = {name: torch.randn(shape, generator=gen) for name, shape in shapes.items()}
     threshold = torch.rand(D_SAE, generator=gen) if architecture in ("jumprelu", "batchtopk") else None
     cfg.setdefault("k", 4)
-    return TopKSAE(**weights, threshold=threshold, cfg={"architecture": architecture, **cfg})
+    return SAE(**weights, threshold=threshold, cfg=SAESpec(architecture, **cfg))
 
 
-def dense(sae: TopKSAE, x: torch.Tensor) -> torch.Tensor:
+def dense(sae: SAE, x: torch.Tensor) -> torch.Tensor:
     codes = sae.encode(x)
     return codes.to_dense(sae.d_sae) if isinstance(codes, TopK) else codes.to_dense()
 
@@ -98,8 +98,8 @@ def test_round_trip_keeps_everything(tmp_path: Path) -> None:
     sae = make(hook_layer=2, model_name="m", max_norm=12.5, metadata={"fvu": 0.1})
     save_sae(sae, tmp_path)
     again = load_sae(tmp_path)
-    assert again.cfg["max_norm"] == 12.5 and again.cfg["metadata"]["fvu"] == 0.1
-    assert again.layer == 2 and again.cfg["model_name"] == "m"
+    assert again.cfg.max_norm == 12.5 and again.cfg.metadata["fvu"] == 0.1
+    assert again.layer == 2 and again.cfg.model_name == "m"
     for name, weight in sae.state_dict().items():
         assert torch.equal(again.state_dict()[name], weight), name
     save_sae(make(hook_layer=1), tmp_path)  # overwriting works and leaves no temporary files
@@ -115,7 +115,7 @@ def test_configuration_from_before_saelens_6(tmp_path: Path) -> None:
     )
     (tmp_path / "cfg.json").write_text(json.dumps(old))
     sae = load_sae(tmp_path)
-    assert (sae.k, sae.layer, sae.cfg["model_name"]) == (7, 4, "gpt2") and sae.cfg["apply_b_dec_to_input"]
+    assert (sae.k, sae.layer, sae.cfg.model_name) == (7, 4, "gpt2") and sae.cfg.apply_b_dec_to_input
 
 
 def sparsify_folder(folder: Path, **cfg: Any) -> dict[str, torch.Tensor]:

@@ -88,7 +88,7 @@ def _read_csv(path: Path, text_columns: set[str]) -> Columns:
     return columns
 
 
-def read_parquet(path: Path, _: set[str]) -> Columns:
+def _read_parquet(path: Path, _: set[str]) -> Columns:
     """All columns of one Parquet file as Python values."""
     try:
         import pyarrow as pa
@@ -102,7 +102,7 @@ def read_parquet(path: Path, _: set[str]) -> Columns:
     return {name: table.column(name).to_pylist() for name in table.column_names}
 
 
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": read_parquet}
+_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
 
 
 def _read_hub(spec: str, split: str, hub_config: str | None) -> Columns:

@@ -10,12 +10,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path
 from saerl_fast.prompts import files, reasoning_gym
 
 log = logging.getLogger(__name__)
@@ -67,28 +65,6 @@ class Pool:
     def select(self, indices: Sequence[int]) -> Pool:
         """The rows at ``indices``, in that order."""
         return Pool({name: [column[i] for i in indices] for name, column in self.columns.items()})
-
-    def to_parquet(self, path: str | Path) -> Path:
-        """Write every column to a Parquet file, atomically."""
-        import pyarrow as pa
-        import pyarrow.parquet as parquet
-
-        try:
-            table = pa.table(self.columns)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as err:
-            raise SaerlError(
-                f"the pool cannot be written to {path}: {err}; give each column one type"
-            ) from None
-        with atomic_path(path) as temporary:
-            parquet.write_table(table, temporary)
-        return Path(path)
-
-    @classmethod
-    def from_parquet(cls, path: str | Path) -> Pool:
-        """Read what `to_parquet` wrote."""
-        if not Path(path).is_file():
-            raise SaerlError(f"prompt pool {path} does not exist; write it with Pool.to_parquet")
-        return cls(files.read_parquet(Path(path), set()))
 
 
 def load_prompts(spec: str, cfg: DataConfig, *, split_role: Role = "train", seed: int = 0) -> Pool:

@@ -9,6 +9,7 @@ encoder.bias, W_dec, b_dec; it subtracts b_dec from the input and numbers hook p
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import atomic_path, read_json, write_json
-from saerl_fast.sae.model import DEFAULTS, NORMALISATIONS, TopKSAE
+from saerl_fast.sae.model import SAE, SAESpec
 
 SAELENS_WEIGHTS = "sae_weights.safetensors"
 SPARSIFY_WEIGHTS = "sae.safetensors"
@@ -25,11 +26,12 @@ _SAELENS_VERSION = "6.54.12"  # whose configuration layout save_sae writes
 _RESIDUAL_HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 _BLOCK_MODULE = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)")
 _LLM_KEYS = ("hook_name", "model_name", "dataset_path", "context_size")  # top-level before SAELens 6
+_SPEC_KEYS = tuple(field.name for field in fields(SAESpec))  # of SAELens' metadata, those with a field here
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 _MADE_BY = "saerl sae train"
 
 
-def load_sae(path: str | Path) -> TopKSAE:
+def load_sae(path: str | Path) -> SAE:
     """The SAE in a SAELens or sparsify folder, float32 on the CPU.
 
     Raises SaerlError on a missing or incomplete folder, pickled weights, wrong shapes, and on
@@ -60,7 +62,7 @@ def load_sae(path: str | Path) -> TopKSAE:
     )
 
 
-def save_sae(sae: TopKSAE, folder: str | Path) -> Path:
+def save_sae(sae: SAE, folder: str | Path) -> Path:
     """Write a folder that SAELens' ``SAE.load_from_disk`` loads with equal encodings, and return it.
 
     BatchTopK is written as the JumpReLU SAE it is at inference, as SAELens itself does.
@@ -79,20 +81,20 @@ def save_sae(sae: TopKSAE, folder: str | Path) -> Path:
         "d_sae": sae.d_sae,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": sae.cfg["apply_b_dec_to_input"],
-        "normalize_activations": sae.cfg["normalize_activations"],
+        "apply_b_dec_to_input": sae.cfg.apply_b_dec_to_input,
+        "normalize_activations": sae.cfg.normalize_activations,
         "reshape_activations": "none",
         "metadata": _metadata(sae),
     }
     if architecture == "topk":
-        config |= {"k": sae.k, "rescale_acts_by_decoder_norm": sae.cfg["rescale_acts_by_decoder_norm"]}
+        config |= {"k": sae.k, "rescale_acts_by_decoder_norm": sae.cfg.rescale_acts_by_decoder_norm}
     with atomic_path(folder / SAELENS_WEIGHTS) as temporary:
         save_file({name: w.float().cpu().contiguous() for name, w in weights.items()}, temporary)
     write_json(folder / "cfg.json", config)
     return folder
 
 
-def _from_saelens(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> TopKSAE:
+def _from_saelens(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> SAE:
     metadata = dict(config.get("metadata") or {})
     version = metadata.get("sae_lens_version") or config.get("sae_lens_version")
     if not version or int(re.match(r"\d*", str(version)).group() or 0) < 6:  # type: ignore[union-attr]
@@ -113,18 +115,18 @@ def _from_saelens(folder: Path, config: dict[str, Any], weights: dict[str, Tenso
         threshold = weights["topk_threshold"].float().expand(W_enc.shape[1]).clone()
     k = config.get("k")
     hook_name = metadata.get("hook_name") or config.get("hook_name")
-    cfg = {
-        "architecture": architecture,
-        "k": int(k) if architecture == "topk" and k is not None else k,
-        "apply_b_dec_to_input": bool(config.get("apply_b_dec_to_input", True)),
-        "rescale_acts_by_decoder_norm": rescale and architecture == "topk",
-        "normalize_activations": config.get("normalize_activations") or "none",
-        "hook_name": hook_name,
-        "hook_layer": metadata.get("saerl_hook_layer", layer_of_hook(hook_name)),
-        "model_name": metadata.get("model_name"),
-        "max_norm": metadata.get("saerl_max_norm"),
-        "metadata": {key: value for key, value in metadata.items() if key not in DEFAULTS},
-    }
+    cfg = SAESpec(
+        architecture=architecture,
+        k=int(k) if architecture == "topk" and k is not None else k,
+        apply_b_dec_to_input=bool(config.get("apply_b_dec_to_input", True)),
+        rescale_acts_by_decoder_norm=rescale and architecture == "topk",
+        normalize_activations=config.get("normalize_activations") or "none",
+        hook_name=hook_name,
+        hook_layer=metadata.get("saerl_hook_layer", layer_of_hook(hook_name)),
+        model_name=metadata.get("model_name"),
+        max_norm=metadata.get("saerl_max_norm"),
+        metadata={key: value for key, value in metadata.items() if key not in _SPEC_KEYS},
+    )
     return _build(folder, config, W_enc, b_enc, W_dec, weights["b_dec"], threshold, cfg)
 
 
@@ -145,7 +147,7 @@ def _modern(config: dict[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in (*keep, "reshape_activations", *_LLM_KEYS) if key in config}
 
 
-def _from_sparsify(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> TopKSAE:
+def _from_sparsify(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> SAE:
     for flag in ("signed", "transcode", "skip_connection", "embed_skip", "gram_lookup"):
         if config.get(flag):
             raise SaerlError(
@@ -161,13 +163,8 @@ def _from_sparsify(folder: Path, config: dict[str, Any], weights: dict[str, Tens
     latents = config.get("num_latents") or config.get("d_in", 0) * config.get("expansion_factor", 0)
     if latents:
         config = {**config, "d_sae": latents}
-    cfg = {
-        "architecture": "topk",
-        "k": int(config["k"]),
-        "apply_b_dec_to_input": True,
-        "hook_name": folder.resolve().name,
-        "hook_layer": layer_of_hook(folder.resolve().name),
-    }
+    hook_name = folder.resolve().name
+    cfg = SAESpec(k=int(config["k"]), hook_name=hook_name, hook_layer=layer_of_hook(hook_name))
     encoder = weights["encoder.weight"].t().contiguous()
     return _build(
         folder, config, encoder, weights["encoder.bias"], weights["W_dec"], weights["b_dec"], None, cfg
@@ -182,20 +179,15 @@ def _build(
     W_dec: Tensor,
     b_dec: Tensor,
     threshold: Tensor | None,
-    cfg: dict[str, Any],
-) -> TopKSAE:
-    if cfg.get("normalize_activations", "none") not in NORMALISATIONS:
-        raise SaerlError(
-            f"SAE {folder}: normalize_activations={cfg['normalize_activations']!r} is not supported; "
-            f"use one of {', '.join(NORMALISATIONS)}"
-        )
+    cfg: SAESpec,
+) -> SAE:
     for name, size, axis in (("d_in", W_enc.shape[0], "inputs"), ("d_sae", W_enc.shape[-1], "features")):
         if config.get(name) not in (None, size):
             raise SaerlError(
                 f"SAE {folder}: cfg.json says {name}={config[name]} but the weights have {size} {axis}"
             )
     try:
-        return TopKSAE(
+        return SAE(
             W_enc.float(),
             b_enc.float(),
             W_dec.float(),
@@ -223,13 +215,13 @@ def layer_of_hook(name: str | None) -> int | None:
     return None
 
 
-def _metadata(sae: TopKSAE) -> dict[str, Any]:
+def _metadata(sae: SAE) -> dict[str, Any]:
     layer = sae.layer
-    hook = sae.hook_name
+    hook = sae.cfg.hook_name
     if hook is None and layer is not None:
         hook = f"blocks.{layer - 1}.hook_resid_post" if layer else "blocks.0.hook_resid_pre"
-    own = {"hook_name": hook, "model_name": sae.cfg["model_name"], "saerl_max_norm": sae.cfg["max_norm"]}
-    kept = {key: value for key, value in sae.cfg["metadata"].items() if not key.startswith("sae_lens_")}
+    own = {"hook_name": hook, "model_name": sae.cfg.model_name, "saerl_max_norm": sae.cfg.max_norm}
+    kept = {key: value for key, value in sae.cfg.metadata.items() if not key.startswith("sae_lens_")}
     if hook is not None and layer_of_hook(hook) != layer:
         own["saerl_hook_layer"] = layer
     return {**kept, **{k: v for k, v in own.items() if v is not None}, "sae_lens_version": _SAELENS_VERSION}

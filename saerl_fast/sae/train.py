@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from saerl_fast.config import SAEConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.sae.capture import Progress, iter_hidden_ids
-from saerl_fast.sae.model import TopKSAE
+from saerl_fast.sae.model import SAE, SAESpec
 from saerl_kernels import TopK, encode_batch_topk_train, encode_topk_train, sparse_decode
 
 OnStep = Callable[[int, dict[str, float]], None]
@@ -41,7 +41,7 @@ def train_sae(
     model_name: str | None = None,
     device: torch.device | str | None = None,
     backend: str = "auto",
-) -> tuple[TopKSAE, dict[str, float]]:
+) -> tuple[SAE, dict[str, float]]:
     """(the SAE in eval mode, its metrics) from activations [n, d_in], or an iterable of such batches.
 
     Every 25 steps and at the last one ``on_step(step, {"steps", "loss", "fvu", "dead", "lr"})`` is called.
@@ -70,8 +70,8 @@ def train_sae(
             shown = {"loss": loss, "fvu": fvu, "dead": run.dead(step).float().mean()}
             figures = {name: float(value) for name, value in shown.items()}
             on_step(step, {"steps": float(cfg.steps), **figures, "lr": run.lr(step)})
-    settings = {"k": cfg.k, "hook_layer": cfg.layer, "model_name": model_name, "max_norm": max_norm}
-    sae = run.finished(settings)
+    spec = SAESpec(cfg.activation, cfg.k, hook_layer=cfg.layer, model_name=model_name, max_norm=max_norm)
+    sae = run.finished(spec)
 
     held_fvu, l0, fired = _measure(sae, test, backend)
     train_fvu, _, fired_too = _measure(sae, x[train[:_MEASURED]], backend)
@@ -86,7 +86,7 @@ def train_sae(
         "held_out_tokens": float(held),
         "sink_tokens": float(found - len(x)),
     }
-    sae.cfg["metadata"] = {"saerl_metrics": metrics, "saerl_seed": cfg.seed}
+    sae.cfg = replace(spec, metadata={"saerl_metrics": metrics, "saerl_seed": cfg.seed})
     return sae, metrics
 
 
@@ -191,17 +191,17 @@ class _Trainer:
             self.threshold.lerp_(torch.where(least.isinf(), self.threshold, least), rate)
         return loss.detach(), fvu.detach()
 
-    def finished(self, settings: dict[str, Any]) -> TopKSAE:
+    def finished(self, spec: SAESpec) -> SAE:
         """The SAE in the data's own coordinates: decoder rows of unit norm, activations in its units."""
         batch = self.cfg.activation == "batchtopk"
         with torch.no_grad():
-            return TopKSAE(
+            return SAE(
                 self.W_enc_t.detach().t().contiguous(),
                 self.b_enc.detach() / self.scale,
                 self.W_dec.detach().clone(),
                 self.center + self.b_dec.detach() / self.scale,
                 threshold=(self.threshold / self.scale).expand(self.cfg.d_sae).clone() if batch else None,
-                cfg={**settings, "architecture": self.cfg.activation},
+                cfg=spec,
             ).eval()
 
     def _batch(self) -> Tensor:
@@ -293,7 +293,7 @@ def _drop_sinks(x: Tensor, ratio: float) -> tuple[Tensor, float | None]:
 
 
 @torch.no_grad()
-def _measure(sae: TopKSAE, x: Tensor, backend: str) -> tuple[float, float, Tensor]:
+def _measure(sae: SAE, x: Tensor, backend: str) -> tuple[float, float, Tensor]:
     """(fraction of variance unexplained, features per token, bool [d_sae] which features fired)."""
     mean = x.float().mean(0)
     error = total = active = 0.0

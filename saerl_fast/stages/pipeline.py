@@ -29,11 +29,11 @@ from saerl_fast.stages.fingerprint import (
     training_seed,
 )
 from saerl_fast.stages.labels import difficulty_labels
-from saerl_fast.stages.preflight import check_packages, check_target
+from saerl_fast.stages.preflight import check_packages, check_scoring, check_target
 
 if TYPE_CHECKING:
     from saerl_fast.plan import Plan
-    from saerl_fast.sae.model import TopKSAE
+    from saerl_fast.sae.model import SAE
     from saerl_fast.signals.scores import Scores
     from saerl_fast.signals.shards import Shards
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 # --- SAE -------------------------------------------------------------------------------------------
 
 
-def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> TopKSAE:
+def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> SAE:
     """Train a TopK SAE on the training prompts' (and answers') activations into ``<run_dir>/sae``."""
     from saerl_fast.sae.capture import resolve_layer
     from saerl_fast.sae.files import save_sae
@@ -83,14 +83,14 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> Top
     }
     write_json(folder / "train.json", record)
     echo(
-        f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.cfg['k']}, unexplained variance "
+        f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.cfg.k}, unexplained variance "
         f"{metrics['fvu']:.3f} on held-out tokens, {metrics['dead_fraction']:.1%} dead features"
     )
     echo(f"wrote {folder}")
     return sae
 
 
-def find_sae(config: Config, echo: Echo, session: Session) -> TopKSAE:
+def find_sae(config: Config, echo: Echo, session: Session) -> SAE:
     """The SAE that the config names, the one trained for this run, or a newly trained one."""
     from saerl_fast.sae.files import load_sae
 
@@ -110,8 +110,8 @@ def describe_sae(path: str) -> str:
     from saerl_fast.sae.files import load_sae
 
     sae = load_sae(path)
-    lines = [f"{path}: {sae.architecture} SAE, d_in={sae.d_in}, d_sae={sae.d_sae}, k={sae.cfg['k']}"]
-    lines += [f"  {key}: {value}" for key, value in sorted(sae.cfg.items()) if value is not None]
+    lines = [f"{path}: {sae.architecture} SAE, d_in={sae.d_in}, d_sae={sae.d_sae}, k={sae.cfg.k}"]
+    lines += [f"  {key}: {value}" for key, value in sorted(vars(sae.cfg).items()) if value is not None]
     trained = Path(path) / "train.json"
     if trained.is_file():
         record = read_json(trained, "saerl sae train")
@@ -126,6 +126,7 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None) -> S
     """Score every training prompt; writes scores.parquet, scores.json and features.safetensors."""
     from saerl_fast.signals.scores import score
 
+    check_scoring(config)
     session = session or Session.open(config, echo)
     sae = find_sae(config, echo, session)
     labels, label_costs = difficulty_labels(config, echo, session)
@@ -139,7 +140,7 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None) -> S
     return scores
 
 
-def score_shards(config: Config, sae: TopKSAE) -> Shards:
+def score_shards(config: Config, sae: SAE) -> Shards:
     """Where the features of these settings and this SAE are kept until they are complete."""
     import torch
 

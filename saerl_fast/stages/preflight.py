@@ -43,6 +43,13 @@ def check_packages(config: Config) -> None:
             raise SaerlError(f"{setting} needs {package}; run `pip install {package}`, or leave it out")
 
 
+def check_scoring(config: Config) -> None:
+    """SaerlError for a setting of scoring that cannot be followed here, before anything takes long."""
+    from saerl_fast.signals.clusters import check_backend
+
+    check_backend(config.diversity.backend)
+
+
 def check_target(
     out: Path, described: dict[str, Any], config: Config, *, resume: bool, overwrite: bool
 ) -> None:

@@ -8,8 +8,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-RUNTIME_NORMS = ("none", "layer_norm", "constant_norm_rescale")
-ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "relu")
+NORMALISATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")  # SAELens' names
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -24,8 +23,7 @@ class PackedEncoder:
     weight: Tensor  # [d_sae, d_in], one feature a row, contiguous
     bias: Tensor  # float32 [d_sae]
     threshold: Optional[Tensor] = None  # float32 [d_sae]
-    normalize_input: str = "none"  # what is left to do to x at run time
-    activation: str = "topk"
+    normalize_activations: str = "none"  # what is left to do to x at run time
     permutation: Optional[Tensor] = None  # int32 [d_sae]
     permute: Union[bool, str] = "auto"
     seed: int = 0
@@ -114,7 +112,8 @@ class PackedEncoder:
         x = x.detach()
         if x.dim() != 2:
             x = x.reshape(-1, self.d_in)
-        norm = self.normalize_input if x.shape[0] else "none"  # of no rows, torch warns that std is undefined
+        # of no rows, torch warns that std is undefined
+        norm = self.normalize_activations if x.shape[0] else "none"
         if norm == "layer_norm":
             x = x.float()
             x = x - x.mean(-1, keepdim=True)
@@ -133,10 +132,9 @@ def pack_encoder(
     b_dec: Optional[Tensor] = None,
     apply_b_dec_to_input: bool = False,
     rescale_acts_by_decoder_norm: bool = False,
-    normalize_input: str = "none",
+    normalize_activations: str = "none",
     input_scale: float = 1.0,
     threshold: Union[Tensor, float, None] = None,
-    activation: str = "topk",
     dtype: Optional[torch.dtype] = None,
     permute: Union[bool, str] = "auto",
     seed: int = 0,
@@ -153,12 +151,11 @@ def pack_encoder(
         b_enc: [d_sae], or None for no bias.
         W_dec: [d_sae, d_in]; needed for ``rescale_acts_by_decoder_norm``.
         b_dec: [d_in]; needed for ``apply_b_dec_to_input``.
-        normalize_input: "none", "layer_norm", "constant_norm_rescale" (both run on x at each call), or
+        normalize_activations: "none", "layer_norm", "constant_norm_rescale" (both run on x at each call), or
             "expected_average_only_in" (its scale belongs in ``input_scale``, as SAELens folds it).
         input_scale: a constant factor on x.
         threshold: per-feature [d_sae] or one number, compared with the final pre-activation; for
             ``encode_threshold`` (JumpReLU, BatchTopK at inference).
-        activation: "topk", "batchtopk", "jumprelu" or "relu"; kept as a label, all of them end in a ReLU.
         dtype: of the packed weight (float32, bfloat16, float16); None keeps W_enc's (float64: float32).
         permute: store the features in a seeded random order, which makes the statistics behind the fused
             GPU encoder hold for any dictionary. "auto" does so on CUDA devices unless there is a threshold:
@@ -172,15 +169,12 @@ def pack_encoder(
     d_in, d_sae = W_enc.shape
     if d_in == 0 or d_sae == 0:
         raise ValueError(f"W_enc has shape {(d_in, d_sae)}; both sizes must be at least 1")
-    if normalize_input == "expected_average_only_in":
-        normalize_input = "none"
-    if normalize_input not in RUNTIME_NORMS:
+    if normalize_activations not in NORMALISATIONS:
         raise ValueError(
-            f"normalize_input={normalize_input!r} is unknown; choose one of {', '.join(RUNTIME_NORMS)}, "
-            "expected_average_only_in (fold covariance whitening into W_enc first)"
+            f"normalize_activations={normalize_activations!r} is unknown; choose one of "
+            f"{', '.join(NORMALISATIONS)} (fold covariance whitening into W_enc first)"
         )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+    at_run_time = "none" if normalize_activations == "expected_average_only_in" else normalize_activations
     if permute not in (True, False, "auto"):
         raise ValueError(f"permute={permute!r} is unknown; choose True, False or 'auto'")
     if not 0 < abs(input_scale) < float("inf"):
@@ -222,9 +216,7 @@ def pack_encoder(
         if given.dim() > 0:
             _check_shape("threshold", given, (d_sae,))
         packed_threshold = given.expand(d_sae).clone()
-    packed = PackedEncoder(
-        weight, bias.float(), packed_threshold, normalize_input, activation, None, permute, seed
-    )
+    packed = PackedEncoder(weight, bias.float(), packed_threshold, at_run_time, None, permute, seed)
     return packed._permuted()
 
 
