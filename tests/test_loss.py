@@ -8,7 +8,7 @@ import torch
 from saerl_fast.config import LossConfig, RolloutConfig, TrainConfig, check_ranges
 from saerl_fast.errors import SaerlError
 from saerl_fast.rl.loss import (
-    CLIP,
+    KINDS,
     BatchSize,
     advantages,
     clip_range,
@@ -49,7 +49,7 @@ def by_hand(new, old, adv, lengths, ref, cfg, max_new_tokens):
     return flat / (len(sequences) * max_new_tokens if cfg.kind == "dr_grpo" else at)
 
 
-@pytest.mark.parametrize("kind", CLIP)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_loss_equals_the_formula(kind: str, beta: float) -> None:
     new, old, adv, lengths, ref = parts()
@@ -60,7 +60,7 @@ def test_loss_equals_the_formula(kind: str, beta: float) -> None:
     assert (sums["kl"].item() > 0) == (beta > 0)
 
 
-@pytest.mark.parametrize("kind", CLIP)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_loss_and_gradient_equal_those_of_trl(kind: str, beta: float) -> None:
     """GRPOTrainer._compute_loss itself, given these log-probabilities in place of a model's."""
@@ -104,7 +104,7 @@ def test_loss_and_gradient_equal_those_of_trl(kind: str, beta: float) -> None:
     torch.testing.assert_close(*(torch.autograd.grad(loss, new)[0] for loss in (ours, theirs)))
 
 
-@pytest.mark.parametrize("kind", CLIP)
+@pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_add_up_to_the_batch(kind: str) -> None:
     new, old, adv, lengths, ref = parts()
     cfg = LossConfig(kind=kind, beta=0.05)
@@ -123,7 +123,7 @@ def test_micro_batches_add_up_to_the_batch(kind: str) -> None:
     torch.testing.assert_close(summed, gradient)
 
 
-@pytest.mark.parametrize("kind", CLIP)
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradient_equals_finite_differences(kind: str) -> None:
     new, old, adv, lengths, ref = (part.detach() for part in parts())
     cfg = LossConfig(kind=kind, beta=0.1, clip_low=0.15 if kind != "cispo" else None, clip_high=0.2)
@@ -234,7 +234,7 @@ def test_bad_settings(cfg: LossConfig, message: str) -> None:
         check_ranges(cfg, "train.loss.")
 
 
-@pytest.mark.parametrize("kind", ["dapo", "grpo", "dr_grpo", "gspo", "cispo"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_importance_weighs_the_policy_term_of_each_token(kind: str) -> None:
     from saerl_fast.rl.loss import importance_weights
 

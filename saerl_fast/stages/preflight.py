@@ -26,6 +26,16 @@ def check_packages(config: Config) -> None:
             raise SaerlError(f"{setting} needs {package}; run `pip install {package}`, or leave it out")
 
 
+def check_functions(config: Config, *, planned: bool = False) -> None:
+    """SaerlError for a loss or, unless the plan is a file (``planned``), a schedule that cannot be loaded."""
+    from saerl_fast.plan.static import get_schedule
+    from saerl_fast.rl.loss import get_loss
+
+    get_loss(config.train.loss.kind)
+    if not planned:
+        get_schedule(config.plan.schedule)
+
+
 def check_target(
     out: Path, described: dict[str, Any], config: Config, *, resume: bool, overwrite: bool
 ) -> None:
