@@ -13,15 +13,17 @@ from __future__ import annotations
 import argparse
 import os
 
-from saerl_fast.config import load_config
-from saerl_fast.integrations.columns import to_dataset
-from saerl_fast.integrations.trl import plan_trainer
-from saerl_fast.models import load_model
-from saerl_fast.plan import build_plan
-from saerl_fast.prompts.pool import load_split
+from saerl_fast import (
+    Scores,
+    build_plan,
+    get_reward,
+    load_config,
+    load_model,
+    load_split,
+    plan_trainer,
+    to_dataset,
+)
 from saerl_fast.prompts.render import render
-from saerl_fast.rl.rewards import get_reward
-from saerl_fast.signals.scores import Scores
 
 
 def main(

@@ -129,6 +129,8 @@ class AdaptiveConfig:
 
 @dataclass
 class PlanConfig:
+    """Which order of prompts, and its settings: the section ``plan``."""
+
     schedule: str = "adaptive"  # one of SCHEDULES, or module:function (see plan/static.py)
     mix: float = 0.25  # literal: share of a batch exchanged with its neighbours; global: share drawn anywhere
     window: int = 4  # global: batches among which clusters are balanced
@@ -226,6 +228,8 @@ class CompareConfig:
 
 @dataclass
 class Config:
+    """Every setting, as sections; `load_config` reads it."""
+
     run_dir: str = "runs/default"  # where every stage writes
     seed: int = 0  # of the data split, the labels and, unless train.seed is set, training
     threads: int | None = None  # CPU threads; None leaves torch's choice

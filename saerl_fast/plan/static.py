@@ -8,7 +8,7 @@ An order takes ``rows`` [m], distinct row indices with m a multiple of ``batch_s
 score columns and the settings, and returns [m / batch_size, batch_size] int64. Ties are broken at random.
 A new schedule is such a function and an entry of ``STATIC``; its name also stands in config.SCHEDULES. One
 from outside is ``plan.schedule=module:function``: such a function, or a ``Schedule`` that names the score
-columns it needs. All its randomness must come from the generator, so that a resumed run draws the same batches.
+columns it needs. All its randomness must come from the generator: a run that is resumed draws again.
 
     def reverse(rows, batch_size, rng, table, cfg):
         return rows[np.argsort(-table["difficulty"][rows])].reshape(-1, batch_size)

@@ -211,6 +211,6 @@ def _checked(tokens: Tokens, kind: Loss) -> Tensor:
         got = f"shape {list(terms.shape)}" if isinstance(terms, Tensor) else f"a {type(terms).__name__}"
         wanted = list(tokens.logprobs.shape)
         raise SaerlError(f"loss {name} returned {got}; return a tensor {wanted}, a number for each token")
-    if tokens.logprobs.requires_grad and not terms.requires_grad:
+    if tokens.ratio.requires_grad and not terms.requires_grad:
         raise SaerlError(f"loss {name} has no gradient; compute it from tokens.logprobs or tokens.ratio")
     return terms

@@ -28,6 +28,12 @@ class Session:
 
 def set_up(config: Config) -> None:
     """CPU threads, a quiet transformers, and a run folder that can be written to, all before any work."""
+    from saerl_kernels.dispatch import check_name
+
+    try:
+        check_name(config.score.backend, "score.backend")
+    except ValueError as err:
+        raise SaerlError(str(err)) from None
     probe = Path(config.run_dir) / ".writable"
     with atomic_path(probe):
         pass
