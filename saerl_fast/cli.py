@@ -55,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", parents=[common], help="one GRPO run under a plan")
     for command in (plan, train):
         command.add_argument(
-            "--schedule", metavar="NAME", help="vanilla, literal, global, medium or adaptive (plan.schedule)"
+            "--schedule",
+            metavar="NAME",
+            help="vanilla, literal, global, medium, adaptive or module:function (plan.schedule)",
         )
     train.add_argument("--plan", metavar="FILE", help="follow this plan.json instead of building one")
     train.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint")

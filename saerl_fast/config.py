@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.plugins import check_name
 from saerl_fast.ranges import RULES
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
-Loss = Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"]
-Schedule = Literal["vanilla", "literal", "global", "medium", "adaptive"]
+# Names that stand beside module:function; the functions are in rl/loss.py and plan/static.py.
+LOSSES = ("dapo", "grpo", "dr_grpo", "gspo", "cispo")
+SCHEDULES = ("vanilla", "literal", "global", "medium", "adaptive")
+NAMES = {"train.loss.kind": LOSSES, "plan.schedule": SCHEDULES}
 Section = TypeVar("Section")
 
 
@@ -36,13 +39,14 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    train: str = ""  # hub id, local .parquet/.jsonl/.json/.csv, or "reasoning-gym:NAME[@LEVEL],..."
+    # hub id, .parquet/.jsonl/.json/.csv, "reasoning-gym:NAME[@LEVEL],...", or module:function[@argument]
+    train: str = ""
     eval: str | None = None  # the same; None holds out `eval_size` rows of `train`
-    eval_size: int = 64  # rows held out, or generated for a reasoning-gym evaluation
+    eval_size: int = 64  # rows held out, or asked of a data source (reasoning-gym, module:function)
     eval_filter: str | None = None  # hold out only rows where this column is true or above 0 (null: no)
     limit: int | None = None  # keep the first N training rows
     eval_limit: int | None = None  # keep the first N evaluation rows
-    size: int = 512  # rows to generate for a reasoning-gym spec
+    size: int = 512  # training rows asked of a data source
     hub_config: str | None = None  # configuration name of a hub dataset (gsm8k has "main")
     split: str = "train"  # of a hub dataset
     eval_split: str = "test"  # of `eval` when it is a hub dataset
@@ -73,11 +77,11 @@ class SAEConfig:
 
 @dataclass
 class ScoreConfig:
-    reduce: Literal["max", "mean"] = "max"  # over a sequence's tokens
+    reduce: Literal["max", "mean", "sum", "count", "last"] = "max"  # over a sequence's tokens
     batch_tokens: int = 8192  # tokens in one prefill
     shard: int = 4096  # prompts whose features are saved together; an interrupted pass loses one shard
     include_answer: bool = True  # quality also reads the features of the reference answer
-    backend: Literal["auto", "triton", "torch", "numba"] = "auto"  # of saerl_kernels
+    backend: str = "auto"  # of saerl_kernels, or the name of a registered one
 
 
 @dataclass
@@ -128,7 +132,9 @@ class AdaptiveConfig:
 
 @dataclass
 class PlanConfig:
-    schedule: Schedule = "adaptive"
+    """Which order of prompts, and its settings: the section ``plan``."""
+
+    schedule: str = "adaptive"  # one of SCHEDULES, or module:function (see plan/static.py)
     mix: float = 0.25  # literal: share of a batch exchanged with its neighbours; global: share drawn anywhere
     window: int = 4  # global: batches among which clusters are balanced
     medium_keep: float = 0.6  # medium: share of prompts kept around the middle of predicted difficulty
@@ -153,7 +159,7 @@ class RolloutConfig:
 
 @dataclass
 class LossConfig:
-    kind: Loss = "dapo"  # formulas in rl/loss.py
+    kind: str = "dapo"  # one of LOSSES, or module:function (see rl/loss.py)
     clip_low: float | None = None  # None: the loss's own, 0.2; gspo 3e-4; cispo 1 (none)
     clip_high: float | None = None  # None: the loss's own, 0.28; gspo 4e-4; cispo 4
     beta: float = 0.0  # KL to the starting model; 0 keeps no reference model
@@ -225,6 +231,8 @@ class CompareConfig:
 
 @dataclass
 class Config:
+    """Every setting, as sections; `load_config` reads it."""
+
     run_dir: str = "runs/default"  # where every stage writes
     seed: int = 0  # of the data split, the labels and, unless train.seed is set, training
     threads: int | None = None  # CPU threads; None leaves torch's choice
@@ -388,6 +396,8 @@ def check_ranges(section: Section, where: str = "") -> Section:
             check_ranges(value, f"{key}.")
         elif typing.get_origin(hint) is Literal:
             _coerce(value, hint, key)
+        elif key in NAMES:
+            check_name(value, NAMES[key], key)
         elif value is not None:
             for keys, rule, holds in RULES:
                 if key in keys.split() and not holds(value):

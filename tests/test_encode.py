@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 import saerl_kernels as sk
 from saerl_kernels import _triton as triton_backend
 from saerl_kernels._triton.tune import Plan
-from tests.encoders import assert_equal, float64_topk, integers, poison  # noqa: F401
+from tests.encoders import BACKENDS, assert_equal, float64_topk, integers, poison  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("poison")
-BACKENDS = ["torch", "numba", "triton"]
 SMALL = {"BM": 16, "BN": 128, "BK": 32, "warps": 4}
 
 

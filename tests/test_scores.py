@@ -1,6 +1,7 @@
 """Scores of a pool: columns, held-out figures, files; and the whole of it on a tiny model."""
 
 import json
+import typing
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -197,3 +198,10 @@ def test_a_pool_scored_by_a_model_and_its_sae():
     config.score.include_answer = False
     without = score(session, sae, config)
     assert not without.metadata["quality"]["reads_answers"]
+
+
+def test_the_config_offers_every_reduction():
+    """config.py imports no kernels, so it repeats their names."""
+    from saerl_kernels._check import REDUCES
+
+    assert set(typing.get_args(typing.get_type_hints(ScoreConfig)["reduce"])) == set(REDUCES)

@@ -12,8 +12,7 @@ import saerl_kernels as sk
 from saerl_kernels import _grads
 from saerl_kernels._batch import batch_topk
 from saerl_kernels.dispatch import implementation
-
-BACKENDS = ["torch", "numba", "triton"]
+from tests.encoders import BACKENDS
 
 
 @pytest.fixture(params=BACKENDS)

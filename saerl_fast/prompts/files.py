@@ -33,7 +33,7 @@ def read_rows(spec: str, *, split: str, hub_config: str | None, text_columns: se
     if path.is_dir() or _HUB_ID.match(spec):
         return _read_hub(spec, split, hub_config)
     raise SaerlError(
-        f"data source {spec!r} is no {'/'.join(SUFFIXES)} file, hub id or reasoning-gym:NAME; name one"
+        f"data source {spec!r} is no {'/'.join(SUFFIXES)} file, hub id, reasoning-gym:NAME or module:function"
     )
 
 
@@ -50,7 +50,7 @@ def _read_jsonl(path: Path, _: set[str]) -> Columns:
             if not isinstance(row, dict):
                 raise SaerlError(f"{path} line {number} must be a JSON object, not a {type(row).__name__}")
             rows.append(row)
-    return _columns(rows)
+    return columns_of(rows)
 
 
 def _read_json(path: Path, _: set[str]) -> Columns:
@@ -59,7 +59,7 @@ def _read_json(path: Path, _: set[str]) -> Columns:
     except json.JSONDecodeError as err:
         raise SaerlError(f"{path} line {err.lineno} is not valid JSON ({err.msg}); mend it") from None
     if isinstance(value, list) and all(isinstance(row, dict) for row in value):
-        return _columns(value)
+        return columns_of(value)
     if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
         if len({len(column) for column in value.values()}) <= 1:
             return value
@@ -122,7 +122,8 @@ def _read_hub(spec: str, split: str, hub_config: str | None) -> Columns:
     return {name: data[name][:] for name in data.column_names}
 
 
-def _columns(rows: list[dict[str, Any]]) -> Columns:
+def columns_of(rows: list[dict[str, Any]]) -> Columns:
+    """Rows as columns; None where a row lacks one that another has."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.prompts import files, reasoning_gym
+from saerl_fast.prompts import files, sources
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Pool:
 
 
 def load_prompts(spec: str, cfg: DataConfig, *, split_role: Role = "train", seed: int = 0) -> Pool:
-    """Read or generate one pool. ``split_role`` chooses the hub split and the reasoning-gym half.
+    """Read or make one pool. ``split_role`` chooses the hub split, and a data source is told it.
 
     Raises SaerlError on a missing file or column, an empty pool, an empty prompt, duplicate ids or a
     row limit below 1 (`load_split` applies the limits).
@@ -77,10 +78,13 @@ def load_prompts(spec: str, cfg: DataConfig, *, split_role: Role = "train", seed
         if value is not None and value < 1:
             raise SaerlError(f"data.{name}={value} keeps no row; use at least 1, or null for all")
     if not spec:
-        raise SaerlError("data.train is empty; name a file, a hub dataset or reasoning-gym:NAME")
-    if spec.startswith(reasoning_gym.PREFIX):
+        raise SaerlError("data.train is empty; name a file, a hub dataset or a data source")
+    setting = "data.eval" if split_role == "eval" and spec == cfg.eval else "data.train"
+    if sources.is_source(spec):
         size = cfg.size if split_role == "train" else cfg.eval_size
-        columns = reasoning_gym.generate(spec, size, role=split_role, seed=seed)
+        columns = sources.make_rows(spec, setting, role=split_role, size=size, seed=seed)
+        if cfg.id_column is None and "prompt_id" in columns:
+            cfg = dataclasses.replace(cfg, id_column="prompt_id")
     else:
         columns = files.read_rows(
             spec,
@@ -88,7 +92,7 @@ def load_prompts(spec: str, cfg: DataConfig, *, split_role: Role = "train", seed
             hub_config=cfg.hub_config,
             text_columns={cfg.prompt_column, cfg.answer_column or "", cfg.id_column or ""},
         )
-        columns = _canonical(columns, spec, cfg, split_role)
+    columns = _canonical(columns, spec, cfg, split_role)
     columns["prompt"] = [_wrap(prompt, cfg.template) for prompt in columns["prompt"]]
     return Pool(columns)
 
@@ -96,24 +100,27 @@ def load_prompts(spec: str, cfg: DataConfig, *, split_role: Role = "train", seed
 def load_split(cfg: DataConfig, seed: int = 0) -> tuple[Pool, Pool]:
     """The training and the evaluation pool, with no prompt text in common.
 
-    Without ``cfg.eval``, `eval_size` rows of ``cfg.train`` are held out by ``seed``; reasoning-gym
-    generates them. Training rows whose prompt text is also evaluated are dropped, with a log line.
+    Without ``cfg.eval``, `eval_size` rows of ``cfg.train`` are held out by ``seed``; a data source
+    (:mod:`saerl_fast.prompts.sources`) is asked for them. Training rows whose prompt text is also
+    evaluated are dropped, with a log line.
     """
     if cfg.eval_size < 1 and not cfg.eval:
         raise SaerlError(f"data.eval_size={cfg.eval_size} leaves nothing to evaluate; use at least 1")
     train = load_prompts(cfg.train, cfg, split_role="train", seed=seed)
     if cfg.eval:
         held_out = load_prompts(cfg.eval, cfg, split_role="eval", seed=seed)
-    elif cfg.train.startswith(reasoning_gym.PREFIX):
+    elif sources.is_source(cfg.train):
         held_out = load_prompts(cfg.train, cfg, split_role="eval", seed=seed)
     else:
         held_out = train.select(_pick_eval(train, cfg, seed))
     evaluated = {_key(prompt) for prompt in held_out.column("prompt")}
     rest = [i for i, prompt in enumerate(train.column("prompt")) if _key(prompt) not in evaluated]
     if not rest:
-        raise SaerlError(f"every prompt of {cfg.train} is also evaluated; add rows, or change data.eval")
-    if cfg.eval and len(rest) < len(train):
-        log.warning("dropped %d training rows that %s also holds", len(train) - len(rest), cfg.eval)
+        fix = "give others for role='eval'" if sources.is_source(cfg.train) else "add rows"
+        raise SaerlError(f"every prompt of {cfg.train} is also evaluated; {fix}, or change data.eval")
+    if len(rest) < len(train) and (cfg.eval or sources.is_source(cfg.train)):
+        dropped, holder = len(train) - len(rest), cfg.eval or "the evaluation set"
+        log.warning("dropped %d training rows that %s also holds", dropped, holder)
     return train.select(rest[: cfg.limit]), held_out.select(range(len(held_out))[: cfg.eval_limit])
 
 

@@ -6,21 +6,18 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import logging
 import re
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from saerl_fast import plugins
 from saerl_fast.errors import SaerlError
 from saerl_fast.rl.interrupt import TimeUp, call_within
 
@@ -51,15 +48,8 @@ def get_reward(name: str) -> Reward:
 
     Raises SaerlError on an unknown name, a module that cannot be imported and a missing function.
     """
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    if ":" in name:
-        return _load(name)
-    import difflib
-
-    close = difflib.get_close_matches(name, BUILT_IN, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"use {', '.join(BUILT_IN)} or module:function"
-    raise SaerlError(f"unknown reward {name!r}; {hint}")
+    plugins.check_name(name, BUILT_IN, "train.reward")
+    return BUILT_IN.get(name) or plugins.load_function(name, "train.reward")
 
 
 def with_timeout(fn: Reward, seconds: float) -> Reward:
@@ -93,13 +83,8 @@ def score_rewards(
         what = f"column {uneven[0]!r}" if uneven else "the list of prompts"
         raise SaerlError(f"{what} must have one row for each of the {len(completions)} completions")
     passed = {k: list(v) for k, v in columns.items() if k not in ("prompts", "completions", "prompt")}
-    try:
-        raw = fn(prompts=list(prompts), completions=list(completions), **passed)
-    except SaerlError:
-        raise
-    except Exception as err:  # whatever a user's function raises
-        reason = (str(err).strip().splitlines() or ["no message"])[0]
-        raise SaerlError(f"reward {name} raised {type(err).__name__}: {reason}; mend it") from err
+    texts = {"prompts": list(prompts), "completions": list(completions)}
+    raw = plugins.call(f"reward {name}", lambda: fn(**texts, **passed))
     try:
         values = list(raw)
     except TypeError:
@@ -290,39 +275,6 @@ def _scorer(generator: str) -> Callable[[str, dict[str, Any]], float]:
         return package.create_dataset(generator, seed=0, size=1).score_answer
     except ValueError:
         raise SaerlError(f"column rg_entry names the unknown reasoning-gym generator {generator!r}") from None
-
-
-def _load(spec: str) -> Reward:
-    module_name, _, function = spec.rpartition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        if module_name.endswith(".py"):
-            path = Path(module_name)
-            if not path.is_file():
-                raise SaerlError(f"reward file {module_name} does not exist; give file.py:function")
-            found = importlib.util.spec_from_file_location(path.stem, path)
-            assert found is not None and found.loader is not None
-            module = importlib.util.module_from_spec(found)
-            sys.modules.setdefault(path.stem, module)
-            found.loader.exec_module(module)
-        else:
-            module = importlib.import_module(module_name)
-    except SaerlError:
-        raise
-    except Exception as err:  # user code runs on import
-        reason = (str(err).strip().splitlines() or ["no message"])[0]
-        raise SaerlError(
-            f"reward {spec}: importing {module_name} raised {type(err).__name__}: {reason}"
-        ) from err
-    target = getattr(module, function, None)
-    if not callable(target):
-        public = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
-        raise SaerlError(
-            f"reward {spec}: {module_name} has no function {function!r}; it has {', '.join(public) or 'none'}"
-        )
-    return target
 
 
 def _need(columns: Mapping[str, Any], name: str, reward: str) -> Sequence[Any]:

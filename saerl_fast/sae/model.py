@@ -134,7 +134,7 @@ class SAE(nn.Module):
     def pool(self, x: Tensor, offsets: Tensor, *, reduce: str = "max", backend: str = "auto") -> CSR:
         """Features pooled over each sequence: x [n_tokens, d_in], offsets [n_seq + 1] -> CSR [n_seq, d_sae].
 
-        ``reduce``: max, mean, sum, count or last. Moves the SAE to x's device when it is elsewhere.
+        ``reduce``: as in `encode_pool` of the kernels. Moves the SAE to x's device when it is elsewhere.
         """
         if x.device != self.W_enc.device:
             self.to(x.device)

@@ -10,6 +10,7 @@ from typing import Any
 
 from saerl_fast.config import Config, to_dict
 from saerl_fast.errors import SaerlError
+from saerl_fast.plugins import is_function, source_digest
 from saerl_fast.session import load_pools
 
 SAE_SECTIONS = ("model", "data", "sae")  # what a trained SAE depends on
@@ -61,7 +62,8 @@ def fingerprint(config: Config, sections: tuple[str, ...], *, without: tuple[str
     """A short hash of what a stage's output depends on: settings, and the prompts themselves.
 
     ``labels`` stands for what the difficulty labels depend on beyond their own section. A model or SAE is
-    known by its name, and a local one by the sizes and ends of its files too.
+    known by its name, and a local one by the sizes and ends of its files too; a ``module:function`` by its
+    name and the content of its file; a data source by its name and the training rows it gives.
     """
     tree = settings(to_dict(config), sections, without)
     if "train" in tree:
@@ -71,9 +73,22 @@ def fingerprint(config: Config, sections: tuple[str, ...], *, without: tuple[str
         tree["labels"] = {**sampling, "reward": config.train.reward, "seed": config.seed}
     if "score" in sections:
         tree["seed"] = config.seed
+    functions = _functions(config, sections)
+    if functions:
+        tree["functions"] = functions
     tree["prompts"] = load_pools(config)[0].digest
     tree["files"] = [_files_digest(Path(name)) for name in (config.model.path, config.sae.path) if name]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _functions(config: Config, sections: tuple[str, ...]) -> dict[str, str | None]:
+    """The functions from outside that a stage's output depends on, each with a hash of its file."""
+    names = [config.plan.schedule] * ("plan" in sections)
+    names += [config.train.loss.kind] * ("train" in sections)
+    rolled_out = config.difficulty.label_column is None and config.difficulty.n_labels > 0
+    if "train" in sections or ("labels" in sections and rolled_out):
+        names.append(config.train.reward)
+    return {name: source_digest(name) for name in names if is_function(name)}
 
 
 def _files_digest(path: Path, tail: int = 1 << 16) -> list[list[Any]]:
@@ -103,7 +118,7 @@ def changes(before: Any, config: Config, sections: tuple[str, ...], without: tup
             tree["train.seed"] = tree["seed"]
     found = [f"{key} was {old.get(key)}" for key in new if _plain(old.get(key)) != _plain(new[key])]
     if not found:
-        return "the same settings, but other prompts or model files"
+        return "the same settings, but other prompts, functions or model files"
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 

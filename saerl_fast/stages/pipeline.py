@@ -9,6 +9,7 @@ others waiting for as long as that takes.
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +30,7 @@ from saerl_fast.stages.fingerprint import (
     training_seed,
 )
 from saerl_fast.stages.labels import difficulty_labels
-from saerl_fast.stages.preflight import check_packages, check_scoring, check_target
+from saerl_fast.stages.preflight import check_functions, check_packages, check_scoring, check_target
 
 if TYPE_CHECKING:
     from saerl_fast.plan import Plan
@@ -177,11 +178,14 @@ def _refuse_together(missing: Path, command: str) -> None:
 
 
 def make_plan(config: Config, echo: Echo, session: Session | None = None) -> Plan:
-    """The plan that the config asks for; ``vanilla`` needs no SAE and no scores."""
+    """The plan that the config asks for; without a filter, ``vanilla`` needs no SAE and no scores."""
     from saerl_fast.plan import build_plan
+    from saerl_fast.plan.static import get_schedule
     from saerl_fast.signals.scores import Scores
 
-    if config.plan.schedule == "vanilla" and not config.plan.filter:
+    static, wanted = get_schedule(config.plan.schedule), config.plan.filter
+    filtered = wanted or (wanted is None and static is not None and static.filtered)
+    if static and not (static.needs or static.keep or filtered):
         session = session or Session.open(config, echo)
         scores = Scores({"prompt_id": session.train.column("prompt_id")})
     else:
@@ -208,6 +212,11 @@ def plan_stage(config: Config, echo: Echo) -> Path:
     return path
 
 
+def folder_name(schedule: str) -> str:
+    """What a run under this schedule is called; pkg.mod:fn becomes pkg-mod-fn."""
+    return re.sub(r"\W+", "-", schedule).strip("-")
+
+
 def train_stage(
     config: Config,
     echo: Echo,
@@ -219,7 +228,7 @@ def train_stage(
     arm: str | None = None,
     with_report: bool = False,
 ) -> dict[str, Any]:
-    """One GRPO run into ``<run_dir>/<schedule>``; returns its summary."""
+    """One GRPO run into ``<run_dir>/<schedule>`` (see `folder_name`); returns its summary."""
     import shutil
 
     from saerl_fast.models import check_targets
@@ -231,7 +240,7 @@ def train_stage(
     from saerl_fast.sae.capture import FeatureCapture
 
     given = load_plan(plan_file) if plan_file else None
-    arm = arm or (given.schedule if given else config.plan.schedule)
+    arm = arm or folder_name(given.schedule if given else config.plan.schedule)
     out = out or Path(config.run_dir) / arm
     described = {
         "arm": arm,
@@ -244,6 +253,7 @@ def train_stage(
     if distributed.size() > 1 and ":" in config.model.device:
         raise SaerlError(f"model.device={config.model.device} is one device for all processes; set auto")
     check_packages(config)
+    check_functions(config, planned=given is not None)
     distributed.on_first(lambda: check_target(out, described, config, resume=resume, overwrite=overwrite))
     reward = get_reward(config.train.reward)
     session = Session.open(config, echo)

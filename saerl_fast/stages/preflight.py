@@ -46,8 +46,23 @@ def check_packages(config: Config) -> None:
 def check_scoring(config: Config) -> None:
     """SaerlError for a setting of scoring that cannot be followed here, before anything takes long."""
     from saerl_fast.signals.clusters import check_backend
+    from saerl_kernels.dispatch import check_name
 
     check_backend(config.diversity.backend)
+    try:
+        check_name(config.score.backend, "score.backend")
+    except ValueError as err:
+        raise SaerlError(str(err)) from None
+
+
+def check_functions(config: Config, *, planned: bool = False) -> None:
+    """SaerlError for a loss or, unless the plan is a file (``planned``), a schedule that cannot be loaded."""
+    from saerl_fast.plan.static import get_schedule
+    from saerl_fast.rl.loss import get_loss
+
+    get_loss(config.train.loss.kind)
+    if not planned:
+        get_schedule(config.plan.schedule)
 
 
 def check_target(
