@@ -43,7 +43,7 @@ class Capture:
 
     A prefill is a forward pass on an empty cache: the first one of ``model.generate`` or of a
     hand-written loop. Decoding steps pass through untouched, and nothing here waits for the device
-    before :meth:`take`. Several prefills (a batch generated in chunks) are recorded one after the other.
+    before ``take``. Several prefills (a batch generated in chunks) are recorded one after the other.
 
     model: a transformers decoder-only model; layer: 0 to the number of blocks; every: keep each
     ``every``-th row only, for batches holding ``every`` adjacent copies of a prompt.
@@ -273,7 +273,7 @@ def iter_hidden_ids(
     batch_tokens: int = 8192,
     on_progress: Progress | None = None,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """:func:`iter_hidden` for texts that are token ids already; an empty row raises SaerlError."""
+    """``iter_hidden`` for texts that are token ids already; an empty row raises SaerlError."""
     check_layer(model, layer)
     limit = max_positions(model)
     for number, row in enumerate(rows):

@@ -157,7 +157,7 @@ class TopKSAE(nn.Module):
             raise SaerlError(str(err)) from err
 
     def decode(self, features: TopK | CSR, x: Tensor | None = None) -> Tensor:
-        """Reconstructions [..., d_in] of :meth:`encode`'s result.
+        """Reconstructions [..., d_in] of ``encode``'s result.
 
         ``x``, the encoder's input, is needed only under a run-time normalisation, which it undoes.
         """

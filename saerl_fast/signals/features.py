@@ -65,7 +65,7 @@ def l2_rows(matrix: csr_matrix) -> csr_matrix:
 
 
 def weighted(X: CSR | csr_matrix, idf: np.ndarray | None = None) -> csr_matrix:
-    """Rows times ``idf`` (:func:`idf_weights` of ``X`` when None), each then of norm 1."""
+    """Rows times ``idf`` (``idf_weights`` of ``X`` when None), each then of norm 1."""
     matrix = as_scipy(X)
     idf = idf_weights(matrix) if idf is None else idf
     if len(idf) != matrix.shape[1]:
@@ -137,7 +137,7 @@ def save_features(path: str | Path, X: CSR, prompt_ids: Sequence[str]) -> Path:
 
 
 def load_features(path: str | Path, prompt_ids: Sequence[str] | None = None) -> CSR:
-    """The CSR in a file of :func:`save_features`; ``prompt_ids`` must be those it was saved with."""
+    """The CSR in a file of ``save_features``; ``prompt_ids`` must be those it was saved with."""
     from safetensors import safe_open
 
     from saerl_kernels import CSR

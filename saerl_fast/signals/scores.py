@@ -105,7 +105,7 @@ class Scores:
 
     @classmethod
     def load(cls, run_dir: str | Path) -> Scores:
-        """What :meth:`save` wrote. Raises SaerlError when a file is missing, damaged or of other prompts."""
+        """What ``save`` wrote. Raises SaerlError when a file is missing, damaged or of other prompts."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -252,7 +252,7 @@ def score_pool(
     on_progress: Callable[[int, int], None] | None = None,
     shards: Shards | None = None,
 ) -> Scores:
-    """:func:`score_features` on features captured now, in one early-stopped pass over the pool.
+    """``score_features`` on features captured now, in one early-stopped pass over the pool.
 
     ``shards`` keeps finished parts of the pass on the disk; without it the pass is made in one go.
     ``prompts``: the final text of every row, as the policy will see it.
