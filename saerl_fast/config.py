@@ -407,5 +407,5 @@ def check_ranges(section: Section, where: str = "") -> Section:
 
 
 def from_dict(cls: type, tree: Any, where: str = "") -> Any:
-    """The inverse of :func:`to_dict` for the config class ``cls``; SaerlError on unknown or wrong values."""
+    """The inverse of ``to_dict`` for the config class ``cls``; SaerlError on unknown or wrong values."""
     return _build(cls, tree, where)

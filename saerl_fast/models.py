@@ -1,7 +1,7 @@
 """Loading a causal language model, and the few facts about its layout that the rest needs.
 
 Everything that reads a model's insides (hidden-state capture, SAE training, rollouts) goes through
-:func:`decoder` and :func:`blocks`, so a new architecture is supported in one place.
+``decoder`` and ``blocks``, so a new architecture is supported in one place.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def save_plan(plan: Plan, path: str | Path) -> Path:
 
 
 def load_plan(path: str | Path) -> Plan:
-    """The plan in a file of :func:`save_plan`, at its first batch.
+    """The plan in a file of ``save_plan``, at its first batch.
 
     Raises SaerlError when the file is missing, damaged, or of another format version.
     """

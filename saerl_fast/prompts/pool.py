@@ -101,7 +101,7 @@ def load_split(cfg: DataConfig, seed: int = 0) -> tuple[Pool, Pool]:
     """The training and the evaluation pool, with no prompt text in common.
 
     Without ``cfg.eval``, `eval_size` rows of ``cfg.train`` are held out by ``seed``; a data source
-    (:mod:`saerl_fast.prompts.sources`) is asked for them. Training rows whose prompt text is also
+    (``saerl_fast.prompts.sources``) is asked for them. Training rows whose prompt text is also
     evaluated are dropped, with a log line.
     """
     if cfg.eval_size < 1 and not cfg.eval:

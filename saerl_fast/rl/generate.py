@@ -42,7 +42,7 @@ def generate(
 ) -> Rollouts:
     """Sample ``cfg.group_size`` completions of every prompt; temperature 0 takes the likeliest token.
 
-    ``prompts``: token ids of each, as :class:`saerl_fast.prompts.render.Prompts` holds them.
+    ``prompts``: token ids of each, as ``saerl_fast.prompts.render.Prompts`` holds them.
 
     ``first``: how many prompts of the same batch come before these, in other processes; each prompt gets
     the random numbers that it would get if they were all here.

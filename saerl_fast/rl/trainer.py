@@ -12,12 +12,12 @@ Groups whose rewards are all equal have zero advantages: they are left out of th
 passes but counted in the rollouts, in the loss's normaliser and in every figure of the log except
 ``loss``, ``entropy``, ``clipped``, ``kl`` and ``mismatch``, which are about the groups used. With
 ``train.dynamic_sampling`` a step draws further batches from the plan while too few groups have a signal
-(:mod:`saerl_fast.rl.rollouts`). Every draw counts: in the rollouts, in the plan's memory and as one of the
+(``saerl_fast.rl.rollouts``). Every draw counts: in the rollouts, in the plan's memory and as one of the
 plan's steps, so a schedule paced for ``total_steps`` ends early and the plan goes on after its end.
 
 All randomness comes from (seed, purpose, step), so a resumed run needs no generator state to go on; the
 global generators, which a reward may use, are seeded at the start of every step. For several processes see
-:mod:`saerl_fast.rl.distributed`: a checkpoint of N processes goes on with any number.
+``saerl_fast.rl.distributed``: a checkpoint of N processes goes on with any number.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Capture:
 
     A prefill is a forward pass on an empty cache: the first one of ``model.generate`` or of a
     hand-written loop. Decoding steps pass through untouched, and nothing here waits for the device
-    before :meth:`take`. Several prefills (a batch generated in chunks) are recorded one after the other.
+    before ``take``. Several prefills (a batch generated in chunks) are recorded one after the other.
 
     model: a transformers decoder-only model; layer: 0 to the number of blocks.
     """

@@ -150,7 +150,7 @@ class SAE(nn.Module):
             raise SaerlError(str(err)) from err
 
     def decode(self, features: TopK | CSR, x: Tensor | None = None) -> Tensor:
-        """Reconstructions [..., d_in] of :meth:`encode`'s result.
+        """Reconstructions [..., d_in] of ``encode``'s result.
 
         ``x``, the encoder's input, is needed only under a run-time normalisation, which it undoes.
         """

@@ -2,7 +2,7 @@
 
 Weighting is what text retrieval uses for words: a feature active in few prompts says more than one
 active in all. It decides more about the quality of clusters than the algorithm does. Features are checked
-once, where they come in (:func:`checked`); what follows takes them as they are and shares their memory.
+once, where they come in (``checked``); what follows takes them as they are and shares their memory.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def save_features(path: str | Path, X: CSR, prompt_ids: Sequence[str]) -> Path:
 
 
 def load_features(path: str | Path, prompt_ids: Sequence[str] | None = None) -> CSR:
-    """The CSR in a file of :func:`save_features`; ``prompt_ids`` must be those it was saved with."""
+    """The CSR in a file of ``save_features``; ``prompt_ids`` must be those it was saved with."""
     from safetensors import safe_open
 
     path = Path(path)

@@ -106,7 +106,7 @@ class Scores:
 
     @classmethod
     def load(cls, run_dir: str | Path) -> Scores:
-        """What :meth:`save` wrote. Raises SaerlError when a file is missing, damaged or of other prompts."""
+        """What ``save`` wrote. Raises SaerlError when a file is missing, damaged or of other prompts."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -244,7 +244,7 @@ def score(
 ) -> Scores:
     """Quality, difficulty and cluster of every training prompt, from one early-stopped forward pass.
 
-    ``pass_rates`` and errors as in :func:`score_features`. ``shards`` keeps finished parts of the pass on the
+    ``pass_rates`` and errors as in ``score_features``. ``shards`` keeps finished parts of the pass on the
     disk; without it the pass is made in one go.
     """
     pool = session.train

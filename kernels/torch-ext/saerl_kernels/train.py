@@ -84,7 +84,7 @@ def encode_batch_topk_train(
 ) -> TopK:
     """The n * k largest positive activations of a batch x [n, d_in] (BatchTopK, arXiv 2412.06410).
 
-    Arguments and gradients as in :func:`encode_topk_train`. A row wins any number of places, so the result
+    Arguments and gradients as in ``encode_topk_train``. A row wins any number of places, so the result
     is padded with 0.0 at feature 0 to the longest row: values and indices [n, width], width >= 1, values
     descending. Exactly n * k values are positive when the batch has as many; equal ones: the earlier row
     first, then the lower feature. The least positive value is the threshold to average for inference.
