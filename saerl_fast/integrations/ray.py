@@ -19,7 +19,7 @@ from saerl_fast.session import Session
 from saerl_fast.signals.scores import Scores, feature_pass
 from saerl_fast.stages.console import Echo
 from saerl_fast.stages.pipeline import find_sae, score_shards, score_stage
-from saerl_fast.stages.preflight import check_scoring, set_up
+from saerl_fast.stages.preflight import set_up
 
 
 def score_with_ray(
@@ -37,7 +37,6 @@ def score_with_ray(
     if actors < 1:
         raise SaerlError(f"actors={actors} must be at least 1")
     echo = echo or Echo(quiet=True)
-    check_scoring(config)
     set_up(config)
     session = Session.open(config, echo)
     shards = score_shards(config, find_sae(config, echo, session))

@@ -30,7 +30,7 @@ from saerl_fast.stages.fingerprint import (
     training_seed,
 )
 from saerl_fast.stages.labels import difficulty_labels
-from saerl_fast.stages.preflight import check_functions, check_packages, check_scoring, check_target
+from saerl_fast.stages.preflight import check_functions, check_packages, check_target
 
 if TYPE_CHECKING:
     from saerl_fast.plan import Plan
@@ -127,7 +127,6 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None) -> S
     """Score every training prompt; writes scores.parquet, scores.json and features.safetensors."""
     from saerl_fast.signals.scores import score
 
-    check_scoring(config)
     session = session or Session.open(config, echo)
     sae = find_sae(config, echo, session)
     labels, label_costs = difficulty_labels(config, echo, session)

@@ -15,7 +15,8 @@ from saerl_fast.stages.fingerprint import RUN_SECTIONS, changes
 
 
 def set_up(config: Config) -> None:
-    """CPU threads, a quiet transformers, and a run folder that can be written to, all before any work."""
+    """CPU threads, a quiet transformers, engines that exist and a folder to write to, before any work."""
+    check_scoring(config)
     check_writable(config.run_dir)
     try:
         from transformers.utils import logging
