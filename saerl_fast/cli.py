@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saerl_fast import __version__
-from saerl_fast.config import Config, load_config
+from saerl_fast.config import SCHEDULES, Config, load_config
 from saerl_fast.errors import SaerlError
 
 SHORTCUTS = {  # flag -> config key: what most people set on the command line
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--schedule",
             metavar="NAME",
-            help="vanilla, literal, global, medium, adaptive or module:function (plan.schedule)",
+            help=f"{', '.join(SCHEDULES)} or module:function (plan.schedule)",
         )
     train.add_argument("--plan", metavar="FILE", help="follow this plan.json instead of building one")
     train.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint")

@@ -26,9 +26,9 @@ def is_function(name: str) -> bool:
 def check_name(name: str, known: Iterable[str], setting: str) -> None:
     """SaerlError, naming ``setting``, unless ``name`` is known or has the form ``module:function``."""
     known = list(known)
-    if name in known or is_function(name):
+    if name in known or (isinstance(name, str) and is_function(name)):
         return
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(str(name), known, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     choice = f"choose one of {', '.join(known)} or module:function"
     raise SaerlError(f"{setting}={name!r} is unknown{hint}; {choice}")
