@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 # place -> (module, what is called there, in which call of it the process dies, before or after it, the
 # step of the checkpoint that is then the latest)
 PLACES = {
-    "sampling": ("saerl_fast.rl.rollouts", "sample", 28, "before", 2),
+    "sampling": ("saerl_fast.rl.generate", "sample", 28, "before", 2),
     "backward": ("saerl_fast.rl.update", "policy_loss", 3, "after", 2),
     "optimizer": ("saerl_fast.rl.optimizer", "Optimizer.step", 2 + 3, "after", 2),
     "evaluation": ("saerl_fast.rl.evaluate", "score_rewards", 4, "before", 0),

@@ -12,7 +12,7 @@ from saerl_fast.config import (
 from saerl_fast.errors import SaerlError
 from saerl_fast.records.log import read_metrics
 from saerl_fast.rl import update as module
-from saerl_fast.rl.rollouts import Draw, Rollouts, concat, join, select
+from saerl_fast.rl.rollouts import Draw, Rollouts, concat, decoded, join, select
 from tests.tiny_lm import tiny_model
 from tests.training import TOKENIZER, Die, adaptive_plan, assert_same_run, run, same_weights, small, sums
 
@@ -73,8 +73,10 @@ def test_dynamic_sampling_trains_on_the_useful_groups_of_all_draws(tmp_path: Pat
     assert row["draws"] > 1 and used.all() and len(used) == row["groups_used"] <= 4
     assert advantage.shape == (len(used), 4) and advantage.abs().sum(1).min() > 0
     texts = TOKENIZER.batch_decode(rollouts.completion_ids.masked_fill(~rollouts.completion_mask, 0))
-    for decoded, text in zip(texts, rollouts.texts, strict=True):
-        assert decoded.replace("<pad>", "").replace("<eos>", "") == text
+    for found, text in zip(texts, rollouts.texts, strict=True):
+        for special in TOKENIZER.all_special_tokens:
+            found = found.replace(special, "")
+        assert found == text
     ids, starts, lengths = rollouts.sequences()
     for i, (row_ids, start) in enumerate(zip(ids.tolist(), starts.tolist(), strict=True)):
         prompt = TOKENIZER.decode(row_ids[:start])
@@ -183,3 +185,11 @@ def test_no_more_groups_are_trained_on_than_a_batch_has() -> None:
     assert used.all() and tokens(rollouts) == [[7, 7], [7, 8]] and advantage[:, 0].tolist() == [7, 7]
     rollouts, advantage, used = join([draw(1, 0), draw(7, 0)], most=4)  # the first stands for them
     assert not used.any() and tokens(rollouts) == [[1, 1], [1, 2], [1, 3]]
+
+
+def test_padding_is_no_end_token_even_where_both_have_the_same_id() -> None:
+    """As in models whose end token has id 0."""
+    tokens = torch.tensor([[5, 6, 0], [5, 0, 0], [7, 0, 0]])
+    mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
+    finished, _ = decoded(TOKENIZER, tokens, mask, torch.tensor([0]))
+    assert finished.tolist() == [True, False, True]
