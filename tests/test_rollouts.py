@@ -13,7 +13,7 @@ from saerl_fast.config import (
 from saerl_fast.errors import SaerlError
 from saerl_fast.records.log import read_metrics
 from saerl_fast.rl import update as module
-from saerl_fast.rl.rollouts import Draw, Rollouts, concat, join, select
+from saerl_fast.rl.rollouts import Draw, Rollouts, concat, decoded, join, select
 from tests.tiny_lm import tiny_model
 from tests.training import TOKENIZER, Die, adaptive_plan, assert_same_run, run, same_weights, small, sums
 
@@ -184,3 +184,11 @@ def test_no_more_groups_are_trained_on_than_a_batch_has() -> None:
     assert used.all() and tokens(rollouts) == [[7, 7], [7, 8]] and advantage[:, 0].tolist() == [7, 7]
     rollouts, advantage, used = join([draw(1, 0), draw(7, 0)], most=4)  # the first stands for them
     assert not used.any() and tokens(rollouts) == [[1, 1], [1, 2], [1, 3]]
+
+
+def test_padding_is_no_end_token_even_where_both_have_the_same_id() -> None:
+    """As in models whose end token has id 0."""
+    tokens = torch.tensor([[5, 6, 0], [5, 0, 0], [7, 0, 0]])
+    mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
+    finished, _ = decoded(TOKENIZER, tokens, mask, torch.tensor([0]))
+    assert finished.tolist() == [True, False, True]
