@@ -341,6 +341,11 @@ def test_chat_rendering_starts_with_one_bos_once_tokenised(chat_tokenizer):
     ids = chat_tokenizer(texts[0])["input_ids"]
     assert ids[0] == 0 and ids.count(0) == 1
     assert render(small_pool(), chat_tokenizer, DataConfig(chat="never"))[0] == "a {b}"
+    bos = chat_tokenizer.bos_token
+    quoted = Pool({"prompt_id": ["0"], "prompt": [f"a {bos} b"], "answer": [""]})
+    assert render(quoted, chat_tokenizer, DataConfig()) == [
+        f" user : a {bos} b go"
+    ]  # only the first is taken
 
 
 def test_long_prompts_are_dropped_and_counted(chat_tokenizer, caplog):

@@ -1,6 +1,7 @@
 """Batches of rollouts, dynamic sampling, and what becomes of completions that are cut off."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.records.log import read_metrics
 from saerl_fast.rl import update as module
 from saerl_fast.rl.rollouts import Draw, Rollouts, concat, decoded, join, select
+from saerl_kernels import CSR
 from tests.tiny_lm import tiny_model
 from tests.training import TOKENIZER, Die, adaptive_plan, assert_same_run, run, same_weights, small, sums
 
@@ -74,8 +76,8 @@ def test_dynamic_sampling_trains_on_the_useful_groups_of_all_draws(tmp_path: Pat
     assert row["draws"] > 1 and used.all() and len(used) == row["groups_used"] <= 4
     assert advantage.shape == (len(used), 4) and advantage.abs().sum(1).min() > 0
     texts = TOKENIZER.batch_decode(rollouts.completion_ids.masked_fill(~rollouts.completion_mask, 0))
-    for decoded, text in zip(texts, rollouts.texts, strict=True):
-        assert re.sub("<pad>|<eos>|<unk>", "", decoded) == text
+    for found, text in zip(texts, rollouts.texts, strict=True):
+        assert re.sub("<pad>|<eos>|<unk>", "", found) == text
     ids, starts, lengths = rollouts.sequences()
     for i, (row_ids, start) in enumerate(zip(ids.tolist(), starts.tolist(), strict=True)):
         prompt = TOKENIZER.decode(row_ids[:start])
@@ -161,6 +163,14 @@ def test_joined_batches_keep_what_belongs_to_each_row() -> None:
         bool(sum(row) % 2) for row in ([4], [5, 6], [7, 8, 9], [1], [6, 6], [2])
     ]
     assert whole.texts == parts[0].texts + parts[1].texts
+
+
+def test_joined_batches_join_their_features() -> None:
+    first, second = (CSR.from_dense(torch.tensor(rows)) for rows in ([[1.0, 0, 2]], [[0.0, 3, 0], [4, 0, 0]]))
+    parts = [batch([[1]], [[2]]), batch([[3], [4, 5]], [[6], [7]])]
+    whole = concat([replace(part, features=f) for part, f in zip(parts, (first, second), strict=True)])
+    assert whole.features.to_dense().tolist() == [[1, 0, 2], [0, 3, 0], [4, 0, 0]]
+    assert concat(parts).features is None
 
 
 def test_chosen_groups_keep_their_prompts_rows_and_texts() -> None:
