@@ -74,8 +74,8 @@ def test_dynamic_sampling_trains_on_the_useful_groups_of_all_draws(tmp_path: Pat
     assert row["draws"] > 1 and used.all() and len(used) == row["groups_used"] <= 4
     assert advantage.shape == (len(used), 4) and advantage.abs().sum(1).min() > 0
     texts = TOKENIZER.batch_decode(rollouts.completion_ids.masked_fill(~rollouts.completion_mask, 0))
-    for decoded, text in zip(texts, rollouts.texts, strict=True):
-        assert re.sub("<pad>|<eos>|<unk>", "", decoded) == text
+    for found, text in zip(texts, rollouts.texts, strict=True):
+        assert re.sub("<pad>|<eos>|<unk>", "", found) == text
     ids, starts, lengths = rollouts.sequences()
     for i, (row_ids, start) in enumerate(zip(ids.tolist(), starts.tolist(), strict=True)):
         prompt = TOKENIZER.decode(row_ids[:start])
