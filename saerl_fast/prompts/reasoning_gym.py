@@ -62,8 +62,6 @@ def generate(spec: str, size: int, *, role: str, seed: int) -> dict[str, list[An
     so the two pools are disjoint whatever their sizes, seeds and levels. Columns: prompt_id, prompt,
     answer, task, level (-1 where a generator has no bands) and rg_entry (JSON, for the scorer).
     """
-    if size < 1:
-        raise SaerlError(f"cannot generate {size} reasoning-gym rows; ask for at least 1")
     try:
         cells = parse_spec(spec)
     except ImportError:

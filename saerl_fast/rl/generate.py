@@ -23,7 +23,7 @@ from torch import Tensor
 from saerl_fast.config import RolloutConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import max_positions, token_ids
-from saerl_fast.rl.decode import CHECK_EVERY, StaticDecoder, sample, use_static
+from saerl_fast.rl.decode import CHECK_EVERY, Sampling, StaticDecoder, sample, use_static
 from saerl_fast.rl.rollouts import Rollouts, decoded, left_pad, stop_tokens
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def generate(
     model: Any,
     tokenizer: Any,
     prompts: list[str],
-    cfg: RolloutConfig,
+    cfg: RolloutConfig | Sampling,
     *,
     seed: int = 0,
     first: int = 0,
@@ -52,7 +52,6 @@ def generate(
     row per prompt of that prefill, or None. The model is put into eval mode and back.
     Raises SaerlError on an empty batch, an empty prompt or one that does not fit the model's context.
     """
-    check_rollout(cfg)
     if not prompts:
         raise SaerlError("there are no prompts to generate from; pass at least one")
     if tokenizer.pad_token_id is None:
@@ -108,7 +107,7 @@ def _decode(
     lens: Tensor,
     uniforms: Tensor,
     stops: Tensor,
-    cfg: RolloutConfig,
+    cfg: RolloutConfig | Sampling,
     capture: Any | None,
     timings: dict[str, float],
     decoders: dict[int, StaticDecoder],
@@ -161,7 +160,7 @@ def _dynamic(
     lens: Tensor,
     uniforms: Tensor,
     stops: Tensor,
-    cfg: RolloutConfig,
+    cfg: RolloutConfig | Sampling,
     plain: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``StaticDecoder.run``, with a cache that grows and rows that leave once half have ended."""
@@ -263,7 +262,9 @@ def _takes_ready_mask(model: Any, cache: Any) -> bool:
     return plain and getattr(model.config, "_attn_implementation", None) == "sdpa"
 
 
-def encode_prompts(model: Any, tokenizer: Any, prompts: list[str], cfg: RolloutConfig) -> list[list[int]]:
+def encode_prompts(
+    model: Any, tokenizer: Any, prompts: list[str], cfg: RolloutConfig | Sampling
+) -> list[list[int]]:
     """Token ids of each prompt; SaerlError for one that is empty or does not fit the context."""
     rows = token_ids(tokenizer, prompts)
     limit = max_positions(model)
@@ -277,18 +278,6 @@ def encode_prompts(model: Any, tokenizer: Any, prompts: list[str], cfg: RolloutC
                 "lower data.max_prompt_tokens or rollout.max_new_tokens"
             )
     return rows
-
-
-def check_rollout(cfg: RolloutConfig) -> None:
-    """SaerlError on a number out of range."""
-    if cfg.group_size < 1 or cfg.max_new_tokens < 1:
-        name = "group_size" if cfg.group_size < 1 else "max_new_tokens"
-        raise SaerlError(f"rollout.{name}={getattr(cfg, name)} must be at least 1")
-    if cfg.temperature < 0 or not 0 < cfg.top_p <= 1:
-        raise SaerlError(
-            f"rollout.temperature={cfg.temperature}, top_p={cfg.top_p}: the temperature must not be negative "
-            "and top_p must lie in (0, 1]"
-        )
 
 
 def _join(parts: list[Any]) -> Any:

@@ -19,7 +19,7 @@ from saerl_fast.config import RolloutConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import max_positions
 from saerl_fast.rl import distributed
-from saerl_fast.rl.generate import check_rollout, encode_prompts
+from saerl_fast.rl.generate import encode_prompts
 from saerl_fast.rl.rollouts import Rollouts, decoded, left_pad, stop_tokens
 from saerl_fast.rl.seeds import PROMPT, derived_seed
 
@@ -76,7 +76,6 @@ class VllmEngine:
         """As :func:`saerl_fast.rl.rollouts.generate`; log-probabilities are vLLM's, after top-p."""
         from vllm import SamplingParams
 
-        check_rollout(cfg)
         rows = encode_prompts(model, tokenizer, prompts, cfg)
         ids, lens = left_pad(rows, tokenizer.pad_token_id or 0, model.device)
         stops = stop_tokens(model, tokenizer)

@@ -58,12 +58,6 @@ def cluster_prompts(
     """
     if backend not in BACKENDS:
         raise SaerlError(f"clustering backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    if cfg.n_clusters < 1 or cfg.svd < 0 or cfg.polish < 0 or cfg.n_init < 1 or cfg.null_rounds < 0:
-        raise SaerlError(
-            f"diversity settings n_clusters={cfg.n_clusters}, svd={cfg.svd}, polish={cfg.polish}, "
-            f"n_init={cfg.n_init}, null_rounds={cfg.null_rounds}: the first and fourth must be 1 or more, "
-            "the others not negative"
-        )
     rows = weighted(X)
     n_rows = rows.shape[0]
     if n_rows == 0:

@@ -6,10 +6,9 @@ apart only by an arm such as ``filtered:plan.schedule=vanilla;plan.filter=true``
 
 from __future__ import annotations
 
-import typing
 from pathlib import Path
 
-from saerl_fast.config import Config, Schedule, apply_overrides, to_dict
+from saerl_fast.config import SCHEDULES, Config, apply_overrides, to_dict
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_json
 from saerl_fast.records.report import write_report
@@ -30,7 +29,7 @@ def parse_arm(text: str) -> tuple[str, list[str]]:
     for item in overrides:
         if not item.startswith(("plan.", "train.")):
             raise SaerlError(f"arm {text!r} sets {item!r}; an arm may set plan.* and train.* only")
-    named = name in typing.get_args(Schedule) or not overrides
+    named = name in SCHEDULES or not overrides
     if named and not any(item.startswith("plan.schedule=") for item in overrides):
         overrides.insert(0, f"plan.schedule={name}")
     if not name.replace("-", "_").isidentifier() or name == "sae":
@@ -49,11 +48,9 @@ def compare(config: Config, echo: Echo) -> list[Path]:
     """
     arms = [parse_arm(text) for text in config.compare.arms]
     names = [name for name, _ in arms]
-    if not arms or len(set(names)) != len(names):
-        raise SaerlError(f"compare.arms={','.join(names)!r} must name one or more different arms")
+    if len(set(names)) < len(names):
+        raise SaerlError(f"compare.arms={','.join(names)!r} must name different arms")
     seeds = config.compare.seeds
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise SaerlError(f"compare.seeds={seeds} must hold one or more different seeds")
     jobs = []
     root = Path(config.run_dir)
     for seed in seeds:
