@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saerl_fast import __version__
-from saerl_fast.config import SCHEDULES, Config, load_config
+from saerl_fast.config import SCHEDULES, Config, describe, load_config
 from saerl_fast.errors import SaerlError
 
 SHORTCUTS = {  # flag -> config key: what most people set on the command line
@@ -23,7 +23,7 @@ SHORTCUTS = {  # flag -> config key: what most people set on the command line
     "seed": "seed",
 }
 PROCESSES, RANK = (int(os.environ.get(name, at)) for name, at in (("WORLD_SIZE", "1"), ("RANK", "0")))
-OVERRIDES_HELP = "settings as key.sub=value, e.g. train.lr=3e-6 (see saerl_fast/config.py for all keys)"
+OVERRIDES_HELP = "settings as key.sub=value, e.g. train.lr=3e-6 (`saerl settings` lists all)"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--schedule",
             metavar="NAME",
-            help=f"{', '.join(SCHEDULES)} or module:function (plan.schedule)",
+            help=f"short for plan.schedule: {', '.join(SCHEDULES)} or module:function",
         )
     train.add_argument("--plan", metavar="FILE", help="follow this plan.json instead of building one")
     train.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint")
@@ -70,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
     watch = commands.add_parser("watch", help="follow a run: latest row, and its curves in live.png")
     watch.add_argument("run", help="folder of a run or a comparison")
     watch.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="how often to look")
+    settings = commands.add_parser("settings", help="every setting with its default, meaning and range")
+    settings.add_argument("section", nargs="?", default="", help="only those in this section, as train.loss")
     report = commands.add_parser("report", help="tables and plots again from what a run recorded")
     report.add_argument("run", help="folder of a run or a comparison")
     return top
@@ -86,6 +88,9 @@ def read_config(args: argparse.Namespace) -> Config:
 
 def run(args: argparse.Namespace) -> None:
     """Dispatch to the pipeline; imports happen here."""
+    if args.command == "settings":
+        print(describe(args.section))
+        return
     if args.command == "report":
         from saerl_fast.records.report import write_report
 

@@ -43,6 +43,7 @@ def test_help_imports_nothing_heavy():
         (["report", "nowhere"], "nowhere is not a folder"),
         (["sae", "info", "nowhere"], "nowhere"),
         (["sae", "train", "--sae", "somewhere"], "names an SAE already"),
+        (["settings", "zigzag"], "unknown config key zigzag"),
         (["train", "data.limit=0"], "data.limit=0 must be at least 1"),
         (["report", "x", "a.b=1"], "takes no settings"),
         (["frobnicate"], "invalid choice"),

@@ -89,8 +89,6 @@ def test_bad_labels_are_refused():
         fit_difficulty(X, rates[1:], DifficultyConfig())
     with pytest.raises(SaerlError, match=r"pass rate 7\.0"):
         fit_difficulty(X, np.where(np.arange(40) == 3, 7.0, rates), DifficultyConfig())
-    with pytest.raises(SaerlError, match="alpha"):
-        fit_difficulty(X, rates, DifficultyConfig(alpha=0.0))
 
 
 def test_a_large_subset_takes_one_short_fit_for_each_fold(monkeypatch):

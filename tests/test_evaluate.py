@@ -99,19 +99,6 @@ def test_pass_rates() -> None:
     assert pass_rates(rewards).tolist() == [0.75, 0.5]
 
 
-@pytest.mark.parametrize(
-    ("cfg", "message"),
-    [
-        (EvalConfig(mode="best"), "'best'"),
-        (EvalConfig(samples=0), "samples=0"),
-        (EvalConfig(temperature=0.0), "temperature=0.0"),
-    ],
-)
-def test_bad_settings(cfg: EvalConfig, message: str) -> None:
-    with pytest.raises(SaerlError, match=message):
-        evaluate(tiny_model(), TOKENIZER, POOL, first_letter, settings(cfg))
-
-
 def test_an_empty_pool() -> None:
     empty = prompts_of([])
     with pytest.raises(SaerlError, match="evaluation pool is empty"):

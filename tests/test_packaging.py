@@ -20,7 +20,7 @@ KERNELS = ROOT / "kernels" / "torch-ext" / "saerl_kernels"
 # The storeys of saerl_fast, from the ground up: each may import itself and what is below it.
 STOREYS = [
     {"errors"},
-    {"ranges", "plugins"},
+    {"plugins"},
     {"config", "fileio"},
     {"records", "models"},
     {"prompts"},

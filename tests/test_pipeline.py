@@ -273,7 +273,7 @@ def test_one_row_pool_scores_and_trains(tmp_path):
 
 def test_all_filtered_pool(scored, tmp_path, capsys):
     folder = tmp_path / "r"
-    settings = ["quality.threshold=1.1", "data.limit=300", f"sae.path={scored / 'sae'}"]
+    settings = ["quality.threshold=1", "data.limit=300", f"sae.path={scored / 'sae'}"]
     assert saerl("score", folder, *settings) == 0
     before = (folder / "scores.parquet").read_bytes()
     assert saerl("train", folder, *settings) == 2

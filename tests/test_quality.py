@@ -108,9 +108,6 @@ def test_too_little_to_learn_from_is_a_note(labels, cfg, words):
     [
         ([1.0, 0.0] * 19, QualityConfig(), "38 quality labels"),
         ([1.0, 0.5] * 20, QualityConfig(), "quality.head=ridge"),
-        ([1.0, 0.0] * 20, QualityConfig(head="svm"), "svm"),
-        ([1.0, 0.0] * 20, QualityConfig(c=0.0), "quality.c"),
-        ([1.0, 0.0] * 20, QualityConfig(filter_ratio=1.0), "filter_ratio"),
     ],
 )
 def test_wrong_input_is_refused(labels, cfg, words):

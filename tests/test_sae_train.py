@@ -135,19 +135,17 @@ def test_geometric_median_ignores_outliers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "change", "message"),
+    ("x", "message"),
     [
-        (torch.empty(0, 16), {}, r"no activations to train an SAE on \(shape \(0, 16\)\)"),
-        ([], {}, "no activations"),
-        (torch.tensor([[1.0, float("nan")]]), {}, "1 of 1 activations are not finite"),
-        (torch.randn(5, 4), {"k": 65}, "sae.k=65 must be between 1 and sae.d_sae=64"),
-        (torch.randn(5, 4), {"steps": 0}, "sae.steps=0"),
+        (torch.empty(0, 16), r"no activations to train an SAE on \(shape \(0, 16\)\)"),
+        ([], "no activations"),
+        (torch.tensor([[1.0, float("nan")]]), "1 of 1 activations are not finite"),
     ],
-    ids=["empty", "no-batches", "nan", "k", "steps"],
+    ids=["empty", "no-batches", "nan"],
 )
-def test_bad_input_is_one_sentence(x: Any, change: dict[str, int], message: str) -> None:
+def test_bad_input_is_one_sentence(x: Any, message: str) -> None:
     with pytest.raises(SaerlError, match=message):
-        train_sae(x, SAEConfig(**SMALL | change))
+        train_sae(x, SAEConfig(**SMALL))
 
 
 def test_collecting_activations() -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from saerl_fast.config import PlanConfig, QualityConfig, check_ranges
+from saerl_fast.config import PlanConfig, QualityConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan.adaptive import AdaptivePlan, embed
 from saerl_fast.plan.base import Plan
@@ -39,7 +39,6 @@ def build_plan(
     ``cfg.filter`` asks for it: that is an error, as are a schedule whose signal is missing and a
     filter that leaves nothing.
     """
-    check_ranges(cfg, "plan.")
     static = get_schedule(cfg.schedule)
     ids = scores.prompt_ids
     if not ids:
@@ -129,8 +128,6 @@ def _filter(
     threshold = override.threshold if override else recorded.get("threshold", QualityConfig.threshold)
     ratio = override.filter_ratio if override else recorded.get("filter_ratio", QualityConfig.filter_ratio)
     if ratio is not None:
-        if not 0 <= ratio <= 1:
-            raise SaerlError(f"quality.filter_ratio={ratio} is not a share between 0 and 1")
         ranked = np.argsort(np.where(np.isfinite(scores), scores, np.inf), kind="stable")
         bad = np.sort(ranked[: round(ratio * len(ids))])
         reason = f"among the lowest {ratio:.1%}"

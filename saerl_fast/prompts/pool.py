@@ -71,12 +71,9 @@ class Pool:
 def load_prompts(spec: str, cfg: DataConfig, *, split_role: Role = "train", seed: int = 0) -> Pool:
     """Read or make one pool. ``split_role`` chooses the hub split, and a data source is told it.
 
-    Raises SaerlError on a missing file or column, an empty pool, an empty prompt, duplicate ids or a
-    row limit below 1 (`load_split` applies the limits).
+    Raises SaerlError on a missing file or column, an empty pool, an empty prompt and duplicate ids. The row
+    limits are applied by `load_split`.
     """
-    for name, value in (("limit", cfg.limit), ("eval_limit", cfg.eval_limit)):
-        if value is not None and value < 1:
-            raise SaerlError(f"data.{name}={value} keeps no row; use at least 1, or null for all")
     if not spec:
         raise SaerlError("data.train is empty; name a file, a hub dataset or a data source")
     setting = "data.eval" if split_role == "eval" and spec == cfg.eval else "data.train"
@@ -104,8 +101,6 @@ def load_split(cfg: DataConfig, seed: int = 0) -> tuple[Pool, Pool]:
     (``saerl_fast.prompts.sources``) is asked for them. Training rows whose prompt text is also
     evaluated are dropped, with a log line.
     """
-    if cfg.eval_size < 1 and not cfg.eval:
-        raise SaerlError(f"data.eval_size={cfg.eval_size} leaves nothing to evaluate; use at least 1")
     train = load_prompts(cfg.train, cfg, split_role="train", seed=seed)
     if cfg.eval:
         held_out = load_prompts(cfg.eval, cfg, split_role="eval", seed=seed)
@@ -178,8 +173,6 @@ def _fault(prompt: Any) -> str | None:
 
 def _wrap(prompt: str | Messages, template: str) -> str | Messages:
     """``prompt`` inside the template: plain replacement, so that braces in either stay as they are."""
-    if "{prompt}" not in template:
-        raise SaerlError(f"data.template={template!r} lacks {{prompt}}; say where the prompt goes")
     if isinstance(prompt, str):
         return template.replace("{prompt}", prompt)
     last = prompt[-1]

@@ -61,8 +61,6 @@ def rows(*, role: str, size: int, seed: int, argument: str) -> dict[str, list[An
     so the two pools are disjoint whatever their sizes, seeds and levels. Columns: prompt_id, prompt,
     answer, task, level (-1 where a generator has no bands) and rg_entry (JSON, for the scorer).
     """
-    if size < 1:
-        raise SaerlError(f"cannot generate {size} reasoning-gym rows; ask for at least 1")
     try:
         cells = parse_cells(argument)
     except ImportError:

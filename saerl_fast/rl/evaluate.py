@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from saerl_fast.config import TrainConfig, check_ranges
+from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.prompts.render import Prompts
 from saerl_fast.rl import distributed
+from saerl_fast.rl.decode import Sampling
 from saerl_fast.rl.generate import generate
 from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
 from saerl_fast.rl.rewards import check_answers, score_rewards
@@ -50,7 +51,7 @@ def evaluate(
     processes take a share of the items each and all get the whole result. SaerlError on an empty pool, and
     in prob mode when no row has an answer.
     """
-    cfg, rollout = check_ranges(train, "train.").eval, train.rollout
+    cfg, rollout = train.eval, train.rollout
     if len(pool) == 0:
         raise SaerlError("the evaluation pool is empty; check data.eval and data.eval_size")
     if cfg.mode == "prob":
@@ -58,7 +59,7 @@ def evaluate(
     here = distributed.shard(len(pool))
     mine = pool.select(range(len(pool))[here])
     greedy = cfg.mode == "greedy"
-    settings = replace(
+    settings = Sampling.of(
         rollout,
         group_size=1 if greedy else cfg.samples,
         temperature=0.0 if greedy else cfg.temperature,

@@ -23,7 +23,7 @@ from torch import Tensor
 from saerl_fast.config import RolloutConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import check_fit
-from saerl_fast.rl.decode import CHECK_EVERY, StaticDecoder, sample, use_static
+from saerl_fast.rl.decode import CHECK_EVERY, Sampling, StaticDecoder, sample, use_static
 from saerl_fast.rl.rollouts import Rollouts, decoded, left_pad, stop_tokens
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def generate(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
-    cfg: RolloutConfig,
+    cfg: RolloutConfig | Sampling,
     *,
     seed: int = 0,
     first: int = 0,
@@ -51,7 +51,6 @@ def generate(
     row per prompt of that prefill, or None. The model is put into eval mode and back.
     Raises SaerlError on an empty batch, an empty prompt or one that does not fit the model's context.
     """
-    check_rollout(cfg)
     if not prompts:
         raise SaerlError("there are no prompts to generate from; pass at least one")
     if tokenizer.pad_token_id is None:
@@ -106,7 +105,7 @@ def _decode(
     lens: Tensor,
     uniforms: Tensor,
     stops: Tensor,
-    cfg: RolloutConfig,
+    cfg: RolloutConfig | Sampling,
     capture: Any | None,
     timings: dict[str, float],
     decoders: dict[int, StaticDecoder],
@@ -159,7 +158,7 @@ def _dynamic(
     lens: Tensor,
     uniforms: Tensor,
     stops: Tensor,
-    cfg: RolloutConfig,
+    cfg: RolloutConfig | Sampling,
     plain: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``StaticDecoder.run``, with a cache that grows and rows that leave once half have ended."""
@@ -207,18 +206,6 @@ def _dynamic(
         )
         logits = output.logits[:, -1]
     return tokens, logprobs, kept
-
-
-def check_rollout(cfg: RolloutConfig) -> None:
-    """SaerlError on a number out of range."""
-    if cfg.group_size < 1 or cfg.max_new_tokens < 1:
-        name = "group_size" if cfg.group_size < 1 else "max_new_tokens"
-        raise SaerlError(f"rollout.{name}={getattr(cfg, name)} must be at least 1")
-    if cfg.temperature < 0 or not 0 < cfg.top_p <= 1:
-        raise SaerlError(
-            f"rollout.temperature={cfg.temperature}, top_p={cfg.top_p}: the temperature must not be negative "
-            "and top_p must lie in (0, 1]"
-        )
 
 
 def _join(parts: list[Any]) -> Any:

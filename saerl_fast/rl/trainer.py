@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from saerl_fast.config import TrainConfig, check_ranges
+from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import write_json
 from saerl_fast.models import add_adapters
@@ -137,7 +137,6 @@ class _Run:
 
     def __post_init__(self) -> None:
         cfg = self.cfg
-        check_ranges(cfg, "train.")
         if (cfg.rollout.engine == "transformers") != (self.engine is generate):
             raise SaerlError(f"train.rollout.engine={cfg.rollout.engine} is not the engine given to train()")
         self.pool, self.tokenizer = self.session.train, self.session.tokenizer

@@ -20,7 +20,6 @@ from saerl_fast.config import RolloutConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import check_fit, max_positions
 from saerl_fast.rl import distributed
-from saerl_fast.rl.generate import check_rollout
 from saerl_fast.rl.rollouts import Rollouts, decoded, left_pad, stop_tokens
 from saerl_fast.rl.seeds import PROMPT, derived_seed
 
@@ -77,7 +76,6 @@ class VllmEngine:
         """As ``saerl_fast.rl.generate.generate``; log-probabilities are vLLM's, after top-p."""
         from vllm import SamplingParams
 
-        check_rollout(cfg)
         check_fit(model, prompts, cfg.max_new_tokens)
         ids, lens = left_pad(prompts, tokenizer.pad_token_id or 0, model.device)
         stops = stop_tokens(model, tokenizer)

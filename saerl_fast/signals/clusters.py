@@ -49,12 +49,6 @@ def cluster_prompts(X: CSR, cfg: DiversityConfig, *, tasks: Sequence[Any] | None
     ``null_max``; both on the same ``silhouette_rows`` rows; ``sizes``; with tasks ``purity`` and
     ``purity_chance``, that of shuffled labels.
     """
-    if cfg.n_clusters < 1 or cfg.svd < 0 or cfg.polish < 0 or cfg.n_init < 1 or cfg.null_rounds < 0:
-        raise SaerlError(
-            f"diversity settings n_clusters={cfg.n_clusters}, svd={cfg.svd}, polish={cfg.polish}, "
-            f"n_init={cfg.n_init}, null_rounds={cfg.null_rounds}: the first and fourth must be 1 or more, "
-            "the others not negative"
-        )
     n_rows = X.n_rows
     if n_rows == 0:
         raise SaerlError("there are no prompts to cluster; check data.train and data.limit")

@@ -44,11 +44,6 @@ def fit_difficulty(
     outside = known & ~((rates >= 0) & (rates <= 1))
     if outside.any():
         raise SaerlError(f"pass rate {rates[outside][0]} is not in [0, 1]; check difficulty.label_column")
-    if not (cfg.alpha > 0 and 0 < cfg.l1_ratio <= 1 and cfg.folds >= 2):
-        raise SaerlError(
-            f"difficulty.alpha={cfg.alpha}, l1_ratio={cfg.l1_ratio}, folds={cfg.folds}: "
-            "alpha must be positive, l1_ratio in (0, 1] and folds 2 or more"
-        )
     rows = np.flatnonzero(known)
     metrics: dict[str, Any] = {"n_labels": len(rows), "spearman": None, "r2": None, "note": None}
     if not len(rows):

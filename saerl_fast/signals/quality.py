@@ -54,12 +54,6 @@ def fit_quality(
     values = np.asarray(labels, dtype=np.float64)
     if values.shape != (n_rows,):
         raise SaerlError(f"{len(values)} quality labels cannot belong to {n_rows} prompts")
-    if cfg.head not in ("logistic", "ridge", "none"):
-        raise SaerlError(f"quality.head={cfg.head!r} is unknown; choose logistic, ridge or none")
-    if cfg.c <= 0 or cfg.folds < 2:
-        raise SaerlError(f"quality.c={cfg.c} must be positive and quality.folds={cfg.folds} 2 or more")
-    if cfg.filter_ratio is not None and not 0 <= cfg.filter_ratio < 1:
-        raise SaerlError(f"quality.filter_ratio={cfg.filter_ratio} must lie in [0, 1)")
     rows = np.flatnonzero(np.isfinite(values))
     known = values[rows]
     metrics: dict[str, Any] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ def difficulty_labels(
         return rates, {"labelled": float(np.isfinite(rates).sum()), "rollouts": 0.0}
     if settings.n_labels < 1:
         return None, {"labelled": 0.0, "rollouts": 0.0}
+    from saerl_fast.rl.decode import Sampling
     from saerl_fast.rl.evaluate import pass_rates, score_rollouts
     from saerl_fast.rl.generate import generate
     from saerl_fast.rl.rewards import get_reward, with_timeout
@@ -54,7 +54,7 @@ def difficulty_labels(
         record = saved if saved.get("fingerprint") == mark else record
     reward = with_timeout(get_reward(config.train.reward), config.train.reward_timeout)
     ids = pool.column("prompt_id")
-    rollout = replace(config.train.rollout, group_size=settings.rollouts)
+    rollout = Sampling.of(config.train.rollout, group_size=settings.rollouts)
     bar, width = echo.bar("difficulty labels"), LABEL_CHUNK
     for start in range(0, len(chosen), width):
         part = [int(i) for i in chosen[start : start + width]]

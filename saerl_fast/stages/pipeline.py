@@ -302,8 +302,6 @@ def train_stage(
 def _vllm(config: Config, echo: Echo, session: Session) -> Callable[..., Any]:
     from saerl_fast.rl.vllm import VllmEngine
 
-    if config.train.lora.rank:
-        raise SaerlError("train.rollout.engine=vllm trains all weights; set train.lora.rank=0")
     if config.train.capture:
         echo("vLLM's prefill cannot be observed: features take a forward pass of their own")
     return VllmEngine(session.model, config.train.rollout).generate
