@@ -101,10 +101,10 @@ def test_a_batch_holds_as_many_rows_as_it_may_in_whole_groups() -> None:
 
 
 def test_a_prompt_may_fill_the_context_to_its_end() -> None:
-    made = generate(tiny_model(), TOKENIZER, [[4] * 112], RolloutConfig(group_size=1, max_new_tokens=16))
+    made = generate(tiny_model(), TOKENIZER, [[4] * 112], RolloutConfig(group_size=2, max_new_tokens=16))
     assert made.prompt_lens.tolist() == [112]
     with pytest.raises(SaerlError, match="113 tokens and 16 new ones"):
-        generate(tiny_model(), TOKENIZER, [[4] * 113], RolloutConfig(group_size=1, max_new_tokens=16))
+        generate(tiny_model(), TOKENIZER, [[4] * 113], RolloutConfig(group_size=2, max_new_tokens=16))
 
 
 def test_out_of_memory_halves_the_batch(monkeypatch, caplog) -> None:
