@@ -196,7 +196,12 @@ class TrainConfig:
     micro_tokens: int = 16384  # tokens of a forward/backward
     gradient_checkpointing: bool = False  # less memory, more time
     dynamic_sampling: int = 0  # further plan batches a step may draw while too few groups have a signal
-    reward: str = "exact"  # exact, numeric, maths, reasoning-gym, or module:function (TRL's signature)
+    # exact, numeric, maths, maths-boxed, reasoning-gym, any of them with -think (only what follows </think>
+    # counts), or module:function (TRL's signature); several are added up
+    reward: list[str] = field(default_factory=lambda: ["exact"])
+    reward_weights: list[float] | None = None  # of several rewards, in their order; None: 1 each
+    reward_truncated: bool = False  # the built-in rewards also pay completions cut off at max_new_tokens
+    pass_threshold: float | None = None  # a reward of at least this is a pass; None: clipped to [0, 1]
     reward_timeout: float = 0.0  # seconds one call of the reward may take; 0: no limit
     capture: bool = True  # read features off the rollouts' own prefill, when the plan makes use of them
     save_every: int = 20  # steps between checkpoints; 0: only at the end

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from saerl_fast.rl.rewards.call import Notes
+
 if TYPE_CHECKING:
     from saerl_kernels import CSR
 
@@ -72,9 +74,10 @@ class Draw:
     prompts: list[str]  # [P] texts
     columns: dict[str, list[Any]]  # of the pool, P rows
     rollouts: Rollouts
-    rewards: np.ndarray  # float64 [P, G], as the reward function gave them
+    rewards: np.ndarray  # float64 [P, G], as the reward function gave them; NaN for None
     advantage: Tensor  # float32 [P, G]
-    used: Tensor  # bool [P]: rewards that differ, so a gradient
+    used: Tensor  # bool [P]: rewards (of the task, not shaped) that differ, so a gradient
+    notes: Notes = field(default_factory=Notes)  # what the reward functions logged
 
 
 def concat(parts: Sequence[Rollouts]) -> Rollouts:
@@ -97,6 +100,17 @@ def concat(parts: Sequence[Rollouts]) -> Rollouts:
         joined = CSR.concat(features)
     texts = [text for part in parts for text in part.texts]
     return replace(parts[0], texts=texts, features=joined, **tensors)
+
+
+def rows_of(features: CSR, rows: np.ndarray) -> CSR:
+    """Some rows int64 [n] of a CSR matrix."""
+    from saerl_kernels import CSR
+
+    starts, ends = features.indptr[:-1].tolist(), features.indptr[1:].tolist()
+    kept = torch.cat([torch.arange(starts[i], ends[i]) for i in rows]).to(features.indices.device)
+    lengths = torch.tensor([0] + [ends[i] - starts[i] for i in rows], dtype=features.indptr.dtype)
+    indptr = lengths.cumsum(0).to(features.indptr)
+    return CSR(indptr, features.indices[kept], features.values[kept], features.n_cols)
 
 
 def select(rollouts: Rollouts, groups: Tensor) -> Rollouts:

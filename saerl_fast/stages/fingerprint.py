@@ -31,6 +31,7 @@ NOT_RESULTS = {  # where, how fast and what is kept of it: no part of what comes
 }
 
 FILTER = ("threshold", "filter_ratio")  # of quality: the plan's business, since the scores stay the same
+REWARD = ("reward", "reward_weights", "reward_truncated", "pass_threshold")  # what labels depend on
 FOR_LABELS = ("max_new_tokens", "temperature", "top_p")  # of train.rollout: the labels have their own counts
 
 
@@ -68,7 +69,8 @@ def fingerprint(config: Config, sections: tuple[str, ...], *, without: tuple[str
         tree["train"]["seed"] = training_seed(config)
     if "labels" in sections and config.difficulty.label_column is None and config.difficulty.n_labels:
         sampling = {key: getattr(config.train.rollout, key) for key in FOR_LABELS}
-        tree["labels"] = {**sampling, "reward": config.train.reward, "seed": config.seed}
+        paid = {key: getattr(config.train, key) for key in REWARD}
+        tree["labels"] = {**sampling, **paid, "seed": config.seed}
     if "score" in sections:
         tree["seed"] = config.seed
     tree["prompts"] = load_pools(config)[0].digest
@@ -94,7 +96,7 @@ def changes(before: Any, config: Config, sections: tuple[str, ...], without: tup
         return "a record of another version"
     new = dict(_flat(settings(to_dict(config), sections, without)))
     if "labels" in sections:
-        keys = [f"rollout.{key}" for key in FOR_LABELS] + ["reward"]
+        keys = [f"rollout.{key}" for key in FOR_LABELS] + [*REWARD]
         old |= {f"train.{key}": value for key, value in _flat(before["train"]) if key in keys}
         new |= {f"train.{key}": value for key, value in _flat(to_dict(config)["train"]) if key in keys}
     for tree, of in ((old, before), (new, to_dict(config))):
