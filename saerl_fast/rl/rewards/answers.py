@@ -44,6 +44,7 @@ _WORD = re.compile(
 )
 _MEASURE = re.compile(r"[-+$(\[{\\]*\d[\d.,/]*\s*\S{1,12}(?:\s\S{1,12}){0,3}$")  # a number and its unit
 _JOINED = re.compile(r"\s*(?:,|and|or|to)\s*(?:and|or)?\s*")
+_REMARK = re.compile(r"[a-zA-Z]{2,}[,;]?\s+[a-zA-Z]{2,}.*[.:!?]\W*$")  # a line of prose
 _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbb|begin|end|operatorname)\s*\{[^{}]*\}")
 
 
@@ -201,30 +202,43 @@ def _open_formula(text: str) -> bool:
     return (dollars % 2 == 1 and money < 1) or not balanced(last)
 
 
-def final_answer(text: str, multiline: bool = False) -> str:
-    r"""What a completion offers as its answer, as it is written: \boxed{...}, else <answer>, else after the
-    last "Answer:", else its last line.
+def final_answer(text: str, gold: str = "") -> str:
+    r"""What a completion offers as its answer, as it is written: \boxed{...}, else after the last "Answer:"
+    or <answer>, else its last line.
 
-    ``multiline``: the answer has several lines (a grid): the whole text serves in place of a line, and a code
-    fence around it, or a remark after a blank line or the fence, is no part of it.
+    Where ``gold`` has several lines (a grid), so has the answer: the lines after the mark, or the whole text,
+    without a code fence around them and without remarks before and after.
     """
-    inside = boxed(text)
-    if inside is not None and not (multiline and "\n" not in inside and "answer" in text.lower()):
-        return inside
+    grid = "\n" in gold.strip("\n")
     marks = list(_MARK.finditer(text))
-    rest = (text[marks[-1].end() :] if marks else text).split("</answer>")[0]
-    if multiline:
-        return block(rest)
-    lines = [line for line in rest.splitlines() if line.strip().strip("`*_")]
+    inside = boxed(text)
+    if inside is not None and not (grid and "\n" not in inside and marks):
+        return inside
+    rest = text[marks[-1].end() :] if marks else text
+    rest = re.split(r"</answer>", rest, flags=re.IGNORECASE)[0]
+    if grid:
+        return _block(rest, gold)
+    lines = [line for line in rest.splitlines() if line.strip(" \t*`_$")]
     if not lines:
         return ""
     return (lines[0] if marks else lines[-1]).strip(" \t*`$")
 
 
-def block(text: str) -> str:
-    """The lines of a grid: inside the last code fence, or up to the first blank line after it."""
-    fences = re.findall(r"```[a-zA-Z]*\n(.*?)\n?```", text, re.DOTALL)
+def _block(text: str, gold: str) -> str:
+    """The lines of a grid in ``text``; blank lines and prose belong to it only where ``gold`` has such."""
+    fences = re.findall(r"```[a-zA-Z]*[ \t]*\n(.*?)\n?[ \t]*```", text, re.DOTALL)
     if fences:
         return fences[-1].strip("\n")
-    text = re.sub(r"^[*_]*[ \t]*\n", "", text.lstrip("\n")).strip("\n")
-    return text
+    text = re.sub(r"^(?:\*+|[_`]+(?=[ \t]*\n))", "", text)
+    text = text.lstrip(" \t") if text.lstrip(" \t")[:1] not in ("", "\n", "\r") else text
+    lines = text.strip("\n").splitlines()
+    prose = [bool(_REMARK.search(line)) for line in gold.splitlines()]
+    if not any(prose):
+        while lines and (_REMARK.search(lines[0]) or not lines[0].strip(" *_`")):
+            lines.pop(0)
+        end = next((i for i, line in enumerate(lines) if _REMARK.search(line)), len(lines))
+        lines = lines[:end]
+    if all(line.strip() for line in gold.strip("\n").splitlines()):
+        blank = next((i for i, line in enumerate(lines) if not line.strip()), len(lines))
+        lines = lines[:blank]
+    return "\n".join(lines).rstrip("\n")

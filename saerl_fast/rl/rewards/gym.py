@@ -16,7 +16,8 @@ def reasoning_gym(prompts: Sequence[Any], completions: Sequence[Any], **columns:
     r"""1.0 when reasoning-gym's own scorer gives full marks (its partial credit counts as 0).
 
     Needs the column ``rg_entry``. The candidate is \boxed{...}, else what is in <answer>, else what follows
-    the last "Answer:", else the last line; for answers of several lines the whole text serves instead.
+    the last "Answer:", else the last line; for answers of several lines all that follows serves, less code
+    fences and remarks.
     A full stop at its end counts as the sentence's where the reference answer ends without one.
     """
     scores = []
@@ -26,7 +27,7 @@ def reasoning_gym(prompts: Sequence[Any], completions: Sequence[Any], **columns:
             generator, gold = entry["metadata"]["source_dataset"], str(entry["answer"])
         except (TypeError, KeyError, ValueError):
             raise SaerlError(f"column rg_entry holds {str(text)[:80]!r}, not a reasoning-gym entry") from None
-        candidate = final_answer(read_text(completion), multiline="\n" in gold)
+        candidate = final_answer(read_text(completion), gold)
         if candidate.endswith(".") and not gold.rstrip().endswith("."):
             candidate = candidate[:-1].rstrip(" \t*`$")
         scorer = _scorer(generator)
