@@ -57,6 +57,9 @@ TABLE: list[tuple[str, str, int]] = [
     ("Then $x = 12 +", "12", 0),
     ("I do not know.", "12", 0),
     ("", "12", 0),
+    (r"<think>\boxed{42}</think> Some other text", "42", 0),
+    (r"<think>\boxed{41}</think> It is \boxed{42}.", "42", 1),
+    (r"<think>it is 42</think>", "42", 0),
     # --- stops and signs at the edge ---
     (r"\boxed{12.}", "12", 1),
     (r"\boxed{100,}", "100", 1),

@@ -8,8 +8,8 @@ import pytest
 from saerl_fast.config import TrainConfig, load_config
 from saerl_fast.errors import SaerlError
 from saerl_fast.prompts.pool import Pool
-from saerl_fast.rl.rewards import get_reward
-from saerl_fast.rl.rewards.dry import check_reward, check_think, try_reward
+from saerl_fast.rl.rewards import dry, get_reward
+from saerl_fast.rl.rewards.dry import check_think, first_call, read_answers, try_reward
 from tests.tiny_lm import char_tokenizer
 
 
@@ -19,7 +19,14 @@ def pool(answers: list[str], prompts: list | None = None, first: str = "p") -> P
 
 
 def check(reward, *pools: Pool, **settings) -> None:
-    check_reward(get_reward(reward) if isinstance(reward, str) else reward, pools, TrainConfig(**settings))
+    reward = get_reward(reward) if isinstance(reward, str) else reward
+    read_answers(reward, pools)
+    first_call(reward, pools[0], TrainConfig(**settings))
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet(monkeypatch):
+    monkeypatch.setattr(dry, "_done", set())
 
 
 @pytest.mark.parametrize(
@@ -91,7 +98,10 @@ def test_it_is_tried_once_for_each_setting(tmp_path, monkeypatch):
     rows = "".join(f'{{"prompt": "say {i}", "answer": "{i}"}}\n' for i in range(6))
     (tmp_path / "rows.jsonl").write_text(rows)
     (tmp_path / "counted.py").write_text(
-        "calls = []\ndef score(completions, **columns):\n    calls.append(1)\n    return [0.0 for _ in completions]\n"
+        "calls = []\n"
+        "def score(completions, **columns):\n"
+        "    calls.append(1)\n"
+        "    return [0.0 for _ in completions]\n"
     )
     settings = [f"data.train={tmp_path}/rows.jsonl", "data.eval_size=2", "train.reward=counted:score"]
     config = load_config(None, settings)

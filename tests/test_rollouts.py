@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from saerl_fast.config import (
     LossConfig,
@@ -10,6 +12,7 @@ from saerl_fast.config import (
 from saerl_fast.errors import SaerlError
 from saerl_fast.records.log import read_metrics
 from saerl_fast.rl import update as module
+from saerl_fast.rl.rollouts import rows_of
 from tests.tiny_lm import tiny_model
 from tests.training import TOKENIZER, Die, adaptive_plan, assert_same_run, run, same_weights, small, sums
 
@@ -119,4 +122,24 @@ def test_overlong_completions_lose_reward_but_not_pass_rate(tmp_path: Path) -> N
     _, plan, _ = run(tmp_path, cfg, reward=constant)
     row = next(row for row in read_metrics(tmp_path) if row["kind"] == "train")
     assert row["reward"] == row["pass_rate"] == 1 and plan.told.sum() == 4
-    assert row["groups_used"] > 0  # lengths differ, so there is something to learn
+    assert row["groups_used"] == 0  # lengths differ, but no completion did better than another
+
+
+def test_the_overlong_penalty_changes_what_groups_with_a_signal_learn(tmp_path: Path) -> None:
+    rows = {}
+    for window in (0, 5):
+        folder = tmp_path / str(window)
+        run(folder, small(steps=1, loss=LossConfig(overlong_window=window)))
+        rows[window] = next(row for row in read_metrics(folder) if row["kind"] == "train")
+    for key in ("reward", "pass_rate", "groups_used", "tokens"):
+        assert rows[0][key] == rows[5][key]
+    assert rows[0]["groups_used"] > 0 and rows[0]["grad_norm"] != rows[5]["grad_norm"]
+
+
+def test_rows_of_a_sparse_matrix() -> None:
+    from saerl_kernels import CSR
+
+    dense = torch.tensor([[1.0, 0, 2], [0, 0, 0], [0, 3, 0], [4, 5, 6]])
+    for rows in ([0, 2, 3], [1], [3, 3, 0]):
+        some = rows_of(CSR.from_dense(dense), np.array(rows))
+        assert torch.equal(some.to_dense(), dense[rows]) and some.indptr.dtype == torch.int64

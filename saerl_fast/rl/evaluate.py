@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from saerl_fast.prompts.render import Prompts
 from saerl_fast.rl import distributed
 from saerl_fast.rl.generate import generate
 from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
-from saerl_fast.rl.rewards import Notes, State, check_answers, score_rewards
+from saerl_fast.rl.rewards import Notes, State, check_answers, is_built_in, score_rewards
 from saerl_fast.rl.rollouts import Rollouts
 from saerl_fast.rl.warmup import answer_rows
 
@@ -124,6 +125,8 @@ def score_rollouts(
         if chat is not None:
             for i in range(p * group, (p + 1) * group):
                 completions[i] = [{"role": "assistant", "content": begun + rollouts.texts[i]}]
+    if not pay_truncated and not rollouts.finished.any() and is_built_in(reward):
+        _say_cut_off()
     kept = zip(rollouts.completion_ids.tolist(), rollouts.lengths.tolist(), strict=True)
     return score_rewards(
         reward,
@@ -135,6 +138,14 @@ def score_rollouts(
         state=state,
         notes=notes,
     ).reshape(-1, group)
+
+
+@cache
+def _say_cut_off() -> None:
+    log.warning(
+        "no completion ended before train.rollout.max_new_tokens, and the built-in rewards pay nothing for "
+        "text that is cut off; raise it, or set train.reward_truncated=true"
+    )
 
 
 def known_mean(rewards: np.ndarray) -> np.ndarray:

@@ -44,6 +44,7 @@ from saerl_fast.rl.generate import generate
 from saerl_fast.rl.interrupt import graceful_interrupt
 from saerl_fast.rl.loss import advantages, overlong_penalty
 from saerl_fast.rl.rewards import Notes, State, with_timeout
+from saerl_fast.rl.rewards.dry import read_answers
 from saerl_fast.rl.rollouts import Draw, Rollouts, concat, join, rows_of
 from saerl_fast.rl.seeds import derived_seed
 from saerl_fast.rl.update import Learner
@@ -150,6 +151,7 @@ class _Run:
                 f"{distributed.size()} processes cannot share train.rollout.prompts_per_step="
                 f"{cfg.rollout.prompts_per_step}; start fewer processes or raise it"
             )
+        read_answers(self.reward, (self.session.train, self.session.eval))
         self.reward = with_timeout(self.reward, cfg.reward_timeout)
         self.state = State(max_steps=cfg.steps)
         self.warned = False  # of rewards outside [0, 1]

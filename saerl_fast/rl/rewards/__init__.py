@@ -19,7 +19,15 @@ from typing import Any
 from saerl_fast.errors import SaerlError
 from saerl_fast.rl.rewards.answers import THINK_END, after_thinking, read_text
 from saerl_fast.rl.rewards.basic import exact, maths, maths_boxed, numeric
-from saerl_fast.rl.rewards.call import Notes, Reward, State, Together, score_rewards, with_timeout
+from saerl_fast.rl.rewards.call import (
+    Notes,
+    Reward,
+    State,
+    Together,
+    is_built_in,
+    score_rewards,
+    with_timeout,
+)
 from saerl_fast.rl.rewards.columns import check_answers
 from saerl_fast.rl.rewards.gym import reasoning_gym
 
@@ -30,6 +38,7 @@ __all__ = [
     "State",
     "check_answers",
     "get_reward",
+    "is_built_in",
     "score_rewards",
     "with_timeout",
 ]

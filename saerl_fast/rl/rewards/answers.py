@@ -1,5 +1,6 @@
 r"""Which answer a completion states: always one, by one rule.
 
+    0. where there is a </think>, only what follows the last one counts;
     1. the last \boxed{...} or \fbox{...} (several that are joined by a comma, "and" or "or" are a list);
     2. else what follows the last mark: "answer is", "Answer:", "####", <answer>;
     3. else the last formula or number.
@@ -53,6 +54,11 @@ def read_text(completion: Any) -> str:
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
+def spoken(text: str) -> str:
+    """Rule 0: what follows the last </think>; all of ``text`` when there is none."""
+    return text.rpartition(THINK_END)[2]
+
+
 def after_thinking(text: str) -> str:
     """What follows the last </think>; nothing when there is none."""
     _, end, rest = text.rpartition(THINK_END)
@@ -91,7 +97,8 @@ def _group(text: str, start: int) -> tuple[str, int]:
 
 
 def boxed_answer(text: str) -> str | None:
-    """Rule 1: the last box, or the list that the last boxes make."""
+    """Rules 0 and 1: the last box, or the list that the last boxes make."""
+    text = spoken(text)
     found = boxes(text)
     if not found:
         return None
@@ -104,7 +111,8 @@ def boxed_answer(text: str) -> str | None:
 
 
 def marked(text: str) -> str | None:
-    """Rules 1 and 2: a box, or the phrase after the last mark; None when the text has neither."""
+    """Rules 0 to 2: a box, or the phrase after the last mark; None when the text has neither."""
+    text = spoken(text)
     inside = boxed_answer(text)
     if inside is not None:
         return inside
@@ -114,6 +122,7 @@ def marked(text: str) -> str | None:
 
 def stated(text: str) -> str | None:
     """The one answer that ``text`` states, by the rule above; None when it states none."""
+    text = spoken(text)
     found = marked(text)
     return last_expression(text) if found is None else found
 
@@ -209,6 +218,7 @@ def final_answer(text: str, gold: str = "") -> str:
     Where ``gold`` has several lines (a grid), so has the answer: the lines after the mark, or the whole text,
     without a code fence around them and without remarks before and after.
     """
+    text = spoken(text)
     grid = "\n" in gold.strip("\n")
     marks = list(_MARK.finditer(text))
     inside = boxed(text)

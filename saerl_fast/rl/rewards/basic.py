@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from saerl_fast.rl.rewards.answers import boxed_answer, marked, read_text, stated
+from saerl_fast.rl.rewards.answers import boxed_answer, marked, read_text, spoken, stated
 from saerl_fast.rl.rewards.columns import answers_of
 from saerl_fast.rl.rewards.equal import math_verify, same
 from saerl_fast.rl.rewards.notation import balanced, squeeze, tidy
@@ -30,7 +30,7 @@ def numeric_gold(answer: Any) -> Fraction | None:
 
 
 def numeric(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-    """1.0 when the last number of the completion equals the answer's.
+    """1.0 when the last number of the completion (after its </think>, if any) equals the answer's.
 
     Whole numbers must be equal exactly, others within 1e-6 relative. An answer without a number, or with
     several, scores 0 whatever the completion; such rows are counted and named before a run.
@@ -38,15 +38,16 @@ def numeric(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) 
     scores = []
     for completion, answer in zip(completions, answers_of(columns, prompts, "numeric"), strict=True):
         wanted = numeric_gold(answer)
-        scores.append(float(wanted is not None and equal(last_number(read_text(completion)), wanted)))
+        scores.append(float(wanted is not None and equal(last_number(spoken(read_text(completion))), wanted)))
     return scores
 
 
 def maths(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
     r"""1.0 when the one answer that the completion states equals the reference answer.
 
-    The answer is read by the rule of :mod:`saerl_fast.rl.rewards.answers`: the last \boxed{...}, else what
-    follows the last "answer is", "Answer:" or "####", else the last formula or number.
+    The answer is read by the rule of :mod:`saerl_fast.rl.rewards.answers`: after the last </think>, if any,
+    the last \boxed{...}, else what follows the last "answer is", "Answer:" or "####", else the last formula
+    or number.
     """
     return _score(stated, "maths", prompts, completions, columns)
 

@@ -275,6 +275,12 @@ def _settle(raw: Any) -> Any:
     return outcome[0]
 
 
+def is_built_in(fn: Reward) -> bool:
+    """Whether ``fn``, or one of several, reads answers by this package's own rules."""
+    parts = fn.parts if isinstance(fn, Together) else [fn]
+    return any(getattr(part, "built_in", False) for part in parts)
+
+
 def name_of(fn: Reward) -> str:
     """What messages call a reward function."""
     return str(getattr(fn, "reward_name", None) or getattr(fn, "__name__", type(fn).__name__))

@@ -34,42 +34,48 @@ _done: set[str] = set()
 
 
 def try_reward(config: Config) -> None:
-    """Check the configured reward on the configured pools, once for each; see :func:`check_reward`."""
+    """Check the configured reward on the configured pools, once for each: its answers, and a first call."""
     from saerl_fast.session import load_pools
 
     pools = load_pools(config)
     train = config.train
     mark = json.dumps([train.reward, train.reward_weights, pools[0].digest, pools[1].digest])
     if mark not in _done:
-        check_reward(get_reward(train.reward, train.reward_weights), pools, train)
+        reward = get_reward(train.reward, train.reward_weights)
+        read_answers(reward, pools)
+        first_call(reward, pools[0], train)
         _done.add(mark)
 
 
-def check_reward(reward: Reward, pools: tuple[Pool, ...], cfg: TrainConfig) -> None:
-    """Read every reference answer, and call ``reward`` on the first rows with these as completions.
+def read_answers(reward: Reward, pools: tuple[Pool, ...]) -> None:
+    """Read every reference answer that a built-in reward will, once for the same reward and answers.
 
-    Answers that a built-in reward cannot read are counted and the first named, in the log; SaerlError when it
-    can read none, and for whatever a call raises or returns.
+    Those that it cannot read are counted and the first named, in the log; SaerlError when it can read none.
     """
     for part in reward.parts if isinstance(reward, Together) else [reward]:
-        if getattr(part, "built_in", False):
-            _read_all(name_of(part), pools)
-    with_answers = (i for i, a in enumerate(pools[0].column("answer")) if str(a).strip())
-    first = pools[0].select([*with_answers][:ROWS] or range(min(ROWS, len(pools[0]))))
+        name = name_of(part)
+        mark = json.dumps([name, sorted({str(answer) for pool in pools for answer in pool.column("answer")})])
+        if getattr(part, "built_in", False) and mark not in _done:
+            _read_all(name, pools)
+            _done.add(mark)
+
+
+def first_call(reward: Reward, pool: Pool, cfg: TrainConfig) -> None:
+    """Call ``reward`` on the first rows with their answers as completions; SaerlError as `score_rewards`."""
+    with_answers = (i for i, a in enumerate(pool.column("answer")) if str(a).strip())
+    first = pool.select([*with_answers][:ROWS] or range(min(ROWS, len(pool))))
     prompts, answers = first.column("prompt"), [str(a) for a in first.column("answer")]
     completions = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for text, prompt in zip(answers, prompts, strict=True)
     ]
     ids = [[0] * max(1, len(text) // 4) for text in answers]  # there is no tokenizer yet
-    scores = score_rewards(
-        with_timeout(reward, cfg.reward_timeout), prompts, completions, first.columns, ids=ids
-    )
-    if np.isnan(scores).all():
+    limited = with_timeout(reward, cfg.reward_timeout)
+    if np.isnan(score_rewards(limited, prompts, completions, first.columns, ids=ids)).all():
         log.warning(
             "reward %s gave None for the first %d rows; rows that no reward judges teach nothing",
             name_of(reward),
-            len(scores),
+            len(first),
         )
 
 
