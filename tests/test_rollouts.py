@@ -126,14 +126,19 @@ def test_overlong_completions_lose_reward_but_not_pass_rate(tmp_path: Path) -> N
 
 
 def test_the_overlong_penalty_changes_what_groups_with_a_signal_learn(tmp_path: Path) -> None:
+    def every_other(prompts, completions, **columns):
+        return [float(i % 2) for i in range(len(completions))]
+
     rows = {}
-    for window in (0, 5):
+    for window in (0, 36):
         folder = tmp_path / str(window)
-        run(folder, small(steps=1, loss=LossConfig(overlong_window=window)))
+        cfg = small(steps=1, loss=LossConfig(overlong_window=window))
+        cfg.rollout.max_new_tokens = 40
+        run(folder, cfg, reward=every_other)
         rows[window] = next(row for row in read_metrics(folder) if row["kind"] == "train")
     for key in ("reward", "pass_rate", "groups_used", "tokens"):
-        assert rows[0][key] == rows[5][key]
-    assert rows[0]["groups_used"] > 0 and rows[0]["grad_norm"] != rows[5]["grad_norm"]
+        assert rows[0][key] == rows[36][key]
+    assert rows[0]["groups_used"] == 4 and rows[0]["grad_norm"] != rows[36]["grad_norm"]
 
 
 def test_rows_of_a_sparse_matrix() -> None:
