@@ -125,7 +125,23 @@ def test_overlong_completions_lose_reward_but_not_pass_rate(tmp_path: Path) -> N
     _, plan, _ = run(tmp_path, cfg, reward=constant)
     row = next(row for row in read_metrics(tmp_path) if row["kind"] == "train")
     assert row["reward"] == row["pass_rate"] == 1 and plan.told.sum() == 4
-    assert row["groups_used"] > 0  # lengths differ, so there is something to learn
+    assert row["groups_used"] == 0  # lengths differ, but no completion did better than another
+
+
+def test_the_overlong_penalty_changes_what_groups_with_a_signal_learn(tmp_path: Path) -> None:
+    def every_other(prompts, completions, **columns):
+        return [float(i % 2) for i in range(len(completions))]
+
+    rows = {}
+    for window in (0, 36):
+        folder = tmp_path / str(window)
+        cfg = small(steps=1, loss=LossConfig(overlong_window=window))
+        cfg.rollout.max_new_tokens = 40
+        run(folder, cfg, reward=every_other)
+        rows[window] = next(row for row in read_metrics(folder) if row["kind"] == "train")
+    for key in ("reward", "pass_rate", "groups_used", "tokens"):
+        assert rows[0][key] == rows[36][key]
+    assert rows[0]["groups_used"] == 4 and rows[0]["grad_norm"] != rows[36]["grad_norm"]
 
 
 def batch(prompt: list[list[int]], completion: list[list[int]], group: int = 1) -> Rollouts:

@@ -16,7 +16,8 @@ from saerl_fast.config.fields import SEED, Section, name_sections, section, sett
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 LOSSES = ("dapo", "grpo", "dr_grpo", "gspo", "cispo")
 SCHEDULES = ("vanilla", "literal", "global", "medium", "adaptive")
-REWARDS = ("exact", "numeric", "maths", "reasoning-gym")
+REWARDS: tuple[str, ...] = ("exact", "numeric", "maths", "maths-boxed", "reasoning-gym")
+REWARDS += tuple(f"{name}-think" for name in REWARDS)
 DEVICE = ("auto|cpu|mps|(cuda|xpu)(:[0-9]+)?", "be auto, cpu, cuda or cuda:N")
 TEMPLATE = (r".*\{prompt\}.*", "hold {prompt}, which says where the prompt goes")
 
@@ -229,7 +230,16 @@ class TrainConfig(Section):
     micro_tokens: int = setting(16384, "tokens of a forward/backward", at_least=1, result=False)
     gradient_checkpointing: bool = setting(False, "less memory, more time")
     dynamic_sampling: int = setting(0, "further batches while too few groups have a signal", at_least=0)
-    reward: str = setting("exact", "a function has TRL's signature", choices=REWARDS, or_function=True)
+    reward: list[str] = setting(
+        ["exact"],
+        "several are added up; with -think only what follows </think> counts; a function has TRL's signature",
+        choices=REWARDS,
+        or_function=True,
+        filled=True,
+    )
+    reward_weights: list[float] | None = setting(None, "of several rewards, in their order; null: 1 each")
+    reward_truncated: bool = setting(False, "the built-in rewards also pay completions that were cut off")
+    pass_threshold: float | None = setting(None, "the reward of a pass, at least; null: clip to [0, 1]")
     reward_timeout: float = setting(
         0.0, "seconds one call of the reward may take; 0: no limit", at_least=0, at_most=10**9, result=False
     )

@@ -48,6 +48,8 @@ def compare(config: Config, echo: Echo) -> list[Path]:
 
     Raises SaerlError before anything runs when an arm or the list of seeds is wrong.
     """
+    from saerl_fast.rl.rewards.dry import try_reward
+
     arms = [parse_arm(text) for text in config.compare.arms]
     names = [name for name, _ in arms]
     if len(set(names)) < len(names):
@@ -60,6 +62,7 @@ def compare(config: Config, echo: Echo) -> list[Path]:
             mine = apply_overrides(config, [*overrides, f"train.seed={seed}"])
             check_packages(mine)
             check_functions(mine)
+            try_reward(mine)
             folder = name if seed == seeds[0] else f"{name}.seed-{seed}"
             jobs.append((name, mine, root / folder))
     states = [_state(mine, out) for _, mine, out in jobs]  # all of them before the first one runs

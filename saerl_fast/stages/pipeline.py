@@ -125,8 +125,11 @@ def describe_sae(path: str) -> str:
 
 def score_stage(config: Config, echo: Echo, session: Session | None = None) -> Scores:
     """Score every training prompt; writes scores.parquet, scores.json and features.safetensors."""
+    from saerl_fast.rl.rewards.dry import try_reward
     from saerl_fast.signals.scores import score
 
+    if config.difficulty.label_column is None and config.difficulty.n_labels:
+        try_reward(config)
     session = session or Session.open(config, echo)
     sae = find_sae(config, echo, session)
     labels, label_costs = difficulty_labels(config, echo, session)
@@ -235,6 +238,7 @@ def train_stage(
     from saerl_fast.records.report import write_report
     from saerl_fast.rl import distributed
     from saerl_fast.rl.rewards import get_reward
+    from saerl_fast.rl.rewards.dry import check_think, try_reward
     from saerl_fast.rl.trainer import train
     from saerl_fast.sae.capture import FeatureCapture
 
@@ -254,8 +258,10 @@ def train_stage(
     check_packages(config)
     check_functions(config, planned=given is not None)
     distributed.on_first(lambda: check_target(out, described, config, resume=resume, overwrite=overwrite))
-    reward = get_reward(config.train.reward)
+    reward = get_reward(config.train.reward, config.train.reward_weights)
+    try_reward(config)
     session = Session.open(config, echo)
+    check_think(config.train.reward, session.tokenizer)
     plan = given or make_plan(config, echo, session)
     if plan.batch_size != config.train.rollout.prompts_per_step or plan.total_steps < config.train.steps:
         raise SaerlError(
