@@ -40,7 +40,7 @@ def test_every_real_answer_is_read_and_equals_itself():
 
 def test_of_two_stated_answers_exactly_one_is_paid():
     pytest.importorskip("math_verify")
-    for a, b in zip(GOLDS, GOLDS[1:], strict=False):
+    for a, b in zip(GOLDS[::3], GOLDS[1::3], strict=False):
         if not equal.same(a, b):
             for form in ("\\boxed{%s}. The final answer is $%s$.", "\\boxed{%s}\n\nAnswer: %s"):
                 completion = form % (bare(a), bare(b))
@@ -92,6 +92,31 @@ HOSTILE = [
     "9^{9^{9^{9}}}", "9^{9^{9}} = 7", "\\binom{1000000}{500000}", "(x+1)^{999}", "(x+y+z+w)^{99}",
     "2^{\\binom{99}{50}}", "100000!", "99!!", "\\sum_{k=1}^{10^9} k", "((((((((((1" + "+1" * 2000,
 ]  # fmt: skip
+
+
+def test_hostile_texts_end_and_are_not_paid():
+    pieces = [
+        "\\boxed{",
+        "(",
+        "$",
+        "1 ",
+        "1,",
+        "\\frac",
+        "{",
+        "\\[",
+        "answer is ",
+        "-",
+        "9",
+        "=",
+        "a=",
+        "\\text{",
+    ]
+    pieces += [" ", "\n", "*", "\\boxed{1}, ", "$x$, ", "<|", "1^", "\\sqrt", "is ", "- ", "x_{", "a.b", "."]
+    texts = [piece * (9000 // len(piece)) for piece in pieces]
+    texts += ["5 " + "a" * 5000 + "!", "\\boxed{5 " + "a b" * 600 + "!}", "\\boxed{" * 900 + "}" * 900]
+    for name in ("maths", "maths-boxed", "numeric", "exact"):
+        scores = get_reward(name)(["?"] * len(texts), texts, answer=["x^2+1"] * len(texts))
+        assert scores == [0.0] * len(texts), name
 
 
 def test_hostile_expressions_end_in_any_thread():

@@ -88,6 +88,7 @@ def test_readme_functions_of_your_own_work(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(block)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("mine", None)  # another test's
     assert get_schedule("mine:hard_to_easy").needs == ("difficulty",)
     assert get_loss("mine:rf").clip == (0.2, 0.28)
     get_loss.cache_clear()

@@ -150,6 +150,8 @@ class AdaptiveConfig(Section):
 
 @dataclass
 class PlanConfig(Section):
+    """Which order of prompts, and its settings: the section ``plan``."""
+
     schedule: str = setting("adaptive", "order of the prompts", choices=SCHEDULES, or_function=True)
     mix: float = setting(
         0.25,
@@ -280,6 +282,8 @@ class CompareConfig(Section):
 
 @dataclass
 class Config(Section):
+    """Every setting, as sections; ``load_config`` reads it."""
+
     run_dir: str = setting("runs/default", "where every stage writes", filled=True, result=False)
     seed: int = setting(0, "of the data split, the labels and, unless train.seed is set, training", **SEED)
     threads: int | None = setting(

@@ -20,21 +20,22 @@ from saerl_fast.rl.rewards.numbers import numbers, prepared
 THINK_END = "</think>"
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
-_JOINT = re.compile(
-    r"[\s$.]*(?:,|;|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\})[\s$]*(?:,|\band\b|\bor\b)?[\s$]*"
-)
+_GAP = r"(?:[\s$.]|\\[()\[\],;: ]|\\q?quad(?![a-zA-Z]))*"
+_AND = r"(?:,|;|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\})"
+_JOINT = re.compile(rf"[^\S\n]*|{_GAP}{_AND}{_GAP}(?:{_AND}{_GAP})?(?:[a-zA-Z](?:_\{{?\w\}}?)?\s*=\s*)?")
 _MARK = re.compile(
     r"####|<answer>|\b(?:correct|right)\s+(?:option|choice)\s+is:?|\banswer[*_]*\s*(?:(?:is|are|=)\s*:?|:)"
-    r"|^[#*_\s]*(?:final\s+)?answer[*_:\s]*$",
+    r"|^[#*_ \t]*(?:final\s+)?answer[*_: \t]*(?:$|(?=\\\[|\$))",
     re.IGNORECASE | re.MULTILINE,
 )
 _FORMULA = re.compile(
-    r"(?<!\\)\$\$(.+?)\$\$|(?<!\\)\$([^$]+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+    r"(?<!\\)\$\$(.+?)\$\$|(?<!\\)\$((?:[^$\\]|\\.)+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
 )
 _REASON = re.compile(
     r"[,;]?\s+(?:because|since|as|so|which|where|when|for|after|but|not|hence|i\.e\.)\b|\.\s|\.$|\n"
     r"|(?<=[a-zA-Z]{3})[!?]|\s+\(\s*(?:not|since|because|as|or|and)\b"
 )
+_VERB = re.compile(r"\b(?:is|are|equals|be)\b:?(?:\s+equal\s+to\b)?")
 _FILLER = re.compile(
     r"^(?:therefore|thus|then|hence|simply|just|exactly|only|approximately|about|equal to|equals|given by"
     r"|option|choice|indeed|clearly|also|now|so|it is|is|the|a|an|be|will be|[:=,])(?:\s+|(?<=[:=,]))",
@@ -76,8 +77,11 @@ def boxes(text: str) -> list[tuple[str, int, int]]:
     found, at = [], 0
     while match := _BOX.search(text, at):
         content, at = _group(text, match.end())
-        inner = boxes(content)
-        found.append((inner[-1][0] if inner else content.strip(), match.start(), at))
+        inner = list(_BOX.finditer(content))  # boxes in a box: the innermost last one
+        while inner:
+            content = _group(content, inner[-1].end())[0]
+            inner = list(_BOX.finditer(content))
+        found.append((content.strip(), match.start(), at))
     return found
 
 
@@ -128,25 +132,31 @@ def stated(text: str) -> str | None:
 
 
 def phrase(text: str) -> str:
-    """The answer that opens ``text``: a formula, a number with its unit, or the words themselves."""
+    """The answer that opens ``text``: a formula, a number with its unit, or the words themselves.
+
+    Of a whole sentence ("the largest n is 34") it is what follows the last "is".
+    """
     text = re.sub(r"[*`]{1,3}", "", text).lstrip("_#>: \t\n\r")
-    text = re.sub(r"^(?:\$\$|\\\[)\s*\n", lambda m: m[0].strip(), text)
-    formulas = [m for m in _FORMULA.finditer(text) if not _prose(_inside(m))]
-    line = text.split("\n")[0]
-    if formulas and (formulas[0].start() <= len(line)):
-        first = formulas[0]
-        head = text[: first.start()]
-        if not re.search(r"\d", head) and not _REASON.search(head):
-            joined, end = [_inside(first)], first.end()
-            for match in formulas[1:]:
-                if not _JOINT.fullmatch(text[end : match.start()]):
-                    break
-                joined.append(_inside(match))
-                end = match.end()
-            return ", ".join(joined)
-    stop = _REASON.search(line)
+    masked = _FORMULA.sub(lambda m: m[0] if _prose(_inside(m)) else "\0" * len(m[0]), text)
+    masked = masked.split("\n")[0]
+    stop = _REASON.search(masked)
     if stop and stop.start() > 0:
-        line = line[: stop.start()]
+        masked = masked[: stop.start()]
+    line = text[: len(masked)]
+    verbs = list(_VERB.finditer(masked))
+    if verbs:
+        head, tail = masked[: verbs[-1].start()], masked[verbs[-1].end() :]
+        if tail.strip() and (re.search(r"[\d\0]", tail) or not re.search(r"[\d\0]", head)):
+            line = line[verbs[-1].end() :]
+    formulas = [m for m in _FORMULA.finditer(line) if not _prose(_inside(m))]
+    if formulas and not re.search(r"\d", line[: formulas[0].start()]):
+        joined, end = [_inside(formulas[0])], formulas[0].end()
+        for match in formulas[1:]:
+            if not _JOINT.fullmatch(line[end : match.start()]):
+                break
+            joined.append(_inside(match))
+            end = match.end()
+        return ", ".join(joined)
     line = line.strip(" \t").replace(r"\$", "$")
     while filler := _FILLER.match(line):
         line = line[filler.end() :]
@@ -155,9 +165,12 @@ def phrase(text: str) -> str:
 
 def last_expression(text: str) -> str | None:
     """Rule 3: the last formula or number, or a last line that is one and nothing else."""
-    text = re.sub(r"[*`]{1,3}", "", text).strip()
+    text = re.sub(r"[*`]{1,3}|<\|[^|<>]*\|>\w*", "", text).strip()
     if not text or re.search(r"[-+*/=^_({\[\\,<>]$", text) or _open_formula(text):
         return None
+    formulas = [m for m in _FORMULA.finditer(text) if not _prose(_inside(m))]
+    if formulas and not text[formulas[-1].end() :].strip(" .!\n"):
+        return _inside(formulas[-1])
     line = text.splitlines()[-1].strip()
     if len(_WORD.findall(_TEXT.sub("", line))) <= 1 and not _FORMULA.search(line) and len(line) < 200:
         while filler := _FILLER.match(line):
@@ -207,7 +220,7 @@ def _open_formula(text: str) -> bool:
     """Whether the text ends inside a formula."""
     last = text.splitlines()[-1]
     dollars = len(re.findall(r"(?<!\\)\$", last))
-    money = len(re.findall(r"(?<!\\)\$\d[\d,.]*(?![\d$])", last))
+    money = len(re.findall(r"(?<!\\)\$\d[\d,.]*(?![\d$])|\d\s?\$", last))
     return (dollars % 2 == 1 and money < 1) or not balanced(last)
 
 

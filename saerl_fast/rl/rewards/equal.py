@@ -36,7 +36,7 @@ _HEAVY = re.compile(
 )
 _LETTER = re.compile(r"\(?\s*([A-Z])\s*[).]?(?:\s.*)?")
 _UNIT = re.compile(
-    r"(?P<value>.*[\d})])\s*(?P<unit>\\?%|(?:(?:\^\s*\{?\d\}?|/|[.\u00b5'\"-]|[a-zA-Z]+)\s*)+)"
+    r"(?P<value>.*[\d})])\s*(?P<unit>\\?%|(?:(?:\^\s*\{?\d\}?|/|[.\u00b5'\"-]|[a-zA-Z]+(?![a-zA-Z]))\s*)+)"
 )
 _SIDE = re.compile(
     r"[a-zA-Z]\w*(?:_\{?\w+\}?)?(?:\([a-zA-Z]\w*(?:,\s*[a-zA-Z])*\)|\^\{-1\}\(x\))?'?|\|?[A-Z]{2,3}\|?"
@@ -74,6 +74,13 @@ def _same(one: str, gold: str, depth: int = 0) -> bool:
     numbers = _number(one), _number(gold)
     if None not in numbers:
         return _equal_numbers(one, gold)
+    for text, other in ((one, numbers[1]), (gold, numbers[0])):
+        if (
+            other is not None
+            and _DECIMAL_COMMA.fullmatch(text)
+            and equal(_number(text.replace(",", ".")), other)
+        ):
+            return True
     if _text(one) == _text(gold):
         return True
     if depth < 3:
@@ -94,7 +101,9 @@ def _text(text: str) -> str:
     return text.lower() if words and re.fullmatch(r"[a-zA-Z0-9 ():.,'-]+", text) else text
 
 
-_THOUSANDS = re.compile(r"[-+$]*\d{1,3}(?:,\d{3})+(?:\.\d+)?\W*")
+_DECIMAL_COMMA = re.compile(r"-?(?:\d+,\d{1,2}|0,\d+|\d+,\d{4,})")
+_NAME = re.compile(r"\s*([a-zA-Z])(?:_?\w|_\{\w+\})?\s*=")
+_THOUSANDS = re.compile(r"[-+$]*[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?\W*")
 
 
 def _bare(one: str, gold: str, inside: bool) -> tuple[str, str]:
@@ -107,12 +116,19 @@ def _bare(one: str, gold: str, inside: bool) -> tuple[str, str]:
     pairs = len(sides) == len(wanted) == 2
     if len(sides) > 1 and len(wanted) > 1 and not (named and (pairs or sides[0] == wanted[0])):
         return one, gold
-    if len(sides) > 1 and (len(sides) > 2 or _SIDE.fullmatch(sides[0]) or _number(sides[-1]) is not None):
-        one = sides[-1]
-    if len(wanted) > 1 and (len(wanted) > 2 or _SIDE.fullmatch(wanted[0]) or _number(wanted[-1]) is not None):
-        gold = wanted[-1]
+    one, gold = (
+        text if not _reducible(parts) else parts[-1] for text, parts in ((one, sides), (gold, wanted))
+    )
     one, gold = (re.sub(r"^\w+\s*\\in\s*(?![a-zA-Z])", "", text) for text in (one, gold))
     return _without_unit(one), _without_unit(gold)
+
+
+def _reducible(sides: list[str]) -> bool:
+    """Whether a chain of equations says what its last side is: of a name, or of a sum of numbers."""
+    if len(sides) < 2:
+        return False
+    letters = re.sub(r"\\(?:frac|times|cdot|div|sqrt|left|right)", "", sides[0] + sides[-1])
+    return _SIDE.fullmatch(sides[0]) is not None or not re.search(r"[a-zA-Z]", letters)
 
 
 def _sides(text: str) -> list[str]:
@@ -121,7 +137,12 @@ def _sides(text: str) -> list[str]:
         r"[<>]|\\(?:le|ge|ne|or|and|in)(?![a-z])|\b(?:or|and)\b", text
     ):
         return [text]
-    return [part.strip() for part in re.split(r"(?<![\\<>!])=|\\approx|\\equiv", text)]
+    exact, about, rest = re.split(r"(\\approx)", text, maxsplit=1) if "\\approx" in text else (text, "", "")
+    inner = re.sub(r"\{[^{}]*\}", lambda m: m[0].replace("=", "\0"), exact)  # a sum's "k=0" is no equation
+    sides = [part.strip().replace("\0", "=") for part in re.split(r"(?<![\\<>!])=|\\equiv", inner)]
+    if about and len(sides) == 1 and _SIDE.fullmatch(sides[0]):  # x \approx 3.1
+        sides.append(rest.strip())
+    return sides
 
 
 def _without_unit(text: str) -> str:
@@ -171,17 +192,20 @@ def _same_parts(one: str, gold: str, depth: int) -> bool | None:
         if "," in one and "," in gold and {open_one[:1], open_gold[:1]} <= {"(", "["}:
             return False
         return None
-    if len(first) != len(second):
-        return False if not any("=" in p for p in first + second) else None
     if open_gold not in plain_list:
+        if len(first) != len(second):
+            return False
         return all(_same(a, b, depth + 1) for a, b in zip(first, second, strict=True))
+    if len(first) < len(second):
+        return False if not any("=" in p for p in first + second) else None
     left = list(second)
-    for part in first:
-        match = next((other for other in left if _same(part, other, depth + 1)), None)
+    for part in first:  # one that is stated twice does no harm
+        match = next((other for other in [*left, *second] if _same(part, other, depth + 1)), None)
         if match is None:
             return False
-        left.remove(match)
-    return True
+        if match in left:
+            left.remove(match)
+    return not left
 
 
 def _parts(text: str) -> tuple[str, list[str]] | None:
@@ -198,9 +222,11 @@ def _parts(text: str) -> tuple[str, list[str]] | None:
     inner = [v for part in _split(listed, ",;") for v in _both(part) if part.strip()]
     if len(inner) < 2:
         return None
-    name = re.match(r"\s*([a-zA-Z]\w?)\s*=", inner[0])
-    same_name = name and all(p.lstrip().startswith(name[1]) or "=" not in p for p in inner)
-    return "", [re.sub(r"^\s*[a-zA-Z]\w?\s*=", "", p) for p in inner] if same_name else inner
+    names = [_NAME.match(part) for part in inner]
+    letters = {name[1] for name in names if name}
+    if len(letters) == 1 and all(name or "=" not in part for name, part in zip(names, inner, strict=True)):
+        inner = [_NAME.sub("", part) for part in inner]
+    return "", inner
 
 
 def _both(part: str) -> list[str]:

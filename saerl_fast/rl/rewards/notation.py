@@ -39,7 +39,7 @@ def plain(text: str) -> str:
 _FRAC = re.compile(r"\\frac\s*(\d)\s*(\d)|\\frac\s*(\d)\s*(?=\{)|(\\frac\s*\{[^{}]*\})\s*(\d)")
 _GONE = re.compile(
     r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|hfill|boldsymbol|strut)(?![a-zA-Z])"
-    r"|\\!|(?<!\\)\$|\\[()\[\]](?![a-zA-Z])|\\(?:qquad|quad|thinspace)(?![a-zA-Z])"
+    r"|\\!|(?<!\\)\$|\\[()\[\]](?![a-zA-Z])|\\(?:qquad|quad)|\\thinspace(?![a-zA-Z])"
 )
 _WORDS = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathrm|mathbf|mathsf|mathit|mathtt|bf"
@@ -54,7 +54,7 @@ def tidy(text: str) -> str:
     """
     text = plain(text).strip()
     text = text.replace("\\\\%", "\\%").replace(r"\$", "$").replace(r"\%", "%")
-    text = re.sub(r"[{]\s*,\s*[}]", ",", text)
+    text = re.sub(r"(?<=\d)\s*[{]\s*,\s*[}]\s*", ",", text)
     text = re.sub(r"(\d),?\\[!,;:]\s*(?=\d{3}(?!\d))", r"\1", text)  # 1\,000 and 35,\!280
     text = _GONE.sub(" ", text)
     for _ in range(3):  # commands inside commands

@@ -19,13 +19,13 @@ _NUMBER = re.compile(
     # A sign right after a digit or bracket ("5-3", "5 - 3") is an operation, not part of the number.
     r"(?:(?<![\w.)}])(?<![\d)}]\s)(?P<sign>[-+])\s?)?(?<![\w.^])(?<!\^\{)(?<!_\{)(?<!\^-)(?<!\^\{-)"
     r"[$€£]?(?:(?P<mixed>\d+)\s+(?=\d+/\d))?"
-    r"(?P<whole>\d{1,3}(?:,\d{3})+(?![\d])|\d{1,3}(?: \d{3})+(?!\d| \d)|\d+)?(?P<dec>\.\d+)?"
+    r"(?P<whole>[1-9]\d{0,2}(?:,\d{3})+(?![\d])|[1-9]\d{0,2}(?: \d{3})+(?!\d| \d)|\d+)?(?P<dec>\.\d+)?"
     r"(?:[eE](?P<exp>[-+]?\d{1,3})(?!\w)|\s?(?:\\times|\\cdot|[*x])\s?10\s?\^\s?\{?(?P<ten>[-+]?\d{1,3})\}?"
     r"|\s?\^\s?\{?(?P<pow>-?\d{1,3})(?:\}|(?!\w)))?"
-    r"(?:\s*/\s*(?P<den>\d+)(?![\d.]))?"
+    r"(?:\s*/\s*(?P<den>\d+)(?!\d|\.\d))?"
 )
 _INT = r"\s*(-?\s*\d+)\s*"
-_FRAC = re.compile(rf"(-?)\s*\\[dtc]?frac\s*(?:\{{{_INT}\}}\s*\{{{_INT}\}}|(\d)\s*(\d)(?!\d))")
+_FRAC = re.compile(rf"(?:(-)\s*)?\\[dtc]?frac\s*(?:\{{{_INT}\}}\s*\{{{_INT}\}}|(\d)\s*(\d)(?!\d))")
 _PART = re.compile(r"\\[dtc]?frac\s*(?:(\d)\s*\{\s*(\d+)\s*\}|\{\s*(-?\d+)\s*\}\s*(\d))")
 _MONTH = re.compile(
     r"\b(jan(uary)?|feb(ruary)?|march|apr(il)?|june?|july?|aug(ust)?|sept(ember)?|oct(ober)?|nov(ember)?"
@@ -45,7 +45,7 @@ class Found:
 
 def prepared(text: str) -> str:
     """``text`` with its signs in ASCII and its LaTeX fractions and spacing as plain text."""
-    text = plain(text)
+    text = re.sub(r"\s{4,}", "   ", plain(text))  # long runs would be looked through again and again
     text = re.sub(r"(?<=\d)(?:\\[,;:! ]|\{,\}|,\\!)+(?=\d{3}(?!\d))", "", text)
     text = _PART.sub(lambda m: f"\\frac{{{m[1] or m[3]}}}{{{m[2] or m[4]}}}", text)
     return _FRAC.sub(_plain_fraction, text)
