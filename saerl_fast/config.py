@@ -39,7 +39,8 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    # hub id, .parquet/.jsonl/.json/.csv, "reasoning-gym:NAME[@LEVEL],...", or module:function[@argument]
+    # hub id, folder (save_to_disk, shards), .parquet/.jsonl/.json/.csv/.tsv (the last four also .gz),
+    # "reasoning-gym:NAME[@LEVEL],...", or module:function[@argument]
     train: str = ""
     eval: str | None = None  # the same; None holds out `eval_size` rows of `train`
     eval_size: int = 64  # rows held out, or asked of a data source (reasoning-gym, module:function)
@@ -50,9 +51,10 @@ class DataConfig:
     hub_config: str | None = None  # configuration name of a hub dataset (gsm8k has "main")
     split: str = "train"  # of a hub dataset
     eval_split: str = "test"  # of `eval` when it is a hub dataset
-    prompt_column: str = "prompt"  # text, or a list of chat messages
+    prompt_column: str = "prompt"  # text, or a list of chat messages; any column may be a path: a.b
     answer_column: str | None = "answer"  # None for rewards that need no answer
     id_column: str | None = None  # None numbers the rows
+    drop_null: bool = False  # drop rows without prompt, answer or id, and count them; false: refuse them
     template: str = "{prompt}"  # wrapped around every prompt text
     chat: Literal["auto", "always", "never"] = "auto"  # auto: when the tokenizer has a chat template
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
