@@ -8,7 +8,7 @@ import io
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -223,7 +223,7 @@ def _read_parquet(path: Path, _: set[str]) -> Columns:
     return {name: table.column(name).to_pylist() for name in names}
 
 
-_READERS = {
+_READERS: dict[str, Callable[[Path, set[str]], Columns]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,

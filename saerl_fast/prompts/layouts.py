@@ -20,7 +20,7 @@ from saerl_fast.errors import SaerlError
 
 Columns = dict[str, list[Any]]
 
-_PROMPT, _ANSWER = DataConfig.prompt_column, DataConfig.answer_column
+_PROMPT, _ANSWER = "prompt", "answer"  # the defaults of data.prompt_column and data.answer_column
 _GOLD = "reward_model.ground_truth"
 _PLAIN = (str, bool, int, float, decimal.Decimal, fractions.Fraction, datetime.date, datetime.time, uuid.UUID)
 
@@ -161,7 +161,9 @@ def _completion(cell: Any) -> Any:
 def _content(content: Any) -> Any:
     """The text of a message, also where it is a list of text parts; anything else as it is."""
     parts = content if isinstance(content, list) else []
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    texts = [
+        str(part.get("text", "")) for part in parts if isinstance(part, dict) and part.get("type") == "text"
+    ]
     return "".join(texts) if texts and len(texts) == len(parts) else content
 
 
