@@ -62,7 +62,9 @@ class DataConfig:
 
 @dataclass
 class SAEConfig:
-    path: str | None = None  # SAELens or sparsify folder; None uses <run_dir>/sae, training it if absent
+    # folder or file in a known layout (sae/formats.py), SAELens release/id, or hub repository; None uses
+    # <run_dir>/sae, training it if absent
+    path: str | None = None
     layer: int | None = None  # hidden state after this many blocks; None: the SAE's own, else the middle
     d_sae: int = 1024  # features
     activation: Literal["topk", "batchtopk"] = "topk"  # batchtopk: k features a token on average over a batch
