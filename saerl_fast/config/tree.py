@@ -37,7 +37,9 @@ class ModelConfig(Section):
 @dataclass
 class DataConfig(Section):
     train: str = setting(
-        "", "hub id, .parquet/.jsonl/.json/.csv, reasoning-gym:NAME[@LEVEL],... or module:function[@argument]"
+        "",
+        "hub id, folder, .parquet, .jsonl/.json/.csv/.tsv (also .gz), reasoning-gym:NAME[@LEVEL],... or "
+        "module:function[@argument]",
     )
     eval: str | None = setting(None, "the same; null holds out `eval_size` rows of `train`")
     eval_size: int = setting(64, "rows held out, or asked of a data source to evaluate on", at_least=1)
@@ -48,9 +50,10 @@ class DataConfig(Section):
     hub_config: str | None = setting(None, 'configuration name of a hub dataset (gsm8k has "main")')
     split: str = setting("train", "of a hub dataset", filled=True)
     eval_split: str = setting("test", "of `eval` when it is a hub dataset", filled=True)
-    prompt_column: str = setting("prompt", "text, or a list of chat messages", filled=True)
+    prompt_column: str = setting("prompt", "text, or chat messages; a path such as a.b will do", filled=True)
     answer_column: str | None = setting("answer", "null for rewards that need no answer")
     id_column: str | None = setting(None, "null numbers the rows")
+    drop_null: bool = setting(False, "drop rows without prompt, answer or id; false: refuse them")
     template: str = setting("{prompt}", "wrapped around every prompt text", form=TEMPLATE)
     chat: Literal["auto", "always", "never"] = setting("auto", "auto: if the tokenizer has a chat template")
     max_prompt_tokens: int = setting(512, "longer prompts are dropped, and counted", at_least=1)
@@ -58,7 +61,9 @@ class DataConfig(Section):
 
 @dataclass
 class SAEConfig(Section):
-    path: str | None = setting(None, "SAELens or sparsify folder; null: <run_dir>/sae, trained if absent")
+    path: str | None = setting(
+        None, "folder, file, SAELens release/id or hub id; null: <run_dir>/sae, trained if absent"
+    )
     layer: int | None = setting(
         None, "state after so many blocks; null: the SAE's, or the middle", at_least=0
     )

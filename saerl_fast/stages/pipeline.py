@@ -111,7 +111,7 @@ def describe_sae(path: str) -> str:
     from saerl_fast.sae.files import load_sae
 
     sae = load_sae(path)
-    lines = [f"{path}: {sae.architecture} SAE, d_in={sae.d_in}, d_sae={sae.d_sae}, k={sae.cfg.k}"]
+    lines = [f"{path}: {sae}"]
     lines += [f"  {key}: {value}" for key, value in sorted(vars(sae.cfg).items()) if value is not None]
     trained = Path(path) / "train.json"
     if trained.is_file():
