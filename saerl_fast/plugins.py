@@ -55,7 +55,7 @@ def load_function(spec: str, setting: str, kind: type | None = None) -> Any:
             module = importlib.import_module(module_name)
     except SaerlError:
         raise
-    except Exception as err:  # user code runs on import
+    except (Exception, SystemExit) as err:  # user code runs on import
         raise SaerlError(f"{setting}={spec}: importing {module_name} raised {_said(err)}") from err
     target = getattr(module, function, None)
     if not callable(target) and (kind is None or not isinstance(target, kind)):
@@ -71,7 +71,7 @@ def call(what: str, made: Callable[[], Any], let: type[Exception] = SaerlError) 
         return made()
     except (SaerlError, let):
         raise
-    except Exception as err:  # whatever a user's function raises
+    except (Exception, SystemExit) as err:  # whatever a user's function raises
         raise SaerlError(f"{what} raised {_said(err)}; mend it") from err
 
 
@@ -94,5 +94,5 @@ def _look_here() -> None:
         sys.path.insert(0, here)
 
 
-def _said(err: Exception) -> str:
+def _said(err: BaseException) -> str:
     return f"{type(err).__name__}: {(str(err).strip().splitlines() or ['no message'])[0]}"
