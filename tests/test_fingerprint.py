@@ -5,7 +5,7 @@ from saerl_fast.stages.fingerprint import LABELS, RUN_SECTIONS, SCORE_SECTIONS, 
 
 UNCOVERED = {  # where, how fast and what is kept: an old record would no longer fit if one were added
     *("model.device", "model.attn", "model.trust_remote_code"),
-    *("score.batch_tokens", "score.shard", "score.backend"),
+    *("score.batch_tokens", "score.shard", "score.backend", "diversity.backend"),
     *("train.micro_tokens", "train.save_every", "train.keep", "train.rollout_log", "train.trackers"),
     *("train.save_model", "train.reward_timeout"),
 }
@@ -35,7 +35,7 @@ def test_changes_are_named_by_their_full_key():
         ("train.lr=1", "train.lr was 1e-06"),
         ("seed=3", "train.seed was 0, seed was 0"),
         ("plan.adaptive.svd=3", "plan.adaptive.svd was 96"),
-        ("train.keep=9", "the same settings, but other prompts or model files"),
+        ("train.keep=9", "the same settings, but other prompts, functions or model files"),
     ]:
         assert changes(before, apply_overrides(Config(), [override]), RUN_SECTIONS) == said
     other = apply_overrides(Config(), ["train.reward=numeric", "train.lr=1"])

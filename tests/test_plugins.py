@@ -46,6 +46,15 @@ def test_what_cannot_be_loaded_names_the_setting(folder, spec, said):
     assert "\n" not in str(caught.value)
 
 
+def test_a_function_of_other_arguments_is_refused_when_it_is_loaded(folder):
+    (folder / "saerl_plugged.py").write_text("def f(a, b=1, *, c=2):\n    pass\n\nclass C:\n    pass\n")
+    assert plugins.load_function("saerl_plugged:f", "a.b", takes=("x", "y"))
+    assert plugins.load_function("builtins:max", "a.b", takes=("x", "y"))  # has no signature
+    for spec, takes in [("saerl_plugged:f", ("x", "y", "z")), ("saerl_plugged:C", ("x",))]:
+        with pytest.raises(SaerlError, match=rf"a.b={spec} must take \({', '.join(takes)}\): too many"):
+            plugins.load_function(spec, "a.b", takes=takes)
+
+
 @pytest.mark.parametrize("name", ["one", "pkg.mod:fn", "dir/file.py:fn"])
 def test_names_that_pass(name):
     plugins.check_name(name, ("one", "two"), "a.b")

@@ -31,17 +31,23 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 _MADE_BY = "saerl sae train"
 
 
+def find_folder(path: str | Path) -> Path:
+    """The folder of an SAE; SaerlError when there is none."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise SaerlError(
+            f"SAE folder {folder} does not exist; pass one that holds cfg.json and safetensors weights"
+        )
+    return folder
+
+
 def load_sae(path: str | Path) -> SAE:
     """The SAE in a SAELens or sparsify folder, float32 on the CPU.
 
     Raises SaerlError on a missing or incomplete folder, pickled weights, wrong shapes, and on
     architectures or settings whose encoding would not be reproduced exactly.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise SaerlError(
-            f"SAE folder {folder} does not exist; pass one that holds cfg.json and safetensors weights"
-        )
+    folder = find_folder(path)
     if (folder / SAELENS_WEIGHTS).is_file():
         return _from_saelens(folder, _read_config(folder), _read_weights(folder / SAELENS_WEIGHTS))
     if (folder / SPARSIFY_WEIGHTS).is_file():

@@ -33,6 +33,8 @@ def set_up(config: Config) -> None:
 
 def check_packages(config: Config) -> None:
     """SaerlError for a setting of training whose package is missing, before anything takes long."""
+    if fault := config.train.conflict():  # of settings that were assigned one by one
+        raise SaerlError(fault)
     needs: dict[str, str] = {name: f"train.trackers={name}" for name in config.train.trackers}
     if config.train.lora.rank:
         needs["peft"] = f"train.lora.rank={config.train.lora.rank}"
@@ -46,9 +48,12 @@ def check_packages(config: Config) -> None:
 
 def check_scoring(config: Config) -> None:
     """SaerlError for a setting of scoring that cannot be followed here, before anything takes long."""
+    from saerl_fast.sae.files import find_folder
     from saerl_fast.signals.clusters import check_backend
     from saerl_kernels.dispatch import check_name
 
+    if config.sae.path is not None:
+        find_folder(config.sae.path)
     check_backend(config.diversity.backend)
     try:
         check_name(config.score.backend, "score.backend")
