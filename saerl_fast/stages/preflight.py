@@ -14,9 +14,15 @@ from saerl_fast.fileio import check_writable, read_json
 from saerl_fast.stages.fingerprint import RUN_SECTIONS, changes
 
 
-def set_up(config: Config) -> None:
-    """CPU threads, a quiet transformers, engines that exist and a folder to write to, before any work."""
+def set_up(config: Config, *, new_sae: bool = False) -> None:
+    """CPU threads, a quiet transformers, and what must exist before any work: engines, a folder to write to
+    and, unless the command trains a ``new_sae``, the SAE that the config names.
+    """
+    from saerl_fast.sae.files import find_folder
+
     check_scoring(config)
+    if config.sae.path is not None and not new_sae:
+        find_folder(config.sae.path)
     check_writable(config.run_dir)
     try:
         from transformers.utils import logging
@@ -48,12 +54,9 @@ def check_packages(config: Config) -> None:
 
 def check_scoring(config: Config) -> None:
     """SaerlError for a setting of scoring that cannot be followed here, before anything takes long."""
-    from saerl_fast.sae.files import find_folder
     from saerl_fast.signals.clusters import check_backend
     from saerl_kernels.dispatch import check_name
 
-    if config.sae.path is not None:
-        find_folder(config.sae.path)
     check_backend(config.diversity.backend)
     try:
         check_name(config.score.backend, "score.backend")
