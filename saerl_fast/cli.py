@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
     from saerl_fast.stages.console import Echo
 
     echo = Echo(quiet=args.quiet or RANK > 0)
-    preflight.set_up(config)
+    preflight.set_up(config, new_sae=args.command == "sae")
     if args.command == "sae":
         pipeline.sae_stage(config, echo)
     elif args.command == "score":

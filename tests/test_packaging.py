@@ -228,3 +228,15 @@ def test_the_wheel_holds_what_is_no_python(tmp_path):
         files = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
         assert package / "py.typed" in files
         assert {path.relative_to(top).as_posix() for path in files} <= held
+
+
+def test_documents_name_files_that_exist():
+    """Every `folder/file.py` in backticks, seen from the root, saerl_fast or the kernels."""
+    tops = [ROOT, ROOT / "saerl_fast", ROOT / "kernels/torch-ext", KERNELS]
+    for page in ("README.md", "CONTRIBUTING.md", "kernels/README.md"):
+        text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+        for name in re.findall(r"`([\w/]+\.py)`", text):
+            assert any((top / name).is_file() for top in tops), f"{page} names {name}"
+    files = (ROOT / "README.md").read_text().partition("## Files")[2].split("```")[1]
+    for line in filter(None, files.splitlines()):
+        assert (ROOT / line.split()[0].rstrip(",")).exists(), f"README.md names {line.split()[0]}"

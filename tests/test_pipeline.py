@@ -395,3 +395,20 @@ def test_an_unknown_backend_stops_before_anything_is_loaded(tmp_path, capsys):
     assert saerl("score", tmp_path / "r", "score.backend=cudda") == 2
     one_sentence(capsys, "score.backend='cudda' is unknown; choose one of auto, triton")
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("difficulty.label_column=nowhere", "has no column 'nowhere'"),
+        ("quality.label_column=prompt_id", "quality.label_column names a column that holds 'demo-"),
+        ("plan.schedule=json:JSONDecoder", "must take (rows, batch_size, rng, table, cfg)"),
+        ("train.loss.kind=json:JSONDecoder", "must take (tokens)"),
+        ("train.reward=saerl_nowhere:f", "No module named 'saerl_nowhere'"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(tmp_path, capsys, setting, said):
+    assert saerl("train", tmp_path / "run", setting) == 2
+    told = capsys.readouterr().err
+    assert said in told and told.count("\n") == 1, told
+    assert not list(tmp_path.iterdir())

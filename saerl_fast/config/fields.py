@@ -7,9 +7,11 @@ whenever it is assigned: by a constructor, ``dataclasses.replace``, a file, the 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import math
 import operator
+import os
 import re
 import types
 import typing
@@ -21,6 +23,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.plugins import is_function
 
 SEED: dict[str, Any] = {"at_least": 0, "at_most": 2**32 - 1}  # what scikit-learn takes
+TEXT = (str, int, float, os.PathLike, datetime.date)  # YAML reads some names as numbers or dates
 REQUIRED = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -92,6 +95,17 @@ class Section:
     rules: ClassVar[dict[str, Setting]]  # of those that are settings, not sections
     root: ClassVar[type[Section]]  # the class of the whole tree
 
+    def __new__(cls, *args: Any, **given: Any) -> Section:  # before dataclasses' own word on unknown names
+        for name, value in given.items():
+            if name not in cls.types:
+                key, seen = f"{cls.where}{name}", []
+                while isinstance(value, dict) and value and id(value) not in seen:  # YAML: it may hold itself
+                    seen.append(id(value))
+                    name, value = next(iter(value.items()))
+                    key += f".{name}"
+                raise SaerlError(unknown(key, cls))
+        return super().__new__(cls)
+
     def __setattr__(self, name: str, value: Any) -> None:
         key, about = self.where + name, self.rules.get(name)
         if name not in self.types:
@@ -141,14 +155,7 @@ def walk(cls: type[Section]) -> Iterator[tuple[str, type[Section], str]]:
 
 def from_dict(cls: type[Section], tree: dict[Any, Any]) -> Any:
     """The inverse of :func:`to_dict` for the section ``cls``; SaerlError on unknown or wrong values."""
-    for name, value in tree.items():
-        if name not in cls.types:
-            key = f"{cls.where}{name}"
-            while isinstance(value, dict) and value:
-                name, value = next(iter(value.items()))
-                key += f".{name}"
-            raise SaerlError(unknown(key, cls))
-    return cls(**tree)
+    return cls(**{str(name): value for name, value in tree.items()})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -218,7 +225,7 @@ def read(value: Any, hint: Any, key: str, about: Setting | None = None) -> Any:
                 raise ValueError
             return float(value)
         if hint is str:
-            if isinstance(value, (list, tuple)):
+            if not isinstance(value, TEXT):
                 raise ValueError
             return choose(str(value), about.choices, key, about.or_function) if about else str(value)
     except SaerlError:  # of an item of a list

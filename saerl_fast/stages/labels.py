@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from saerl_fast.config import Config
-from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_json
 from saerl_fast.session import Session
+from saerl_fast.signals.scores import label_columns
 from saerl_fast.stages.console import Echo
 from saerl_fast.stages.fingerprint import LABEL_SECTIONS, fingerprint
 
@@ -29,14 +29,7 @@ def difficulty_labels(
     """
     pool, settings = session.train, config.difficulty
     if settings.label_column is not None:
-        values = pool.column(settings.label_column)
-        try:
-            rates = np.array([np.nan if value is None else float(value) for value in values])
-        except (TypeError, ValueError):
-            name = settings.label_column
-            raise SaerlError(
-                f"difficulty.label_column={name!r} must hold pass rates in [0, 1] or null"
-            ) from None
+        _, rates = label_columns(pool, config)
         return rates, {"labelled": float(np.isfinite(rates).sum()), "rollouts": 0.0}
     if settings.n_labels < 1:
         return None, {"labelled": 0.0, "rollouts": 0.0}

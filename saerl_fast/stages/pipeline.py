@@ -126,11 +126,12 @@ def describe_sae(path: str) -> str:
 def score_stage(config: Config, echo: Echo, session: Session | None = None) -> Scores:
     """Score every training prompt; writes scores.parquet, scores.json and features.safetensors."""
     from saerl_fast.rl.rewards.dry import try_reward
-    from saerl_fast.signals.scores import score
+    from saerl_fast.signals.scores import label_columns, score
 
     if config.difficulty.label_column is None and config.difficulty.n_labels:
         try_reward(config)
     session = session or Session.open(config, echo)
+    label_columns(session.train, config)  # before an SAE is trained
     sae = find_sae(config, echo, session)
     labels, label_costs = difficulty_labels(config, echo, session)
     shards = score_shards(config, sae)

@@ -14,9 +14,15 @@ from saerl_fast.fileio import check_writable, read_json
 from saerl_fast.stages.fingerprint import RUN_SECTIONS, changes
 
 
-def set_up(config: Config) -> None:
-    """CPU threads, a quiet transformers, engines that exist and a folder to write to, before any work."""
+def set_up(config: Config, *, new_sae: bool = False) -> None:
+    """CPU threads, a quiet transformers, and what must exist before any work: engines, a folder to write to
+    and, unless the command trains a ``new_sae``, the SAE that the config names.
+    """
+    from saerl_fast.sae.files import check_source
+
     check_scoring(config)
+    if config.sae.path is not None and not new_sae:
+        check_source(config.sae.path)
     check_writable(config.run_dir)
     try:
         from transformers.utils import logging
@@ -33,6 +39,8 @@ def set_up(config: Config) -> None:
 
 def check_packages(config: Config) -> None:
     """SaerlError for a setting of training whose package is missing, before anything takes long."""
+    if fault := config.train.conflict():  # of settings that were assigned one by one
+        raise SaerlError(fault)
     needs: dict[str, str] = {name: f"train.trackers={name}" for name in config.train.trackers}
     if config.train.lora.rank:
         needs["peft"] = f"train.lora.rank={config.train.lora.rank}"
