@@ -2,7 +2,8 @@
 
 Layer L is the residual stream after L blocks: L = 0 is what enters the first block (the embeddings),
 L = n is what leaves the last one. This is transformers' ``hidden_states[L]``, except that transformers
-shows the last entry after the final norm and this module never does (SAEs are trained without it).
+shows the last entry after the final norm and this module never does (SAEs are trained without it). Mamba's
+``hidden_states`` leave out the embeddings, so there it is ``hidden_states[L - 1]``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import check_fit, decoder, hidden_size, n_blocks, token_ids
+from saerl_fast.sae.blocks import check_stream, forward_to, on_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,10 +34,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
-
-
-class _LayerReached(Exception):
-    """Ends a forward pass whose remaining blocks nobody needs."""
 
 
 class Capture:
@@ -66,7 +64,7 @@ class Capture:
         self._records.clear()
         self._handles = [
             body.register_forward_pre_hook(self._before, with_kwargs=True),
-            _on_layer(layers, self.layer, self._record),
+            on_layer(layers, self.layer, self._record),
         ]
         return self
 
@@ -116,12 +114,16 @@ class Capture:
     def _is_prefill(self, ids: Tensor, kwargs: dict[str, Any]) -> bool:
         # shapes and host integers only: reading a device tensor here would stall every decoding step
         mask = kwargs.get("attention_mask")
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the name before transformers 5.24
+        names = ("cache", "past_key_values", "cache_params", "state")  # the first since transformers 5.24
+        cache = next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
         if isinstance(mask, Tensor) and mask.ndim == 2:
             return mask.shape[1] == ids.shape[1]
         if cache is None:
             return True
-        past = cache.get_seq_length()
+        try:
+            past = cache.get_seq_length()
+        except (AttributeError, ValueError):  # states without a sequence axis do not know their length
+            past = None
         return past == 0 if isinstance(past, int) else ids.shape[1] > 1
 
     def _record(self, hidden: Tensor) -> None:
@@ -243,7 +245,7 @@ def hidden_states(
     input_ids int64 [B, T]; attention_mask [B, T], 0 on padding at either end (None: no padding).
     Raises SaerlError on a layer the model lacks and on values that are not finite.
     """
-    hidden = _forward_to(model, check_layer(model, layer), input_ids, attention_mask)
+    hidden = forward_to(model, check_layer(model, layer), input_ids, attention_mask)
     x, lengths = _remove_padding(hidden, attention_mask)
     check_finite(x, layer)
     return x, _offsets(lengths)
@@ -287,7 +289,7 @@ def iter_hidden_ids(
         ids = torch.zeros(len(chosen), width, dtype=torch.long)
         for at, i in enumerate(chosen):
             ids[at, : len(rows[i])] = torch.tensor(rows[i])
-        hidden = _forward_to(model, layer, ids.to(device), None).flatten(0, 1)
+        hidden = forward_to(model, layer, ids.to(device), None).flatten(0, 1)
         if int(lengths[-1]) < width:
             real = (torch.arange(width) < lengths[:, None]).flatten().nonzero().squeeze(1)
             hidden = hidden[real.to(device)]
@@ -299,10 +301,11 @@ def iter_hidden_ids(
 
 
 def check_layer(model: nn.Module, layer: int) -> int:
-    """``layer`` if the model has it, else SaerlError."""
+    """``layer`` if the model has it and its blocks pass on one residual stream, else SaerlError."""
     blocks = n_blocks(model)
     if not 0 <= layer <= blocks:
         raise SaerlError(f"layer {layer} does not exist in a model of {blocks} blocks; use 0 to {blocks}")
+    check_stream(model, layer)
     return layer
 
 
@@ -363,44 +366,6 @@ def check_finite(x: Tensor, layer: int) -> None:
             f"the hidden states of layer {layer} are not finite at {bad} of {x.shape[0]} tokens; "
             "try model.dtype=float32 or bfloat16, and check the checkpoint"
         )
-
-
-def _forward_to(model: nn.Module, layer: int, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Hidden states [B, T, d_in] of a layer, by leaving the forward pass as soon as they exist."""
-    body, layers = decoder(model)
-    kept: list[Tensor] = []
-
-    def stop(hidden: Tensor) -> None:
-        kept.append(hidden)
-        raise _LayerReached
-
-    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    if mask is not None:
-        # left padding shifts positions; with rotary embeddings that is harmless, with learned ones it is not
-        inputs |= {"attention_mask": mask, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
-    handle = _on_layer(layers, layer, stop)
-    try:
-        body(**inputs)
-    except _LayerReached:
-        pass
-    finally:
-        handle.remove()
-    return kept[0]
-
-
-def _on_layer(layers: nn.ModuleList, layer: int, use: Callable[[Tensor], None]) -> Any:
-    """Call ``use`` with the hidden states of a layer whenever a forward pass makes them."""
-    if layer == 0:
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            use(args[0] if args else kwargs["hidden_states"])
-
-        return layers[0].register_forward_pre_hook(before, with_kwargs=True)
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        use(output[0] if isinstance(output, tuple) else output)  # older blocks return tuples
-
-    return layers[layer - 1].register_forward_hook(after)
 
 
 def _padding_mask(ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
