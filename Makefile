@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TRITON := 3.6.0
 TORCH := 2.11.0
 
-.PHONY: demo test test-triton lint bench bench-report clean
+.PHONY: demo test test-triton families lint bench bench-report clean
 
 # Built once; again whenever pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
@@ -30,6 +30,10 @@ test-triton:
 	$(VENV)-triton-$(TRITON)/bin/pip install --quiet --no-deps "triton==$(TRITON)"
 	$(VENV)-triton-$(TRITON)/bin/python -m pytest -q tests/test_chunked.py tests/test_encode.py \
 		tests/test_topk.py tests/test_decode.py tests/test_pool.py tests/test_compile.py
+
+# Every family of causal language models in the installed transformers, tiny and random.
+families: $(VENV)/.installed
+	PYTHONPATH=. $(BIN)/python -m tests.families --out benchmarks/results/families.json
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -51,6 +51,9 @@ class DataConfig:
     id_column: str | None = None  # None numbers the rows
     template: str = "{prompt}"  # wrapped around every prompt text
     chat: Literal["auto", "always", "never"] = "auto"  # auto: when the tokenizer has a chat template
+    # arguments of the chat template, e.g. {enable_thinking: false}; those it does not read are refused
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    prefill: str = ""  # text that every answer begins with: the end of the prompt, no part of a completion
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
 
 
@@ -341,6 +344,12 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if value is None or (value == "" and type(None) in args):
             return None
         return _coerce(value, next(a for a in args if a is not type(None)), where)
+    if origin is dict:
+        if value in (None, ""):
+            return {}
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise SaerlError(f"{where}={value!r} must be a mapping of names to values")
+        return {key: _plain(part) for key, part in value.items()}
     if origin is Literal:
         if value in args:
             return value
@@ -375,6 +384,13 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         wanted = getattr(hint, "__name__", None) if origin is None else str(hint)
         raise SaerlError(f"{where}={value!r} is not a valid {wanted}") from None
     return value
+
+
+def _plain(value: Any) -> Any:
+    """A free value of a mapping, with what came from the command line read as YAML."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return value.parsed() if isinstance(value, _Override) else value
 
 
 def check_ranges(section: Section, where: str = "") -> Section:

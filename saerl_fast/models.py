@@ -151,16 +151,31 @@ def token_ids(
 ) -> list[list[int]]:
     """Token ids of each text, unpadded.
 
-    ``special`` adds the tokenizer's own special tokens (such as a beginning-of-sequence token), except
-    to a text that already starts with one because a chat template wrote it.
+    ``special`` adds the special tokens that the tokenizer puts in front (such as a beginning-of-sequence
+    token, once if the text already starts with it). What it puts behind is left out: a text that ends in an
+    end-of-sequence token (``add_eos_token``) has nothing to be continued with.
     """
     if not texts:
         return []
     ids = [list(row) for row in tokenizer(list(texts), add_special_tokens=special)["input_ids"]]
+    if not special:
+        return ids
+    behind = _tokens_behind(tokenizer)
+    if behind:
+        ids = [row[:-behind] for row in ids]
     bos = tokenizer.bos_token_id
-    if special and bos is not None:
+    if bos is not None:
         ids = [row[1:] if len(row) > 1 and row[0] == bos and row[1] == bos else row for row in ids]
     return ids
+
+
+def _tokens_behind(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many special tokens the tokenizer puts behind a text."""
+    bare, full = (list(tokenizer.encode("a", add_special_tokens=special)) for special in (False, True))
+    for start in range(len(full) - len(bare) + 1):
+        if bare and full[start : start + len(bare)] == bare:
+            return len(full) - start - len(bare)
+    return int(bool(full) and full[-1] == tokenizer.eos_token_id)
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -45,14 +45,16 @@ SIZES = {  # of the settings that a configuration has
     **{"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0},
 }
 DROP = object()  # a setting that is left as it is
+DECODER = {"is_decoder": True}
+DELTA = ["linear_attention", "full_attention"] * 2
 LATENT = {"num_key_value_heads": 4}  # multi-head latent attention has as many keys as queries
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), LATENT),
-    **dict.fromkeys(("glm_moe_dsa", "longcat_flash", "minicpm3", "youtu", "kimi_linear"), LATENT),
+    **dict.fromkeys(("glm_moe_dsa", "longcat_flash", "minicpm3", "youtu", "sarvam_mla"), LATENT),
     **dict.fromkeys(("cwm", "modernbert-decoder"), {"bos_token_id": 2}),
-    **dict.fromkeys(("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie"), {"is_decoder": True}),
-    **dict.fromkeys(("megatron-bert", "rembert", "roberta", "roformer", "xlm-roberta"), {"is_decoder": True}),
-    **dict.fromkeys(("roberta-prelayernorm", "xlm-roberta-xl", "bert-generation"), {"is_decoder": True}),
+    **dict.fromkeys(("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie"), DECODER),
+    **dict.fromkeys(("megatron-bert", "rembert", "roberta", "roformer", "xlm-roberta"), DECODER),
+    **dict.fromkeys(("roberta-prelayernorm", "xlm-roberta-xl", "bert-generation"), DECODER),
     "falcon": {"head_dim": DROP, "alibi": False},
     "falcon-alibi": {"head_dim": DROP, "alibi": True},
     "falcon_h1": {"mamba_d_ssm": 64},
@@ -69,15 +71,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "bailing_hybrid": LATENT | {"layer_group_size": 2},
-    "kimi_linear": LATENT | {"linear_head_dim": 8, "linear_num_heads": 4},
+    "kimi_linear": LATENT | {"linear_head_dim": 8, "linear_num_heads": 4, "layer_types": DELTA},
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8}
     | {"indexer_budget": 4, "indexer_compress_ratio": 1, "ngram_vocab_size_base": 64, "split_ngram_parts": 1},
     "reformer": {"is_decoder": True},
 }
 FROM_FIRST_BLOCK = ("falcon_mamba", "mamba", "mamba2", "rwkv")  # whose hidden_states lack the embeddings
-PARTS = """axk1_text blt cohere_compass_text dots3_note emu3 fuyu gemma3 gemma3n gemma4 gemma4_unified git
-    got_ocr2 llama4 mllama moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal qwen3_5 qwen3_5_moe
-    gemma4_assistant gemma4_unified_assistant whisper trocr""".split()  # their text parts are of the list, too
+PARTS = (  # several media, or no decoders of text: where they have a text part, it is a family, too
+    *("blt", "cohere_compass_text", "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "git"),
+    *("gemma4_unified", "got_ocr2", "llama4", "mllama", "moss_transcribe_diarize", "musicgen", "qwen3_5"),
+    *("musicgen_melody", "phi4_multimodal", "qwen3_5_moe", "qwen4_exp", "gemma4_assistant", "trocr"),
+    *("gemma4_unified_assistant", "whisper"),
+)
 
 
 def families() -> list[str]:
@@ -176,7 +181,7 @@ def verdict(report: dict[str, Any], limit: float = 2e-3) -> str:
     return f"WRONG: {', '.join(off)}" if off else "right"
 
 
-def _truth(model: Any, rows: list[Tensor], starts: Tensor, lengths: Tensor, temperature: float, of: Any) -> Any:
+def _truth(model: Any, rows: Any, starts: Tensor, lengths: Tensor, temperature: float, of: Any) -> Any:
     """Log-probabilities [M] of the completions by one plain forward pass a row, and their gradients."""
     found = []
     for row, start in zip(rows, starts.tolist(), strict=True):
@@ -268,7 +273,10 @@ def main(arguments: list[str]) -> int:
     print(counts)
     if out is not None:
         made = {"transformers": transformers.__version__, "torch": torch.__version__, "counts": counts}
-        text = ",\n".join(json.dumps(row) for row in rows)
+        short = (
+            {k: float(f"{v:.1e}") if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
+        text = ",\n".join(map(json.dumps, short))
         out.write_text(f'{json.dumps(made)[:-1]}, "families": [\n{text}\n]}}\n')
     return counts.get("WRONG", 0) + counts.get("TRACEBACK", 0)
 

@@ -16,12 +16,12 @@ from typing import Any, Literal
 from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import atomic_path
-from saerl_fast.prompts import files, reasoning_gym
+from saerl_fast.prompts import chats, files, reasoning_gym
+from saerl_fast.prompts.chats import Messages
 
 log = logging.getLogger(__name__)
 
 Role = Literal["train", "eval"]
-Messages = list[dict[str, str]]
 
 
 @dataclass
@@ -113,7 +113,9 @@ def load_prompts(spec: str, cfg: DataConfig, *, split_role: Role = "train", seed
             text_columns={cfg.prompt_column, cfg.answer_column or "", cfg.id_column or ""},
         )
         columns = _canonical(columns, spec, cfg, split_role)
-    columns["prompt"] = [_wrap(prompt, cfg.template) for prompt in columns["prompt"]]
+    if "{prompt}" not in cfg.template:
+        raise SaerlError(f"data.template={cfg.template!r} lacks {{prompt}}; say where the prompt goes")
+    columns["prompt"] = [chats.wrap(prompt, cfg.template) for prompt in columns["prompt"]]
     return Pool(columns)
 
 
@@ -154,11 +156,12 @@ def _canonical(columns: files.Columns, spec: str, cfg: DataConfig, role: Role) -
     count = len(columns[cfg.prompt_column])
     if count == 0:
         raise SaerlError(f"{spec} holds no rows; give it at least one prompt")
-    prompts = columns[cfg.prompt_column]
-    for i, prompt in enumerate(prompts):
-        fault = _fault(prompt)
-        if fault:
-            raise SaerlError(f"{spec} row {i}: the prompt {fault}; mend or remove the row")
+    prompts = []
+    for i, prompt in enumerate(columns[cfg.prompt_column]):
+        try:
+            prompts.append(chats.read_prompt(prompt))
+        except ValueError as fault:
+            raise SaerlError(f"{spec} row {i}: the prompt {fault}; mend or remove the row") from None
     answers = columns[cfg.answer_column] if cfg.answer_column else [""] * count
     if None in answers:
         raise SaerlError(f"{spec} row {answers.index(None)}: the answer is null; mend or remove the row")
@@ -173,34 +176,6 @@ def _canonical(columns: files.Columns, spec: str, cfg: DataConfig, role: Role) -
         "prompt": prompts,
         "answer": [str(answer) for answer in answers],
     }
-
-
-def _fault(prompt: Any) -> str | None:
-    """What is wrong with a prompt, as the end of a sentence; None when nothing is."""
-    if isinstance(prompt, str):
-        return None if prompt.strip() else "is empty"
-    if prompt is None:
-        return "is null"
-    if not isinstance(prompt, list):
-        return f"is a {type(prompt).__name__}, not text or a list of chat messages"
-    if not prompt:
-        return "has no chat messages"
-    for message in prompt:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return "has a chat message without a role"
-        if not isinstance(message.get("content"), str):
-            return "has a chat message without text content"
-    return "ends with an assistant message" if prompt[-1]["role"] == "assistant" else None
-
-
-def _wrap(prompt: str | Messages, template: str) -> str | Messages:
-    """``prompt`` inside the template: plain replacement, so that braces in either stay as they are."""
-    if "{prompt}" not in template:
-        raise SaerlError(f"data.template={template!r} lacks {{prompt}}; say where the prompt goes")
-    if isinstance(prompt, str):
-        return template.replace("{prompt}", prompt)
-    last = prompt[-1]
-    return [*prompt[:-1], last | {"content": template.replace("{prompt}", last["content"])}]
 
 
 def _pick_eval(pool: Pool, cfg: DataConfig, seed: int) -> list[int]:

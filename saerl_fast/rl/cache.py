@@ -149,7 +149,7 @@ def _rearrange(cache: Any, rows: int, *, repeats: int = 1, indices: Tensor | Non
         elif hasattr(layer, "reorder_cache"):
             first = next(_tensors(layer), None)
             if first is not None:
-                layer.reorder_cache(pick(first.device))
+                layer.reorder_cache(pick(first.device))  # type: ignore[arg-type]  # an index is a LongTensor
         else:
             _walk(layer, rows, pick, set())
 

@@ -203,7 +203,7 @@ def _decode(
     way, width, n_rows = state.way, ids.shape[1], len(uniforms)
     positions = torch.arange(width, device=ids.device) - (width - lens)[:, None]
     seen = positions >= 0  # [P, S]: False on the left padding
-    cache = prompt_cache(model, cfg.max_new_tokens) if way.cached and not way.own else None
+    cache: Any = prompt_cache(model, cfg.max_new_tokens) if way.cached and not way.own else None
     if capture is not None and hasattr(capture, "reset_timings"):
         capture.reset_timings()
     started = time.perf_counter()

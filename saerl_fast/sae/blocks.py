@@ -59,7 +59,7 @@ def on_layer(layers: nn.ModuleList, layer: int, use: Callable[[Tensor], None]) -
 
 
 @torch.no_grad()
-def check_stream(model: nn.Module, layer: int) -> None:
+def check_stream(model: Any, layer: int) -> None:
     """SaerlError when hooks on the blocks would read anything but the residual stream [B, T, hidden_size].
 
     Compared once a model and layer, on four tokens, with the ``hidden_states`` that transformers shows (the
