@@ -164,7 +164,7 @@ def judge(model: Any) -> dict[str, Any]:
         logprobs.SHARE_BELOW, kept = 9.0, logprobs.SHARE_BELOW
         found, _ = logprobs.completion_logprobs(model, ids, starts, lengths, temperature=0.7, **options)
         logprobs.SHARE_BELOW = kept
-        report[kind] = float((found - wanted).abs().max())
+        report[kind] = float((found.detach() - wanted).abs().max())
         report[f"{kind}_gradient"] = _distance(_slopes(found, parameters), slopes)
     if seen:
         order = [part for x, offsets in seen for part in x.split(offsets.diff().tolist())]

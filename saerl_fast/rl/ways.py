@@ -24,8 +24,8 @@ from saerl_fast.errors import SaerlError
 log = logging.getLogger(__name__)
 
 # Mean absolute difference of a row's log-probabilities, at temperature 1, that rounding explains. Ten random
-# models, cached against plain: up to 3e-6 in float32, .013 in bfloat16, .015 in float16 (where rounding exchanges
-# experts). Wrong caches are off by .03 to 5.
+# models, cached against plain: up to 3e-6 in float32, .013 in bfloat16, .015 in float16 (rounding that picks
+# another expert). Wrong caches are off by .03 to 5.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 
 
