@@ -157,10 +157,10 @@ def token_ids(
     """
     if not texts:
         return []
-    ids = [list(row) for row in tokenizer(list(texts), add_special_tokens=special)["input_ids"]]
     if not special:
-        return ids
-    behind = _tokens_behind(tokenizer)
+        return [list(row) for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    *ids, probe = (list(row) for row in tokenizer([*texts, "a"], add_special_tokens=True)["input_ids"])
+    behind = _specials_behind(tokenizer, probe)
     if behind:
         ids = [row[:-behind] for row in ids]
     bos = tokenizer.bos_token_id
@@ -169,13 +169,13 @@ def token_ids(
     return ids
 
 
-def _tokens_behind(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many special tokens the tokenizer puts behind a text."""
-    bare, full = (list(tokenizer.encode("a", add_special_tokens=special)) for special in (False, True))
-    for start in range(len(full) - len(bare) + 1):
-        if bare and full[start : start + len(bare)] == bare:
-            return len(full) - start - len(bare)
-    return int(bool(full) and full[-1] == tokenizer.eos_token_id)
+def _specials_behind(tokenizer: PreTrainedTokenizerBase, row: list[int]) -> int:
+    """How many special tokens end ``row``, the ids of a letter."""
+    known = {tokenizer.bos_token_id, getattr(tokenizer, "eos_token_id", None)}
+    known |= set(getattr(tokenizer, "all_special_ids", ()))
+    known.discard(getattr(tokenizer, "unk_token_id", None))  # which the letter itself may be
+    real = [at for at, token in enumerate(row) if token not in known]
+    return len(row) - 1 - real[-1] if real else 0
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -372,13 +372,14 @@ def test_no_prompt_ends_in_an_end_token(tokenizer):
     core.post_processor = TemplateProcessing(
         single="<s> $A go", special_tokens=[("<s>", 0), ("go", 5)]
     )  # as with add_eos_token
+    tokenizer.eos_token = "go"
     try:
         assert tokenizer("user :")["input_ids"] == [0, 2, 4, 5]
         pool = Pool({"prompt_id": ["0", "1"], "prompt": ["user :", "user go"], "answer": ["system", ""]})
         made = prepare(pool, tokenizer)
         assert made.ids == [[0, 2, 4], [0, 2, 5]] and made.answer_ids == [[3], []]
     finally:
-        core.post_processor = before
+        core.post_processor, tokenizer.eos_token = before, None
 
 
 def test_arguments_reach_the_chat_template(chat_tokenizer):

