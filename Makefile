@@ -5,7 +5,11 @@ BIN := $(VENV)/bin
 TRITON := 3.6.0
 TORCH := 2.11.0
 
-.PHONY: demo test test-triton families lint bench bench-report clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-triton families lint format docs bench bench-report clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 
 # Built once; again whenever pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
@@ -14,37 +18,47 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --progress-bar off -e ".[dev,pinned]"
 	touch $@
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed ## the whole pipeline on a tiny shipped model, in minutes on two CPU cores
 	$(BIN)/saerl sae train --config examples/demo.yaml
 	$(BIN)/saerl score --config examples/demo.yaml
 	$(BIN)/saerl plan --config examples/demo.yaml
 	$(BIN)/saerl compare --config examples/demo.yaml
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed ## the whole test suite; kernels run in Triton's interpreter where there is no GPU
 	$(BIN)/python -m pytest -q
 
-# The kernels under another Triton: make test-triton TRITON=3.8.0 TORCH=2.14.0. NumPy 2.4 breaks 3.6's interpreter.
-test-triton:
+# NumPy 2.4 breaks 3.6's interpreter.
+test-triton: ## the kernels' tests under another Triton: TRITON=3.8.0 TORCH=2.14.0
 	$(PYTHON) -m venv $(VENV)-triton-$(TRITON)
 	$(VENV)-triton-$(TRITON)/bin/pip install --quiet "torch==$(TORCH)" "numpy<2.4" scipy numba pytest hypothesis
 	$(VENV)-triton-$(TRITON)/bin/pip install --quiet --no-deps "triton==$(TRITON)"
 	$(VENV)-triton-$(TRITON)/bin/python -m pytest -q tests/test_chunked.py tests/test_encode.py \
 		tests/test_topk.py tests/test_decode.py tests/test_pool.py tests/test_compile.py
 
-# Every family of causal language models in the installed transformers, tiny and random.
-families: $(VENV)/.installed
+families: $(VENV)/.installed ## every family of language models in transformers, tiny and random: is it right here?
 	PYTHONPATH=. $(BIN)/python -m tests.families --out benchmarks/results/families.json
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed ## ruff, ruff format and mypy, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy saerl_fast kernels/torch-ext/saerl_kernels
 
-bench: $(VENV)/.installed
+format: $(VENV)/.installed ## the same, mending what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --progress-bar off -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs ## the site with the API reference in build/docs; a warning is an error
+	$(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.installed ## every measurement in benchmarks/
 	PYTHONPATH=. $(BIN)/python -m benchmarks.run_all
 
-bench-report: $(VENV)/.installed
+bench-report: $(VENV)/.installed ## the tables of benchmarks/README.md from the measurements
 	PYTHONPATH=. $(BIN)/python -m benchmarks.report
 
-clean:
+clean: ## remove the environments and what was built
 	rm -rf $(VENV) $(VENV)-triton-* build *.egg-info

@@ -22,7 +22,7 @@ from benchmarks.harness import DEVICE, Contender, bench_threads, environment, gr
 from saerl_fast.config import RolloutConfig
 from saerl_fast.rl.generate import generate
 from saerl_fast.sae.capture import FeatureCapture
-from saerl_fast.sae.model import TopKSAE
+from saerl_fast.sae.model import SAE, SAESpec
 from saerl_fast.sae.pooled import pooled_features
 
 BASE = "generate without capture"
@@ -78,12 +78,12 @@ class Problem:
         with torch.no_grad():
             self.model.lm_head.weight[1] = 0  # ends are rare: every contender decodes to the limit
         weights = torch.randn(shape.d_in, shape.d_sae) / shape.d_in**0.5
-        sae = TopKSAE(
+        sae = SAE(
             weights,
             torch.zeros(shape.d_sae),
             weights.t().contiguous(),
             torch.zeros(shape.d_in),
-            cfg={"k": shape.k, "hook_layer": shape.blocks // 2},
+            cfg=SAESpec(k=shape.k, hook_layer=shape.blocks // 2),
         )
         self.sae = sae.to(device, dtype)
         self.capture = FeatureCapture(self.model, self.sae)

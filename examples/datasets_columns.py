@@ -11,10 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from saerl_fast.config import load_config
-from saerl_fast.integrations.columns import add_scores, to_dataset
-from saerl_fast.prompts.pool import load_split
-from saerl_fast.signals.scores import Scores
+from saerl_fast import Scores, add_scores, load_config, load_split, to_dataset
 
 
 def main(run_dir: str) -> Any:

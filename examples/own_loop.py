@@ -11,10 +11,7 @@ import sys
 
 from torch.utils.data import DataLoader
 
-from saerl_fast.config import PlanConfig
-from saerl_fast.plan import build_plan
-from saerl_fast.plan.sampler import PlanSampler
-from saerl_fast.signals.scores import Scores
+from saerl_fast import PlanConfig, PlanSampler, Scores, build_plan
 
 
 def main(run_dir: str, steps: int = 5, batch_size: int = 8) -> list[list[str]]:

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from saerl_fast.config import load_config
-from saerl_fast.integrations.ray import score_with_ray
-from saerl_fast.signals.scores import Scores
-from saerl_fast.stages.console import Echo
+from saerl_fast import Echo, Scores, load_config, score_with_ray
 
 
 def main(config: str, overrides: list[str], actors: int = 2, gpus: float = 0) -> Scores:

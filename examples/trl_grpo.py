@@ -13,13 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from saerl_fast.config import load_config
-from saerl_fast.integrations.columns import to_dataset
-from saerl_fast.integrations.trl import plan_trainer
-from saerl_fast.plan import build_plan
-from saerl_fast.rl.rewards import get_reward
-from saerl_fast.session import Session
-from saerl_fast.signals.scores import Scores
+from saerl_fast import Scores, Session, build_plan, get_reward, load_config, plan_trainer, to_dataset
 
 
 def main(

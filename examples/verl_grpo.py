@@ -10,11 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from saerl_fast.config import PlanConfig, load_config
-from saerl_fast.integrations.verl import write_parquet
-from saerl_fast.plan import build_plan
-from saerl_fast.prompts.pool import Pool
-from saerl_fast.signals.scores import Scores
+from saerl_fast import PlanConfig, Pool, Scores, build_plan, load_config, write_parquet
 
 
 def main(run_dir: str, out: str, model: str, steps: int = 80, batch_size: int = 16) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saerl_fast import __version__
-from saerl_fast.config import Config, load_config
+from saerl_fast.config import SCHEDULES, Config, describe, load_config
 from saerl_fast.errors import SaerlError
 
 SHORTCUTS = {  # flag -> config key: what most people set on the command line
@@ -23,7 +23,7 @@ SHORTCUTS = {  # flag -> config key: what most people set on the command line
     "seed": "seed",
 }
 PROCESSES, RANK = (int(os.environ.get(name, at)) for name, at in (("WORLD_SIZE", "1"), ("RANK", "0")))
-OVERRIDES_HELP = "settings as key.sub=value, e.g. train.lr=3e-6 (see saerl_fast/config.py for all keys)"
+OVERRIDES_HELP = "settings as key.sub=value, e.g. train.lr=3e-6 (`saerl settings` lists all)"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,10 +43,15 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     sae = commands.add_parser("sae", help="train a TopK SAE on a model's hidden states, or describe one")
-    sae_commands = sae.add_subparsers(dest="sae_command", required=True, metavar="train|info")
+    sae_commands = sae.add_subparsers(dest="sae_command", required=True, metavar="train|info|convert")
     sae_commands.add_parser("train", parents=[common], help="train on the prompts' activations")
-    info = sae_commands.add_parser("info", help="describe a SAELens or sparsify checkpoint")
-    info.add_argument("path", help="folder with the SAE")
+    info = sae_commands.add_parser("info", help="describe an SAE")
+    convert = sae_commands.add_parser("convert", help="write an SAE of any format as a SAELens folder")
+    for command in (info, convert):
+        command.add_argument("path", help="folder or file, SAELens release/id, or hub repository")
+    convert.add_argument("folder", help="new folder to write")
+    said_help = "what its files leave open, e.g. architecture=topk k=32 hook_name=blocks.12.hook_resid_post"
+    convert.add_argument("said", nargs="*", metavar="name=value", help=said_help)
 
     commands.add_parser(
         "score", parents=[common], help="prompts x model x SAE -> scores.parquet and features"
@@ -55,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", parents=[common], help="one GRPO run under a plan")
     for command in (plan, train):
         command.add_argument(
-            "--schedule", metavar="NAME", help="vanilla, literal, global, medium or adaptive (plan.schedule)"
+            "--schedule",
+            metavar="NAME",
+            help=f"short for plan.schedule: {', '.join(SCHEDULES)} or module:function",
         )
     train.add_argument("--plan", metavar="FILE", help="follow this plan.json instead of building one")
     train.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint")
@@ -68,6 +75,8 @@ def parser() -> argparse.ArgumentParser:
     watch = commands.add_parser("watch", help="follow a run: latest row, and its curves in live.png")
     watch.add_argument("run", help="folder of a run or a comparison")
     watch.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="how often to look")
+    settings = commands.add_parser("settings", help="every setting with its default, meaning and range")
+    settings.add_argument("section", nargs="?", default="", help="only those in this section, as train.loss")
     report = commands.add_parser("report", help="tables and plots again from what a run recorded")
     report.add_argument("run", help="folder of a run or a comparison")
     return top
@@ -84,6 +93,9 @@ def read_config(args: argparse.Namespace) -> Config:
 
 def run(args: argparse.Namespace) -> None:
     """Dispatch to the pipeline; imports happen here."""
+    if args.command == "settings":
+        print(describe(args.section))
+        return
     if args.command == "report":
         from saerl_fast.records.report import write_report
 
@@ -100,6 +112,11 @@ def run(args: argparse.Namespace) -> None:
         from saerl_fast.stages.pipeline import describe_sae
 
         print(describe_sae(args.path))
+        return
+    if args.command == "sae" and args.sae_command == "convert":
+        from saerl_fast.sae.files import convert_sae
+
+        print(f"wrote {args.folder}: {convert_sae(args.path, args.folder, args.said)}")
         return
 
     config = read_config(args)

@@ -1,7 +1,7 @@
 """Loading a causal language model, and the few facts about its layout that the rest needs.
 
 Everything that reads a model's insides (hidden-state capture, SAE training, rollouts) goes through
-:func:`decoder` and :func:`blocks`, so a new architecture is supported in one place.
+``decoder`` and ``blocks``, so a new architecture is supported in one place.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from saerl_fast.errors import SaerlError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _BLOCK_LISTS = ("layers", "h", "blocks", "block")  # Llama/Qwen/Gemma/NeoX; GPT-2; others
 
@@ -78,10 +77,7 @@ def resolve_device(name: str) -> torch.device:
     """``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N`` as a device that exists."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise SaerlError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N") from None
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise SaerlError(f"device {name!r} does not exist here ({found} CUDA devices found); use auto or cpu")
@@ -92,18 +88,14 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """``auto`` is float32 on a CPU and bfloat16 on a GPU; the other names are torch's."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in _DTYPES:
-        raise SaerlError(f"dtype {name!r} is unknown; use auto, {', '.join(_DTYPES)}")
-    return _DTYPES[name]
-
-
-def blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks in order: hidden state L is the output of ``blocks(model)[L - 1]``."""
-    return decoder(model)[1]
+    return getattr(torch, name)
 
 
 def decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """The module that embeds ids and runs the blocks (no language-model head), and its blocks."""
+    """The module that embeds ids and runs the blocks (no language-model head), and its blocks in order.
+
+    Hidden state L is the output of block L - 1.
+    """
     n_layers = n_blocks(model)
     for module in model.modules():
         for name in _BLOCK_LISTS:

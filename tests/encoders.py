@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import saerl_kernels as sk
+from saerl_kernels import dispatch
+
+BACKENDS = [name for name in dispatch.BACKENDS if name not in ("auto", "reference")]  # that tests run
 
 
 def integers(n: int, d_in: int, d_sae: int, seed: int = 0, low: int = -40, permute: bool = False, **options):

@@ -15,7 +15,7 @@ def test_every_layer_of_a_plain_model_is_its_residual_stream(kind: str) -> None:
     assert model.training
     ids = torch.tensor([[5, 6, 7]])
     shown = model.eval()(ids, output_hidden_states=True).hidden_states
-    torch.testing.assert_close(forward_to(model, 1, ids, None), shown[1])
+    torch.testing.assert_close(forward_to(model, 1, ids), shown[1])
 
 
 def test_blocks_of_another_shape_or_content_are_refused() -> None:

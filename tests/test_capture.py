@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,19 +8,17 @@ import torch
 from torch import Tensor
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import blocks
+from saerl_fast.models import decoder
 from saerl_fast.sae.capture import (
     Capture,
     FeatureCapture,
     _warn_once,
     check_layer,
     check_width,
-    hidden_states,
-    iter_hidden,
     iter_hidden_ids,
     resolve_layer,
 )
-from saerl_fast.sae.model import TopKSAE
+from saerl_fast.sae.model import SAE, SAESpec
 from saerl_fast.sae.pooled import pooled_features
 from saerl_kernels import CSR
 
@@ -56,11 +55,11 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
     return model(config).eval()
 
 
-def sae_for(d_in: int, **cfg: Any) -> TopKSAE:
+def sae_for(d_in: int, **cfg: Any) -> SAE:
     gen = torch.Generator().manual_seed(1)
     weights = torch.randn(d_in, 48, generator=gen)
-    settings = {"k": 5, "hook_layer": 2, **cfg}
-    return TopKSAE(weights, torch.zeros(48), weights.t().contiguous(), torch.zeros(d_in), cfg=settings)
+    spec = SAESpec(**{"k": 5, "hook_layer": 2, **cfg})
+    return SAE(weights, torch.zeros(48), weights.t().contiguous(), torch.zeros(d_in), cfg=spec)
 
 
 class Tokenizer:
@@ -94,22 +93,22 @@ def test_every_layer_equals_transformers_and_stops_there(kind: str) -> None:
     model = tiny_model(kind)
     ids, mask = left_padded(ROWS)
     ran: list[int] = []
-    for number, block in enumerate(blocks(model)):
+    for number, block in enumerate(decoder(model)[1]):
         block.register_forward_hook(lambda *_, n=number: ran.append(n), prepend=True)
     for layer in range(4):
         want = alone(model, ROWS, layer)
         check_layer(model, layer)  # its own forward pass, once, is not of interest below
         ran.clear()
-        x, offsets = hidden_states(model, layer, ids, mask)
+        ((order, x, offsets),) = iter_hidden_ids(model, ROWS, layer)
         assert ran == list(range(layer))  # at layer 0 not even the first block runs
-        assert offsets.tolist() == [0, 7, 9, 13] and offsets.dtype == torch.int64
-        torch.testing.assert_close(x, want, atol=1e-5, rtol=1e-4)
+        assert order == [0, 2, 1] and offsets.tolist() == [0, 7, 11, 13] and offsets.dtype == torch.int64
+        torch.testing.assert_close(torch.cat([x[:7], x[11:], x[7:11]]), want, atol=1e-5, rtol=1e-4)
     assert model(ids, attention_mask=mask).logits.shape == (3, 7, VOCAB)  # nothing was left behind
 
 
 def test_last_layer_is_the_residual_stream_before_the_final_norm() -> None:
     model = tiny_model("llama")
-    x, _ = hidden_states(model, 4, torch.tensor([ROWS[0]]))
+    _, x, _ = next(iter_hidden_ids(model, ROWS[:1], 4))
     normed = model(torch.tensor([ROWS[0]]), output_hidden_states=True).hidden_states[4][0]
     torch.testing.assert_close(model.model.norm(x), normed)
     assert not torch.allclose(x, normed, atol=1e-2)
@@ -151,20 +150,20 @@ def test_capture_during_generate_is_the_prefill_alone(kind: str, cache: str) -> 
         capture.take()
 
 
-def test_capture_in_a_hand_written_loop_with_grouped_copies() -> None:
+def test_capture_in_a_hand_written_loop() -> None:
     model = tiny_model("llama")
-    ids, mask = left_padded([row for row in ROWS for _ in range(4)])
-    with torch.no_grad(), Capture(model, 2, every=4) as capture:
+    ids, mask = left_padded(ROWS)
+    with torch.no_grad(), Capture(model, 2) as capture:
         out = model(ids, attention_mask=mask, use_cache=True)
-        grown = torch.cat([mask, torch.ones(12, 1, dtype=mask.dtype)], dim=1)
+        grown = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], dim=1)
         model(ids[:, -1:], attention_mask=grown, past_key_values=out.past_key_values, use_cache=True)
     x, offsets = capture.take()
     assert offsets.tolist() == [0, 7, 9, 13]
     torch.testing.assert_close(x, alone(model, ROWS, 2), atol=1e-5, rtol=1e-4)
-    hooks = len(blocks(model)[1]._forward_hooks)
-    with pytest.raises(SaerlError, match="12 rows is no multiple of every=5"), Capture(model, 2, every=5):
-        model(ids, attention_mask=mask)
-    assert len(blocks(model)[1]._forward_hooks) == hooks  # removed although the forward pass failed
+    hooks = len(decoder(model)[1][1]._forward_hooks)
+    with pytest.raises(IndexError), Capture(model, 2):
+        model(ids + VOCAB, attention_mask=mask)
+    assert len(decoder(model)[1][1]._forward_hooks) == hooks  # removed although the forward pass failed
 
 
 def test_capture_reads_nothing_back_while_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,13 +200,12 @@ def test_without_a_mask_the_cache_tells_prefills_from_steps() -> None:
 
 
 def test_streaming_restores_order_and_respects_the_budget() -> None:
-    model, tokenizer = tiny_model("qwen2"), Tokenizer()
-    texts = ["abc", "a longer text", "", "xy", "a longer texT", "mm"]
-    ids = tokenizer(texts)["input_ids"]
+    model = tiny_model("qwen2")
+    ids = Tokenizer()(["abc", "a longer text", "", "xy", "a longer texT", "mm"])["input_ids"]
     found: dict[int, Tensor] = {}
     progress: list[tuple[int, int]] = []
-    for rows, x, offsets in iter_hidden(
-        model, tokenizer, texts, 3, batch_tokens=16, on_progress=lambda *p: progress.append(p)
+    for rows, x, offsets in iter_hidden_ids(
+        model, ids, 3, batch_tokens=16, on_progress=lambda *p: progress.append(p)
     ):
         assert max(len(ids[i]) for i in rows) * len(rows) <= 16 or len(rows) == 1
         for at, row in enumerate(rows):
@@ -223,8 +221,8 @@ def test_feature_capture_equals_offline_features(device: torch.device) -> None:
     prompts = ["abc", "hello you", "q"]
     offline, none = pooled_features(model, sae, tokenizer(prompts)["input_ids"], batch_tokens=12)
     assert none is None and offline.n_cols == 48 and offline.nnz > 10
-    ids, mask = left_padded([row for row in tokenizer(prompts)["input_ids"] for _ in range(3)])
-    capture = FeatureCapture(model, sae, every=3)
+    ids, mask = left_padded(tokenizer(prompts)["input_ids"])
+    capture = FeatureCapture(model, sae)
     with capture:
         model.generate(ids.to(device), attention_mask=mask.to(device), max_new_tokens=3, do_sample=False)
     online = capture.features()
@@ -262,7 +260,7 @@ def test_sink_tokens_are_left_out_of_pooling() -> None:
     pooled = sae.pool(x, torch.tensor([0, 4]))
     want = sae.pool(x[1:], torch.tensor([0, 3]))
     assert torch.equal(pooled.to_dense(), want.to_dense())
-    sae.cfg["max_norm"] = None
+    sae.cfg = replace(sae.cfg, max_norm=None)
     assert sae.pool(x, torch.tensor([0, 4])).values.max() > 100
 
 
@@ -289,7 +287,7 @@ def test_bad_activations_and_settings_are_one_sentence() -> None:
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(SaerlError, match="hidden states of layer 2 are not finite at 13 of 13 tokens"):
-        hidden_states(model, 2, ids, mask)
+        next(iter_hidden_ids(model, ROWS, 2))
     with pytest.raises(SaerlError, match="layer 3 are not finite at 2 of 2 tokens"):
         next(iter_hidden_ids(model, [[3, 4]], 3))
     with Capture(model, 2) as capture:
@@ -358,7 +356,8 @@ def test_side_stream_on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
     ids, mask = (part.cuda() for part in left_padded(ROWS))
     fc = FeatureCapture(model, sae_for(16).cuda())
     fc.warm_up()
-    want = fc.sae.pool(*hidden_states(model, 2, ids, mask)).to("cpu").to_dense()
+    order, x, offsets = next(iter_hidden_ids(model, ROWS, 2))
+    want = fc.sae.pool(x, offsets).to("cpu").to_dense()[torch.tensor(order).argsort()]
     assert want.any()
     for _ in range(20):  # memory of the prefill is used again at once by what follows it
         with torch.no_grad(), fc:

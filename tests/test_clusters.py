@@ -1,15 +1,28 @@
 """Clustering: finds planted topics, knows when there are none, and takes any pool."""
 
+import importlib.util
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 from saerl_fast.config import DiversityConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.signals.clusters import _centroids, cluster_prompts, permute_features, purity
-from saerl_fast.signals.features import as_scipy, weighted
-from saerl_kernels import CSR
+from saerl_fast.signals import clusters
+from saerl_fast.signals.clusters import (
+    _backend,
+    _centroids,
+    check_backend,
+    cluster_prompts,
+    permute_features,
+    purity,
+)
+from saerl_fast.signals.features import weighted
+from saerl_kernels import CSR, csr
 
 
 def topics(n: int = 300, k: int = 6, d: int = 256, strength: float = 0.8, seed: int = 0):
@@ -45,12 +58,12 @@ def test_structureless_features_do_not_beat_the_null():
 
 def test_polish_raises_the_within_cluster_cosine():
     X, _ = topics(strength=0.3)
-    rows = weighted(X)
+    rows = weighted(X, csr.idf(X))
 
     def cohesion(polish: int) -> float:
         labels = cluster_prompts(X, DiversityConfig(n_clusters=6, svd=4, polish=polish)).labels
-        centroids = _centroids(rows, labels, 6)
-        return float(np.asarray(rows @ centroids.T)[np.arange(300), labels].mean())
+        centroids = _centroids(rows, labels, "torch")
+        return float(np.asarray(rows.to_scipy() @ centroids.T)[np.arange(300), labels].mean())
 
     assert cohesion(5) > cohesion(0)
 
@@ -62,21 +75,81 @@ def test_same_seed_same_labels():
     assert np.array_equal(first.labels, second.labels) and first.metrics == second.metrics
 
 
+def test_another_seed_starts_k_means_elsewhere():
+    data = np.random.default_rng(0).normal(size=(120, 8))
+    labels = [clusters._kmeans(data, 9, 1, "torch", seed).tolist() for seed in (3, 3, 4)]
+    assert labels[0] == labels[1] != labels[2]
+
+
 @pytest.mark.parametrize("svd", [32, 0])
 def test_numba_and_torch_agree(svd):
     pytest.importorskip("numba")
     X, _ = topics()
-    cfg = DiversityConfig(n_clusters=7, svd=svd)
-    by_numba, by_torch = cluster_prompts(X, cfg, "numba"), cluster_prompts(X, cfg, "sklearn")
+    by_numba, by_torch = (
+        cluster_prompts(X, DiversityConfig(n_clusters=7, svd=svd, backend=name))
+        for name in ("numba", "torch")
+    )
+    assert (by_numba.metrics["backend"], by_torch.metrics["backend"]) == ("numba", "torch")
     assert np.array_equal(by_numba.labels, by_torch.labels)
     assert by_numba.metrics["silhouette"] == pytest.approx(by_torch.metrics["silhouette"], abs=1e-6)
 
 
+def pretend_cuml(monkeypatch, reason: str | None = None):
+    """A CUDA machine that has cuML, which loads unless there is a ``reason``."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "cuml" or find_spec(name))
+    monkeypatch.setattr(clusters, "_load_cuml", lambda: reason)
+
+
+def test_cuml_clusters_the_dense_rows(monkeypatch):
+    """With scikit-learn's k-means in cuML's place, and the CPU in the GPU's."""
+    X, topic = topics()
+    calls = []
+
+    def dense_kmeans(n_clusters, init, n_init, output_type):
+        calls.append((init.shape, n_init, output_type))
+        return KMeans(n_clusters, init=init, n_init=n_init)
+
+    pretend_cuml(monkeypatch)
+    monkeypatch.setitem(sys.modules, "cuml", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cuml.cluster", SimpleNamespace(KMeans=dense_kmeans))
+    monkeypatch.setattr(CSR, "to", lambda self, device: self)
+    result = cluster_prompts(X, DiversityConfig(n_clusters=6, svd=32, backend="cuml", null_rounds=0))
+    assert calls == [((6, 32), 1, "numpy")] * 4 and result.metrics["backend"] == "cuml"
+    assert adjusted_rand_score(topic, result.labels) > 0.9
+
+
+def test_auto_takes_cuml_then_numba_by_size_then_torch(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for numba in (True, False):
+        monkeypatch.setattr(clusters, "has_numba", lambda numba=numba: numba)
+        assert _backend("auto", clusters.NUMBA_WORK - 1) == "torch"
+        assert _backend("auto", clusters.NUMBA_WORK) == ("numba" if numba else "torch")
+    assert not caplog.messages
+    pretend_cuml(monkeypatch)
+    assert _backend("auto", 1) == "cuml" and _backend("torch", 1) == "torch"
+    pretend_cuml(monkeypatch, "libcudart is too old")
+    assert _backend("auto", 1) == "torch" and "libcudart is too old" in caplog.text
+
+
+def test_a_backend_that_cannot_run_is_one_sentence(monkeypatch):
+    pretend_cuml(monkeypatch, "libcudart is too old")
+    with pytest.raises(SaerlError, match="cuml cannot be used: libcudart is too old; install the gpu extra"):
+        check_backend("cuml")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SaerlError, match="diversity.backend=cuml cannot be used: no CUDA device"):
+        check_backend("cuml")
+    monkeypatch.setattr(clusters, "has_numba", lambda: False)
+    with pytest.raises(SaerlError, match="diversity.backend=numba needs numba; run `pip install numba`"):
+        cluster_prompts(topics(20)[0], DiversityConfig(backend="numba"))
+    check_backend("torch")
+
+
 def test_permutation_keeps_every_features_values_and_frequency():
     X, _ = topics(50)
-    rows = as_scipy(X)
-    shuffled = permute_features(rows, np.random.default_rng(0))
-    before, after = rows.toarray(), shuffled.toarray()
+    shuffled = permute_features(X, np.random.default_rng(0))
+    before, after = X.to_dense().numpy(), shuffled.to_dense().numpy()
     assert ((before > 0).sum(axis=0) == (after > 0).sum(axis=0)).all()
     np.testing.assert_allclose(np.linalg.norm(after, axis=1), 1.0, atol=1e-5)
     assert ((before > 0) != (after > 0)).any()
@@ -105,12 +178,5 @@ def test_purity_by_hand():
 
 def test_bad_settings_are_refused():
     X, _ = topics(20)
-    with pytest.raises(SaerlError, match="'fastest'"):
-        cluster_prompts(X, DiversityConfig(), "fastest")
-    with pytest.raises(SaerlError, match="n_clusters=0"):
-        cluster_prompts(X, DiversityConfig(n_clusters=0))
     with pytest.raises(SaerlError, match="no prompts"):
         cluster_prompts(CSR.empty(0, 4), DiversityConfig())
-    if not torch.cuda.is_available():
-        with pytest.raises(SaerlError, match="no CUDA device"):
-            cluster_prompts(X, DiversityConfig(), "cuml")

@@ -17,6 +17,7 @@ def test_an_arm_is_a_schedule_or_a_name_with_settings():
     name, overrides = parse_arm("cold:plan.schedule=adaptive;plan.adaptive.use_labels=false")
     assert (name, overrides[0]) == ("cold", "plan.schedule=adaptive")
     assert parse_arm("sequence:train.loss.kind=gspo")[1] == ["train.loss.kind=gspo"]  # the config's schedule
+    assert parse_arm("rev:plan.schedule=mymod:reverse") == ("rev", ["plan.schedule=mymod:reverse"])
     assert parse_arm("vanilla:train.lr=1e-5")[1] == ["plan.schedule=vanilla", "train.lr=1e-5"]
 
 
@@ -26,6 +27,11 @@ def test_an_arm_is_a_schedule_or_a_name_with_settings():
 def test_bad_arms(text):
     with pytest.raises(SaerlError):
         parse_arm(text)
+
+
+def test_an_arm_that_is_a_function_is_told_to_take_a_name():
+    with pytest.raises(SaerlError, match="e.g. mine:plan.schedule=mymod:reverse"):
+        parse_arm("mymod:reverse")
 
 
 @pytest.fixture

@@ -1,12 +1,33 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
+import typing
 
 import pytest
 
-from saerl_fast.config import Config, apply_overrides, check_ranges, load_config, to_dict
+from saerl_fast import cli
+from saerl_fast.config import (
+    REWARDS,
+    AdaptiveConfig,
+    Config,
+    LossConfig,
+    PlanConfig,
+    QualityConfig,
+    SAEConfig,
+    TrainConfig,
+    apply_overrides,
+    describe,
+    from_dict,
+    load_config,
+    to_dict,
+    walk,
+)
+from saerl_fast.config.names import FOREIGN, NONE
 from saerl_fast.errors import SaerlError
-from saerl_fast.ranges import RULES
+
+SETTINGS = list(walk(Config))  # full key, section, name
 
 
 @pytest.fixture
@@ -54,6 +75,12 @@ def test_exponents_that_yaml_reads_as_text(text):
         ("compare.seeds=[0, 1]", lambda c: c.compare.seeds, [0, 1]),
         ("compare.seeds=7", lambda c: c.compare.seeds, [7]),
         ("train.betas=0.9,0.95", lambda c: c.train.betas, (0.9, 0.95)),
+        ("compare.arms=[a, 'b:train.lr=1']", lambda c: c.compare.arms, ["a", "b:train.lr=1"]),
+        ("train.trackers=", lambda c: c.train.trackers, []),
+        ("train.steps=9007199254740993", lambda c: c.train.steps, 9007199254740993),
+        ("plan.schedule=my.orders:mine", lambda c: c.plan.schedule, "my.orders:mine"),
+        ("train.loss.kind=loss.py:mine", lambda c: c.train.loss.kind, "loss.py:mine"),
+        ("model.device=cuda:1", lambda c: c.model.device, "cuda:1"),
         ("train.trackers=wandb,tensorboard", lambda c: c.train.trackers, ["wandb", "tensorboard"]),
         ("train.lora.targets=q_proj,v_proj", lambda c: c.train.lora.targets, ["q_proj", "v_proj"]),
         ("plan.adaptive={svd: 8}", lambda c: c.plan.adaptive.svd, 8),
@@ -69,14 +96,26 @@ def test_override_values(item, get, value):
     ("item", "words"),
     [
         ("train.lrr=1", ["train.lrr", "did you mean train.lr?"]),
-        ("trian.lr=1", ["trian", "did you mean train?"]),
+        ("trian.lr=1", ["trian.lr", "did you mean train.lr?"]),
+        ("Train.LR=1", ["Train.LR", "did you mean train.lr?"]),
+        ("lr=1", ["config key lr;", "did you mean train.lr, train.warmup.lr or sae.lr?"]),
+        ("temperature=1", ["did you mean train.rollout.temperature or train.eval.temperature?"]),
+        ("train.group_size=4", ["train.group_size", "did you mean train.rollout.group_size?"]),
+        ("rollout.batch_size=4", ["did you mean train.rollout.batch_size?"]),
+        ("actor_rollout_ref.rollout.n=4", ["actor_rollout_ref.rollout.n", "mean train.rollout.group_size?"]),
+        ("stepz=4", ["did you mean train.steps, train.warmup.steps or sae.steps?"]),
+        ("num_train_epochs=1", ["num_train_epochs", "set train.steps"]),
+        ("report-to=wandb", ["did you mean train.trackers?"]),
         ("zzz=1", ["zzz", "known keys", "run_dir"]),
         ("train.steps=ten", ["train.steps", "'ten'", "int"]),
         ("train.steps=1.5", ["train.steps", "1.5", "int"]),
         ("train.steps=.inf", ["train.steps", "int"]),
         ("train.steps=true", ["train.steps", "True", "int"]),
         ("train.lr=fast", ["train.lr", "'fast'", "float"]),
-        ("plan.schedule=adaptve", ["plan.schedule", "'adaptve'", "vanilla", "adaptive"]),
+        ("train.steps=1e300", ["train.steps", "1e300", "int"]),
+        ("plan.schedule=adaptve", ["plan.schedule='adaptve'", "did you mean adaptive?", "vanilla", "medium"]),
+        ("plan.schedule=orders:", ["plan.schedule='orders:'", "or module:function"]),
+        ("train.eval.mode=gredy", ["did you mean greedy?"]),
         ("train.betas=0.9", ["train.betas", "0.9"]),
         ("train.capture=1", ["train.capture", "bool"]),
         ("train.trackers=wandb,mlflow", ["train.trackers", "'mlflow'", "trackio"]),
@@ -89,12 +128,23 @@ def test_override_values(item, get, value):
         ("train.reward_timeout=-1", ["train.reward_timeout=-1.0", "at least 0"]),
         ("train.rollout.group_size=1", ["train.rollout.group_size=1", "at least 2"]),
         ("train.rollout.temperature=0", ["train.rollout.temperature=0.0", "above 0"]),
-        ("train.rollout.top_p=2", ["train.rollout.top_p=2.0", "between 0 and 1"]),
-        ("train.betas=0.9,1", ["train.betas=0.9,1.0", "below 1"]),
-        ("train.lora.targets=[]", ["train.lora.targets=", "one or more"]),
-        ("train.lora.targets=", ["train.lora.targets=", "one or more"]),
-        ("train=5", ["'train'", "mapping", "5"]),
-        ("train.lr.x=5", ["train.lr"]),
+        ("train.rollout.top_p=2", ["train.rollout.top_p=2.0 must be above 0 and at most 1"]),
+        ("train.betas=0.9,1", ["train.betas=0.9,1.0", "numbers at least 0 and below 1"]),
+        ("train.lora.targets=[]", ["train.lora.targets=", "must not be empty"]),
+        ("train.lora.targets=", ["train.lora.targets=", "must not be empty"]),
+        ("train.lora.targets=a,,b", ["train.lora.targets=a,,b", "must not be empty"]),
+        ("train.trackers=wandb,wandb", ["wandb,wandb", "twice"]),
+        ("compare.seeds=1,1", ["compare.seeds=1,1", "twice"]),
+        ("compare.targets=-3", ["compare.targets=-3.0", "numbers above 0 and at most 1"]),
+        ("data.template=no place", ["data.template=no place", "{prompt}"]),
+        ("model.device=tpu9", ["model.device=tpu9", "cuda:N"]),
+        ("run_dir=", ["run_dir=", "must not be empty"]),
+        ("sae.k=2000", ["sae.k=2000 must be at most sae.d_sae=1024"]),
+        ("quality.threshold=1.1", ["quality.threshold=1.1 is no probability", "quality.head=ridge"]),
+        ("train={lora: {rank: 2}, rollout: {engine: vllm}}", ["engine=vllm", "train.lora.rank=0"]),
+        ("train=5", ["train is a section", "got 5", "train.steps"]),
+        ("model=gpt2", ["model is a section", "'gpt2'", "model.path"]),
+        ("train.lr.x=5", ["train.lr is one value, not a section"]),
         ("train.lr", ["'train.lr'", "key.sub=value"]),
         ("=5", ["'=5'", "key.sub=value"]),
     ],
@@ -114,6 +164,8 @@ def test_bad_overrides_are_one_sentence(item, words):
         ("- 1\n- 2\n", ["sections", "list"]),
         ("train: [unclosed\n", ["not valid YAML"]),
         ("data:\n  trian: x\n", ["data.trian", "data.train"]),
+        ("data:\n  template: {prompt}\n", ["data.template is one value"]),
+        ("data:\n  id_column: no\n", ["data.id_column=False", "str"]),
     ],
 )
 def test_bad_files_are_one_sentence(write, text, words):
@@ -144,11 +196,134 @@ def test_configs_survive_a_round_trip_and_copies_are_independent():
     assert to_dict(changed)["train"]["betas"] == (0.8, 0.9)
 
 
-def test_every_key_with_a_rule_exists():
-    assert check_ranges(Config()) == Config()
-    for keys, _, _ in RULES:
-        for key in keys.split():
-            functools.reduce(getattr, key.split("."), Config())
+def leaves(hint) -> set[object]:
+    """The plain types in a hint."""
+    if typing.get_origin(hint) is typing.Literal:
+        return {typing.Literal}
+    return set().union(*map(leaves, typing.get_args(hint))) or {hint}
+
+
+def outside(about, hint) -> list[object]:
+    """Values just outside each bound of a setting, and for numbers what no setting may be."""
+    kinds = leaves(hint)
+    whole = int in kinds
+    step = 1 if whole else 1e-6
+    found: list[object] = []
+    if about.at_least is not None:
+        found.append(about.at_least - step)
+    if about.above is not None:
+        found.append(about.above)
+    if about.at_most is not None:
+        found.append(about.at_most + step)
+    if about.below is not None:
+        found.append(about.below)
+    if whole or float in kinds:
+        found += [math.nan, math.inf, -math.inf, "x"] + ([1e300, 10**300, 0.5] if whole else [])
+    if about.choices or typing.Literal in kinds:
+        found.append("nonsense")
+    return found
+
+
+@pytest.mark.parametrize(("key", "section", "name"), SETTINGS, ids=[key for key, *_ in SETTINGS])
+def test_every_setting_refuses_what_is_just_outside(key, section, name, tmp_path, monkeypatch, capsys):
+    about, hint = section.rules[name], section.types[name]
+    assert about.meaning and about.meaning in describe(key)
+    if leaves(hint) & {int, float}:  # a number without a range: say so here
+        free = {"quality.threshold", "compare.target_values", "train.reward_weights", "train.pass_threshold"}
+        assert about.range() or key in free
+    monkeypatch.chdir(tmp_path)
+    origin = typing.get_origin(hint)
+    for value in outside(about, hint):
+        given = [value] * 2 if origin is tuple else [value] if origin is list else value
+        with pytest.raises(SaerlError) as caught:
+            section(**{name: given})
+        message = str(caught.value)
+        assert message.startswith(f"{key}=") and "\n" not in message
+        whole = Config()
+        owner = functools.reduce(getattr, key.split(".")[:-1], whole)
+        for assign in (
+            lambda v, o=owner: setattr(o, name, v),
+            lambda v, o=owner: dataclasses.replace(o, **{name: v}),
+        ):
+            with pytest.raises(SaerlError) as caught:
+                assign(given)
+            assert str(caught.value) == message
+        assert whole == Config()
+        text = str(value).replace("inf", ".inf").replace("nan", ".nan")
+        assert cli.main(["train", f"{key}={text},{text}" if origin is tuple else f"{key}={text}"]) == 2
+        said = capsys.readouterr().err.strip()
+        assert said == f"saerl: {message}" or "not a valid" in message or origin in (list, tuple), said
+        assert said.startswith(f"saerl: {key}=")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("key", "section", "name"), SETTINGS, ids=[key for key, *_ in SETTINGS])
+def test_every_setting_takes_its_bounds(key, section, name):
+    about, hint = section.rules[name], section.types[name]
+    origin = typing.get_origin(hint)
+    for bound in (about.at_least, about.at_most):
+        if bound is not None and key != "sae.d_sae":  # fewer features than sae.k go by another rule
+            given = [bound] * 2 if origin is tuple else [bound] if origin is list else bound
+            value = getattr(section(**{name: given}), name)
+            assert value == (tuple(given) if origin is tuple else given)
+
+
+def test_a_value_is_read_as_its_type_wherever_it_is_assigned():
+    cfg = TrainConfig(lr="3e-6", betas=[0, 0.5])
+    assert (cfg.lr, cfg.betas) == (3e-6, (0.0, 0.5)) and isinstance(cfg.betas[0], float)
+    cfg.steps, cfg.trackers = "12", "wandb"
+    assert (cfg.steps, cfg.trackers) == (12, ["wandb"])
+    assert PlanConfig(adaptive={"svd": 3}).adaptive == AdaptiveConfig(svd=3)
+
+
+def test_mistakes_in_python_are_the_same_sentences():
+    cfg = Config()
+    for make, words in [
+        (lambda: setattr(cfg.train, "lrr", 1), "unknown config key train.lrr; did you mean train.lr?"),
+        (lambda: setattr(cfg.train, "lr", "x"), "train.lr='x' is not a valid float"),
+        (lambda: setattr(cfg, "train", LossConfig()), "train is a section, not a value (got LossConfig)"),
+        (lambda: from_dict(Config, {"train": {"loss": {"kynd": 1}}}), "did you mean train.loss.kind?"),
+        (
+            lambda: PlanConfig(adaptive={"forgetting": 1.5}),
+            "plan.adaptive.forgetting=1.5 must be above 0 and",
+        ),
+    ]:
+        with pytest.raises(SaerlError) as caught:
+            make()
+        assert words in str(caught.value)
+    assert cfg == Config()
+
+
+def test_settings_that_do_not_go_together_are_refused_and_leave_no_trace():
+    cfg = SAEConfig(k=2000, d_sae=4096)  # in either order
+    with pytest.raises(SaerlError, match="sae.k=2000 must be at most sae.d_sae=64"):
+        cfg.d_sae = 64
+    assert (cfg.k, cfg.d_sae) == (2000, 4096)
+    assert QualityConfig(head="ridge", threshold=4.0).threshold == 4.0
+
+
+def test_names_of_other_libraries_lead_to_settings_that_exist():
+    keys = {key for key, *_ in SETTINGS}
+    names = [name for names in FOREIGN.values() for name in names.split()]
+    assert set(FOREIGN) <= keys and not set(names) & set(NONE)
+    for key, names in FOREIGN.items():
+        for name in names.split():
+            with pytest.raises(SaerlError, match=f"did you mean .*{key}"):
+                load_config(None, [f"{name}=1"])
+    for name in NONE:
+        with pytest.raises(SaerlError, match=f"unknown config key {name}; "):
+            load_config(None, [f"{name}=1"])
+
+
+def test_the_list_of_settings():
+    lines = describe().splitlines()
+    assert len(lines) == len(SETTINGS)
+    (line,) = describe("plan.adaptive.forgetting").splitlines()
+    assert line.startswith("plan.adaptive.forgetting=0.995  # ") and line.endswith("above 0 and at most 1")
+    assert len(describe("train.loss").splitlines()) == len(LossConfig.rules)
+    assert ", ".join(REWARDS) in describe("train.reward")
+    with pytest.raises(SaerlError, match="did you mean train.loss"):
+        describe("loss")
 
 
 @pytest.mark.parametrize(

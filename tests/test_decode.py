@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import saerl_kernels as sk
-
-BACKENDS = ["torch", "numba", "triton"]
+from tests.encoders import BACKENDS
 
 
 @pytest.fixture(params=BACKENDS)

@@ -3,16 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 from scipy.stats import spearmanr
 
 from saerl_fast.config import DifficultyConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.signals.difficulty import fit_difficulty
+from saerl_fast.signals.features import probe_matrix
 from saerl_kernels import CSR
 
 
-def planted(n: int, d: int, per_row: int, seed: int = 0) -> tuple[CSR, np.ndarray]:
-    """Sparse features of which a tenth carry difficulty, and the pass rates of 4 rollouts a prompt."""
+def planted(n: int, d: int, per_row: int, seed: int = 0) -> tuple[csr_matrix, np.ndarray]:
+    """Weighted features of which a tenth carry difficulty, and the pass rates of 4 rollouts a prompt."""
     rng = np.random.default_rng(seed)
     popularity = rng.zipf(1.5, d).clip(max=50).astype(float)
     popularity /= popularity.sum()
@@ -22,7 +24,8 @@ def planted(n: int, d: int, per_row: int, seed: int = 0) -> tuple[CSR, np.ndarra
     weights = rng.normal(size=d) * (rng.random(d) < 0.1)
     hidden = dense @ weights
     hidden = 1.5 * (hidden - hidden.mean()) / hidden.std()
-    return CSR.from_dense(torch.tensor(dense)), rng.binomial(4, 1 / (1 + np.exp(hidden))) / 4
+    X = probe_matrix(CSR.from_dense(torch.tensor(dense)))
+    return X, rng.binomial(4, 1 / (1 + np.exp(hidden))) / 4
 
 
 def test_unlabelled_prompts_are_ranked_and_the_held_out_figure_is_honest():
@@ -44,6 +47,18 @@ def test_labels_do_not_leak_into_their_own_scores():
     result = fit_difficulty(X, noise, DifficultyConfig(alpha=0.001))  # a fit that memorises
     assert abs(spearmanr(result.scores, 1 - noise)[0]) < 0.25
     assert abs(result.metrics["spearman"]) < 0.25
+
+
+@pytest.mark.parametrize("l1_ratio", [0.2, 0.9])
+def test_alpha_is_a_share_of_the_penalty_that_leaves_no_feature(l1_ratio):
+    X, rates = planted(150, 100, 15)
+    used = {
+        alpha: fit_difficulty(X, rates, DifficultyConfig(alpha=alpha, l1_ratio=l1_ratio)).metrics[
+            "features_used"
+        ]
+        for alpha in (1.001, 0.95)
+    }
+    assert used[1.001] == 0 < used[0.95] < 20
 
 
 def test_same_input_same_scores():
@@ -74,8 +89,6 @@ def test_bad_labels_are_refused():
         fit_difficulty(X, rates[1:], DifficultyConfig())
     with pytest.raises(SaerlError, match=r"pass rate 7\.0"):
         fit_difficulty(X, np.where(np.arange(40) == 3, 7.0, rates), DifficultyConfig())
-    with pytest.raises(SaerlError, match="alpha"):
-        fit_difficulty(X, rates, DifficultyConfig(alpha=0.0))
 
 
 def test_a_large_subset_takes_one_short_fit_for_each_fold(monkeypatch):

@@ -132,7 +132,7 @@ def test_a_single_process_needs_no_group(monkeypatch) -> None:
     with pytest.raises(SaerlError, match="raised RuntimeError") as caught:
         distributed.gather(lambda: (_ for _ in ()).throw(SaerlError("raised RuntimeError")))
     assert not isinstance(caught.value, distributed.SharedError)
-    assert failing(1, 0)(["1"], ["a"]) == [1.0]
+    assert failing(1, 0)(["2"], ["a"]) == [1.0]
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess:

@@ -6,16 +6,14 @@ import torch
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.signals.features import (
-    as_scipy,
-    idf_weights,
-    l2_rows,
+    checked,
     load_features,
     probe_matrix,
     save_features,
     svd_reduce,
     weighted,
 )
-from saerl_kernels import CSR
+from saerl_kernels import CSR, csr
 
 
 def random_csr(n: int = 30, d: int = 50, density: float = 0.2, seed: int = 0) -> CSR:
@@ -24,28 +22,23 @@ def random_csr(n: int = 30, d: int = 50, density: float = 0.2, seed: int = 0) ->
     return CSR.from_dense(torch.tensor(dense, dtype=torch.float32))
 
 
-def test_idf_by_hand():
-    dense = torch.tensor([[1.0, 2.0, 0.0], [1.0, 0.0, 0.0], [3.0, 0.0, 0.0]])
-    expected = np.log([4 / 4, 4 / 2, 4 / 1])
-    np.testing.assert_allclose(idf_weights(CSR.from_dense(dense)), expected, rtol=1e-6)
-
-
 def test_weighted_rows_have_norm_one_and_do_not_touch_the_input():
     X = random_csr()
     before = X.values.clone()
-    rows = weighted(X)
-    norms = np.linalg.norm(rows.toarray(), axis=1)
-    np.testing.assert_allclose(norms, 1.0, atol=1e-6)
-    dense = X.to_dense().numpy() * idf_weights(X)
-    np.testing.assert_allclose(
-        rows.toarray(), dense / np.linalg.norm(dense, axis=1, keepdims=True), atol=1e-6
-    )
+    idf = csr.idf(X)
+    rows = weighted(X, idf).to_dense().numpy()
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1.0, atol=1e-6)
+    dense = (X.to_dense() * idf).numpy()
+    np.testing.assert_allclose(rows, dense / np.linalg.norm(dense, axis=1, keepdims=True), atol=1e-6)
     assert torch.equal(X.values, before)
+    with pytest.raises(SaerlError, match="50 columns but 49 were expected"):
+        weighted(X, idf[:49])
 
 
 def test_empty_rows_stay_zero():
     X = CSR.from_dense(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
-    assert l2_rows(as_scipy(X)).toarray().tolist() == [[0.0, 0.0], [pytest.approx(0.6), pytest.approx(0.8)]]
+    rows = weighted(X, torch.ones(2)).to_dense().tolist()
+    assert rows == [[0.0, 0.0], [pytest.approx(0.6), pytest.approx(0.8)]]
 
 
 @pytest.mark.parametrize("dim", [1, 5, 200])
@@ -61,27 +54,35 @@ def test_svd_reduces_like_the_exact_one(dim):
     assert np.array_equal(dense, again[0]) and np.array_equal(components, again[1])
 
 
+def test_another_seed_gives_another_approximation():
+    X = random_csr(120, 200)
+    assert not np.array_equal(svd_reduce(X, 5, seed=0)[0], svd_reduce(X, 5, seed=1)[0])
+
+
 def test_one_row_and_no_features_can_be_reduced():
     for X in (random_csr(1), CSR.from_dense(torch.zeros(4, 6))):
-        dense, _ = svd_reduce(weighted(X), 8, seed=0)
+        dense, _ = svd_reduce(weighted(X, csr.idf(X)), 8, seed=0)
         assert np.isfinite(dense).all()
 
 
-def test_probe_matrix_joins_blocks_and_leaves_rare_features_out():
-    first, second = random_csr(seed=1), random_csr(d=20, density=0.05, seed=2)
-    joined = probe_matrix([first, second], min_rows=3)
-    common = [(block.to_dense().numpy() > 0).sum(axis=0) >= 3 for block in (first, second)]
-    assert joined.shape == (30, sum(int(part.sum()) for part in common))
-    assert (np.asarray((joined != 0).sum(axis=0)) >= 3).all()
-    with pytest.raises(SaerlError, match="29, 30"):
-        probe_matrix([first, random_csr(29)])
+def test_probe_matrix_leaves_rare_features_out():
+    X = random_csr(d=20, density=0.05, seed=2)
+    common = ((X.to_dense() > 0).sum(dim=0) >= 3).numpy()
+    probe = probe_matrix(X, min_rows=3)
+    assert probe.dtype == np.float64 and 0 < probe.shape[1] == common.sum() < 20
+    expected = weighted(X, csr.idf(X, 1.0)).to_dense().numpy()[:, common]
+    np.testing.assert_array_equal(probe.toarray(), expected)
 
 
-def test_not_finite_features_name_the_prompt():
+def test_features_are_checked_without_a_copy():
+    X = random_csr()
+    assert checked(X).values.data_ptr() == X.values.data_ptr()
+    zeros = CSR(torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1]).int(), torch.tensor([1.0, 0.0, 2.0]), 3)
+    assert [part.tolist() for part in checked(zeros)[:3]] == [[0, 1, 2], [0, 1], [1.0, 2.0]]
     dense = torch.rand(4, 5)
     dense[2, 3] = float("nan")
     with pytest.raises(SaerlError, match="prompt number 2"):
-        as_scipy(CSR.from_dense(dense))
+        checked(CSR.from_dense(dense))
 
 
 def test_files_give_the_same_back_and_know_their_prompts(tmp_path):

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from saerl_fast.config import RolloutConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.rl.decode import sample
+from saerl_fast.rl.decode import Sampling, sample
 from saerl_fast.rl.generate import generate
 from saerl_fast.rl.logprobs import completion_logprobs
 from saerl_fast.rl.rollouts import Rollouts, left_pad, stop_tokens
@@ -88,6 +88,25 @@ def test_chunks_and_seeds() -> None:
     assert rows(generate(model, TOKENIZER, PROMPTS, cfg, seed=6)) != rows(whole)
 
 
+def test_a_batch_holds_as_many_rows_as_it_may_in_whole_groups() -> None:
+    model, sizes = tiny_model(), []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    cfg = RolloutConfig(group_size=3, max_new_tokens=2, batch_size=7)
+    generate(model, TOKENIZER, PROMPTS, cfg)
+    handle.remove()
+    width = max(map(len, PROMPTS))
+    assert [size for size in sizes if size[0] > 1] == [(2, width), (6, 1)] * 2  # the proof takes rows one by one
+
+
+def test_a_prompt_may_fill_the_context_to_its_end() -> None:
+    made = generate(tiny_model(), TOKENIZER, [[4] * 112], RolloutConfig(group_size=2, max_new_tokens=16))
+    assert made.prompt_lens.tolist() == [112]
+    with pytest.raises(SaerlError, match="113 tokens and 16 new ones"):
+        generate(tiny_model(), TOKENIZER, [[4] * 113], RolloutConfig(group_size=2, max_new_tokens=16))
+
+
 def test_out_of_memory_halves_the_batch(monkeypatch, caplog) -> None:
     from saerl_fast.rl import generate as module
 
@@ -137,7 +156,8 @@ def test_capture_sees_the_prefill_and_nothing_else() -> None:
 
 def test_greedy_takes_the_likeliest_and_modes_are_restored() -> None:
     model = tiny_model().train()
-    greedy = generate(model, TOKENIZER, PROMPTS, RolloutConfig(group_size=1, max_new_tokens=8, temperature=0))
+    one = Sampling.of(RolloutConfig(max_new_tokens=8), group_size=1, temperature=0)
+    greedy = generate(model, TOKENIZER, PROMPTS, one)
     assert model.training
     ids, starts, lengths = greedy.sequences()
     with torch.no_grad():
@@ -182,6 +202,7 @@ def test_stop_tokens_and_texts() -> None:
     model = tiny_model(spread=1.5)
     model.generation_config.eos_token_id = [1, 7]
     assert stop_tokens(model, TOKENIZER) == [1, 7]
+    assert stop_tokens(object(), TOKENIZER) == [1]  # a model that names none has the tokenizer's
     rollouts = generate(model, TOKENIZER, PROMPTS, RolloutConfig(group_size=8, max_new_tokens=30))
     ends = {row[-1] for row, done in zip(rows(rollouts), rollouts.finished, strict=True) if done}
     assert ends == {1, 7}
@@ -193,17 +214,13 @@ def test_stop_tokens_and_texts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "change", "message"),
+    ("prompts", "message"),
     [
-        ([], {}, "no prompts"),
-        ([[]], {}, "prompt 0 has no tokens"),
-        ([[4] * 120], {}, "120 tokens and 16 new ones, the model reads 128"),
-        ([[4]], {"group_size": 0}, "group_size=0"),
-        ([[4]], {"max_new_tokens": 0}, "max_new_tokens=0"),
-        ([[4]], {"temperature": -1.0}, "temperature=-1.0"),
-        ([[4]], {"top_p": 0.0}, "top_p=0.0"),
+        ([], "no prompts"),
+        ([[]], "prompt 0 has no tokens"),
+        ([[4] * 120], "120 tokens and 16 new ones, the model reads 128"),
     ],
 )
-def test_bad_input(prompts: list[list[int]], change: dict, message: str) -> None:
+def test_bad_input(prompts: list[list[int]], message: str) -> None:
     with pytest.raises(SaerlError, match=message):
-        generate(tiny_model(), TOKENIZER, prompts, RolloutConfig(**({"max_new_tokens": 16} | change)))
+        generate(tiny_model(), TOKENIZER, prompts, RolloutConfig(max_new_tokens=16))

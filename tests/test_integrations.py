@@ -302,7 +302,7 @@ def test_verl_refuses_what_it_cannot_do(tmp_path):
         write_parquet(make_plan("adaptive"), make_pool(), target)
     with pytest.raises(SaerlError, match="23 of the plan's prompts are not in the dataset, first 'p1'"):
         write_parquet(make_plan("vanilla"), make_pool().select([0]), target)
-    with pytest.raises(SaerlError, match="unknown reward"):
+    with pytest.raises(SaerlError, match="train.reward='exactly' is unknown"):
         write_parquet(make_plan("vanilla"), make_pool(), target, reward="exactly")
     with pytest.raises(SaerlError, match="'gsm8k' was not written by write_parquet"):
         compute_score("gsm8k", "1", "1", {})

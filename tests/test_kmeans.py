@@ -8,8 +8,7 @@ import torch
 
 import saerl_kernels as sk
 from saerl_kernels import csr
-
-BACKENDS = ["torch", "numba", "triton"]
+from tests.encoders import BACKENDS
 
 
 @pytest.fixture(params=BACKENDS)

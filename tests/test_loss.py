@@ -1,17 +1,19 @@
 import math
+import sys
 from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from saerl_fast.config import LossConfig, RolloutConfig, TrainConfig, check_ranges
+from saerl_fast.config import LOSSES, LossConfig, RolloutConfig, TrainConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.rl.loss import (
-    CLIP,
+    KINDS,
     BatchSize,
     advantages,
     clip_range,
+    get_loss,
     overlong_penalty,
     policy_loss,
 )
@@ -49,7 +51,7 @@ def by_hand(new, old, adv, lengths, ref, cfg, max_new_tokens):
     return flat / (len(sequences) * max_new_tokens if cfg.kind == "dr_grpo" else at)
 
 
-@pytest.mark.parametrize("kind", CLIP)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_loss_equals_the_formula(kind: str, beta: float) -> None:
     new, old, adv, lengths, ref = parts()
@@ -60,7 +62,7 @@ def test_loss_equals_the_formula(kind: str, beta: float) -> None:
     assert (sums["kl"].item() > 0) == (beta > 0)
 
 
-@pytest.mark.parametrize("kind", CLIP)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_loss_and_gradient_equal_those_of_trl(kind: str, beta: float) -> None:
     """GRPOTrainer._compute_loss itself, given these log-probabilities in place of a model's."""
@@ -104,7 +106,7 @@ def test_loss_and_gradient_equal_those_of_trl(kind: str, beta: float) -> None:
     torch.testing.assert_close(*(torch.autograd.grad(loss, new)[0] for loss in (ours, theirs)))
 
 
-@pytest.mark.parametrize("kind", CLIP)
+@pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_add_up_to_the_batch(kind: str) -> None:
     new, old, adv, lengths, ref = parts()
     cfg = LossConfig(kind=kind, beta=0.05)
@@ -123,7 +125,7 @@ def test_micro_batches_add_up_to_the_batch(kind: str) -> None:
     torch.testing.assert_close(summed, gradient)
 
 
-@pytest.mark.parametrize("kind", CLIP)
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradient_equals_finite_differences(kind: str) -> None:
     new, old, adv, lengths, ref = (part.detach() for part in parts())
     cfg = LossConfig(kind=kind, beta=0.1, clip_low=0.15 if kind != "cispo" else None, clip_high=0.2)
@@ -220,21 +222,38 @@ def test_advantages() -> None:
     assert single.tolist() == [[0.0], [0.0]] and not none.any()
 
 
-@pytest.mark.parametrize(
-    ("cfg", "message"),
-    [
-        (LossConfig(kind="ppo"), "'ppo'"),
-        (LossConfig(beta=-1), "beta=-1"),
-        (LossConfig(overlong_window=-1), "overlong_window=-1"),
-        (LossConfig(clip_low=-0.1), "-0.1"),
-    ],
-)
-def test_bad_settings(cfg: LossConfig, message: str) -> None:
-    with pytest.raises(SaerlError, match=message):
-        check_ranges(cfg, "train.loss.")
+def test_a_group_whose_task_rewards_are_equal_has_no_signal_however_they_are_shaped() -> None:
+    task = torch.tensor([[0.0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 1]], dtype=torch.float64)
+    penalty = torch.tensor([0.0, 0.0, -0.05, -0.1], dtype=torch.float64)
+    for kind in ("dapo", "dr_grpo"):
+        values, used = advantages(task, LossConfig(kind=kind), task + penalty)
+        assert used.tolist() == [False, False, True] and values[:2].abs().max() == 0
+        alone, _ = advantages((task + penalty)[2:], LossConfig(kind=kind))
+        torch.testing.assert_close(values[2:], alone)
+    same, _ = advantages(task, LossConfig(), task)
+    assert torch.equal(same, advantages(task, LossConfig())[0])
 
 
-@pytest.mark.parametrize("kind", ["dapo", "grpo", "dr_grpo", "gspo", "cispo"])
+def test_completions_without_a_reward_are_left_out_of_their_group() -> None:
+    nan = float("nan")
+    rewards = torch.tensor([[1.0, nan, 0, nan], [1, nan, 1, nan], [nan] * 4, [1, 0, nan, nan]])
+    values, used = advantages(rewards, LossConfig())
+    assert used.tolist() == [True, False, False, True]
+    pair, _ = advantages(torch.tensor([[1.0, 0.0]]), LossConfig())
+    torch.testing.assert_close(values[0], torch.tensor([pair[0, 0], 0, pair[0, 1], 0]))
+    assert values[1:3].abs().max() == 0 and values.isfinite().all()
+
+
+def test_rewards_of_any_size_keep_their_differences() -> None:
+    small = advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]), LossConfig())[0]
+    for offset, scale in ((1e9, 1.0), (0.0, 1e29), (-1e12, 1e3)):
+        wide = torch.tensor([[1.0, 0.0, 0.0, 1.0]], dtype=torch.float64) * scale + offset
+        values, used = advantages(wide, LossConfig())
+        assert used.all() and values.dtype == torch.float32
+        torch.testing.assert_close(values, small, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_importance_weighs_the_policy_term_of_each_token(kind: str) -> None:
     from saerl_fast.rl.loss import importance_weights
 
@@ -264,3 +283,101 @@ def test_groups_without_signal_have_exactly_no_advantage(value: float) -> None:
     """The mean of three times 0.9 is not 0.9 in floats."""
     values, used = advantages(torch.full((1, 3), value), LossConfig())
     assert not used.any() and not values.any()
+
+
+# --- a loss from outside ---------------------------------------------------------------------------
+
+CODE = """
+import torch
+from saerl_fast.rl.loss import Loss, completion_mean
+
+SEEN = []
+
+def reinforce(tokens):
+    SEEN.append(tokens)
+    return -tokens.advantages * tokens.logprobs
+
+def dapo(tokens):
+    part = tokens.ratio.clamp(tokens.low, tokens.high) * tokens.advantages
+    return -torch.minimum(tokens.ratio * tokens.advantages, part)
+
+gspo = Loss(dapo, completion_mean, (3e-4, 4e-4), sequence=True)
+unscaled = Loss(reinforce, scaled=False)
+nothing = lambda tokens: None
+scalar = lambda tokens: tokens.logprobs.mean()
+cut_off = lambda tokens: tokens.logprobs.detach()
+
+def breaks(tokens):
+    raise IndexError("no such token")
+
+def too_large(tokens):
+    raise torch.OutOfMemoryError("no room")
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "saerl_losses.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield lambda name, **more: LossConfig(kind=f"saerl_losses:{name}", **more)
+    sys.modules.pop("saerl_losses", None)
+    get_loss.cache_clear()
+
+
+def test_the_table_and_the_config_name_the_same_losses() -> None:
+    assert tuple(KINDS) == LOSSES
+
+
+def test_a_loss_from_outside_gets_the_tokens_and_is_averaged(mine) -> None:
+    new, old, adv, lengths, ref = parts()
+    size = BatchSize(6, int(lengths.sum()), 8)
+    loss, _ = policy_loss(new, old, adv, lengths, size, mine("reinforce"))
+    torch.testing.assert_close(loss, -(adv.repeat_interleave(lengths) * new).sum() / size.tokens)
+    (tokens,) = sys.modules["saerl_losses"].SEEN
+    assert tokens.logprobs is new and tokens.old_logprobs is old and tokens.lengths is lengths
+    torch.testing.assert_close(tokens.ratio, (new - old).exp())
+    assert (tokens.low, tokens.high) == (0.8, 1.28) and tokens.advantages.shape == new.shape
+    with_kl, sums = policy_loss(new, old, adv, lengths, size, mine("reinforce", beta=0.1), ref)
+    assert with_kl > loss and sums["kl"] > 0
+    assert clip_range(mine("reinforce", clip_low=0.5))[0] == 0.5
+
+
+@pytest.mark.parametrize("name", ["dapo", "gspo"])
+def test_the_built_in_losses_could_be_from_outside(mine, name) -> None:
+    """One contract: the same number, bit for bit."""
+    new, old, adv, lengths, ref = parts()
+    size = BatchSize(6, int(lengths.sum()), 8)
+    theirs, sums = policy_loss(new, old, adv, lengths, size, mine(name, beta=0.1), ref)
+    ours, wanted = policy_loss(new, old, adv, lengths, size, LossConfig(kind=name, beta=0.1), ref)
+    assert torch.equal(ours, theirs) and sums["clipped"] == wanted["clipped"]
+
+
+def test_advantages_of_a_loss_that_is_not_scaled(mine) -> None:
+    rewards = torch.tensor([[0.0, 0.0, 0.0, 4.0]])
+    torch.testing.assert_close(advantages(rewards, mine("unscaled"))[0][0], torch.tensor([-1.0, -1, -1, 3]))
+    assert advantages(rewards, mine("reinforce"))[0].max() < 2
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nothing", r"returned a NoneType; return a tensor \[17\]"),
+        ("scalar", r"returned shape \[\]; return a tensor \[17\]"),
+        ("cut_off", "has no gradient"),
+        ("breaks", "raised IndexError: no such token; mend it"),
+        ("gone", "has no function 'gone'; it has .*reinforce"),
+    ],
+)
+def test_a_wrong_loss_is_one_sentence(mine, name, said) -> None:
+    new, old, adv, lengths, _ = parts()
+    with pytest.raises(SaerlError, match=f"saerl_losses:{name}.*{said}"):
+        policy_loss(new, old, adv, lengths, BatchSize(6, 17, 8), mine(name))
+    with torch.no_grad():  # nothing to differentiate, nothing to complain about
+        policy_loss(new, old, adv, lengths, BatchSize(6, 17, 8), mine("reinforce"))
+
+
+def test_running_out_of_memory_is_left_to_the_optimizer(mine) -> None:
+    new, old, adv, lengths, _ = parts()
+    with pytest.raises(torch.OutOfMemoryError):
+        policy_loss(new, old, adv, lengths, BatchSize(6, 17, 8), mine("too_large"))

@@ -7,7 +7,7 @@ import torch
 
 from saerl_fast.config import ModelConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import blocks, decoder, hidden_size, load_model, n_blocks, resolve_device, token_ids
+from saerl_fast.models import decoder, hidden_size, load_model, n_blocks, resolve_device, token_ids
 
 WORDS = ["<unk>", "<s>", "</s>", *"abcdefghij"]
 
@@ -133,11 +133,9 @@ def test_gguf_by_file_by_name_and_found_in_its_folder(tmp_path: Path) -> None:
         (ModelConfig(path="/nowhere/model"), "/nowhere/model does not exist; pass an existing folder"),
         (ModelConfig(path="missing.gguf"), "missing.gguf does not exist"),
         (ModelConfig(path="no-such-org/no-such-model", device="cpu"), "could not be fetched from the hub"),
-        (ModelConfig(path="x/y", device="tpu9"), "device 'tpu9' is unknown"),
         (ModelConfig(path="x/y", device="cuda:99"), "'cuda:99' does not exist here"),
-        (ModelConfig(path="x/y", device="cpu", dtype="int3"), "dtype 'int3' is unknown"),
     ],
-    ids=["empty", "folder", "gguf", "hub", "device", "no-device", "dtype"],
+    ids=["empty", "folder", "gguf", "hub", "no-device"],
 )
 def test_bad_settings_are_one_sentence(config: ModelConfig, message: str) -> None:
     with pytest.raises(SaerlError, match=message) as caught:
@@ -174,10 +172,11 @@ def test_tokenizer_without_any_end_token_is_refused(tmp_path: Path) -> None:
 
 def test_layout_helpers() -> None:
     model = tiny_llama()
-    assert blocks(model) is model.model.layers and decoder(model)[0] is model.model
+    inside, layers = decoder(model)
+    assert layers is model.model.layers and inside is model.model
     assert (n_blocks(model), hidden_size(model)) == (3, 16)
     with pytest.raises(SaerlError, match="Linear has no config"):
-        blocks(torch.nn.Linear(2, 2))
+        decoder(torch.nn.Linear(2, 2))
     assert resolve_device("cpu") == torch.device("cpu")
 
 
@@ -206,13 +205,14 @@ def test_layout_is_seen_through_adapters(kind: str) -> None:
     from tests.tiny_lm import tiny_model
 
     model = tiny_model(kind)
-    inside, names = decoder(model), {id(block): i for i, block in enumerate(blocks(model))}
+    inside = decoder(model)
+    names = {id(block): i for i, block in enumerate(inside[1])}
     settings = peft.LoraConfig(
         r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
     )
     wrapped = peft.get_peft_model(model, settings).eval()
     assert decoder(wrapped)[0] is inside[0] and hidden_size(wrapped) == 32
-    assert [names[id(block)] for block in blocks(wrapped)] == list(range(n_blocks(wrapped)))
+    assert [names[id(block)] for block in decoder(wrapped)[1]] == list(range(n_blocks(wrapped)))
     ids = torch.arange(3, 9)[None]
     with Capture(wrapped, 1) as capture, torch.no_grad():
         found = wrapped(input_ids=ids, output_hidden_states=True, use_cache=True)

@@ -50,7 +50,7 @@ def test_equals_saelens_topk(apply_b_dec, rescale, norm):
         **parts,
         apply_b_dec_to_input=apply_b_dec,
         rescale_acts_by_decoder_norm=rescale,
-        normalize_input=norm,
+        normalize_activations=norm,
         permute=True,
     )
     torch.testing.assert_close(dense(x, encoder), sae.encode(x).detach(), rtol=1e-4, atol=1e-4)
@@ -71,10 +71,39 @@ def test_equals_saelens_jumprelu(apply_b_dec):
     parts = {**tensors(), "threshold": torch.rand(D_SAE) * 4}
     sae.load_state_dict(parts)
     x = torch.randn(30, D_IN)
-    encoder = sk.pack_encoder(**parts, apply_b_dec_to_input=apply_b_dec, activation="jumprelu")
+    encoder = sk.pack_encoder(**parts, apply_b_dec_to_input=apply_b_dec)
     codes = sk.encode_threshold(x, encoder)
     assert codes.nnz > 0
     torch.testing.assert_close(codes.to_dense(), sae.encode(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_given_b_dec_is_subtracted_unless_switched_off():
+    parts, x = tensors(), torch.randn(7, D_IN)
+    W, b, c = parts["W_enc"], parts["b_enc"], parts["b_dec"]
+    subtracted, as_it_is = ((x - c) @ W + b).relu(), (x @ W + b).relu()
+    for options, want in (
+        ({"b_dec": c}, subtracted),
+        ({"b_dec": c, "apply_b_dec_to_input": True}, subtracted),
+        ({"b_dec": c, "apply_b_dec_to_input": False}, as_it_is),
+        ({}, as_it_is),
+    ):
+        got = sk.encode_topk(x, sk.pack_encoder(W, b, **options), D_SAE).to_dense(D_SAE)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_repr_is_one_line():
+    encoder = sk.pack_encoder(torch.ones(4, 9))
+    assert repr(encoder) == "PackedEncoder(d_in=4, d_sae=9, float32, cpu)"
+    options = dict(threshold=0.1, normalize_activations="layer_norm", permute=True, dtype=torch.bfloat16)
+    encoder = sk.pack_encoder(torch.ones(4, 9), **options)
+    assert repr(encoder) == "PackedEncoder(d_in=4, d_sae=9, bfloat16, cpu, threshold, layer_norm, permuted)"
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "b_dec"])
+def test_arrays_that_are_no_tensors_are_one_sentence(name):
+    parts = tensors()
+    with pytest.raises(ValueError, match=f"{name} is a ndarray; give a torch.Tensor"):
+        sk.pack_encoder(**parts | {name: parts[name].numpy()})
 
 
 def test_input_scale_and_formula():
@@ -83,7 +112,7 @@ def test_input_scale_and_formula():
     encoder = sk.pack_encoder(
         **parts,
         input_scale=3.0,
-        normalize_input="expected_average_only_in",
+        normalize_activations="expected_average_only_in",
         apply_b_dec_to_input=True,
         rescale_acts_by_decoder_norm=True,
     )
@@ -149,8 +178,7 @@ def test_to_dtype_and_device(device):
         ({"threshold": torch.zeros(4)}, "threshold has shape"),
         ({"W_dec": None, "rescale_acts_by_decoder_norm": True}, "needs W_dec"),
         ({"b_dec": None, "apply_b_dec_to_input": True}, "needs b_dec"),
-        ({"normalize_input": "covariance_whitening"}, "normalize_input='covariance_whitening' is unknown"),
-        ({"activation": "gelu"}, "activation='gelu' is unknown"),
+        ({"normalize_activations": "whiten"}, "normalize_activations='whiten' is unknown"),
         ({"permute": "yes"}, "permute='yes' is unknown"),
         ({"dtype": torch.float64}, "float64"),
         ({"W_enc": torch.zeros(4)}, "W_enc must be"),
@@ -171,7 +199,7 @@ def test_input_scale_must_be_invertible(scale):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
 def test_no_rows_give_no_warning(norm):
-    encoder = sk.pack_encoder(torch.ones(4, 9), normalize_input=norm)
+    encoder = sk.pack_encoder(torch.ones(4, 9), normalize_activations=norm)
     assert sk.encode_topk(torch.zeros(0, 4), encoder, 2).values.shape == (0, 2)
     assert sk.encode_pool(torch.rand(3, 4), [0, 0, 3], encoder, 2).n_rows == 2
 

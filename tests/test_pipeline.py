@@ -140,6 +140,23 @@ def test_a_reward_of_another_kind_needs_other_labels(scored, tmp_path, capsys):
     one_sentence(capsys, "saerl score")
 
 
+@pytest.mark.parametrize("command", ["score", "plan", "train", "compare"])
+def test_a_reward_that_cannot_work_is_found_before_the_model_is_loaded(
+    command, tmp_path, capsys, monkeypatch
+):
+    def load(*args, **options):
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr("saerl_fast.session.load_model", load)
+    (tmp_path / "bad.py").write_text("def score(completions, **columns):\n    return columns['solution']\n")
+    assert saerl(command, tmp_path / "r", f"train.reward={tmp_path}/bad.py:score") == 2
+    one_sentence(capsys, "KeyError: 'solution' (" + str(tmp_path / "bad.py line 2)"))
+    assert saerl(command, tmp_path / "r", f"train.reward=exact,{tmp_path}/bad.py:score") == 2
+    one_sentence(capsys, "bad.py line 2")
+    assert saerl(command, tmp_path / "r", "train.reward_weights=1,2") == 2
+    one_sentence(capsys, "2 numbers for 1 rewards")
+
+
 def test_folders_that_are_no_runs_stay(scored, tmp_path, capsys):
     folder = copy_of(scored, tmp_path / "demo")
     (folder / "adaptive").mkdir()
@@ -273,7 +290,7 @@ def test_one_row_pool_scores_and_trains(tmp_path):
 
 def test_all_filtered_pool(scored, tmp_path, capsys):
     folder = tmp_path / "r"
-    settings = ["quality.threshold=1.1", "data.limit=300", f"sae.path={scored / 'sae'}"]
+    settings = ["quality.threshold=1", "data.limit=300", f"sae.path={scored / 'sae'}"]
     assert saerl("score", folder, *settings) == 0
     before = (folder / "scores.parquet").read_bytes()
     assert saerl("train", folder, *settings) == 2
@@ -281,13 +298,23 @@ def test_all_filtered_pool(scored, tmp_path, capsys):
     assert (folder / "scores.parquet").read_bytes() == before
 
 
+@pytest.mark.parametrize("command", ["score", "train"])
+def test_a_cluster_backend_that_is_not_here_is_refused_before_anything_is_made(
+    command, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert saerl(command, tmp_path / "r", "diversity.backend=cuml") == 2
+    one_sentence(capsys, "diversity.backend=cuml cannot be used: no CUDA device")
+    assert not (tmp_path / "r").exists()
+
+
 def test_sae_of_another_width(scored, tmp_path, capsys):
     from saerl_fast.sae.files import save_sae
-    from saerl_fast.sae.model import TopKSAE
+    from saerl_fast.sae.model import SAE, SAESpec
 
     generator = torch.Generator().manual_seed(0)
     encoder = torch.randn(24, 32, generator=generator)
-    sae = TopKSAE(encoder, torch.zeros(32), encoder.T.clone(), torch.zeros(24), cfg={"k": 4})
+    sae = SAE(encoder, torch.zeros(32), encoder.T.clone(), torch.zeros(24), cfg=SAESpec(k=4))
     save_sae(sae, tmp_path / "sae")
     assert saerl("score", tmp_path / "r", f"sae.path={tmp_path / 'sae'}") == 2
     one_sentence(capsys, "24")
@@ -311,3 +338,60 @@ def test_unwritable_output(tmp_path, capsys):
     blocked.write_text("not a folder")
     assert saerl("sae train", blocked / "r") == 2
     one_sentence(capsys, "run_dir")
+
+
+JOB = """
+from saerl_fast import Schedule
+
+def rf(tokens):
+    return -tokens.advantages * tokens.logprobs
+
+def backwards(rows, batch_size, rng, table, cfg):
+    return rows[::-1].reshape(-1, batch_size)
+
+plain = Schedule(backwards, filtered=False)  # needs no scores, so no SAE
+
+def rows(role, size, seed, argument):
+    first = 0 if role == "train" else 50
+    return [{"prompt": f"{argument} {first + i} + 1 =", "answer": first + i + 1} for i in range(size)]
+"""
+
+
+def test_functions_from_outside_make_a_run(tmp_path, capsys, monkeypatch):
+    """Loss, schedule and prompts of one module: the run goes on, is compared, and knows an edited file."""
+    job = tmp_path / "saerl_job.py"
+    job.write_text(JOB)
+    monkeypatch.syspath_prepend(tmp_path)
+    functions = ["data.train=saerl_job:rows@add", "data.eval=saerl_job:rows@plus", "data.id_column="]
+    functions += ["data.size=20", "data.eval_size=6"]
+    functions += ["plan.schedule=saerl_job:plain", "train.loss.kind=saerl_job:rf"]
+    assert saerl("train", tmp_path / "r", "train.steps=1", *functions) == 0
+    out = tmp_path / "r" / "saerl_job-plain"
+    assert json.loads((out / "plan.json").read_text())["schedule"] == "saerl_job:plain"
+    assert not (tmp_path / "r" / "sae").exists()
+    assert saerl("train", tmp_path / "r", "--resume", *functions) == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2]
+    plan = out / "plan.json"
+    assert saerl("train", tmp_path / "r", "--overwrite", f"--plan={plan}", *functions[:5]) == 0
+    job.write_text(JOB + "# edited\n")
+    capsys.readouterr()
+    assert saerl("train", tmp_path / "r", "--resume", f"--plan={plan}", *functions[:5]) == 0  # none counts
+    assert saerl("train", tmp_path / "q", "train.steps=1", *functions) == 0
+    job.write_text(JOB)
+    assert saerl("train", tmp_path / "q", "--resume", *functions) == 2
+    one_sentence(capsys, "the same settings, but other prompts, functions or model files")
+    arms = "compare.arms=vanilla,mine:plan.schedule=saerl_job:plain;train.loss.kind=saerl_job:rf"
+    assert saerl("compare", tmp_path / "c", *functions[:5], arms, "train.steps=1") == 0
+    assert (tmp_path / "c" / "mine" / "summary.json").is_file()
+    wrong = "compare.arms=vanilla,mine:train.loss.kind=saerl_job:gone"
+    assert saerl("compare", tmp_path / "d", *functions[:5], wrong, "train.steps=1") == 2
+    one_sentence(capsys, "train.loss.kind=saerl_job:gone: saerl_job has no function 'gone'; it has")
+    assert not (tmp_path / "d" / "vanilla").exists(), "said before the first arm runs"
+    sys.modules.pop("saerl_job")
+
+
+def test_an_unknown_backend_stops_before_anything_is_loaded(tmp_path, capsys):
+    assert saerl("score", tmp_path / "r", "score.backend=cudda") == 2
+    one_sentence(capsys, "score.backend='cudda' is unknown; choose one of auto, triton")
+    assert not (tmp_path / "r").exists()

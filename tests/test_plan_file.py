@@ -18,8 +18,8 @@ def make_scores(n: int = 60) -> Scores:
     columns = {
         "prompt_id": [f"p{i}" for i in range(n)],
         "saerl_cluster": rng.integers(0, 3, n).astype(np.int32),
-        "saerl_difficulty": rng.random(n).astype(np.float32),
-        "saerl_quality": rng.random(n).astype(np.float32),
+        "saerl_difficulty": np.where(rng.random(n) < 0.9, rng.random(n), np.nan).astype(np.float32),
+        "saerl_quality": np.where(rng.random(n) < 0.8, rng.random(n), np.nan).astype(np.float32),
         "saerl_pass_rate": np.where(rng.random(n) < 0.3, rng.random(n), np.nan).astype(np.float32),
     }
     dense = rng.random((n, 30)) * (rng.random((n, 30)) < 0.4)
@@ -45,6 +45,11 @@ def test_a_loaded_plan_is_the_same_plan(tmp_path, schedule):
     save_plan(plan, tmp_path / "plan.json")
     loaded = load_plan(tmp_path / "plan.json")
     assert loaded.prompt_ids == plan.prompt_ids and loaded.dropped == plan.dropped
+    for found, wanted in ((loaded.table, plan.table), (loaded.dropped_table, plan.dropped_table)):
+        assert found.keys() == wanted.keys()
+        for name, column in wanted.items():
+            np.testing.assert_array_equal(found[name], column)  # unknown ones (NaN) too
+    assert np.isnan(loaded.table["quality"]).any()
     assert loaded.notes == plan.notes and loaded.cfg == plan.cfg and loaded.seed == plan.seed
     assert run(loaded, 14) == run(plan, 14)  # goes on alike after total_steps
     again = load_plan(tmp_path / "plan.json")

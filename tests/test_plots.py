@@ -132,6 +132,13 @@ def test_signals_without_labels_are_not_split(tmp_path, drawn, extra):
     assert sum(patch.get_height() for patch in drawn[0].axes[1].patches) == 6
 
 
+def test_signals_that_are_unknown_throughout_leave_an_empty_histogram(tmp_path, drawn):
+    plots.signals(COLUMNS | {"saerl_quality": [None] * 6}, tmp_path / "figure.png")
+    quality, difficulty, _ = drawn[0].axes
+    assert sum(patch.get_height() for patch in quality.patches) == 0
+    assert sum(patch.get_height() for patch in difficulty.patches) == 6
+
+
 def test_labels_that_are_scores_make_one_group():
     groups = plots.label_groups([0.3, None, 0.8, float("nan")])
     assert {name: list(mask) for name, mask in groups.items()} == {

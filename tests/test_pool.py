@@ -11,8 +11,9 @@ import torch
 
 import saerl_kernels as sk
 from saerl_kernels import pool
+from saerl_kernels._check import REDUCES
+from tests.encoders import BACKENDS
 
-BACKENDS = ["torch", "numba", "triton"]
 OFFSETS = [0, 0, 5, 5, 6, 19, 19]
 
 
@@ -30,7 +31,7 @@ def assert_csr(got: sk.CSR, want: sk.CSR) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("reduce", ["max", "mean", "sum", "count", "last"])
+@pytest.mark.parametrize("reduce", REDUCES)
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_equals_reference(backend, reduce, masked, device, monkeypatch):
     if backend == "numba" and device.type != "cpu":
@@ -51,7 +52,7 @@ def test_equals_reference(backend, reduce, masked, device, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("reduce", ["max", "mean"])
+@pytest.mark.parametrize("reduce", REDUCES)
 def test_threshold_encoding(backend, reduce, device):
     if backend == "numba" and device.type != "cpu":
         pytest.skip("numba runs on the CPU")
@@ -95,8 +96,9 @@ def weighted_pieces(data, n: int) -> tuple[torch.Tensor | None, torch.Tensor | N
 LENGTHS = st.lists(st.integers(0, 9), max_size=6)
 
 
-@hypothesis.given(LENGTHS, st.data(), st.sampled_from(["max", "mean", "sum", "count", "last"]))
-def test_ragged_shapes(device, lengths, data, reduce):
+@pytest.mark.parametrize("reduce", REDUCES)
+@hypothesis.given(LENGTHS, st.data())
+def test_ragged_shapes(reduce, device, lengths, data):
     """Any lengths, mask, weights and chunk size: the reference's result, bit for bit."""
     x, encoder = ragged(sum(lengths))
     offsets = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
@@ -130,7 +132,9 @@ def ragged(n: int) -> tuple[torch.Tensor, sk.PackedEncoder]:
     return x, sk.pack_encoder(W, b, threshold=3.0, permute=True)
 
 
-@hypothesis.given(LENGTHS, st.data(), st.sampled_from(["max", "sum", "count"]), st.integers(0, 99))
+@hypothesis.given(
+    LENGTHS, st.data(), st.sampled_from(sorted({how.kind for how in REDUCES.values()})), st.integers(0, 99)
+)
 def test_pooling_of_codes_agrees_between_backends(lengths, data, kind, seed):
     """Sums of numbers whose order matters: the same bits from torch, numba and Triton."""
     from saerl_kernels import _numba, _torch, _triton
@@ -164,7 +168,7 @@ def spread(n: int) -> tuple[torch.Tensor, sk.PackedEncoder]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("reduce", ["sum", "mean", "last"])
+@pytest.mark.parametrize("reduce", REDUCES)
 def test_one_long_sequence_is_chunked(backend, reduce, device, monkeypatch):
     if backend == "numba" and device.type != "cpu":
         pytest.skip("numba runs on the CPU")
@@ -185,10 +189,9 @@ def test_one_long_sequence_is_chunked(backend, reduce, device, monkeypatch):
             assert_csr(parts, whole)
 
 
-@hypothesis.given(
-    LENGTHS, st.lists(st.integers(0, 54), max_size=4), st.sampled_from(["max", "mean", "last"]), st.data()
-)
-def test_stream_may_be_cut_anywhere(lengths, cuts, reduce, data):
+@pytest.mark.parametrize("reduce", REDUCES)
+@hypothesis.given(LENGTHS, st.lists(st.integers(0, 54), max_size=4), st.data())
+def test_stream_may_be_cut_anywhere(reduce, lengths, cuts, data):
     n = sum(lengths)
     x, encoder = spread(n)
     ends = torch.tensor([0, *lengths]).cumsum(0)
@@ -221,7 +224,7 @@ def test_the_last_token_replaces_an_earlier_one(device):
 def test_stream_left_unfinished(device):
     x, encoder = ragged(6)
     x, encoder = x.to(device), encoder.to(device)
-    for reduce in ("mean", "last"):
+    for reduce in REDUCES:
         stream = sk.PoolStream(encoder, 3, reduce)
         stream.add(x[:4], [0, 1, 4], unfinished=True)
         stream.add(x[:0], [0])  # changes nothing
@@ -232,21 +235,19 @@ def test_stream_left_unfinished(device):
 def test_the_reference_streams_too(device):
     x, encoder = ragged(6)
     with sk.use_backend("reference"):
-        stream = sk.PoolStream(encoder, 3, "sum")
-        stream.add(x, [0, 6])
-        assert_csr(stream.finish(), sk.encode_pool(x, [0, 6], encoder, 3, "sum"))
+        for reduce in REDUCES:
+            stream = sk.PoolStream(encoder, 3, reduce)
+            stream.add(x[:4], [0, 4], unfinished=True)
+            stream.add(x[4:], [0, 2])
+            assert_csr(stream.finish(), sk.encode_pool(x, [0, 6], encoder, 3, reduce))
 
 
 def test_weights_by_hand():
     encoder = sk.pack_encoder(torch.eye(2), torch.zeros(2))
     x, weights = torch.tensor([[1.0, 0], [4, 2], [9, 9]]), torch.tensor([3.0, 0.5, 0])
-    for reduce, want in {
-        "max": [3, 1],
-        "sum": [5, 1],
-        "mean": [5 / 3.5, 1 / 3.5],
-        "count": [3.5, 0.5],
-        "last": [2, 1],
-    }.items():
+    by_hand = {"max": [3, 1], "sum": [5, 1], "mean": [5 / 3.5, 1 / 3.5], "count": [3.5, 0.5], "last": [2, 1]}
+    assert by_hand.keys() == REDUCES.keys() == sk.reference.REDUCE.keys()
+    for reduce, want in by_hand.items():
         got = sk.encode_pool(x, [0, 3], encoder, 2, reduce, weights=weights)
         torch.testing.assert_close(got.to_dense(), torch.tensor([want]).float())
     tiny = sk.encode_pool(x * 1e-30, [0, 3], encoder, 2, "sum", weights=weights * 1e-30)

@@ -3,21 +3,24 @@
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 from sklearn.metrics import roc_auc_score
 
 from saerl_fast.config import QualityConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.signals.quality import fit_quality
+from saerl_fast.signals.features import probe_matrix
+from saerl_fast.signals.quality import _calibrate, fit_quality
 from saerl_kernels import CSR
 
 
-def planted(n: int = 400, d: int = 200, bad: float = 0.25, seed: int = 0) -> tuple[CSR, np.ndarray]:
-    """Sparse features and good/bad (1/0); bad rows have some of ten features more often."""
+def planted(n: int = 400, d: int = 200, bad: float = 0.25, seed: int = 0) -> tuple[csr_matrix, np.ndarray]:
+    """Weighted sparse features and good/bad (1/0); bad rows have some of ten features more often."""
     rng = np.random.default_rng(seed)
     good = (rng.random(n) >= bad).astype(float)
     on = rng.random((n, d)) < 0.1
     on[:, :10] = rng.random((n, 10)) < np.where(good[:, None] == 1, 0.05, 0.5)
-    return CSR.from_dense(torch.tensor(on * rng.gamma(2.0, 1.0, (n, d)), dtype=torch.float32)), good
+    dense = torch.tensor(on * rng.gamma(2.0, 1.0, (n, d)), dtype=torch.float32)
+    return probe_matrix(CSR.from_dense(dense)), good
 
 
 def test_held_out_auc_agrees_with_the_unlabelled_rows():
@@ -53,11 +56,22 @@ def test_labels_do_not_leak_into_their_own_scores():
     noise = np.random.default_rng(5).permutation(good)
     result = fit_quality(X, noise, QualityConfig(c=1e4))  # a fit that memorises
     assert result.metrics["auc"] < 0.7
+    told = fit_quality(X, good, QualityConfig(c=1e4))
+    assert roc_auc_score(good, told.scores) < 0.95  # nor do true labels: the folds decide, not the whole fit
+
+
+def test_a_curve_that_falls_gives_every_row_the_same():
+    held_out = np.linspace(-1, 1, 40)
+    falling = (held_out < 0).astype(float)
+    assert (_calibrate(held_out, falling, np.array([-2.0, 0.0, 2.0])) == 0.5).all()
+    rising = _calibrate(held_out, 1 - falling, np.array([-2.0, 0.0, 2.0]))
+    assert rising[0] < 0.1 and rising[2] > 0.9
 
 
 def test_answers_show_what_prompts_cannot():
     blank, good = planted(bad=0.5)
-    X = CSR.from_dense(torch.rand(400, 50) * (torch.rand(400, 50, generator=torch.manual_seed(0)) < 0.2))
+    dense = torch.rand(400, 50) * (torch.rand(400, 50, generator=torch.manual_seed(0)) < 0.2)
+    X = probe_matrix(CSR.from_dense(dense))
     blind = fit_quality(X, good, QualityConfig())
     seeing = fit_quality(X, good, QualityConfig(), answers=blank)
     assert blind.metrics["auc"] < 0.65 and seeing.metrics["auc"] > 0.85
@@ -94,9 +108,6 @@ def test_too_little_to_learn_from_is_a_note(labels, cfg, words):
     [
         ([1.0, 0.0] * 19, QualityConfig(), "38 quality labels"),
         ([1.0, 0.5] * 20, QualityConfig(), "quality.head=ridge"),
-        ([1.0, 0.0] * 20, QualityConfig(head="svm"), "svm"),
-        ([1.0, 0.0] * 20, QualityConfig(c=0.0), "quality.c"),
-        ([1.0, 0.0] * 20, QualityConfig(filter_ratio=1.0), "filter_ratio"),
     ],
 )
 def test_wrong_input_is_refused(labels, cfg, words):

@@ -1,6 +1,7 @@
 """Batches of rollouts, dynamic sampling, and what becomes of completions that are cut off."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from saerl_fast.config import (
 from saerl_fast.errors import SaerlError
 from saerl_fast.records.log import read_metrics
 from saerl_fast.rl import update as module
-from saerl_fast.rl.rollouts import Draw, Rollouts, concat, join, select
+from saerl_fast.rl.rollouts import Draw, Rollouts, concat, decoded, join, select
+from saerl_kernels import CSR
 from tests.tiny_lm import tiny_model
 from tests.training import TOKENIZER, Die, adaptive_plan, assert_same_run, run, same_weights, small, sums
 
@@ -74,8 +76,8 @@ def test_dynamic_sampling_trains_on_the_useful_groups_of_all_draws(tmp_path: Pat
     assert row["draws"] > 1 and used.all() and len(used) == row["groups_used"] <= 4
     assert advantage.shape == (len(used), 4) and advantage.abs().sum(1).min() > 0
     texts = TOKENIZER.batch_decode(rollouts.completion_ids.masked_fill(~rollouts.completion_mask, 0))
-    for decoded, text in zip(texts, rollouts.texts, strict=True):
-        assert re.sub("<pad>|<eos>|<unk>", "", decoded) == text
+    for found, text in zip(texts, rollouts.texts, strict=True):
+        assert re.sub("<pad>|<eos>|<unk>", "", found) == text
     ids, starts, lengths = rollouts.sequences()
     for i, (row_ids, start) in enumerate(zip(ids.tolist(), starts.tolist(), strict=True)):
         prompt = TOKENIZER.decode(row_ids[:start])
@@ -123,7 +125,23 @@ def test_overlong_completions_lose_reward_but_not_pass_rate(tmp_path: Path) -> N
     _, plan, _ = run(tmp_path, cfg, reward=constant)
     row = next(row for row in read_metrics(tmp_path) if row["kind"] == "train")
     assert row["reward"] == row["pass_rate"] == 1 and plan.told.sum() == 4
-    assert row["groups_used"] > 0  # lengths differ, so there is something to learn
+    assert row["groups_used"] == 0  # lengths differ, but no completion did better than another
+
+
+def test_the_overlong_penalty_changes_what_groups_with_a_signal_learn(tmp_path: Path) -> None:
+    def every_other(prompts, completions, **columns):
+        return [float(i % 2) for i in range(len(completions))]
+
+    rows = {}
+    for window in (0, 36):
+        folder = tmp_path / str(window)
+        cfg = small(steps=1, loss=LossConfig(overlong_window=window))
+        cfg.rollout.max_new_tokens = 40
+        run(folder, cfg, reward=every_other)
+        rows[window] = next(row for row in read_metrics(folder) if row["kind"] == "train")
+    for key in ("reward", "pass_rate", "groups_used", "tokens"):
+        assert rows[0][key] == rows[36][key]
+    assert rows[0]["groups_used"] == 4 and rows[0]["grad_norm"] != rows[36]["grad_norm"]
 
 
 def batch(prompt: list[list[int]], completion: list[list[int]], group: int = 1) -> Rollouts:
@@ -163,6 +181,14 @@ def test_joined_batches_keep_what_belongs_to_each_row() -> None:
     assert whole.texts == parts[0].texts + parts[1].texts
 
 
+def test_joined_batches_join_their_features() -> None:
+    first, second = (CSR.from_dense(torch.tensor(rows)) for rows in ([[1.0, 0, 2]], [[0.0, 3, 0], [4, 0, 0]]))
+    parts = [batch([[1]], [[2]]), batch([[3], [4, 5]], [[6], [7]])]
+    whole = concat([replace(part, features=f) for part, f in zip(parts, (first, second), strict=True)])
+    assert whole.features.to_dense().tolist() == [[1, 0, 2], [0, 3, 0], [4, 0, 0]]
+    assert concat(parts).features is None
+
+
 def test_chosen_groups_keep_their_prompts_rows_and_texts() -> None:
     made = batch([[1, 2], [3], [4, 5, 6]], [[7], [8, 9], [1], [2, 3, 4], [5, 6], [7, 8]], 2)
     chosen = select(made, torch.tensor([2, 0]))
@@ -184,3 +210,11 @@ def test_no_more_groups_are_trained_on_than_a_batch_has() -> None:
     assert used.all() and tokens(rollouts) == [[7, 7], [7, 8]] and advantage[:, 0].tolist() == [7, 7]
     rollouts, advantage, used = join([draw(1, 0), draw(7, 0)], most=4)  # the first stands for them
     assert not used.any() and tokens(rollouts) == [[1, 1], [1, 2], [1, 3]]
+
+
+def test_padding_is_no_end_token_even_where_both_have_the_same_id() -> None:
+    """As in models whose end token has id 0."""
+    tokens = torch.tensor([[5, 6, 0], [5, 0, 0], [7, 0, 0]])
+    mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
+    finished, _ = decoded(TOKENIZER, tokens, mask, torch.tensor([0]))
+    assert finished.tolist() == [True, False, True]

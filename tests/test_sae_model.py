@@ -6,26 +6,26 @@ import pytest
 import torch
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.sae.model import TopKSAE
+from saerl_fast.sae.model import SAE, SAESpec
 from saerl_kernels import CSR, TopK
 
 D_IN, D_SAE = 12, 40
 
 
-def make(threshold: bool = False, **cfg: Any) -> TopKSAE:
+def make(threshold: bool = False, **cfg: Any) -> SAE:
     gen = torch.Generator().manual_seed(0)
 
     def rand(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=gen)
 
     cfg.setdefault("k", 4)
-    return TopKSAE(
+    return SAE(
         rand(D_IN, D_SAE),
         0.3 * rand(D_SAE),
         rand(D_SAE, D_IN),
         rand(D_IN),
         threshold=rand(D_SAE).abs() if threshold else None,
-        cfg=cfg,
+        cfg=SAESpec(**cfg),
     )
 
 
@@ -48,7 +48,7 @@ def test_shapes_with_leading_dimensions() -> None:
     assert make(threshold=True, architecture="jumprelu")(x).shape == x.shape
 
 
-@pytest.mark.parametrize("architecture", ["jumprelu", "batchtopk", "standard"])
+@pytest.mark.parametrize("architecture", ["jumprelu", "batchtopk", "gated", "standard"])
 def test_threshold_architectures_by_hand(architecture: str) -> None:
     sae = make(threshold=architecture != "standard", architecture=architecture, apply_b_dec_to_input=False)
     x = torch.randn(6, D_IN)
@@ -97,13 +97,16 @@ def test_packed_encoder_follows_the_weights() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(architecture="gated"), "'gated' is not supported"),
+        (dict(architecture="sorted"), "'sorted' is not supported"),
+        (dict(architecture="gated"), "a gated SAE needs its threshold"),
+        (dict(threshold=True), "a topk SAE takes no threshold"),
+        (dict(k=2.5), "k=2.5 must be an integer"),
+        (dict(normalize_activations="expected_average_only_in"), "expected_average_only_in"),
         (dict(k=0), "k=0 must be an integer from 1 to d_sae=40"),
         (dict(k=41), "k=41 must be"),
         (dict(architecture="jumprelu"), "needs its threshold"),
         (dict(normalize_activations="odd"), "normalize_activations='odd'"),
         (dict(architecture="standard", rescale_acts_by_decoder_norm=True), "is for topk SAEs"),
-        (dict(colour=1), "'colour' is unknown"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
@@ -115,6 +118,14 @@ def test_bad_settings_are_one_sentence(change: dict[str, Any], message: str) -> 
 def test_bad_shapes_are_one_sentence() -> None:
     sae = make()
     with pytest.raises(SaerlError, match=r"W_dec has shape \(12, 40\), expected \(40, 12\)"):
-        TopKSAE(sae.W_enc, sae.b_enc, sae.W_dec.t(), sae.b_dec, cfg={"k": 4})
+        SAE(sae.W_enc, sae.b_enc, sae.W_dec.t(), sae.b_dec, cfg=SAESpec(k=4))
     with pytest.raises(SaerlError, match="width 12 but got width 13"):
         sae.pool(torch.randn(3, 13), torch.tensor([0, 3]))
+
+
+def test_repr_is_one_line() -> None:
+    sae = make(hook_layer=3)
+    assert repr(sae) == "SAE(topk, d_in=12, d_sae=40, k=4, layer=3, float32, cpu)"
+    assert repr(make(threshold=True, architecture="jumprelu", k=None)) == (
+        "SAE(jumprelu, d_in=12, d_sae=40, float32, cpu)"
+    )

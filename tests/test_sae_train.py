@@ -40,7 +40,7 @@ def test_planted_dictionary_is_recovered(device: torch.device) -> None:
     assert metrics["fvu"] < 0.08 and metrics["train_fvu"] < 0.08 and 1.5 < metrics["l0"] <= 3
     assert metrics["held_out_tokens"] == 600 and metrics["tokens"] == 5400 and metrics["steps"] == 250
     torch.testing.assert_close(sae.W_dec.detach().norm(dim=1).cpu(), torch.ones(64))
-    assert (sae.layer, sae.k, sae.cfg["model_name"]) == (2, 3, "planted")
+    assert (sae.layer, sae.k, sae.cfg.model_name) == (2, 3, "planted")
     # the reported figure is that of the SAE handed over, in the data's own units
     fvu = (fresh - sae(fresh).detach()).pow(2).sum() / (fresh - fresh.mean(0)).pow(2).sum()
     assert abs(float(fvu) - metrics["fvu"]) < 0.03
@@ -83,9 +83,9 @@ def test_attention_sinks_are_left_out_and_remembered() -> None:
     sae, metrics = train_sae(x, SAEConfig(**SMALL | {"steps": 100}))
     assert metrics["sink_tokens"] == 40 and metrics["fvu"] < 0.5
     median = float(x.norm(dim=1).median())
-    assert sae.cfg["max_norm"] == pytest.approx(10 * median, rel=0.01)
+    assert sae.cfg.max_norm == pytest.approx(10 * median, rel=0.01)
     everything, metrics = train_sae(x, SAEConfig(**SMALL | {"steps": 2, "sink_ratio": 0.0}))
-    assert metrics["sink_tokens"] == 0 and everything.cfg["max_norm"] is None
+    assert metrics["sink_tokens"] == 0 and everything.cfg.max_norm is None
 
 
 def test_progress_is_reported() -> None:
@@ -116,7 +116,7 @@ def test_batchtopk_trains_and_keeps_k_on_average(device: torch.device) -> None:
     x, directions = (part.to(device) for part in planted(6500))
     cfg = SAEConfig(**SMALL | {"activation": "batchtopk"})
     sae, metrics = train_sae(x[:6000], cfg)
-    assert sae.architecture == "batchtopk" and sae.cfg["k"] == 3
+    assert sae.architecture == "batchtopk" and sae.cfg.k == 3
     assert recovery(directions, sae.W_dec) > 0.93 and metrics["fvu"] < 0.1
     assert 2.0 < metrics["l0"] < 4.0
     assert sae.threshold is not None
@@ -135,19 +135,17 @@ def test_geometric_median_ignores_outliers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "change", "message"),
+    ("x", "message"),
     [
-        (torch.empty(0, 16), {}, r"no activations to train an SAE on \(shape \(0, 16\)\)"),
-        ([], {}, "no activations"),
-        (torch.tensor([[1.0, float("nan")]]), {}, "1 of 1 activations are not finite"),
-        (torch.randn(5, 4), {"k": 65}, "sae.k=65 must be between 1 and sae.d_sae=64"),
-        (torch.randn(5, 4), {"steps": 0}, "sae.steps=0"),
+        (torch.empty(0, 16), r"no activations to train an SAE on \(shape \(0, 16\)\)"),
+        ([], "no activations"),
+        (torch.tensor([[1.0, float("nan")]]), "1 of 1 activations are not finite"),
     ],
-    ids=["empty", "no-batches", "nan", "k", "steps"],
+    ids=["empty", "no-batches", "nan"],
 )
-def test_bad_input_is_one_sentence(x: Any, change: dict[str, int], message: str) -> None:
+def test_bad_input_is_one_sentence(x: Any, message: str) -> None:
     with pytest.raises(SaerlError, match=message):
-        train_sae(x, SAEConfig(**SMALL | change))
+        train_sae(x, SAEConfig(**SMALL))
 
 
 def test_collecting_activations() -> None:

@@ -1,6 +1,7 @@
 """Scores of a pool: columns, held-out figures, files; and the whole of it on a tiny model."""
 
 import json
+import typing
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -173,7 +174,7 @@ def test_a_plan_from_loaded_scores_is_the_same(tmp_path):
 
 def test_a_pool_scored_by_a_model_and_its_sae():
     """Prompt and answer features of a random model, pooled as the config says, reach the probes."""
-    from saerl_fast.sae.model import TopKSAE
+    from saerl_fast.sae.model import SAE, SAESpec
     from saerl_fast.sae.pooled import pooled_features
     from tests.tiny_lm import session_of, tiny_model
 
@@ -184,8 +185,8 @@ def test_a_pool_scored_by_a_model_and_its_sae():
     columns = {"prompt_id": [str(i) for i in range(40)], "prompt": texts, "answer": ["7"] * 40}
     pool = Pool({**columns, "quality_label": labels})
     weights = torch.randn(32, 64)
-    cfg = {"architecture": "topk", "k": 4, "hook_layer": 1}
-    sae = TopKSAE(weights, torch.zeros(64), weights.T.contiguous(), torch.zeros(32), cfg=cfg)
+    cfg = SAESpec("topk", k=4, hook_layer=1)
+    sae = SAE(weights, torch.zeros(64), weights.T.contiguous(), torch.zeros(32), cfg=cfg)
     model, done = tiny_model(), []
     config = make_config(difficulty=DifficultyConfig(), score=ScoreConfig(reduce="mean"))
     session = session_of(model, pool)
@@ -197,3 +198,10 @@ def test_a_pool_scored_by_a_model_and_its_sae():
     config.score.include_answer = False
     without = score(session, sae, config)
     assert not without.metadata["quality"]["reads_answers"]
+
+
+def test_the_config_offers_every_reduction():
+    """config.py imports no kernels, so it repeats their names."""
+    from saerl_kernels._check import REDUCES
+
+    assert set(typing.get_args(typing.get_type_hints(ScoreConfig)["reduce"])) == set(REDUCES)

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from saerl_fast.errors import SaerlError
 from saerl_fast.signals.shards import Shards
 from saerl_kernels import CSR
 
@@ -52,11 +51,6 @@ def test_other_settings_and_damage_are_computed_again(tmp_path):
 def test_one_shard_leaves_no_file(tmp_path):
     Shards(tmp_path, "m", 100).collect(IDS, computing([]))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_shard_needs_a_size(tmp_path):
-    with pytest.raises(SaerlError, match="score.shard=0"):
-        Shards(tmp_path, "m", 0)
 
 
 def test_shards_filled_by_others_are_read(tmp_path):

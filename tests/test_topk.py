@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import saerl_kernels as sk
-
-BACKENDS = ["torch", "numba", "triton"]
+from tests.encoders import BACKENDS
 
 
 def check(scores: torch.Tensor, k: int, backend: str) -> None:

@@ -141,11 +141,8 @@ def test_without_vllm_without_the_engine_and_with_lora(tmp_path, monkeypatch) ->
         VllmEngine(tiny_model(), cfg.rollout)
     with pytest.raises(SaerlError, match="engine=vllm is not the engine"):
         run(tmp_path / "a", cfg)
-    session = SimpleNamespace(model=tiny_model())
-    config = Config(train=cfg)
     with pytest.raises(SaerlError, match="pip install vllm"):
-        _vllm(config, Echo(), session)
-    cfg.lora = LoRAConfig(rank=2)
+        _vllm(Config(train=cfg), Echo(), SimpleNamespace(model=tiny_model()))
     with pytest.raises(SaerlError, match="lora.rank=0"):
-        _vllm(config, Echo(), session)
+        cfg.lora = LoRAConfig(rank=2)
     assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@ import torch
 
 from saerl_fast.config import RolloutConfig, TrainConfig, WarmupConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.rl.decode import Sampling
 from saerl_fast.rl.evaluate import answer_probabilities
 from saerl_fast.rl.generate import generate
 from saerl_fast.rl.warmup import answer_rows, warm_up
@@ -21,9 +22,8 @@ def test_rows_are_tokenised_as_in_rollouts() -> None:
     model = tiny_model()
     ids, starts, lengths = answer_rows(model, TOKENIZER, token_rows(["1+1=", "ab"]), token_rows(["2", "xyz"]))
     assert starts.tolist() == [4, 2] and lengths.tolist() == [2, 4]
-    made = generate(
-        model, TOKENIZER, token_rows(["1+1=", "ab"]), RolloutConfig(group_size=1, max_new_tokens=3)
-    )
+    one = Sampling.of(RolloutConfig(max_new_tokens=3), group_size=1)
+    made = generate(model, TOKENIZER, token_rows(["1+1=", "ab"]), one)
     joined, _, _ = made.sequences()
     assert ids[0, :4].tolist() == joined[0, :4].tolist() and ids[1, :2].tolist() == joined[1, :2].tolist()
     assert TOKENIZER.decode(ids[1, 2:6].tolist()) == "xyz<eos>"

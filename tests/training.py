@@ -143,16 +143,14 @@ def adaptive_plan(model, pool: Pool):
     from saerl_fast.plan import build_plan
     from saerl_fast.rl.generate import generate
     from saerl_fast.sae.capture import FeatureCapture
-    from saerl_fast.sae.model import TopKSAE
+    from saerl_fast.sae.model import SAE, SAESpec
     from saerl_fast.signals.scores import Scores
 
     g = torch.Generator().manual_seed(0)
     W_enc = torch.randn(32, 64, generator=g)
-    sae = TopKSAE(
-        W_enc, torch.zeros(64), W_enc.t().contiguous(), torch.zeros(32), cfg={"k": 4, "hook_layer": 1}
-    )
+    sae = SAE(W_enc, torch.zeros(64), W_enc.t().contiguous(), torch.zeros(32), cfg=SAESpec(k=4, hook_layer=1))
     capture = FeatureCapture(model, sae)
-    one = RolloutConfig(group_size=1, max_new_tokens=1)
+    one = RolloutConfig(max_new_tokens=1)
     features = generate(model, TOKENIZER, token_rows(pool.column("prompt")), one, capture=capture).features
     cfg = PlanConfig(schedule="adaptive", adaptive=AdaptiveConfig(refresh_features=True, cooldown=1, svd=4))
     scores = Scores({"prompt_id": pool.column("prompt_id")}, features=features)

@@ -22,7 +22,7 @@ from tests.training import adaptive_plan, run, small, sums
 def one_sided(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """Only some prompts can be told apart, so that a process may hold no group with a signal."""
     return [
-        text.count("a") / max(len(text), 1) if prompt[0] in "01" else 0.0
+        text.count("a") / max(len(text), 1) if prompt[0] in "024" else 0.0
         for prompt, text in zip(prompts, completions, strict=True)
     ]
 

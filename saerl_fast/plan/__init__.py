@@ -1,7 +1,8 @@
 """Which prompts a run trains on, in which order."""
 
+from saerl_fast.config import SCHEDULES
 from saerl_fast.plan.base import Plan
-from saerl_fast.plan.build import SCHEDULES, build_plan
+from saerl_fast.plan.build import build_plan
 from saerl_fast.plan.file import load_plan, save_plan
 from saerl_fast.plan.sampler import PlanBatchSampler, PlanSampler
 

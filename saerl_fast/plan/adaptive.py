@@ -8,7 +8,7 @@ nearest a target, which eases from ``target_start`` to ``target_end`` over the r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,8 @@ import torch
 from saerl_fast.config import AdaptiveConfig, PlanConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan.base import Plan
-from saerl_fast.signals.features import as_scipy, idf_weights, svd_reduce, weighted
-
-if TYPE_CHECKING:
-    from saerl_kernels import CSR
+from saerl_fast.signals.features import checked, svd_reduce, weighted
+from saerl_kernels import CSR, csr
 
 NEVER = -(10**9)  # a step before any cooldown
 
@@ -40,20 +38,21 @@ class Embedding(NamedTuple):
 
     def project(self, X: CSR) -> np.ndarray:
         """float32 [n_rows, d] for pooled features of the same SAE."""
-        dense = np.asarray(weighted(X, self.idf) @ self.components.T, dtype=np.float32)
+        rows = weighted(checked(X), torch.from_numpy(self.idf)).to_scipy()
+        dense = np.asarray(rows @ self.components.T, dtype=np.float32)
         return (dense - self.mean) * np.float32(self.scale)
 
 
 def embed(X: CSR, rows: np.ndarray, cfg: AdaptiveConfig, *, seed: int) -> Embedding:
     """The embedding of the given rows of ``X``, fitted to them."""
-    matrix = as_scipy(X)[rows]
-    idf = idf_weights(matrix, floor=1.0)
-    dense, components = svd_reduce(weighted(matrix, idf), cfg.svd, seed)
+    X = checked(X).select_rows(torch.from_numpy(rows))
+    idf = csr.idf(X, floor=1.0)
+    dense, components = svd_reduce(weighted(X, idf), cfg.svd, seed)
     mean = dense.mean(axis=0)
     centred = dense - mean
     power = float(np.square(centred, dtype=np.float64).sum(axis=1).mean())
     scale = power**-0.5 if power > 1e-12 else 1.0
-    return Embedding(centred * np.float32(scale), idf, components, mean, scale)
+    return Embedding(centred * np.float32(scale), idf.numpy(), components, mean, scale)
 
 
 class AdaptivePlan(Plan):

@@ -1,8 +1,8 @@
 """The plan: which prompts a run trains on, in which order, decided before it or while it goes.
 
-A :class:`Plan` hands out batches of prompt ids, is told the pass rates they had, and can save and
+A ``Plan`` hands out batches of prompt ids, is told the pass rates they had, and can save and
 restore its place to the exact next batch. Static schedules ignore what they are told;
-``adaptive`` (:mod:`saerl_fast.plan.adaptive`) chooses by it.
+``adaptive`` (``saerl_fast.plan.adaptive``) chooses by it.
 """
 
 from __future__ import annotations

@@ -6,19 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from saerl_fast.config import PlanConfig, QualityConfig, check_ranges
+from saerl_fast.config import PlanConfig, QualityConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan.adaptive import AdaptivePlan, embed
 from saerl_fast.plan.base import Plan
-from saerl_fast.plan.static import STATIC, StaticPlan
+from saerl_fast.plan.static import StaticPlan, get_schedule, middle
 
 if TYPE_CHECKING:
     from saerl_fast.signals.scores import Scores
 
-SCHEDULES = (*STATIC, "adaptive")
 MISSING = {
     "difficulty": "difficulty scores; set difficulty.label_column or difficulty.n_labels, and",
     "cluster": "clusters;",
+    "quality": "quality scores; give labels in quality.label_column, and",
+    "pass_rate": "pass rates; set difficulty.label_column or difficulty.n_labels, and",
 }
 
 
@@ -38,8 +39,7 @@ def build_plan(
     ``cfg.filter`` asks for it: that is an error, as are a schedule whose signal is missing and a
     filter that leaves nothing.
     """
-    check_ranges(cfg, "plan.")
-    static = STATIC.get(cfg.schedule)
+    static = get_schedule(cfg.schedule)
     ids = scores.prompt_ids
     if not ids:
         raise SaerlError("the pool has no prompts to plan; check data.train and data.limit")
@@ -50,16 +50,20 @@ def build_plan(
     if cfg.filter or (cfg.filter is None and (static is None or static.filtered)):
         rows, dropped = _filter(ids, table.get("quality"), scores.metadata, quality, bool(cfg.filter), notes)
 
-    for name in static.needs if static else ():
+    needs = static.needs + ("difficulty",) * bool(static.keep) if static else ()
+    for name in needs:
+        if name not in MISSING:
+            known = ", ".join(MISSING)
+            raise SaerlError(f"schedule {cfg.schedule!r} needs {name!r}, which no score is; use {known}")
         if name not in table:
             raise SaerlError(f"schedule {cfg.schedule!r} needs {MISSING[name]} run `saerl score` again")
-    if static and "difficulty" in static.needs and np.ptp(table["difficulty"][rows]) == 0:
+    if "difficulty" in needs and np.ptp(table["difficulty"][rows]) == 0:
         notes.append("predicted difficulty is the same for all prompts: the easy-to-hard order is random")
     if static and static.keep:
         kept = static.keep(table["difficulty"], rows, cfg.medium_keep)
+        where = f"outside the middle {cfg.medium_keep:.0%}" if static.keep is middle else "was not kept"
         for i in np.setdiff1d(rows, kept):
-            reason = f"difficulty {table['difficulty'][i]:.3f} outside the middle {cfg.medium_keep:.0%}"
-            dropped[ids[i]] = reason
+            dropped[ids[i]] = f"difficulty {table['difficulty'][i]:.3f} {where}"
         rows = kept
 
     out = np.setdiff1d(np.arange(len(ids)), rows)
@@ -74,7 +78,9 @@ def build_plan(
     }
     kept_ids = [ids[i] for i in rows]
     if static:
-        return StaticPlan(cfg.schedule, kept_ids, cfg, **common)
+        plan = StaticPlan(cfg.schedule, kept_ids, cfg, **common)
+        plan.batch_rows(0)  # what is wrong with an order shows here
+        return plan
     if scores.features is None:
         raise SaerlError(
             "schedule 'adaptive' needs the prompts' SAE features, but the scores have none; "
@@ -122,8 +128,6 @@ def _filter(
     threshold = override.threshold if override else recorded.get("threshold", QualityConfig.threshold)
     ratio = override.filter_ratio if override else recorded.get("filter_ratio", QualityConfig.filter_ratio)
     if ratio is not None:
-        if not 0 <= ratio <= 1:
-            raise SaerlError(f"quality.filter_ratio={ratio} is not a share between 0 and 1")
         ranked = np.argsort(np.where(np.isfinite(scores), scores, np.inf), kind="stable")
         bad = np.sort(ranked[: round(ratio * len(ids))])
         reason = f"among the lowest {ratio:.1%}"

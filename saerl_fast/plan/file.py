@@ -56,7 +56,7 @@ def save_plan(plan: Plan, path: str | Path) -> Path:
 
 
 def load_plan(path: str | Path) -> Plan:
-    """The plan in a file of :func:`save_plan`, at its first batch.
+    """The plan in a file of ``save_plan``, at its first batch.
 
     Raises SaerlError when the file is missing, damaged, or of another format version.
     """
@@ -68,7 +68,7 @@ def load_plan(path: str | Path) -> Plan:
         raise SaerlError(f"{path} has version {body.get('version')!r}, this release reads {VERSION}; {AGAIN}")
     if body.get("sha256") != _content_hash(body):
         raise SaerlError(f"{path} was changed or damaged: its content does not match its sha256; {AGAIN}")
-    cfg = from_dict(PlanConfig, body["config"], "plan.")
+    cfg = from_dict(PlanConfig, body["config"])
     ids, table = _columns(body["prompts"])
     out, dropped_table = _columns(body["dropped"])
     common: dict[str, Any] = {

@@ -6,17 +6,27 @@ The paper leaves the mixing rule open; the one below is ours. ``global`` is this
 
 An order takes ``rows`` [m], distinct row indices with m a multiple of ``batch_size``, a generator, the
 score columns and the settings, and returns [m / batch_size, batch_size] int64. Ties are broken at random.
-A new schedule is a function and an entry of ``STATIC``.
+A new schedule is such a function and an entry of ``STATIC``; its name also stands in config.SCHEDULES. One
+from outside is ``plan.schedule=module:function``: such a function, or a ``Schedule`` that names the score
+columns it needs. All its randomness must come from the generator: a run that is resumed draws again.
+
+    def reverse(rows, batch_size, rng, table, cfg):
+        return rows[np.argsort(-table["difficulty"][rows])].reshape(-1, batch_size)
+
+    hard_to_easy = Schedule(reverse, needs=("difficulty",))
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from saerl_fast.config import PlanConfig
+from saerl_fast import plugins
+from saerl_fast.config import SCHEDULES, PlanConfig
+from saerl_fast.errors import SaerlError
 from saerl_fast.plan.base import Plan
 
 Table = dict[str, np.ndarray]
@@ -99,10 +109,13 @@ def middle(difficulty: np.ndarray, rows: np.ndarray, keep: float) -> np.ndarray:
 
 
 class Schedule(NamedTuple):
-    """What the rest needs to know of a static schedule."""
+    """What the rest needs to know of a static schedule.
+
+    ``keep`` takes the difficulty [n] of all prompts, rows [m] and ``plan.medium_keep``, and returns rows.
+    """
 
     order: Callable[..., np.ndarray]
-    needs: tuple[str, ...] = ()  # score columns
+    needs: tuple[str, ...] = ()  # of "difficulty" and "quality" float32 [n], "cluster" int32 [n], "pass_rate"
     filtered: bool = True  # by quality, unless plan.filter says otherwise
     spans: bool = False  # a pass goes from one end to the other: a short last one takes a sample
     keep: Callable[..., np.ndarray] | None = None  # which rows take part at all
@@ -116,8 +129,17 @@ STATIC = {
 }
 
 
+def get_schedule(name: str) -> Schedule | None:
+    """The static schedule of that name, or of ``module:function``; None for ``adaptive``."""
+    plugins.check_name(name, SCHEDULES, "plan.schedule")
+    if ":" not in name:
+        return STATIC.get(name)
+    found = plugins.load_function(name, "plan.schedule", Schedule)
+    return found if isinstance(found, Schedule) else Schedule(found)
+
+
 class StaticPlan(Plan):
-    """Passes over the prompts in the order of ``STATIC[schedule]``.
+    """Passes over the prompts in the order of the schedule.
 
     A pass takes the rows seen least so far (ties at random), cut to whole batches, so that counts
     never differ by more than one. A pass that the run's end would cut short takes a sample instead:
@@ -133,8 +155,10 @@ class StaticPlan(Plan):
         self._drawn: list[np.ndarray] = []
         self._passes = 0
         self._visits = np.zeros(len(self.prompt_ids), dtype=np.int64)
+        if self._stored:  # whose function may be missing here
+            return
         n_rows = len(self.prompt_ids)
-        if STATIC[schedule].spans and n_rows >= self.batch_size:
+        if self._entry.spans and n_rows >= self.batch_size:
             short = self.total_steps % (n_rows // self.batch_size)
             if short:
                 self.note(f"the last pass is {short} batches long: it takes a sample of {n_rows} prompts")
@@ -179,5 +203,28 @@ class StaticPlan(Plan):
         fewest = np.lexsort((rng.random(n_rows), self._visits))
         rows = fewest[: count * self.batch_size]
         self._visits[rows] += 1
-        batches = STATIC[self.schedule].order(rows, self.batch_size, rng, self.table, self.cfg)
-        self._drawn.extend(batches)
+        order, what = self._entry.order, f"schedule {self.schedule}"
+        made = plugins.call(what, lambda: order(rows.copy(), self.batch_size, rng, self.table, self.cfg))
+        self._drawn.extend(_checked(made, rows, self.batch_size, what))
+
+    @cached_property
+    def _entry(self) -> Schedule:
+        entry = get_schedule(self.schedule)
+        if entry is None:
+            raise SaerlError(f"plan.schedule={self.schedule} is not a static schedule; use build_plan")
+        return entry
+
+
+def _checked(made: Any, rows: np.ndarray, batch_size: int, what: str) -> np.ndarray:
+    """What an order returned, int64 [m / batch_size, batch_size], when it is a permutation of ``rows``."""
+    try:
+        batches = np.asarray(made)
+    except ValueError:  # lists of different lengths
+        batches = np.empty(0)
+    shape = (len(rows) // batch_size, batch_size)
+    if batches.shape != shape or not np.issubdtype(batches.dtype, np.integer):
+        got = type(made).__name__ if made is None else f"{batches.dtype} {list(batches.shape)}"
+        raise SaerlError(f"{what} returned {got}; return the rows as integers {list(shape)}, a batch a line")
+    if not np.array_equal(np.sort(batches, axis=None), np.sort(rows)):
+        raise SaerlError(f"{what} must return each of the given rows once; it repeats, drops or adds some")
+    return batches.astype(np.int64, copy=False)

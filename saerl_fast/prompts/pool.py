@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -10,13 +11,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path
-from saerl_fast.prompts import chats, files, reasoning_gym
+from saerl_fast.prompts import chats, files, layouts, sources
 from saerl_fast.prompts.chats import Messages
 
 log = logging.getLogger(__name__)
@@ -59,62 +58,40 @@ class Pool:
         return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
 
     def column(self, name: str) -> list[Any]:
-        """One column; SaerlError when there is none of that name."""
-        if name not in self.columns:
-            raise SaerlError(f"the prompt pool has no column {name!r}; it has {_names(self.columns)}")
-        return self.columns[name]
+        """One column, or the values at a path such as ``extra_info.level``; SaerlError when there is none."""
+        found = layouts.column(self.columns, name)
+        if found is None:
+            rest = layouts.not_found(self.columns, name)
+            raise SaerlError(f"the prompt pool has no column {name!r}; {rest}")
+        return found
 
     def select(self, indices: Sequence[int]) -> Pool:
         """The rows at ``indices``, in that order."""
         return Pool({name: [column[i] for i in indices] for name, column in self.columns.items()})
 
-    def to_parquet(self, path: str | Path) -> Path:
-        """Write every column to a Parquet file, atomically."""
-        import pyarrow as pa
-        import pyarrow.parquet as parquet
-
-        try:
-            table = pa.table(self.columns)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as err:
-            raise SaerlError(
-                f"the pool cannot be written to {path}: {err}; give each column one type"
-            ) from None
-        with atomic_path(path) as temporary:
-            parquet.write_table(table, temporary)
-        return Path(path)
-
-    @classmethod
-    def from_parquet(cls, path: str | Path) -> Pool:
-        """Read what `to_parquet` wrote."""
-        if not Path(path).is_file():
-            raise SaerlError(f"prompt pool {path} does not exist; write it with Pool.to_parquet")
-        return cls(files.read_parquet(Path(path), set()))
-
 
 def load_prompts(spec: str, cfg: DataConfig, *, split_role: Role = "train", seed: int = 0) -> Pool:
-    """Read or generate one pool. ``split_role`` chooses the hub split and the reasoning-gym half.
+    """Read or make one pool. ``split_role`` chooses the hub split, and a data source is told it.
 
-    Raises SaerlError on a missing file or column, an empty pool, an empty prompt, duplicate ids or a
-    row limit below 1 (`load_split` applies the limits).
+    Raises SaerlError on a missing file or column, an empty pool, an empty prompt and duplicate ids. The row
+    limits are applied by `load_split`.
     """
-    for name, value in (("limit", cfg.limit), ("eval_limit", cfg.eval_limit)):
-        if value is not None and value < 1:
-            raise SaerlError(f"data.{name}={value} keeps no row; use at least 1, or null for all")
     if not spec:
-        raise SaerlError("data.train is empty; name a file, a hub dataset or reasoning-gym:NAME")
-    if spec.startswith(reasoning_gym.PREFIX):
+        raise SaerlError("data.train is empty; name a file, a hub dataset or a data source")
+    setting = "data.eval" if split_role == "eval" and spec == cfg.eval else "data.train"
+    if sources.is_source(spec):
         size = cfg.size if split_role == "train" else cfg.eval_size
-        columns = reasoning_gym.generate(spec, size, role=split_role, seed=seed)
+        columns = sources.make_rows(spec, setting, role=split_role, size=size, seed=seed)
+        if cfg.id_column is None and "prompt_id" in columns:
+            cfg = dataclasses.replace(cfg, id_column="prompt_id")
     else:
         columns = files.read_rows(
             spec,
             split=cfg.split if split_role == "train" else cfg.eval_split,
             hub_config=cfg.hub_config,
-            text_columns={cfg.prompt_column, cfg.answer_column or "", cfg.id_column or ""},
+            text_columns={cfg.prompt_column, cfg.answer_column or "", cfg.id_column or "", "completion"},
         )
-        columns = _canonical(columns, spec, cfg, split_role)
-    if "{prompt}" not in cfg.template:
-        raise SaerlError(f"data.template={cfg.template!r} lacks {{prompt}}; say where the prompt goes")
+    columns = _canonical(files.without_nan(columns), spec, cfg, split_role)
     columns["prompt"] = [chats.wrap(prompt, cfg.template) for prompt in columns["prompt"]]
     return Pool(columns)
 
@@ -122,60 +99,106 @@ def load_prompts(spec: str, cfg: DataConfig, *, split_role: Role = "train", seed
 def load_split(cfg: DataConfig, seed: int = 0) -> tuple[Pool, Pool]:
     """The training and the evaluation pool, with no prompt text in common.
 
-    Without ``cfg.eval``, `eval_size` rows of ``cfg.train`` are held out by ``seed``; reasoning-gym
-    generates them. Training rows whose prompt text is also evaluated are dropped, with a log line.
+    Without ``cfg.eval``, `eval_size` rows of ``cfg.train`` are held out by ``seed``; a data source
+    (``saerl_fast.prompts.sources``) is asked for them. Training rows whose prompt text is also
+    evaluated are dropped, with a log line.
     """
-    if cfg.eval_size < 1 and not cfg.eval:
-        raise SaerlError(f"data.eval_size={cfg.eval_size} leaves nothing to evaluate; use at least 1")
     train = load_prompts(cfg.train, cfg, split_role="train", seed=seed)
     if cfg.eval:
         held_out = load_prompts(cfg.eval, cfg, split_role="eval", seed=seed)
-    elif cfg.train.startswith(reasoning_gym.PREFIX):
+    elif sources.is_source(cfg.train):
         held_out = load_prompts(cfg.train, cfg, split_role="eval", seed=seed)
     else:
         held_out = train.select(_pick_eval(train, cfg, seed))
     evaluated = {_key(prompt) for prompt in held_out.column("prompt")}
     rest = [i for i, prompt in enumerate(train.column("prompt")) if _key(prompt) not in evaluated]
     if not rest:
-        raise SaerlError(f"every prompt of {cfg.train} is also evaluated; add rows, or change data.eval")
-    if cfg.eval and len(rest) < len(train):
-        log.warning("dropped %d training rows that %s also holds", len(train) - len(rest), cfg.eval)
-    return train.select(rest[: cfg.limit]), held_out.select(range(len(held_out))[: cfg.eval_limit])
+        fix = "give others for role='eval'" if sources.is_source(cfg.train) else "add rows"
+        raise SaerlError(f"every prompt of {cfg.train} is also evaluated; {fix}, or change data.eval")
+    apart = cfg.eval or sources.is_source(cfg.train)
+    copies = len(train) - len(rest) - (0 if apart else len(held_out))
+    if not apart:
+        log.info("held out %d of %d rows for evaluation", len(held_out), len(train))
+    if copies:
+        holder = cfg.eval or "the evaluation set"
+        log.warning("dropped %d training rows that %s also holds", copies, holder)
+    return (
+        _limited(train.select(rest), cfg.limit, "limit", "training"),
+        _limited(held_out, cfg.eval_limit, "eval_limit", "evaluation"),
+    )
+
+
+def _limited(pool: Pool, limit: int | None, name: str, what: str) -> Pool:
+    """The first ``limit`` rows, with a log line when others leave."""
+    if limit is None or len(pool) <= limit:
+        return pool
+    log.info("data.%s=%d leaves out %d of %d %s rows", name, limit, len(pool) - limit, len(pool), what)
+    return pool.select(range(limit))
 
 
 def _canonical(columns: files.Columns, spec: str, cfg: DataConfig, role: Role) -> dict[str, list[Any]]:
-    """The file's columns plus prompt_id, prompt and answer, checked."""
-    named = {
-        "prompt_column": cfg.prompt_column,
-        "answer_column": cfg.answer_column,
-        "id_column": cfg.id_column,
-    }
-    for field, name in named.items():
-        if name is not None and name not in columns:
-            raise SaerlError(f"{spec} has no column {name!r} (data.{field}); it has {_names(columns)}")
-    count = len(columns[cfg.prompt_column])
-    if count == 0:
-        raise SaerlError(f"{spec} holds no rows; give it at least one prompt")
-    prompts = []
-    for i, prompt in enumerate(columns[cfg.prompt_column]):
-        try:
-            prompts.append(chats.read_prompt(prompt))
-        except ValueError as fault:
-            raise SaerlError(f"{spec} row {i}: the prompt {fault}; mend or remove the row") from None
-    answers = columns[cfg.answer_column] if cfg.answer_column else [""] * count
-    if None in answers:
-        raise SaerlError(f"{spec} row {answers.index(None)}: the answer is null; mend or remove the row")
-    if cfg.id_column:
-        ids = columns[cfg.id_column]
-        if None in ids:
-            raise SaerlError(f"{spec} row {ids.index(None)}: {cfg.id_column} is null; give it an id")
+    """The file's columns plus prompt_id, prompt and answer, checked; rows without one dropped on request."""
+    columns, cfg, said = layouts.recognise(columns, cfg)
+    for words in said:
+        log.info("%s: %s", spec, words)
+    prompts = layouts.need(columns, cfg.prompt_column, "data.prompt_column", spec)
+    count = len(prompts)
+    answers: list[Any] = [""] * count
+    if cfg.answer_column is not None:
+        answers = layouts.need(columns, cfg.answer_column, "data.answer_column", spec)
+        answers = _texts(layouts.whole_numbers(answers), cfg.answer_column, spec, "answer")
+    if cfg.id_column is not None:
+        ids = layouts.need(columns, cfg.id_column, "data.id_column", spec)
+        ids = _texts(layouts.whole_numbers(ids), cfg.id_column, spec, "id")
     else:
         ids = [f"eval-{i}" if role == "eval" else str(i) for i in range(count)]
-    return columns | {
-        "prompt_id": [str(name) for name in ids],
-        "prompt": prompts,
-        "answer": [str(answer) for answer in answers],
-    }
+    if count == 0:
+        raise SaerlError(f"{spec} holds no rows; give it at least one prompt")
+    columns = columns | {"prompt_id": ids, "prompt": prompts, "answer": answers}
+    columns = _without_nulls(columns, spec, cfg)
+    read = []
+    for prompt in columns["prompt"]:
+        try:
+            read.append(chats.read_prompt(prompt))
+        except ValueError as fault:
+            row = prompts.index(prompt)
+            raise SaerlError(f"{spec} row {row}: the prompt {fault}; mend or remove the row") from None
+    return columns | {"prompt": read}
+
+
+def _texts(cells: list[Any], name: str, spec: str, what: str) -> list[str | None]:
+    """Answers or ids as text, None where there is none; SaerlError for a cell that is no one text."""
+    texts = []
+    for i, cell in enumerate(cells):
+        text, fault = layouts.text_of(cell, name)
+        if fault:
+            raise SaerlError(f"{spec} row {i}: the {what} {fault}")
+        texts.append(text)
+    return texts
+
+
+def _without_nulls(columns: dict[str, list[Any]], spec: str, cfg: DataConfig) -> dict[str, list[Any]]:
+    """Rows with a prompt, an answer and an id; SaerlError for any other, unless cfg.drop_null drops them."""
+    drop: set[int] = set()
+    count = len(columns["prompt"])
+    for name, what in (("prompt", "prompt"), ("answer", "answer"), ("prompt_id", "id")):
+        null = [i for i, cell in enumerate(columns[name]) if cell is None]
+        if not null:
+            continue
+        found = f"{len(null)} of {count} rows have no {what} (null, NaN or an empty cell)"
+        if not cfg.drop_null:
+            raise SaerlError(
+                f"{spec}: {found}, the first is row {null[0]}; fill them in, or drop them with "
+                "data.drop_null=true"
+            )
+        log.warning("dropped rows: %s: %s", spec, found)
+        drop.update(null)
+    if len(drop) == count:
+        raise SaerlError(f"{spec}: data.drop_null leaves none of {count} rows; give it prompts with answers")
+    if not drop:
+        return columns
+    keep = [i for i in range(count) if i not in drop]
+    return {name: [column[i] for i in keep] for name, column in columns.items()}
 
 
 def _pick_eval(pool: Pool, cfg: DataConfig, seed: int) -> list[int]:

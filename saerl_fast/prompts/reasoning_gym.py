@@ -17,7 +17,6 @@ from saerl_fast.errors import SaerlError
 
 log = logging.getLogger(__name__)
 
-PREFIX = "reasoning-gym:"
 EVAL_SHARE = 64  # of 256: a quarter of all questions, chosen by a hash of their text
 PATIENCE = 400  # draws in a row without a new question after which a band counts as exhausted
 
@@ -28,8 +27,8 @@ def bands() -> dict[str, list[dict[str, Any]]]:
     return json.loads(Path(__file__).with_name("reasoning_gym_bands.json").read_text())
 
 
-def parse_spec(spec: str) -> list[tuple[str, int | None]]:
-    """(generator, level) cells of ``reasoning-gym:NAME[@LEVEL],...``; no level means every band in turn.
+def parse_cells(argument: str) -> list[tuple[str, int | None]]:
+    """(generator, level) cells of ``NAME[@LEVEL],...``; no level means every band in turn.
 
     A generator without bands runs with reasoning-gym's own settings, as level None.
     Raises SaerlError on an unknown generator or level.
@@ -37,7 +36,7 @@ def parse_spec(spec: str) -> list[tuple[str, int | None]]:
     from reasoning_gym.factory import DATASETS
 
     cells: list[tuple[str, int | None]] = []
-    for part in spec.removeprefix(PREFIX).split(","):
+    for part in argument.split(","):
         name, at, level = (text.strip() for text in part.partition("@"))
         if name not in DATASETS:
             raise SaerlError(_unknown(name, list(DATASETS)))
@@ -55,28 +54,26 @@ def parse_spec(spec: str) -> list[tuple[str, int | None]]:
     return list(dict.fromkeys(cells))
 
 
-def generate(spec: str, size: int, *, role: str, seed: int) -> dict[str, list[Any]]:
-    """About ``size`` distinct rows, spread evenly over the spec's cells and interleaved.
+def rows(*, role: str, size: int, seed: int, argument: str) -> dict[str, list[Any]]:
+    """About ``size`` distinct rows, spread evenly over the cells of ``argument`` and interleaved.
 
     ``role`` is "train" or "eval". A question belongs to one of the two for ever, by a hash of its text,
     so the two pools are disjoint whatever their sizes, seeds and levels. Columns: prompt_id, prompt,
     answer, task, level (-1 where a generator has no bands) and rg_entry (JSON, for the scorer).
     """
-    if size < 1:
-        raise SaerlError(f"cannot generate {size} reasoning-gym rows; ask for at least 1")
     try:
-        cells = parse_spec(spec)
+        cells = parse_cells(argument)
     except ImportError:
-        raise SaerlError(f"{spec} needs the reasoning-gym package; pip install reasoning-gym") from None
+        raise SaerlError(f"reasoning-gym:{argument} needs a package; pip install reasoning-gym") from None
     base, extra = divmod(size, len(cells))
     seen: set[str] = set()
     drawn = [
         _draw(name, level, base + (i < extra), role, seed, seen) for i, (name, level) in enumerate(cells)
     ]
-    rows = [cell[i] for i in range(base + 1) for cell in drawn if i < len(cell)]
-    if not rows:
-        raise SaerlError(f"{spec} has no questions for {role}; add a generator or a level")
-    return {key: [row[key] for row in rows] for key in rows[0]}
+    found = [cell[i] for i in range(base + 1) for cell in drawn if i < len(cell)]
+    if not found:
+        raise SaerlError(f"reasoning-gym:{argument} has no questions for {role}; add a generator or a level")
+    return {key: [row[key] for row in found] for key in found[0]}
 
 
 def _draw(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -26,6 +26,24 @@ WARM_UP = 2  # steps before the capture: libraries set themselves up in their fi
 CHECK_EVERY = 8  # steps between asking whether all rows have ended, which waits for the GPU
 
 _refused: WeakSet[Any] = WeakSet()  # models already found unfit, so that it is said, and tried, once
+
+
+class Sampling(NamedTuple):
+    """What is sampled and how: `RolloutConfig` for other purposes than training, where one completion of a
+    prompt (``group_size`` 1) and the likeliest tokens (``temperature`` 0) make sense.
+    """
+
+    group_size: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    batch_size: int | None
+    decode: str
+
+    @classmethod
+    def of(cls, cfg: RolloutConfig | Sampling, **changes: Any) -> Sampling:
+        """``cfg`` with ``changes``."""
+        return cls(**{name: getattr(cfg, name) for name in cls._fields} | changes)
 
 
 def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
@@ -69,7 +87,9 @@ class StaticDecoder:
     The random numbers are those of dynamic decoding, so the tokens differ by rounding of the logits at most.
     """
 
-    def __init__(self, model: Any, uniforms: Tensor, stops: Tensor, cfg: RolloutConfig, width: int) -> None:
+    def __init__(
+        self, model: Any, uniforms: Tensor, stops: Tensor, cfg: RolloutConfig | Sampling, width: int
+    ) -> None:
         """uniforms [N, C]; stops int64 [n]; width: S."""
         from transformers import StaticCache
 

@@ -7,8 +7,8 @@ to the order of summation. Gradients are added up explicitly, once, after the la
 normalised by the tokens of the whole batch already, so a plain sum is right, where a
 DistributedDataParallel wrapper would take the mean, and after every backward pass.
 
-Errors: processes meet in :func:`gather`, which carries a SaerlError of one to all of them. One raised
-anywhere else is announced by :func:`broadcast_error` and arrives at the others' next meeting. In a single
+Errors: processes meet in ``gather``, which carries a SaerlError of one to all of them. One raised
+anywhere else is announced by ``broadcast_error`` and arrives at the others' next meeting. In a single
 process everything here returns at once.
 """
 

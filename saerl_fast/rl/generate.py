@@ -23,7 +23,7 @@ from torch import Tensor
 from saerl_fast.config import RolloutConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import check_fit
-from saerl_fast.rl.decode import CHECK_EVERY, StaticDecoder, sample, use_static
+from saerl_fast.rl.decode import CHECK_EVERY, Sampling, StaticDecoder, sample, use_static
 from saerl_fast.rl.logprobs import completion_logprobs
 from saerl_fast.rl.rollouts import Rollouts, decoded, left_pad, stop_tokens
 from saerl_fast.rl.ways import Decoding, decoding, equal_lengths, short, telling_rows, tolerance
@@ -36,7 +36,7 @@ def generate(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
-    cfg: RolloutConfig,
+    cfg: RolloutConfig | Sampling,
     *,
     seed: int = 0,
     first: int = 0,
@@ -44,7 +44,7 @@ def generate(
 ) -> Rollouts:
     """Sample ``cfg.group_size`` completions of every prompt; temperature 0 takes the likeliest token.
 
-    ``prompts``: token ids of each, as :class:`saerl_fast.prompts.render.Prompts` holds them.
+    ``prompts``: token ids of each, as ``saerl_fast.prompts.render.Prompts`` holds them.
 
     ``first``: how many prompts of the same batch come before these, in other processes; each prompt gets
     the random numbers that it would get if they were all here.
@@ -53,7 +53,6 @@ def generate(
     row per prompt of that prefill, or None. The model is put into eval mode and back.
     Raises SaerlError on an empty batch, an empty prompt or one that does not fit the model's context.
     """
-    check_rollout(cfg)
     if not prompts:
         raise SaerlError("there are no prompts to generate from; pass at least one")
     if tokenizer.pad_token_id is None:
@@ -191,7 +190,7 @@ def _decode(
     lens: Tensor,
     uniforms: Tensor,
     stops: Tensor,
-    cfg: RolloutConfig,
+    cfg: RolloutConfig | Sampling,
     capture: Any | None,
     timings: dict[str, float],
     decoders: dict[int, StaticDecoder],
@@ -278,7 +277,7 @@ class _Cached:
 class _Whole:
     """The plain forward pass over everything so far, in every step, for prompts of one length."""
 
-    def __init__(self, model: Any, ids: Tensor, cfg: RolloutConfig) -> None:
+    def __init__(self, model: Any, ids: Tensor, cfg: RolloutConfig | Sampling) -> None:
         from saerl_fast.rl.cache import caller
 
         self.call, self.ids = caller(model), ids.repeat_interleave(cfg.group_size, 0)
@@ -292,7 +291,7 @@ class _Whole:
 
 
 def _dynamic(
-    steps: _Cached | _Whole, logits: Tensor, uniforms: Tensor, stops: Tensor, cfg: RolloutConfig
+    steps: _Cached | _Whole, logits: Tensor, uniforms: Tensor, stops: Tensor, cfg: RolloutConfig | Sampling
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``StaticDecoder.run``, with steps that grow and rows that leave once half have ended."""
     (n_rows, limit), device = uniforms.shape, uniforms.device
@@ -321,18 +320,6 @@ def _dynamic(
                 alive, done, token = alive[stay], done[stay], token[stay]
         logits = steps.logits(token, step)
     return tokens, logprobs, kept
-
-
-def check_rollout(cfg: RolloutConfig) -> None:
-    """SaerlError on a number out of range."""
-    if cfg.group_size < 1 or cfg.max_new_tokens < 1:
-        name = "group_size" if cfg.group_size < 1 else "max_new_tokens"
-        raise SaerlError(f"rollout.{name}={getattr(cfg, name)} must be at least 1")
-    if cfg.temperature < 0 or not 0 < cfg.top_p <= 1:
-        raise SaerlError(
-            f"rollout.temperature={cfg.temperature}, top_p={cfg.top_p}: the temperature must not be negative "
-            "and top_p must lie in (0, 1]"
-        )
 
 
 def _join(parts: list[Any]) -> Any:

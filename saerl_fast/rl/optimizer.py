@@ -106,7 +106,7 @@ class Optimizer:
         return state | {f"{number[id(m)]}.master": m.detach() for _, m in self._copies()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what :meth:`state_dict` returned, for the same model."""
+        """Restore what ``state_dict`` returned, for the same model."""
         moments: dict[int, dict[str, Tensor]] = defaultdict(dict)
         for key, value in state.items():
             index, _, name = key.partition(".")

@@ -13,7 +13,7 @@ from saerl_fast.config import TrainConfig
 from saerl_fast.rl import distributed
 from saerl_fast.rl.clock import Clock
 from saerl_fast.rl.logprobs import completion_logprobs
-from saerl_fast.rl.loss import BatchSize, importance_weights, policy_loss
+from saerl_fast.rl.loss import BatchSize, get_loss, importance_weights, policy_loss
 from saerl_fast.rl.optimizer import Optimizer
 from saerl_fast.rl.rollouts import Rollouts
 
@@ -55,6 +55,7 @@ class Learner:
         weight = advantage.flatten().to(device)[chosen]
         tokens = int((rollouts.lengths * counted).sum())
         size = BatchSize(int(counted.sum()), tokens, cfg.rollout.max_new_tokens)
+        sequence = get_loss(cfg.loss.kind).sequence
         corrected = cfg.rollout.engine != "transformers" and cfg.loss.importance_cap > 0
 
         def backward(part: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ class Learner:
                 now, then = new.detach(), sampled[part][mask[part]]
                 importance = importance_weights(now, then, cfg.loss.importance_cap) if corrected else None
                 # with one step per batch the policy before it is the one of this forward pass
-                before = now if corrected or cfg.loss.kind == "gspo" else then
+                before = now if corrected or sequence else then
                 share = (weight[part], lengths[part], size, cfg.loss, reference, importance)
                 loss, found = policy_loss(new, before, *share)
                 loss.backward()

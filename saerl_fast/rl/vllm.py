@@ -2,7 +2,7 @@
 
 Two engines that hold the same weights still give a token slightly different probabilities, so rollouts of
 the one are off-policy for the other. They are therefore corrected by truncated importance sampling, see
-:func:`saerl_fast.rl.loss.importance_weights`. vLLM's prefill cannot be observed: features for the plan cost
+``saerl_fast.rl.loss.importance_weights``. vLLM's prefill cannot be observed: features for the plan cost
 a forward pass over the prompts. Sampling is seeded per prompt, but exact only as far as vLLM is.
 """
 
@@ -20,7 +20,6 @@ from saerl_fast.config import RolloutConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import check_fit, max_positions
 from saerl_fast.rl import distributed
-from saerl_fast.rl.generate import check_rollout
 from saerl_fast.rl.rollouts import Rollouts, decoded, left_pad, stop_tokens
 from saerl_fast.rl.seeds import PROMPT, derived_seed
 
@@ -28,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class VllmEngine:
-    """A vLLM engine that stands in for :func:`saerl_fast.rl.generate.generate`.
+    """A vLLM engine that stands in for ``saerl_fast.rl.generate.generate``.
 
     ``model`` must come from a folder or hub id that vLLM loads too. Raises SaerlError without vLLM.
     """
@@ -74,10 +73,9 @@ class VllmEngine:
         first: int = 0,
         capture: Any | None = None,
     ) -> Rollouts:
-        """As :func:`saerl_fast.rl.generate.generate`; log-probabilities are vLLM's, after top-p."""
+        """As ``saerl_fast.rl.generate.generate``; log-probabilities are vLLM's, after top-p."""
         from vllm import SamplingParams
 
-        check_rollout(cfg)
         check_fit(model, prompts, cfg.max_new_tokens)
         ids, lens = left_pad(prompts, tokenizer.pad_token_id or 0, model.device)
         stops = stop_tokens(model, tokenizer)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saerl_fast.config import TrainConfig, check_ranges
+from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import check_fit
 from saerl_fast.prompts.render import Prompts
@@ -60,7 +60,7 @@ def warm_up(
     Sees ``cfg.warmup.rows`` seeded rows (all if None) in seeded passes. The rate rises over the first tenth
     of the steps. Returns the first and the last loss, and steps.
     """
-    settings = check_ranges(cfg, "train.").warmup
+    settings = cfg.warmup
     if not len(pool):
         raise SaerlError("the warm-up has no rows; check data.train")
     check_answers(pool.column("answer"), "the warm-up")

@@ -20,7 +20,7 @@ class LayerReached(Exception):
     """Ends a forward pass whose remaining blocks nobody needs."""
 
 
-def forward_to(model: nn.Module, layer: int, ids: Tensor, mask: Tensor | None) -> Tensor:
+def forward_to(model: nn.Module, layer: int, ids: Tensor) -> Tensor:
     """Hidden states [B, T, d_in] of a layer, by leaving the forward pass as soon as they exist."""
     body, layers = decoder(model)
     kept: list[Tensor] = []
@@ -29,13 +29,9 @@ def forward_to(model: nn.Module, layer: int, ids: Tensor, mask: Tensor | None) -
         kept.append(hidden)
         raise LayerReached
 
-    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    if mask is not None:
-        # left padding shifts positions; with rotary embeddings that is harmless, with learned ones it is not
-        inputs |= {"attention_mask": mask, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
     handle = on_layer(layers, layer, stop)
     try:
-        body(**inputs)
+        body(input_ids=ids, use_cache=False)
     except LayerReached:
         pass
     finally:
@@ -75,7 +71,7 @@ def check_stream(model: Any, layer: int) -> None:
         embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
         rows = getattr(getattr(embeddings, "weight", None), "shape", (4,))[0]
         ids = (torch.arange(1, 5, device=parameter.device) % rows)[None]
-        found = forward_to(model, layer, ids, None)
+        found = forward_to(model, layer, ids)
         shown: Any = None
         if found.shape == (1, 4, width) and layer < n_blocks(model):
             shown = _shown(model, ids)

@@ -22,13 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import check_fit, decoder, hidden_size, n_blocks, token_ids
+from saerl_fast.models import check_fit, decoder, hidden_size, n_blocks
 from saerl_fast.sae.blocks import check_stream, forward_to, on_layer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from saerl_fast.sae.model import TopKSAE
+    from saerl_fast.sae.model import SAE
     from saerl_kernels import CSR
 
 log = logging.getLogger(__name__)
@@ -41,16 +39,13 @@ class Capture:
 
     A prefill is a forward pass on an empty cache: the first one of ``model.generate`` or of a
     hand-written loop. Decoding steps pass through untouched, and nothing here waits for the device
-    before :meth:`take`. Several prefills (a batch generated in chunks) are recorded one after the other.
+    before ``take``. Several prefills (a batch generated in chunks) are recorded one after the other.
 
-    model: a transformers decoder-only model; layer: 0 to the number of blocks; every: keep each
-    ``every``-th row only, for batches holding ``every`` adjacent copies of a prompt.
+    model: a transformers decoder-only model; layer: 0 to the number of blocks.
     """
 
-    def __init__(self, model: nn.Module, layer: int, *, every: int = 1) -> None:
-        if every < 1:
-            raise SaerlError(f"every={every} must be at least 1")
-        self.model, self.layer, self.every = model, check_layer(model, layer), every
+    def __init__(self, model: nn.Module, layer: int) -> None:
+        self.model, self.layer = model, check_layer(model, layer)
         self.seconds = 0.0  # spent in take() and in the hooks since the last reset_timings()
         self._records: list[tuple[Tensor, Tensor | None]] = []
         self._mask: Tensor | None = None
@@ -131,25 +126,16 @@ class Capture:
             return
         start = time.perf_counter()
         self._armed = False
-        mask, hidden = self._mask, hidden.detach()
-        if self.every > 1:
-            if hidden.shape[0] % self.every:
-                raise SaerlError(
-                    f"a batch of {hidden.shape[0]} rows is no multiple of every={self.every} copies"
-                )
-            # a copy, so that the other rows' memory is freed
-            hidden = hidden[:: self.every].clone()
-            mask = None if mask is None else mask[:: self.every]
-        self._records.append((hidden, mask))
+        self._records.append((hidden.detach(), self._mask))
         self.seconds += time.perf_counter() - start
 
 
 class FeatureCapture:
     """Pooled SAE features of the prompts whose rollouts are generated inside its ``with`` block.
 
-    ``with fc: model.generate(...)`` then ``fc.features()``: one CSR row per prompt row of the batch
-    (each ``every``-th row), from the prefill that generation ran anyway. ``timings`` holds the seconds
-    spent since the last ``reset_timings()``: "capture" (hooks, padding removal) and "encode".
+    ``with fc: model.generate(...)`` then ``fc.features()``: one CSR row per row of the batch, from the
+    prefill that generation ran anyway. ``timings`` holds the seconds spent since the last
+    ``reset_timings()``: "capture" (hooks, padding removal) and "encode".
 
     On a GPU, leaving the block starts padding removal and encoding on a stream of their own and in a thread
     of their own: both read sizes back from the device, and the thread waits for them, not the decoding
@@ -159,32 +145,20 @@ class FeatureCapture:
     def __init__(
         self,
         model: nn.Module,
-        sae: TopKSAE,
+        sae: SAE,
         reduce: str = "max",
         backend: str = "auto",
         *,
         layer: int | None = None,
-        every: int = 1,
     ) -> None:
         check_width(model, sae)
         self.sae, self.reduce, self.backend = sae, reduce, backend
-        self.capture = Capture(model, resolve_layer(model, sae, layer), every=every)
+        self.capture = Capture(model, resolve_layer(model, sae, layer))
         self._encode_seconds = 0.0
         device = next(model.parameters()).device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._worker = ThreadPoolExecutor(1, "capture") if device.type == "cuda" else None
         self._pending: Future[CSR] | None = None
-
-    @property
-    def every(self) -> int:
-        """Adjacent copies of a prompt in a batch; may be changed between batches."""
-        return self.capture.every
-
-    @every.setter
-    def every(self, value: int) -> None:
-        if value < 1:
-            raise SaerlError(f"every={value} must be at least 1")
-        self.capture.every = value
 
     def warm_up(self) -> None:
         """Encode two made-up tokens, so that compiling the kernels is no part of the first step."""
@@ -237,37 +211,6 @@ class FeatureCapture:
 
 
 @torch.no_grad()
-def hidden_states(
-    model: nn.Module, layer: int, input_ids: Tensor, attention_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(x [n_tokens, d_in], offsets int64 [n_rows + 1]) of a padded batch; later blocks never run.
-
-    input_ids int64 [B, T]; attention_mask [B, T], 0 on padding at either end (None: no padding).
-    Raises SaerlError on a layer the model lacks and on values that are not finite.
-    """
-    hidden = forward_to(model, check_layer(model, layer), input_ids, attention_mask)
-    x, lengths = _remove_padding(hidden, attention_mask)
-    check_finite(x, layer)
-    return x, _offsets(lengths)
-
-
-def iter_hidden(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    layer: int,
-    batch_tokens: int = 8192,
-    on_progress: Progress | None = None,
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Stream the hidden states of many texts: (row numbers, x [n_tokens, d_in], offsets [n_rows + 1]).
-
-    Batches hold texts of similar length, longest first, at most ``batch_tokens`` tokens with padding
-    (a longer text is a batch by itself); the row numbers tell where each belongs in ``texts``.
-    """
-    yield from iter_hidden_ids(model, token_ids(tokenizer, texts), layer, batch_tokens, on_progress)
-
-
-@torch.no_grad()
 def iter_hidden_ids(
     model: nn.Module,
     rows: Sequence[Sequence[int]],
@@ -275,7 +218,13 @@ def iter_hidden_ids(
     batch_tokens: int = 8192,
     on_progress: Progress | None = None,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """:func:`iter_hidden` for texts that are token ids already; an empty row raises SaerlError."""
+    """Stream the hidden states of many texts: (row numbers, x [n_tokens, d_in], offsets int64 [n_rows + 1]).
+
+    ``rows`` holds the texts' token ids. Batches are of similar length, longest first, at most
+    ``batch_tokens`` tokens with padding (a longer text is a batch by itself); the row numbers tell where each
+    belongs in ``rows``. Blocks after ``layer`` never run. Raises SaerlError on a layer the model lacks, an
+    empty or too long row, and values that are not finite.
+    """
     check_layer(model, layer)
     check_fit(model, rows, what="text")
     device = next(model.parameters()).device
@@ -289,7 +238,7 @@ def iter_hidden_ids(
         ids = torch.zeros(len(chosen), width, dtype=torch.long)
         for at, i in enumerate(chosen):
             ids[at, : len(rows[i])] = torch.tensor(rows[i])
-        hidden = forward_to(model, layer, ids.to(device), None).flatten(0, 1)
+        hidden = forward_to(model, layer, ids.to(device)).flatten(0, 1)
         if int(lengths[-1]) < width:
             real = (torch.arange(width) < lengths[:, None]).flatten().nonzero().squeeze(1)
             hidden = hidden[real.to(device)]
@@ -309,7 +258,7 @@ def check_layer(model: nn.Module, layer: int) -> int:
     return layer
 
 
-def resolve_layer(model: nn.Module, sae: TopKSAE | None = None, layer: int | None = None) -> int:
+def resolve_layer(model: nn.Module, sae: SAE | None = None, layer: int | None = None) -> int:
     """The layer asked for, else the SAE's own, else the middle one (checked against the model).
 
     A layer other than the SAE's own, and the middle one for an SAE that names none, are said in the log.
@@ -321,16 +270,16 @@ def resolve_layer(model: nn.Module, sae: TopKSAE | None = None, layer: int | Non
     if sae is not None:
         if sae.layer is not None:
             return check_layer(model, sae.layer)
-        if sae.hook_name:
+        if hook := sae.cfg.hook_name:
             raise SaerlError(
-                f"the SAE reads {sae.hook_name!r}, which is no residual stream; set sae.layer if you mean to"
+                f"the SAE reads {hook!r}, which is no residual stream; set sae.layer if you mean to"
             )
         middle = n_blocks(model) // 2
         _warn_once(f"the SAE names no layer: it reads the middle one, {middle}; sae.layer sets another")
     return n_blocks(model) // 2
 
 
-def check_width(model: nn.Module, sae: TopKSAE) -> None:
+def check_width(model: nn.Module, sae: SAE) -> None:
     """SaerlError naming both widths when the SAE was made for another width.
 
     An SAE of the right width that names another model is only warned of: names of one model differ.
@@ -341,7 +290,7 @@ def check_width(model: nn.Module, sae: TopKSAE) -> None:
             f"the SAE reads activations of width {sae.d_in} but the model's hidden size is {width}; "
             "use an SAE trained on this model's width"
         )
-    own, loaded = sae.cfg["model_name"], getattr(model.config, "_name_or_path", None)
+    own, loaded = sae.cfg.model_name, getattr(model.config, "_name_or_path", None)
     if own and loaded and not _short_names(own) & _short_names(loaded):
         _warn_once(f"the SAE was trained on {own} but the model is {loaded}; check that they belong together")
 

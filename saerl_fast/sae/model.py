@@ -1,11 +1,12 @@
-"""One SAE class for every architecture the pipeline encodes with: weights, a plain cfg dict, kernel calls.
+"""One SAE class for every architecture the pipeline encodes with: weights, what they are, kernel calls.
 
-Encoding and decoding follow SAELens 6 (``sae_lens/saes/{topk,jumprelu,standard}_sae.py``), whose
+Encoding and decoding follow SAELens 6 (``sae_lens/saes/{topk,jumprelu,gated,standard}_sae.py``), whose
 tests-with-the-real-library live in ``tests/test_sae_files.py``.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,29 +24,33 @@ from saerl_kernels import (
     pack_encoder,
     sparse_decode,
 )
+from saerl_kernels.pack import NORMALISATIONS
 
-ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "standard")
-NORMALISATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")
-DEFAULTS: dict[str, Any] = {
-    "architecture": "topk",
-    "k": None,  # topk: features kept per token; batchtopk: the average it was trained for
-    "apply_b_dec_to_input": True,
-    "rescale_acts_by_decoder_norm": False,  # topk only: rank and report activations times decoder norms
-    "normalize_activations": "none",
-    "hook_layer": None,  # residual stream after this many blocks (transformers' hidden_states numbering)
-    "hook_name": None,  # as the checkpoint names it
-    "model_name": None,
-    "max_norm": None,  # tokens with a larger L2 norm are left out of pooling (attention sinks)
-    "metadata": {},  # whatever else the checkpoint said
-}
+ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "gated", "standard")
 
 
-class TopKSAE(nn.Module):
-    """A sparse autoencoder: TopK, or threshold-encoded (JumpReLU, BatchTopK at inference, plain ReLU).
+@dataclass(frozen=True)
+class SAESpec:
+    """What an SAE's weights are and where they belong; names as SAELens has them."""
+
+    architecture: str = "topk"  # one of ARCHITECTURES; standard: a plain ReLU
+    k: int | float | None = None  # topk: features kept per token; batchtopk: the average it was trained for
+    apply_b_dec_to_input: bool = True
+    rescale_acts_by_decoder_norm: bool = False  # topk only: rank and report activations times decoder norms
+    normalize_activations: str = "none"  # one of saerl_kernels' NORMALISATIONS
+    hook_layer: int | None = None  # residual stream after this many blocks (transformers' hidden_states)
+    hook_name: str | None = None  # as the checkpoint names it
+    model_name: str | None = None
+    max_norm: float | None = None  # tokens with a larger L2 norm are left out of pooling (attention sinks)
+    metadata: dict[str, Any] = field(default_factory=dict)  # whatever else the checkpoint said
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder: TopK, or threshold-encoded (JumpReLU, BatchTopK at inference, gated, plain ReLU).
 
     W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in], threshold [d_sae] for
-    "jumprelu" and "batchtopk"; ``cfg`` has the keys of ``DEFAULTS``. Raises SaerlError on shapes or
-    settings that do not fit together.
+    "jumprelu", "batchtopk" and "gated" (whose gate `saelens.build` writes as a threshold). Raises SaerlError
+    on shapes or settings that do not fit together.
     """
 
     def __init__(
@@ -56,20 +61,17 @@ class TopKSAE(nn.Module):
         b_dec: Tensor,
         *,
         threshold: Tensor | None = None,
-        cfg: dict[str, Any],
+        cfg: SAESpec,
     ) -> None:
         super().__init__()
-        unknown = sorted(set(cfg) - set(DEFAULTS))
-        if unknown:
-            raise SaerlError(f"SAE setting {unknown[0]!r} is unknown; known are {', '.join(DEFAULTS)}")
-        self.cfg = {**DEFAULTS, **cfg}
+        self.cfg = cfg
         if W_enc.dim() != 2:
             raise SaerlError(f"W_enc must have two dimensions [d_in, d_sae], got shape {tuple(W_enc.shape)}")
         d_in, d_sae = W_enc.shape
         _expect("b_enc", b_enc, (d_sae,))
         _expect("W_dec", W_dec, (d_sae, d_in))
         _expect("b_dec", b_dec, (d_in,))
-        _check_settings(self.cfg, d_sae, threshold)
+        _check_spec(self.cfg, d_sae, threshold)
         self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc)
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
         if threshold is not None:
@@ -78,6 +80,13 @@ class TopKSAE(nn.Module):
         else:
             self.register_parameter("threshold", None)
         self._packed: dict[Any, PackedEncoder] = {}
+
+    def __repr__(self) -> str:
+        k = "" if self.cfg.k is None else f", k={self.cfg.k}"
+        layer = "" if self.layer is None else f", layer={self.layer}"
+        dtype = str(self.W_enc.dtype).split(".")[-1]
+        shape = f"d_in={self.d_in}, d_sae={self.d_sae}"
+        return f"SAE({self.architecture}, {shape}{k}{layer}, {dtype}, {self.W_enc.device})"
 
     @property
     def d_in(self) -> int:
@@ -89,41 +98,33 @@ class TopKSAE(nn.Module):
 
     @property
     def architecture(self) -> str:
-        return self.cfg["architecture"]
+        return self.cfg.architecture
 
     @property
     def k(self) -> int | None:
         """Features kept per token; None when a threshold decides (everything but "topk")."""
-        return int(self.cfg["k"]) if self.architecture == "topk" else None
+        return int(self.cfg.k) if self.architecture == "topk" and self.cfg.k is not None else None
 
     @property
     def layer(self) -> int | None:
         """The residual stream it reads, in transformers' ``hidden_states`` numbering; None if unknown."""
-        return self.cfg["hook_layer"]
-
-    @property
-    def hook_name(self) -> str | None:
-        return self.cfg["hook_name"]
+        return self.cfg.hook_layer
 
     def packed(self, dtype: torch.dtype | None = None) -> PackedEncoder:
         """The encoder as the kernels take it, cached until a weight changes or moves."""
         weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.threshold)
         key = (dtype, *((w.data_ptr(), w._version, w.device) for w in weights if w is not None))
         if key not in self._packed:
-            threshold: Tensor | float | None = self.threshold
-            if self.architecture == "standard":
-                threshold = 0.0
             self._packed = {  # one entry: a packed encoder is as large as the SAE
                 key: pack_encoder(
                     self.W_enc,
                     self.b_enc,
                     W_dec=self.W_dec,
                     b_dec=self.b_dec,
-                    apply_b_dec_to_input=self.cfg["apply_b_dec_to_input"],
-                    rescale_acts_by_decoder_norm=self.cfg["rescale_acts_by_decoder_norm"],
-                    normalize_input=self.cfg["normalize_activations"],
-                    threshold=threshold,
-                    activation="relu" if self.architecture == "standard" else self.architecture,
+                    apply_b_dec_to_input=self.cfg.apply_b_dec_to_input,
+                    rescale_acts_by_decoder_norm=self.cfg.rescale_acts_by_decoder_norm,
+                    normalize_activations=self.cfg.normalize_activations,
+                    threshold=0.0 if self.architecture == "standard" else self.threshold,
                     dtype=dtype,
                 )
             }
@@ -141,13 +142,13 @@ class TopKSAE(nn.Module):
     def pool(self, x: Tensor, offsets: Tensor, *, reduce: str = "max", backend: str = "auto") -> CSR:
         """Features pooled over each sequence: x [n_tokens, d_in], offsets [n_seq + 1] -> CSR [n_seq, d_sae].
 
-        ``reduce``: max, mean, sum, count or last. Moves the SAE to x's device when it is elsewhere.
+        ``reduce``: as in `encode_pool` of the kernels. Moves the SAE to x's device when it is elsewhere.
         """
         if x.device != self.W_enc.device:
             self.to(x.device)
         if x.shape[-1] != self.d_in:
             raise SaerlError(f"the SAE reads activations of width {self.d_in} but got width {x.shape[-1]}")
-        limit = self.cfg["max_norm"]
+        limit = self.cfg.max_norm
         mask = None if limit is None else x.float().norm(dim=-1) <= limit
         try:
             return encode_pool(
@@ -157,7 +158,7 @@ class TopKSAE(nn.Module):
             raise SaerlError(str(err)) from err
 
     def decode(self, features: TopK | CSR, x: Tensor | None = None) -> Tensor:
-        """Reconstructions [..., d_in] of :meth:`encode`'s result.
+        """Reconstructions [..., d_in] of ``encode``'s result.
 
         ``x``, the encoder's input, is needed only under a run-time normalisation, which it undoes.
         """
@@ -167,7 +168,7 @@ class TopKSAE(nn.Module):
             out = out if x is None else out.reshape(x.shape)
         else:
             values = features.values
-            if self.cfg["rescale_acts_by_decoder_norm"]:
+            if self.cfg.rescale_acts_by_decoder_norm:
                 values = values / W_dec.norm(dim=-1)[features.indices.long()]
             out = sparse_decode(values, features.indices, W_dec, self.b_dec)
         return self._denormalise(out, x)
@@ -181,7 +182,7 @@ class TopKSAE(nn.Module):
         return x.dtype if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else None
 
     def _denormalise(self, out: Tensor, x: Tensor | None) -> Tensor:
-        kind = self.cfg["normalize_activations"]
+        kind = self.cfg.normalize_activations
         if kind not in ("layer_norm", "constant_norm_rescale"):
             return out
         if x is None:
@@ -193,22 +194,25 @@ class TopKSAE(nn.Module):
         return out * (x.norm(dim=-1, keepdim=True) / self.d_in**0.5)
 
 
-def _check_settings(cfg: dict[str, Any], d_sae: int, threshold: Tensor | None) -> None:
-    architecture, k = cfg["architecture"], cfg["k"]
+def _check_spec(cfg: SAESpec, d_sae: int, threshold: Tensor | None) -> None:
+    architecture, k = cfg.architecture, cfg.k
     if architecture not in ARCHITECTURES:
         raise SaerlError(
             f"SAE architecture {architecture!r} is not supported; use one of {', '.join(ARCHITECTURES)}"
         )
     if architecture == "topk" and not (isinstance(k, int) and 1 <= k <= d_sae):
         raise SaerlError(f"k={k!r} must be an integer from 1 to d_sae={d_sae} for a topk SAE")
-    if architecture in ("jumprelu", "batchtopk") and threshold is None:
-        raise SaerlError(f"a {architecture} SAE needs its threshold [d_sae]; the checkpoint has none")
-    if cfg["rescale_acts_by_decoder_norm"] and architecture != "topk":
+    if (architecture in ("jumprelu", "batchtopk", "gated")) != (threshold is not None):
+        has = "none" if threshold is None else "one"
+        needs = "needs its" if threshold is None else "takes no"
+        raise SaerlError(f"a {architecture} SAE {needs} threshold [d_sae]; the checkpoint has {has}")
+    if cfg.rescale_acts_by_decoder_norm and architecture != "topk":
         raise SaerlError(f"rescale_acts_by_decoder_norm is for topk SAEs, not {architecture}")
-    if cfg["normalize_activations"] not in NORMALISATIONS:
+    at_run_time = [name for name in NORMALISATIONS if name != "expected_average_only_in"]  # to be folded in
+    if cfg.normalize_activations not in at_run_time:
         raise SaerlError(
-            f"normalize_activations={cfg['normalize_activations']!r} is not supported; "
-            f"use one of {', '.join(NORMALISATIONS)}"
+            f"normalize_activations={cfg.normalize_activations!r} is not supported; "
+            f"use one of {', '.join(at_run_time)}"
         )
 
 

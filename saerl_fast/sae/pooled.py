@@ -14,12 +14,12 @@ from saerl_fast.sae.capture import Progress, check_width, iter_hidden_ids, resol
 from saerl_kernels import CSR
 
 if TYPE_CHECKING:
-    from saerl_fast.sae.model import TopKSAE
+    from saerl_fast.sae.model import SAE
 
 
 def pooled_features(
     model: nn.Module,
-    sae: TopKSAE,
+    sae: SAE,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]] | None = None,
     *,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from saerl_fast.config import SAEConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.sae.capture import Progress, iter_hidden_ids
-from saerl_fast.sae.model import TopKSAE
+from saerl_fast.sae.model import SAE, SAESpec
 from saerl_kernels import TopK, encode_batch_topk_train, encode_topk_train, sparse_decode
 
 OnStep = Callable[[int, dict[str, float]], None]
@@ -41,7 +41,7 @@ def train_sae(
     model_name: str | None = None,
     device: torch.device | str | None = None,
     backend: str = "auto",
-) -> tuple[TopKSAE, dict[str, float]]:
+) -> tuple[SAE, dict[str, float]]:
     """(the SAE in eval mode, its metrics) from activations [n, d_in], or an iterable of such batches.
 
     Every 25 steps and at the last one ``on_step(step, {"steps", "loss", "fvu", "dead", "lr"})`` is called.
@@ -53,7 +53,7 @@ def train_sae(
     """
     x = _gather(activations, cfg.max_tokens)
     x = x if device is None else x.to(device)
-    _check(cfg, x)
+    _check(x)
     start = time.perf_counter()
     found = len(x)
     x, max_norm = _drop_sinks(x, cfg.sink_ratio)
@@ -70,8 +70,8 @@ def train_sae(
             shown = {"loss": loss, "fvu": fvu, "dead": run.dead(step).float().mean()}
             figures = {name: float(value) for name, value in shown.items()}
             on_step(step, {"steps": float(cfg.steps), **figures, "lr": run.lr(step)})
-    settings = {"k": cfg.k, "hook_layer": cfg.layer, "model_name": model_name, "max_norm": max_norm}
-    sae = run.finished(settings)
+    spec = SAESpec(cfg.activation, cfg.k, hook_layer=cfg.layer, model_name=model_name, max_norm=max_norm)
+    sae = run.finished(spec)
 
     held_fvu, l0, fired = _measure(sae, test, backend)
     train_fvu, _, fired_too = _measure(sae, x[train[:_MEASURED]], backend)
@@ -86,7 +86,7 @@ def train_sae(
         "held_out_tokens": float(held),
         "sink_tokens": float(found - len(x)),
     }
-    sae.cfg["metadata"] = {"saerl_metrics": metrics, "saerl_seed": cfg.seed}
+    sae.cfg = replace(spec, metadata={"saerl_metrics": metrics, "saerl_seed": cfg.seed})
     return sae, metrics
 
 
@@ -105,8 +105,6 @@ def collect_activations(
     Rows are drawn in a seeded random order until ``max_tokens`` is reached (whole rows, so lengths stay
     representative); surplus tokens are dropped at random. Raises SaerlError when no row has a token.
     """
-    if max_tokens < 1:
-        raise SaerlError(f"max_tokens={max_tokens} must be at least 1")
     rows = [row for row in rows if row]
     if not rows:
         raise SaerlError("no activations to collect: there is no text with a token; check data.train")
@@ -191,17 +189,17 @@ class _Trainer:
             self.threshold.lerp_(torch.where(least.isinf(), self.threshold, least), rate)
         return loss.detach(), fvu.detach()
 
-    def finished(self, settings: dict[str, Any]) -> TopKSAE:
+    def finished(self, spec: SAESpec) -> SAE:
         """The SAE in the data's own coordinates: decoder rows of unit norm, activations in its units."""
         batch = self.cfg.activation == "batchtopk"
         with torch.no_grad():
-            return TopKSAE(
+            return SAE(
                 self.W_enc_t.detach().t().contiguous(),
                 self.b_enc.detach() / self.scale,
                 self.W_dec.detach().clone(),
                 self.center + self.b_dec.detach() / self.scale,
                 threshold=(self.threshold / self.scale).expand(self.cfg.d_sae).clone() if batch else None,
-                cfg={**settings, "architecture": self.cfg.activation},
+                cfg=spec,
             ).eval()
 
     def _batch(self) -> Tensor:
@@ -270,11 +268,7 @@ def _gather(activations: Tensor | Iterable[Tensor], max_tokens: int) -> Tensor:
     return activations.detach()
 
 
-def _check(cfg: SAEConfig, x: Tensor) -> None:
-    if not 1 <= cfg.k <= cfg.d_sae:
-        raise SaerlError(f"sae.k={cfg.k} must be between 1 and sae.d_sae={cfg.d_sae}")
-    if cfg.steps < 1 or cfg.batch_size < 1:
-        raise SaerlError(f"sae.steps={cfg.steps} and sae.batch_size={cfg.batch_size} must be at least 1")
+def _check(x: Tensor) -> None:
     bad = sum(int((~torch.isfinite(part)).any(1).sum()) for part in x.split(1 << 16))
     if bad:
         raise SaerlError(f"{bad} of {len(x)} activations are not finite; check the model and its dtype")
@@ -293,7 +287,7 @@ def _drop_sinks(x: Tensor, ratio: float) -> tuple[Tensor, float | None]:
 
 
 @torch.no_grad()
-def _measure(sae: TopKSAE, x: Tensor, backend: str) -> tuple[float, float, Tensor]:
+def _measure(sae: SAE, x: Tensor, backend: str) -> tuple[float, float, Tensor]:
     """(fraction of variance unexplained, features per token, bool [d_sae] which features fired)."""
     mean = x.float().mean(0)
     error = total = active = 0.0

@@ -8,25 +8,24 @@ the same data with every feature's rows permuted.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from saerl_fast.config import DiversityConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.signals.features import l2_rows, svd_reduce, weighted
-
-if TYPE_CHECKING:
-    from scipy.sparse import csr_matrix
-
-    from saerl_kernels import CSR, KMeans
+from saerl_fast.signals.features import svd_reduce, weighted
+from saerl_kernels import CSR, csr, kmeans_update, spherical_kmeans
+from saerl_kernels.dispatch import has_numba
 
 log = logging.getLogger(__name__)
-BACKENDS = ("auto", "sklearn", "numba", "cuml")
 NULL_ROWS = 2000  # rows of a sample on which a large pool is compared with its null
 NUMBA_WORK = 50_000_000  # multiply-adds of an assignment from which compiling numba's kernels pays
+_ABSENT = ("no CUDA device", "cuML is not installed")  # nothing to warn of
 
 
 class ClusterResult(NamedTuple):
@@ -36,19 +35,13 @@ class ClusterResult(NamedTuple):
     metrics: dict[str, Any]
 
 
-def cluster_prompts(
-    X: CSR | csr_matrix,
-    cfg: DiversityConfig,
-    backend: str = "auto",
-    *,
-    tasks: Sequence[Any] | None = None,
-) -> ClusterResult:
+def cluster_prompts(X: CSR, cfg: DiversityConfig, *, tasks: Sequence[Any] | None = None) -> ClusterResult:
     """Cluster the rows of the pooled features ``X`` [n, d_sae], unweighted as pooled.
 
-    ``backend``: cuml (dense k-means on the GPU, sparse iterations by Triton), or scikit-learn's dense
-    k-means with sparse iterations by numba (numba) or torch (sklearn); auto takes cuML on a CUDA
-    machine that has it, else numba when the data are large. The same seed gives the same labels,
-    except with cuML, whose sums are not ordered. ``tasks`` [n] are only compared with the result
+    ``cfg.backend``: cuml (dense k-means on the GPU, sparse iterations by Triton), or scikit-learn's dense
+    k-means with sparse iterations by numba or torch; auto takes cuML on a CUDA machine that has it, else
+    numba when the data are large, else torch. The same seed gives the same labels, by numba and torch
+    alike, but not with cuML, whose sums are not ordered. ``tasks`` [n] are only compared with the result
     (``purity``).
 
     Metrics: ``silhouette``, the simplified cosine silhouette in [-1, 1] (distances to centroids);
@@ -56,25 +49,17 @@ def cluster_prompts(
     ``null_max``; both on the same ``silhouette_rows`` rows; ``sizes``; with tasks ``purity`` and
     ``purity_chance``, that of shuffled labels.
     """
-    if backend not in BACKENDS:
-        raise SaerlError(f"clustering backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    if cfg.n_clusters < 1 or cfg.svd < 0 or cfg.polish < 0 or cfg.n_init < 1 or cfg.null_rounds < 0:
-        raise SaerlError(
-            f"diversity settings n_clusters={cfg.n_clusters}, svd={cfg.svd}, polish={cfg.polish}, "
-            f"n_init={cfg.n_init}, null_rounds={cfg.null_rounds}: the first and fourth must be 1 or more, "
-            "the others not negative"
-        )
-    rows = weighted(X)
-    n_rows = rows.shape[0]
+    n_rows = X.n_rows
     if n_rows == 0:
         raise SaerlError("there are no prompts to cluster; check data.train and data.limit")
-    engine = _engine(backend)
-    labels, centroids = _cluster(rows, cfg, engine, cfg.seed)
+    rows = weighted(X, csr.idf(X))
+    backend = _backend(cfg.backend, rows.nnz * cfg.n_clusters)
+    labels, centroids = _cluster(rows, cfg, backend)
     sizes = np.bincount(labels)
     metrics: dict[str, Any] = {
         "n_clusters": len(sizes),
         "sizes": sizes.tolist(),
-        "backend": engine,
+        "backend": backend,
         "note": None,
         "silhouette": None,
         "null_silhouette": None,
@@ -86,16 +71,16 @@ def cluster_prompts(
         rng = np.random.default_rng([cfg.seed, n_rows])
         sample = rows
         if n_rows > NULL_ROWS:
-            sample = rows[np.sort(rng.choice(n_rows, NULL_ROWS, replace=False))]
-            labels_s, centroids_s = _cluster(sample, cfg, engine, cfg.seed)
+            sample = rows.select_rows(torch.from_numpy(np.sort(rng.choice(n_rows, NULL_ROWS, replace=False))))
+            labels_s, centroids_s = _cluster(sample, cfg, backend)
             metrics["silhouette"] = silhouette(sample, labels_s, centroids_s)
         else:
             metrics["silhouette"] = silhouette(rows, labels, centroids)
-        metrics["silhouette_rows"] = sample.shape[0]
+        metrics["silhouette_rows"] = sample.n_rows
         null = []
         for _ in range(cfg.null_rounds):
             shuffled = permute_features(sample, rng)
-            null.append(silhouette(shuffled, *_cluster(shuffled, cfg, engine, cfg.seed)))
+            null.append(silhouette(shuffled, *_cluster(shuffled, cfg, backend)))
         if null:
             metrics.update(null_silhouette=float(np.mean(null)), null_max=float(np.max(null)))
     if tasks is not None:
@@ -105,12 +90,12 @@ def cluster_prompts(
     return ClusterResult(labels.astype(np.int32), metrics)
 
 
-def silhouette(rows: csr_matrix, labels: np.ndarray, centroids: np.ndarray) -> float:
+def silhouette(rows: CSR, labels: np.ndarray, centroids: np.ndarray) -> float:
     """Mean of (b - a) / max(a, b) with a, b the cosine distances to the own and the next centroid.
 
     ``rows`` [n, d] of norm 1, ``labels`` [n], ``centroids`` float32 [K, d] of norm 1, K >= 2.
     """
-    distance = 1.0 - np.asarray(rows @ centroids.T, dtype=np.float64)
+    distance = 1.0 - np.asarray(rows.to_scipy() @ centroids.T, dtype=np.float64)
     index = np.arange(len(labels))
     own = distance[index, labels].copy()
     distance[index, labels] = np.inf
@@ -125,79 +110,61 @@ def purity(labels: np.ndarray, names: np.ndarray) -> float:
     return float(table.max(axis=1).sum() / len(labels))
 
 
-def permute_features(rows: csr_matrix, rng: np.random.Generator) -> csr_matrix:
+def permute_features(rows: CSR, rng: np.random.Generator) -> CSR:
     """``rows`` with each column's values moved to random distinct rows, then of norm 1 again.
 
     Every feature keeps its values and its frequency; what is lost is which features occur together.
     """
-    columns = rows.tocsc()
-    n_rows = rows.shape[0]
-    for start, end in zip(columns.indptr[:-1], columns.indptr[1:], strict=True):
+    columns = csr.transpose(rows)
+    starts, moved = columns.indptr.tolist(), columns.indices.numpy()
+    for start, end in zip(starts[:-1], starts[1:], strict=True):
         if end > start:
-            columns.indices[start:end] = rng.permutation(n_rows)[: end - start]
-    columns.has_sorted_indices = False
-    return l2_rows(columns.tocsr())
+            moved[start:end] = rng.permutation(rows.n_rows)[: end - start]
+    return csr.l2_rows(csr.transpose(columns))
 
 
-def _cluster(rows: csr_matrix, cfg: DiversityConfig, engine: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _cluster(rows: CSR, cfg: DiversityConfig, backend: str) -> tuple[np.ndarray, np.ndarray]:
     """Labels [n] without gaps and unit centroids float32 [K, d] of weighted unit rows."""
-    n_clusters = min(cfg.n_clusters, rows.shape[0])
-    if n_clusters == 1:
-        labels = np.zeros(rows.shape[0], dtype=np.int64)
-        return labels, _centroids(rows, labels, 1, engine)
-    if cfg.svd:
-        dense = svd_reduce(rows, cfg.svd, seed)[0]
+    n_clusters = min(cfg.n_clusters, rows.n_rows)
+    labels = np.zeros(rows.n_rows, dtype=np.int64)
+    if cfg.svd and n_clusters > 1:
+        dense = svd_reduce(rows, cfg.svd, cfg.seed)[0]
         dense = dense / np.maximum(np.linalg.norm(dense, axis=1, keepdims=True), 1e-12)
-        labels = _kmeans(dense, n_clusters, cfg.n_init, engine, seed)
+        labels = _kmeans(dense, n_clusters, cfg.n_init, backend, cfg.seed)
         if cfg.polish:
-            labels = _sparse_kmeans(rows, n_clusters, engine, init=labels, max_iter=cfg.polish, tol=0.0)
-    else:
-        labels = _sparse_kmeans(rows, n_clusters, engine, n_init=cfg.n_init, seed=seed)
+            labels = _spherical(rows, n_clusters, backend, init=labels, max_iter=cfg.polish, tol=0.0)
+    elif n_clusters > 1:
+        labels = _spherical(rows, n_clusters, backend, n_init=cfg.n_init, seed=cfg.seed)
     # Clusters that lost all rows are closed: labels without gaps, first come first.
     labels = np.unique(labels, return_inverse=True)[1]
-    return labels, _centroids(rows, labels, int(labels.max()) + 1, engine)
+    return labels, _centroids(rows, labels, backend)
 
 
-def _centroids(rows: csr_matrix, labels: np.ndarray, count: int, engine: str = "sklearn") -> np.ndarray:
-    """float32 [count, d]: each cluster's direction, zeros for one without rows."""
-    import torch
-
-    from saerl_kernels import CSR, kmeans_update
-
-    backend = _sparse_backend(rows, count, engine)
-    return kmeans_update(CSR.from_scipy(rows), torch.from_numpy(labels), count, backend=backend).numpy()
+def _centroids(rows: CSR, labels: np.ndarray, backend: str) -> np.ndarray:
+    """float32 [K, d]: the direction of each cluster of labels 0 .. K - 1."""
+    count = int(labels.max()) + 1
+    sparse = "auto" if backend == "cuml" else backend
+    return kmeans_update(rows, torch.from_numpy(labels), count, backend=sparse).numpy()
 
 
-def _sparse_kmeans(
-    rows: csr_matrix, n_clusters: int, engine: str, *, init: np.ndarray | None = None, **settings: Any
+def _spherical(
+    rows: CSR, n_clusters: int, backend: str, *, init: np.ndarray | None = None, **settings: Any
 ) -> np.ndarray:
     """int64 [n]: labels of ``spherical_kmeans``, from the labels ``init`` or its own seeds."""
-    import torch
-
-    from saerl_kernels import CSR, spherical_kmeans
-
-    backend = _sparse_backend(rows, n_clusters, engine)
-    X = CSR.from_scipy(rows).to("cuda" if engine == "cuml" else "cpu")
+    X, sparse = (rows.to("cuda"), "auto") if backend == "cuml" else (rows, backend)
     start = None if init is None else torch.from_numpy(init).to(X.device)
-    found: KMeans = spherical_kmeans(X, n_clusters, init=start, backend=backend, **settings)
+    found = spherical_kmeans(X, n_clusters, init=start, backend=sparse, **settings)
     return found.labels.cpu().numpy().astype(np.int64)
 
 
-def _sparse_backend(rows: csr_matrix, n_clusters: int, engine: str) -> str:
-    """The backend of saerl_kernels that stands for an engine."""
-    small = rows.nnz * n_clusters < NUMBA_WORK
-    by_size = "torch" if small else "numba"
-    return {"cuml": "auto", "numba": "numba", "sklearn": "torch"}.get(engine, by_size)
-
-
-def _kmeans(data: np.ndarray, n_clusters: int, n_init: int, engine: str, seed: int) -> np.ndarray:
+def _kmeans(data: np.ndarray, n_clusters: int, n_init: int, backend: str, seed: int) -> np.ndarray:
     """k-means labels int64 [n] of dense rows."""
     import warnings
 
     from sklearn.cluster import KMeans, kmeans_plusplus
     from sklearn.exceptions import ConvergenceWarning
 
-    if engine == "cuml":
+    if backend == "cuml":
         from cuml.cluster import KMeans as GpuKMeans
 
         best, labels = np.inf, np.zeros(len(data), dtype=np.int64)
@@ -212,34 +179,39 @@ def _kmeans(data: np.ndarray, n_clusters: int, n_init: int, engine: str, seed: i
         return KMeans(n_clusters, n_init=n_init, random_state=seed).fit(data).labels_.astype(np.int64)
 
 
-def _engine(backend: str) -> str:
-    """cuml, numba, sklearn or auto-cpu (numba or torch by size) for a requested backend."""
-    import importlib.util
-
-    if backend == "sklearn":
-        return "sklearn"
-    has_numba = importlib.util.find_spec("numba") is not None
-    if backend == "numba":
-        if not has_numba:
-            raise SaerlError("clustering backend 'numba' is not installed; pip install numba, or use sklearn")
-        return "numba"
-    import torch
-
-    # cuML imports without a GPU and fails only in fit, so the device is asked first.
-    if torch.cuda.is_available() and importlib.util.find_spec("cuml") is not None:
-        reason = _load_cuml()
-        if reason is None:
-            return "cuml"
-        if backend == "auto":
-            log.warning("cuML cannot be loaded (%s): clustering on the CPU", reason)
-    elif backend == "cuml":
-        reason = "no CUDA device" if not torch.cuda.is_available() else "cuML is not installed"
-    if backend == "cuml":
+def check_backend(backend: str) -> None:
+    """SaerlError when ``diversity.backend`` asks for what is not here."""
+    if backend == "numba" and not has_numba():
         raise SaerlError(
-            f"clustering backend 'cuml' cannot be used: {reason}; install the gpu extra on a CUDA machine "
-            "or use backend auto"
+            "diversity.backend=numba needs numba; run `pip install numba`, or set diversity.backend=auto"
         )
-    return "auto-cpu" if has_numba else "sklearn"
+    reason = _why_not_cuml() if backend == "cuml" else None
+    if reason:
+        raise SaerlError(
+            f"diversity.backend=cuml cannot be used: {reason}; install the gpu extra on a CUDA machine, "
+            "or set diversity.backend=auto"
+        )
+
+
+def _backend(wanted: str, work: int) -> str:
+    """cuml, numba or torch, for ``work`` multiply-adds of an assignment."""
+    check_backend(wanted)
+    if wanted != "auto":
+        return wanted
+    reason = _why_not_cuml()
+    if reason is None:
+        return "cuml"
+    if reason not in _ABSENT:
+        log.warning("cuML cannot be loaded (%s): clustering on the CPU", reason)
+    return "numba" if has_numba() and work >= NUMBA_WORK else "torch"
+
+
+def _why_not_cuml() -> str | None:
+    """Why cuML cannot run here; None when it can."""
+    # cuML imports without a GPU and fails only in fit, so the device is asked first.
+    if not torch.cuda.is_available():
+        return _ABSENT[0]
+    return _load_cuml() if importlib.util.find_spec("cuml") else _ABSENT[1]
 
 
 def _load_cuml() -> str | None:

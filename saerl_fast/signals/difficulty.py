@@ -12,12 +12,9 @@ import numpy as np
 
 from saerl_fast.config import DifficultyConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.signals.features import probe_matrix
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
-
-    from saerl_kernels import CSR
 
 log = logging.getLogger(__name__)
 MIN_LABELS = 10  # fewer cannot be split into folds that mean anything
@@ -31,9 +28,9 @@ class DifficultyResult(NamedTuple):
 
 
 def fit_difficulty(
-    X: CSR | csr_matrix, pass_rates: Any, cfg: DifficultyConfig, *, seed: int = 0
+    X: csr_matrix, pass_rates: Any, cfg: DifficultyConfig, *, seed: int = 0
 ) -> DifficultyResult:
-    """Difficulty of every row of the pooled features ``X`` [n, d_sae], unweighted as pooled.
+    """Difficulty of every row of ``X`` [n, columns], of ``probe_matrix``.
 
     ``pass_rates`` [n] in [0, 1], NaN where unknown. Unlabelled rows get the prediction of a fit on
     all labels, labelled rows that of the fold that did not see their label, so that the scores of
@@ -41,17 +38,12 @@ def fit_difficulty(
     out. With fewer than 10 labels, or all alike, every score is 0.5 and ``note`` says so.
     """
     rates = np.asarray(pass_rates, dtype=np.float64)
-    if rates.shape != (len(X.indptr) - 1,):
-        raise SaerlError(f"{len(rates)} pass rates cannot belong to {len(X.indptr) - 1} prompts")
+    if rates.shape != (X.shape[0],):
+        raise SaerlError(f"{len(rates)} pass rates cannot belong to {X.shape[0]} prompts")
     known = ~np.isnan(rates)
     outside = known & ~((rates >= 0) & (rates <= 1))
     if outside.any():
         raise SaerlError(f"pass rate {rates[outside][0]} is not in [0, 1]; check difficulty.label_column")
-    if not (cfg.alpha > 0 and 0 < cfg.l1_ratio <= 1 and cfg.folds >= 2):
-        raise SaerlError(
-            f"difficulty.alpha={cfg.alpha}, l1_ratio={cfg.l1_ratio}, folds={cfg.folds}: "
-            "alpha must be positive, l1_ratio in (0, 1] and folds 2 or more"
-        )
     rows = np.flatnonzero(known)
     metrics: dict[str, Any] = {"n_labels": len(rows), "spearman": None, "r2": None, "note": None}
     if not len(rows):
@@ -70,11 +62,10 @@ def fit_difficulty(
     from scipy.stats import spearmanr
     from sklearn.model_selection import KFold
 
-    matrix = probe_matrix([X])
-    scores, used = _fit_predict(matrix[rows], labels, matrix, cfg)
+    scores, used = _fit_predict(X[rows], labels, X, cfg)
     held_out = np.empty(len(rows))
     for fit, test in KFold(min(cfg.folds, len(rows)), shuffle=True, random_state=seed).split(rows):
-        held_out[test] = _fit_predict(matrix[rows[fit]], labels[fit], matrix[rows[test]], cfg)[0]
+        held_out[test] = _fit_predict(X[rows[fit]], labels[fit], X[rows[test]], cfg)[0]
     scores[rows] = held_out
     varied = np.ptp(held_out) > 1e-12
     spread = float(np.square(labels - labels.mean()).sum())

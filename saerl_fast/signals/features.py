@@ -1,7 +1,8 @@
 """Pooled SAE features as every signal reads them: weighted, normalised, reduced, saved.
 
 Weighting is what text retrieval uses for words: a feature active in few prompts says more than one
-active in all. It decides more about the quality of clusters than the algorithm does.
+active in all. It decides more about the quality of clusters than the algorithm does. Features are checked
+once, where they come in (``checked``); what follows takes them as they are and shares their memory.
 """
 
 from __future__ import annotations
@@ -16,88 +17,52 @@ import torch
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import atomic_path
+from saerl_kernels import CSR, csr
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-    from saerl_kernels import CSR
-
 FORMAT = "saerl-features-1"
 
 
-def as_scipy(X: CSR | csr_matrix) -> csr_matrix:
-    """``X`` as a float32 scipy CSR matrix [n_rows, n_cols]; explicit zeros are removed."""
-    from scipy.sparse import csr_matrix, issparse
+def checked(X: CSR) -> CSR:
+    """``X`` itself where it is on the CPU and stores no zeros, else a copy that is.
 
-    if issparse(X):
-        matrix = csr_matrix(X, dtype=np.float32, copy=True)
-    else:
-        parts = (X.values, X.indices, X.indptr)
-        values, indices, indptr = (part.detach().cpu().numpy() for part in parts)
-        shape = (len(indptr) - 1, int(X.n_cols))
-        matrix = csr_matrix((values.astype(np.float32), indices.copy(), indptr.copy()), shape=shape)
-    if not np.isfinite(matrix.data).all():
-        row = int(np.searchsorted(matrix.indptr, int(np.argmin(np.isfinite(matrix.data))), side="right")) - 1
+    Raises SaerlError, naming the row, when a value is NaN or infinite.
+    """
+    X = X.to("cpu")
+    finite = torch.isfinite(X.values)
+    if not finite.all():
+        row = int(X.row_ids()[~finite][0])
         raise SaerlError(f"the features of prompt number {row} are NaN or infinite; score the pool again")
-    matrix.eliminate_zeros()
-    return matrix
+    return X if X.values.all() else csr.scale_columns(X, torch.ones(X.n_cols))
 
 
-def idf_weights(X: CSR | csr_matrix, floor: float = 0.0) -> np.ndarray:
-    """Inverse document frequency, float32 [n_cols]: floor + ln((1 + n) / (1 + rows with the feature)).
+def weighted(X: CSR, idf: torch.Tensor) -> CSR:
+    """Rows times ``idf`` float32 [n_cols], each then of norm 1; rows without features stay empty.
 
-    Smoothed as if one more row had every feature; a feature active in all rows weighs ``floor``:
-    0 keeps it out of clusters, 1 lets a regression read how strongly it is active.
+    ``idf`` is ``csr.idf(X, floor)``, or that of the features which ``X`` is compared with. A feature active
+    in all rows weighs ``floor``: 0 keeps it out of clusters, 1 lets a regression read how active it is.
     """
-    matrix = as_scipy(X)
-    n_rows, n_cols = matrix.shape
-    rows_with = np.bincount(matrix.indices, minlength=n_cols)
-    return (floor + np.log((1.0 + n_rows) / (1.0 + rows_with))).astype(np.float32)
-
-
-def l2_rows(matrix: csr_matrix) -> csr_matrix:
-    """A copy whose rows have Euclidean norm 1; rows without features stay zero."""
-    counts = np.diff(matrix.indptr)
-    norms = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1), dtype=np.float64)).ravel()
-    scaled = matrix.copy()
-    scaled.data = (matrix.data / np.repeat(np.where(norms > 0, norms, 1.0), counts)).astype(np.float32)
-    return scaled
-
-
-def weighted(X: CSR | csr_matrix, idf: np.ndarray | None = None) -> csr_matrix:
-    """Rows times ``idf`` (:func:`idf_weights` of ``X`` when None), each then of norm 1."""
-    matrix = as_scipy(X)
-    idf = idf_weights(matrix) if idf is None else idf
-    if len(idf) != matrix.shape[1]:
+    if len(idf) != X.n_cols:
         raise SaerlError(
-            f"the features have {matrix.shape[1]} columns but {len(idf)} were expected; use the same SAE"
+            f"the features have {X.n_cols} columns but {len(idf)} were expected; use the same SAE"
         )
-    matrix.data *= idf[matrix.indices]
-    matrix.eliminate_zeros()
-    return l2_rows(matrix)
+    return csr.l2_rows(csr.scale_columns(X, idf))
 
 
-def probe_matrix(blocks: Sequence[CSR | csr_matrix], min_rows: int = 3) -> csr_matrix:
-    """What the probes are fitted on: each block weighted and of row norm 1, side by side.
+def probe_matrix(X: CSR, min_rows: int = 3) -> csr_matrix:
+    """What the probes are fitted on: ``X`` weighted and of row norm 1, float64 [n_rows, columns].
 
-    float64 [n_rows, columns]. A feature active in fewer than ``min_rows`` rows is left out: it
-    cannot be learned from some rows and tested on others.
+    A feature active in fewer than ``min_rows`` rows is left out: it cannot be learned from some rows and
+    tested on others.
     """
-    from scipy.sparse import hstack
-
-    counts = {as_scipy(block).shape[0] for block in blocks}
-    if len(counts) != 1:
-        raise SaerlError(
-            f"feature blocks of {sorted(counts)} rows cannot be joined; give one row per prompt each"
-        )
-    matrix = hstack([weighted(block, idf_weights(block, 1.0)) for block in blocks], format="csr").astype(
-        np.float64
-    )
-    rows_with = np.bincount(matrix.indices, minlength=matrix.shape[1])
-    return matrix[:, np.flatnonzero(rows_with >= min_rows)]
+    rows = weighted(X, csr.idf(X, 1.0))
+    rows_with = torch.bincount(rows.indices, minlength=rows.n_cols)
+    return rows.to_scipy()[:, np.flatnonzero(rows_with >= min_rows)].astype(np.float64)
 
 
-def svd_reduce(X: CSR | csr_matrix, dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def svd_reduce(X: CSR, dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The ``dim`` leading right singular directions of ``X`` and its rows' coordinates in them.
 
     Returns ``dense`` float32 [n_rows, d] and ``components`` float32 [d, n_cols] with orthonormal rows,
@@ -109,7 +74,7 @@ def svd_reduce(X: CSR | csr_matrix, dim: int, seed: int) -> tuple[np.ndarray, np
 
     if dim < 1:
         raise SaerlError(f"svd={dim} dimensions are too few; use 1 or more")
-    matrix = as_scipy(X)
+    matrix = X.to_scipy()
     d = min(dim, *matrix.shape)
     if d == 0:
         raise SaerlError(f"features of shape {list(matrix.shape)} cannot be reduced; score some prompts")
@@ -137,10 +102,8 @@ def save_features(path: str | Path, X: CSR, prompt_ids: Sequence[str]) -> Path:
 
 
 def load_features(path: str | Path, prompt_ids: Sequence[str] | None = None) -> CSR:
-    """The CSR in a file of :func:`save_features`; ``prompt_ids`` must be those it was saved with."""
+    """The CSR in a file of ``save_features``; ``prompt_ids`` must be those it was saved with."""
     from safetensors import safe_open
-
-    from saerl_kernels import CSR
 
     path = Path(path)
     if not path.is_file():

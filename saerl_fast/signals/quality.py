@@ -14,12 +14,9 @@ import numpy as np
 
 from saerl_fast.config import QualityConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.signals.features import probe_matrix
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
-
-    from saerl_kernels import CSR
 
 log = logging.getLogger(__name__)
 MIN_LABELS = 10  # of them, for the logistic head, at least MIN_CLASS good and MIN_CLASS bad
@@ -34,14 +31,14 @@ class QualityResult(NamedTuple):
 
 
 def fit_quality(
-    X: CSR | csr_matrix,
+    X: csr_matrix,
     labels: Any,
     cfg: QualityConfig,
     *,
-    answers: CSR | csr_matrix | None = None,
+    answers: csr_matrix | None = None,
     seed: int = 0,
 ) -> QualityResult:
-    """Quality of every row of the pooled features ``X`` [n, d_sae] and ``answers`` (likewise).
+    """Quality of every row of ``X`` [n, columns] and ``answers``, both of ``probe_matrix``.
 
     ``labels`` [n], NaN where unlabelled: 1 good and 0 bad for the logistic head, any score for the
     ridge head. Unlabelled rows are scored by a fit on all labels, labelled rows by the fold that
@@ -53,16 +50,10 @@ def fit_quality(
     Too few labels are no error: the scores are NaN, ``metrics["note"]`` says why, and plans filter
     nothing (unless told to: then they refuse).
     """
-    n_rows = len(X.indptr) - 1
+    n_rows = X.shape[0]
     values = np.asarray(labels, dtype=np.float64)
     if values.shape != (n_rows,):
         raise SaerlError(f"{len(values)} quality labels cannot belong to {n_rows} prompts")
-    if cfg.head not in ("logistic", "ridge", "none"):
-        raise SaerlError(f"quality.head={cfg.head!r} is unknown; choose logistic, ridge or none")
-    if cfg.c <= 0 or cfg.folds < 2:
-        raise SaerlError(f"quality.c={cfg.c} must be positive and quality.folds={cfg.folds} 2 or more")
-    if cfg.filter_ratio is not None and not 0 <= cfg.filter_ratio < 1:
-        raise SaerlError(f"quality.filter_ratio={cfg.filter_ratio} must lie in [0, 1)")
     rows = np.flatnonzero(np.isfinite(values))
     known = values[rows]
     metrics: dict[str, Any] = {
@@ -81,7 +72,9 @@ def fit_quality(
             log.warning(metrics["note"])
         return QualityResult(np.full(n_rows, np.nan, dtype=np.float32), metrics)
 
-    matrix = probe_matrix([X] if answers is None else [X, answers])
+    from scipy.sparse import hstack
+
+    matrix = X if answers is None else hstack([X, answers], format="csr")
     fit = _logistic if cfg.head == "logistic" else _ridge
     scores = fit(matrix[rows], known, matrix, cfg.c)
     held_out = np.empty(len(rows))

@@ -16,7 +16,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import atomic_path, read_json, write_json
 from saerl_fast.signals.clusters import cluster_prompts
 from saerl_fast.signals.difficulty import fit_difficulty
-from saerl_fast.signals.features import load_features, save_features
+from saerl_fast.signals.features import checked, load_features, probe_matrix, save_features
 from saerl_fast.signals.quality import fit_quality
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Scores:
 
     @classmethod
     def load(cls, run_dir: str | Path) -> Scores:
-        """What :meth:`save` wrote. Raises SaerlError when a file is missing, damaged or of other prompts."""
+        """What ``save`` wrote. Raises SaerlError when a file is missing, damaged or of other prompts."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -157,6 +157,7 @@ def score_features(
     for features in (prompt_features, answer_features):
         if features is not None and len(features.indptr) - 1 != count:
             raise SaerlError(f"{len(features.indptr) - 1} feature rows cannot belong to {count} prompts")
+    prompt_features = checked(prompt_features)
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
 
@@ -170,12 +171,14 @@ def score_features(
         labels = _numbers(pool.column(column), "quality.label_column")
     else:
         labels = np.full(count, np.nan)
-    quality = fit_quality(prompt_features, labels, config.quality, answers=answer_features, seed=config.seed)
+    prompts = probe_matrix(prompt_features)
+    answers = None if answer_features is None else probe_matrix(checked(answer_features))
+    quality = fit_quality(prompts, labels, config.quality, answers=answers, seed=config.seed)
     lap("quality")
     if pass_rates is None and config.difficulty.label_column is not None:
         pass_rates = _numbers(pool.column(config.difficulty.label_column), "difficulty.label_column")
     rates = np.full(count, np.nan) if pass_rates is None else np.asarray(pass_rates, dtype=np.float64)
-    difficulty = fit_difficulty(prompt_features, rates, config.difficulty, seed=config.seed)
+    difficulty = fit_difficulty(prompts, rates, config.difficulty, seed=config.seed)
     lap("difficulty")
     clusters = cluster_prompts(prompt_features, config.diversity, tasks=pool.columns.get("task"))
     lap("clusters")
@@ -241,7 +244,7 @@ def score(
 ) -> Scores:
     """Quality, difficulty and cluster of every training prompt, from one early-stopped forward pass.
 
-    ``pass_rates`` and errors as in :func:`score_features`. ``shards`` keeps finished parts of the pass on the
+    ``pass_rates`` and errors as in ``score_features``. ``shards`` keeps finished parts of the pass on the
     disk; without it the pass is made in one go.
     """
     pool = session.train

@@ -25,8 +25,6 @@ class Shards:
     """
 
     def __init__(self, folder: str | Path, mark: str, size: int) -> None:
-        if size < 1:
-            raise SaerlError(f"score.shard={size} must be at least 1")
         self.folder, self.size = Path(folder) / f"features.partial-{mark}", size
         for old in Path(folder).glob("features.partial-*"):
             if old != self.folder:

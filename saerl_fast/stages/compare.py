@@ -6,17 +6,16 @@ apart only by an arm such as ``filtered:plan.schedule=vanilla;plan.filter=true``
 
 from __future__ import annotations
 
-import typing
 from pathlib import Path
 
-from saerl_fast.config import Config, Schedule, apply_overrides, to_dict
+from saerl_fast.config import SCHEDULES, Config, apply_overrides, to_dict
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_json
 from saerl_fast.records.report import write_report
 from saerl_fast.stages.console import Echo
 from saerl_fast.stages.fingerprint import RUN_SECTIONS, changes, fingerprint
 from saerl_fast.stages.pipeline import train_stage
-from saerl_fast.stages.preflight import check_packages
+from saerl_fast.stages.preflight import check_functions, check_packages
 
 
 def parse_arm(text: str) -> tuple[str, list[str]]:
@@ -28,9 +27,11 @@ def parse_arm(text: str) -> tuple[str, list[str]]:
     name, _, rest = text.partition(":")
     overrides = [item.strip() for item in rest.split(";") if item.strip()]
     for item in overrides:
+        if "=" not in item:
+            raise SaerlError(f"arm {text!r}: write it as NAME:key=value, e.g. mine:plan.schedule={text}")
         if not item.startswith(("plan.", "train.")):
             raise SaerlError(f"arm {text!r} sets {item!r}; an arm may set plan.* and train.* only")
-    named = name in typing.get_args(Schedule) or not overrides
+    named = name in SCHEDULES or not overrides
     if named and not any(item.startswith("plan.schedule=") for item in overrides):
         overrides.insert(0, f"plan.schedule={name}")
     if not name.replace("-", "_").isidentifier() or name == "sae":
@@ -47,19 +48,21 @@ def compare(config: Config, echo: Echo) -> list[Path]:
 
     Raises SaerlError before anything runs when an arm or the list of seeds is wrong.
     """
+    from saerl_fast.rl.rewards.dry import try_reward
+
     arms = [parse_arm(text) for text in config.compare.arms]
     names = [name for name, _ in arms]
-    if not arms or len(set(names)) != len(names):
-        raise SaerlError(f"compare.arms={','.join(names)!r} must name one or more different arms")
+    if len(set(names)) < len(names):
+        raise SaerlError(f"compare.arms={','.join(names)!r} must name different arms")
     seeds = config.compare.seeds
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise SaerlError(f"compare.seeds={seeds} must hold one or more different seeds")
     jobs = []
     root = Path(config.run_dir)
     for seed in seeds:
         for name, overrides in arms:
             mine = apply_overrides(config, [*overrides, f"train.seed={seed}"])
             check_packages(mine)
+            check_functions(mine)
+            try_reward(mine)
             folder = name if seed == seeds[0] else f"{name}.seed-{seed}"
             jobs.append((name, mine, root / folder))
     states = [_state(mine, out) for _, mine, out in jobs]  # all of them before the first one runs

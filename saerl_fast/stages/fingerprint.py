@@ -8,30 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from saerl_fast.config import Config, to_dict
+from saerl_fast.config import Config, Section, to_dict
 from saerl_fast.errors import SaerlError
+from saerl_fast.plugins import is_function, source_digest
 from saerl_fast.session import load_pools
 
 SAE_SECTIONS = ("model", "data", "sae")  # what a trained SAE depends on
 SCORE_SECTIONS = (*SAE_SECTIONS, "score", "quality", "difficulty", "diversity", "labels")
 RUN_SECTIONS = (*SCORE_SECTIONS, "plan", "train")
 LABEL_SECTIONS = ("model", "data", "difficulty", "labels")
-NOT_RESULTS = {  # where, how fast and what is kept of it: no part of what comes out
-    "model": ("device", "attn", "trust_remote_code"),
-    "score": ("batch_tokens", "shard", "backend"),
-    "train": (
-        "micro_tokens",
-        "save_every",
-        "keep",
-        "rollout_log",
-        "trackers",
-        "save_model",
-        "reward_timeout",
-    ),
-}
-
-FILTER = ("threshold", "filter_ratio")  # of quality: the plan's business, since the scores stay the same
-FOR_LABELS = ("max_new_tokens", "temperature", "top_p")  # of train.rollout: the labels have their own counts
+LABELS = (  # what the labels depend on beyond their own section and the seed: their counts are their own
+    "train.rollout.max_new_tokens",
+    "train.rollout.temperature",
+    "train.rollout.top_p",
+    "train.reward",
+    "train.reward_weights",
+    "train.reward_truncated",
+    "train.pass_threshold",
+)
 
 
 def training_seed(config: Config) -> int:
@@ -44,16 +38,23 @@ def settings(
 ) -> dict[str, Any]:
     """The settings in ``tree`` (a config as plain values) that decide what comes out of a stage.
 
-    ``without``: keys of the train section to leave out.
+    The fields of the config say which do. ``without``: keys of the train section to leave out.
     """
-    dropped = {name: set(keys) for name, keys in NOT_RESULTS.items()}
-    dropped["train"] |= set(without)
-    if "plan" not in sections:
-        dropped["quality"] = set(FILTER)
+    planned = "plan" in sections
+    kept = {name: _kept(Config.types[name], tree[name], planned) for name in sections if name != "labels"}
+    for key in without:
+        kept["train"].pop(key)
+    return kept
+
+
+def _kept(section: type[Section], tree: dict[str, Any], planned: bool) -> dict[str, Any]:
+    rules, types = section.rules, section.types
     kept: dict[str, Any] = {}
-    for name in sections:
-        if name != "labels":
-            kept[name] = {key: v for key, v in tree[name].items() if key not in dropped.get(name, ())}
+    for key, value in tree.items():
+        if key in types and key not in rules:
+            kept[key] = _kept(types[key], value, planned)
+        elif key not in rules or rules[key].result is True or (planned and rules[key].result == "plan"):
+            kept[key] = value
     return kept
 
 
@@ -61,19 +62,33 @@ def fingerprint(config: Config, sections: tuple[str, ...], *, without: tuple[str
     """A short hash of what a stage's output depends on: settings, and the prompts themselves.
 
     ``labels`` stands for what the difficulty labels depend on beyond their own section. A model or SAE is
-    known by its name, and a local one by the sizes and ends of its files too.
+    known by its name, and a local one by the sizes and ends of its files too; a ``module:function`` by its
+    name and the content of its file; a data source by its name and the training rows it gives.
     """
     tree = settings(to_dict(config), sections, without)
     if "train" in tree:
         tree["train"]["seed"] = training_seed(config)
     if "labels" in sections and config.difficulty.label_column is None and config.difficulty.n_labels:
-        sampling = {key: getattr(config.train.rollout, key) for key in FOR_LABELS}
-        tree["labels"] = {**sampling, "reward": config.train.reward, "seed": config.seed}
+        flat = dict(_flat(to_dict(config)))
+        tree["labels"] = {key.rpartition(".")[2]: flat[key] for key in LABELS} | {"seed": config.seed}
     if "score" in sections:
         tree["seed"] = config.seed
+    functions = _functions(config, sections)
+    if functions:
+        tree["functions"] = functions
     tree["prompts"] = load_pools(config)[0].digest
     tree["files"] = [_files_digest(Path(name)) for name in (config.model.path, config.sae.path) if name]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _functions(config: Config, sections: tuple[str, ...]) -> dict[str, str | None]:
+    """The functions from outside that a stage's output depends on, each with a hash of its file."""
+    names = [config.plan.schedule] * ("plan" in sections)
+    names += [config.train.loss.kind] * ("train" in sections)
+    rolled_out = config.difficulty.label_column is None and config.difficulty.n_labels > 0
+    if "train" in sections or ("labels" in sections and rolled_out):
+        names += config.train.reward
+    return {name: source_digest(name) for name in names if is_function(name)}
 
 
 def _files_digest(path: Path, tail: int = 1 << 16) -> list[list[Any]]:
@@ -88,22 +103,14 @@ def _files_digest(path: Path, tail: int = 1 << 16) -> list[list[Any]]:
 
 def changes(before: Any, config: Config, sections: tuple[str, ...], without: tuple[str, ...] = ()) -> str:
     """What differs between the config in a record (plain values) and ``config``, for a message."""
+    now = json.loads(json.dumps(to_dict(config)))  # with lists for tuples, as a record has them
     try:
-        old = dict(_flat(settings(before, sections, without)))
+        old, new = (_covered(tree, sections, without) for tree in (before, now))
     except (KeyError, TypeError, AttributeError):
         return "a record of another version"
-    new = dict(_flat(settings(to_dict(config), sections, without)))
-    if "labels" in sections:
-        keys = [f"rollout.{key}" for key in FOR_LABELS] + ["reward"]
-        old |= {f"train.{key}": value for key, value in _flat(before["train"]) if key in keys}
-        new |= {f"train.{key}": value for key, value in _flat(to_dict(config)["train"]) if key in keys}
-    for tree, of in ((old, before), (new, to_dict(config))):
-        tree["seed"] = of.get("seed")
-        if tree.get("train.seed", 0) is None:
-            tree["train.seed"] = tree["seed"]
-    found = [f"{key} was {old.get(key)}" for key in new if _plain(old.get(key)) != _plain(new[key])]
+    found = [f"{key} was {old.get(key)}" for key in new if old.get(key) != new[key]]
     if not found:
-        return "the same settings, but other prompts or model files"
+        return "the same settings, but other prompts, functions or model files"
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
@@ -115,8 +122,15 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _covered(tree: dict[str, Any], sections: tuple[str, ...], without: tuple[str, ...]) -> dict[str, Any]:
+    """What a fingerprint covers of the config ``tree``, by full key."""
+    flat = dict(_flat(settings(tree, sections, without)))
+    if "labels" in sections:
+        flat |= {key: value for key, value in _flat({"train": tree["train"]}) if key in LABELS}
+    flat["seed"] = tree.get("seed")
+    if flat.get("train.seed", 0) is None:
+        flat["train.seed"] = flat["seed"]
+    return flat
 
 
 def check_same(

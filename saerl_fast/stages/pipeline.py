@@ -9,6 +9,7 @@ others waiting for as long as that takes.
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,11 +30,11 @@ from saerl_fast.stages.fingerprint import (
     training_seed,
 )
 from saerl_fast.stages.labels import difficulty_labels
-from saerl_fast.stages.preflight import check_packages, check_target
+from saerl_fast.stages.preflight import check_functions, check_packages, check_target
 
 if TYPE_CHECKING:
     from saerl_fast.plan import Plan
-    from saerl_fast.sae.model import TopKSAE
+    from saerl_fast.sae.model import SAE
     from saerl_fast.signals.scores import Scores
     from saerl_fast.signals.shards import Shards
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 # --- SAE -------------------------------------------------------------------------------------------
 
 
-def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> TopKSAE:
+def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> SAE:
     """Train a TopK SAE on the training prompts' (and answers') activations into ``<run_dir>/sae``."""
     from saerl_fast.sae.capture import resolve_layer
     from saerl_fast.sae.files import save_sae
@@ -83,14 +84,14 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> Top
     }
     write_json(folder / "train.json", record)
     echo(
-        f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.cfg['k']}, unexplained variance "
+        f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.cfg.k}, unexplained variance "
         f"{metrics['fvu']:.3f} on held-out tokens, {metrics['dead_fraction']:.1%} dead features"
     )
     echo(f"wrote {folder}")
     return sae
 
 
-def find_sae(config: Config, echo: Echo, session: Session) -> TopKSAE:
+def find_sae(config: Config, echo: Echo, session: Session) -> SAE:
     """The SAE that the config names, the one trained for this run, or a newly trained one."""
     from saerl_fast.sae.files import load_sae
 
@@ -110,8 +111,8 @@ def describe_sae(path: str) -> str:
     from saerl_fast.sae.files import load_sae
 
     sae = load_sae(path)
-    lines = [f"{path}: {sae.architecture} SAE, d_in={sae.d_in}, d_sae={sae.d_sae}, k={sae.cfg['k']}"]
-    lines += [f"  {key}: {value}" for key, value in sorted(sae.cfg.items()) if value is not None]
+    lines = [f"{path}: {sae}"]
+    lines += [f"  {key}: {value}" for key, value in sorted(vars(sae.cfg).items()) if value is not None]
     trained = Path(path) / "train.json"
     if trained.is_file():
         record = read_json(trained, "saerl sae train")
@@ -124,8 +125,11 @@ def describe_sae(path: str) -> str:
 
 def score_stage(config: Config, echo: Echo, session: Session | None = None) -> Scores:
     """Score every training prompt; writes scores.parquet, scores.json and features.safetensors."""
+    from saerl_fast.rl.rewards.dry import try_reward
     from saerl_fast.signals.scores import score
 
+    if config.difficulty.label_column is None and config.difficulty.n_labels:
+        try_reward(config)
     session = session or Session.open(config, echo)
     sae = find_sae(config, echo, session)
     labels, label_costs = difficulty_labels(config, echo, session)
@@ -139,7 +143,7 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None) -> S
     return scores
 
 
-def score_shards(config: Config, sae: TopKSAE) -> Shards:
+def score_shards(config: Config, sae: SAE) -> Shards:
     """Where the features of these settings and this SAE are kept until they are complete."""
     import torch
 
@@ -176,11 +180,14 @@ def _refuse_together(missing: Path, command: str) -> None:
 
 
 def make_plan(config: Config, echo: Echo, session: Session | None = None) -> Plan:
-    """The plan that the config asks for; ``vanilla`` needs no SAE and no scores."""
+    """The plan that the config asks for; without a filter, ``vanilla`` needs no SAE and no scores."""
     from saerl_fast.plan import build_plan
+    from saerl_fast.plan.static import get_schedule
     from saerl_fast.signals.scores import Scores
 
-    if config.plan.schedule == "vanilla" and not config.plan.filter:
+    static, wanted = get_schedule(config.plan.schedule), config.plan.filter
+    filtered = wanted or (wanted is None and static is not None and static.filtered)
+    if static and not (static.needs or static.keep or filtered):
         session = session or Session.open(config, echo)
         scores = Scores({"prompt_id": session.train.column("prompt_id")})
     else:
@@ -207,6 +214,11 @@ def plan_stage(config: Config, echo: Echo) -> Path:
     return path
 
 
+def folder_name(schedule: str) -> str:
+    """What a run under this schedule is called; pkg.mod:fn becomes pkg-mod-fn."""
+    return re.sub(r"\W+", "-", schedule).strip("-")
+
+
 def train_stage(
     config: Config,
     echo: Echo,
@@ -218,7 +230,7 @@ def train_stage(
     arm: str | None = None,
     with_report: bool = False,
 ) -> dict[str, Any]:
-    """One GRPO run into ``<run_dir>/<schedule>``; returns its summary."""
+    """One GRPO run into ``<run_dir>/<schedule>`` (see `folder_name`); returns its summary."""
     import shutil
 
     from saerl_fast.models import check_targets
@@ -226,11 +238,12 @@ def train_stage(
     from saerl_fast.records.report import write_report
     from saerl_fast.rl import distributed
     from saerl_fast.rl.rewards import get_reward
+    from saerl_fast.rl.rewards.dry import check_think, try_reward
     from saerl_fast.rl.trainer import train
     from saerl_fast.sae.capture import FeatureCapture
 
     given = load_plan(plan_file) if plan_file else None
-    arm = arm or (given.schedule if given else config.plan.schedule)
+    arm = arm or folder_name(given.schedule if given else config.plan.schedule)
     out = out or Path(config.run_dir) / arm
     described = {
         "arm": arm,
@@ -243,9 +256,12 @@ def train_stage(
     if distributed.size() > 1 and ":" in config.model.device:
         raise SaerlError(f"model.device={config.model.device} is one device for all processes; set auto")
     check_packages(config)
+    check_functions(config, planned=given is not None)
     distributed.on_first(lambda: check_target(out, described, config, resume=resume, overwrite=overwrite))
-    reward = get_reward(config.train.reward)
+    reward = get_reward(config.train.reward, config.train.reward_weights)
+    try_reward(config)
     session = Session.open(config, echo)
+    check_think(config.train.reward, session.tokenizer)
     plan = given or make_plan(config, echo, session)
     if plan.batch_size != config.train.rollout.prompts_per_step or plan.total_steps < config.train.steps:
         raise SaerlError(
@@ -292,8 +308,6 @@ def train_stage(
 def _vllm(config: Config, echo: Echo, session: Session) -> Callable[..., Any]:
     from saerl_fast.rl.vllm import VllmEngine
 
-    if config.train.lora.rank:
-        raise SaerlError("train.rollout.engine=vllm trains all weights; set train.lora.rank=0")
     if config.train.capture:
         echo("vLLM's prefill cannot be observed: features take a forward pass of their own")
     return VllmEngine(session.model, config.train.rollout).generate

@@ -15,7 +15,8 @@ from saerl_fast.stages.fingerprint import RUN_SECTIONS, changes
 
 
 def set_up(config: Config) -> None:
-    """CPU threads, a quiet transformers, and a run folder that can be written to, all before any work."""
+    """CPU threads, a quiet transformers, engines that exist and a folder to write to, before any work."""
+    check_scoring(config)
     check_writable(config.run_dir)
     try:
         from transformers.utils import logging
@@ -41,6 +42,28 @@ def check_packages(config: Config) -> None:
         missing = sys.modules[package] is None if package in sys.modules else not find_spec(package)
         if missing:
             raise SaerlError(f"{setting} needs {package}; run `pip install {package}`, or leave it out")
+
+
+def check_scoring(config: Config) -> None:
+    """SaerlError for a setting of scoring that cannot be followed here, before anything takes long."""
+    from saerl_fast.signals.clusters import check_backend
+    from saerl_kernels.dispatch import check_name
+
+    check_backend(config.diversity.backend)
+    try:
+        check_name(config.score.backend, "score.backend")
+    except ValueError as err:
+        raise SaerlError(str(err)) from None
+
+
+def check_functions(config: Config, *, planned: bool = False) -> None:
+    """SaerlError for a loss or, unless the plan is a file (``planned``), a schedule that cannot be loaded."""
+    from saerl_fast.plan.static import get_schedule
+    from saerl_fast.rl.loss import get_loss
+
+    get_loss(config.train.loss.kind)
+    if not planned:
+        get_schedule(config.plan.schedule)
 
 
 def check_target(

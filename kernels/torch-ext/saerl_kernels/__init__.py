@@ -5,7 +5,7 @@ Needs torch; uses Triton on CUDA devices and, where installed, numba on the CPU.
 
 from . import csr, reference
 from .decode import decode_csr, sparse_decode
-from .dispatch import use_backend
+from .dispatch import register_backend, use_backend
 from .encode import encode_threshold, encode_topk
 from .kmeans import KMeans, kmeans_assign, kmeans_update, spherical_kmeans
 from .pack import PackedEncoder, pack_encoder
@@ -13,6 +13,8 @@ from .pool import PoolStream, encode_pool
 from .topk import topk
 from .train import encode_batch_topk_train, encode_topk_train
 from .types import CSR, TopK
+
+__version__ = "0.1.0"
 
 __all__ = [
     "CSR",
@@ -31,6 +33,7 @@ __all__ = [
     "kmeans_update",
     "pack_encoder",
     "reference",
+    "register_backend",
     "sparse_decode",
     "spherical_kmeans",
     "topk",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Union
+from typing import NamedTuple, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -10,7 +10,23 @@ from torch import Tensor
 from .pack import PackedEncoder
 from .types import CSR
 
-REDUCES = ("max", "mean", "sum", "count", "last")
+
+class Reduce(NamedTuple):
+    """How ``PoolStream`` makes a reduction of what the backends' ``pool_codes`` can do."""
+
+    kind: str  # of pool_codes: "max", "sum" or "count"
+    average: bool = False  # divide by the weights of all tokens
+    last: bool = False  # of the last token alone
+
+
+# The reductions; ``reference.REDUCE`` defines each, and the docstring of ``encode_pool`` describes it.
+REDUCES = {
+    "max": Reduce("max"),
+    "mean": Reduce("sum", average=True),
+    "sum": Reduce("sum"),
+    "count": Reduce("count"),
+    "last": Reduce("max", last=True),
+}
 
 
 def check_k(k: int, limit: int, name: str = "d_sae") -> None:
@@ -18,6 +34,14 @@ def check_k(k: int, limit: int, name: str = "d_sae") -> None:
         raise ValueError(f"k={k!r} must be a positive integer")
     if k > limit:
         raise ValueError(f"k={k} is larger than {name}={limit}")
+
+
+def check_average_k(k: Union[int, float], limit: int) -> None:
+    """As `check_k`, of an average over rows, which may be a fraction."""
+    if isinstance(k, bool) or not isinstance(k, (int, float)) or not k > 0:
+        raise ValueError(f"k={k!r} must be a positive number")
+    if k > limit:
+        raise ValueError(f"k={k} is larger than d_sae={limit}")
 
 
 def check_reduce(reduce: str) -> None:

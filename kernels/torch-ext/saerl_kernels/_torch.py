@@ -13,7 +13,16 @@ from ._grads import value_grads, weight_grads
 from .pack import PackedEncoder
 from .types import CSR, TopK, _indptr, _row_ids
 
-__all__ = ["encode_threshold", "encode_topk", "sparse_decode", "topk", "value_grads", "weight_grads"]
+__all__ = [
+    "decode_csr",
+    "encode_threshold",
+    "encode_topk",
+    "pool_codes",
+    "sparse_decode",
+    "topk",
+    "value_grads",
+    "weight_grads",
+]
 
 CPU_CHUNK = 1 << 23  # float32 entries of one block of scores: 32 MB, reused, so it is mapped only once
 GPU_CHUNK = 1 << 26

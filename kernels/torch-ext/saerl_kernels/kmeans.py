@@ -6,7 +6,6 @@ greedy k-means++ (Arthur and Vassilvitskii, 2007; the greedy form as in scikit-l
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any, List, NamedTuple, Optional, Tuple
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from . import reference
 from ._check import check_rows
 from .csr import l2_rows
-from .dispatch import resolve
+from .dispatch import kmeans_steps, resolve
 from .types import CSR
 
 SAME = 2.0**-16  # cosine distance below which rows count as equal: float32 sums are no finer
@@ -50,7 +49,7 @@ def kmeans_assign(
     name = resolve(backend, X.device)
     if name == "reference":
         return reference.kmeans_assign(X, centroids)
-    return _steps(name).assign(_detached(X), centroids.detach().float().t().contiguous())
+    return kmeans_steps(name).assign(_detached(X), centroids.detach().float().t().contiguous())
 
 
 def kmeans_update(
@@ -77,7 +76,7 @@ def kmeans_update(
     name = resolve(backend, X.device)
     if name == "reference":
         return reference.kmeans_update(X, labels, n_clusters)
-    steps = _steps(name)
+    steps = kmeans_steps(name)
     if transposed is None:
         return steps.update(steps.transpose(_detached(X)), labels, n_clusters).t()
     if (transposed.n_rows, transposed.n_cols, transposed.nnz) != (X.n_cols, X.n_rows, X.nnz):
@@ -148,7 +147,7 @@ def spherical_kmeans(
             rows, n_clusters, init=start, n_init=n_init, max_iter=max_iter, tol=tol, seed=seed
         )
         return KMeans(*found)
-    steps = _steps(name)
+    steps = kmeans_steps(name)
     flipped = steps.transpose(rows)
     best: Optional[KMeans] = None
     for trial in range(n_init):
@@ -260,11 +259,6 @@ def _detached(X: CSR) -> CSR:
     """X without gradients or gaps between entries, as the kernels read it."""
     values = X.values.detach().contiguous()
     return CSR(X.indptr.contiguous(), X.indices.contiguous(), values, X.n_cols)
-
-
-def _steps(name: str) -> Any:
-    """transpose, assign, update, row_similarity, table_of of a backend, and reassign where it has that."""
-    return importlib.import_module("._torch_kmeans" if name == "torch" else f"._{name}.kmeans", __package__)
 
 
 def _check_count(n_clusters: int) -> None:

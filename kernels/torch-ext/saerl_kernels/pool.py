@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._check import check_finite, check_k, check_offsets, check_reduce, token_mask, token_weights
+from ._check import REDUCES, check_finite, check_k, check_offsets, check_reduce, token_mask, token_weights
 from .dispatch import implementation, resolve
 from .encode import encode_threshold, encode_topk
 from .pack import PackedEncoder
@@ -100,7 +100,7 @@ class PoolStream:
             raise ValueError("the encoder has no threshold; pass k, or threshold= to pack_encoder")
         self.encoder, self.k, self.reduce, self.check = encoder, k, reduce, check
         self.backend = resolve(backend, encoder.device)
-        self._kind = {"mean": "sum", "last": "max"}.get(reduce, reduce)
+        self._how = REDUCES[reduce]
         self._rows: list = []
         self._clear()
 
@@ -135,7 +135,7 @@ class PoolStream:
         if kept is not None:
             position = kept.nonzero().squeeze(-1)
             starts = torch.searchsorted(position, starts.to(x.device)).cpu()
-        if self.reduce == "last":
+        if self._how.last:
             filled = starts.diff() > 0
             last = (starts[1:][filled] - 1).to(x.device)
             position = last if position is None else position[last]
@@ -173,8 +173,8 @@ class PoolStream:
             starts = torch.arange(x.shape[0] + 1, device=x.device) * self.k
             codes = CSR(starts, kept.indices.reshape(-1), kept.values.reshape(-1), self.encoder.d_sae)
         pool = implementation("torch" if self.backend == "reference" else self.backend).pool_codes
-        indptr, columns, totals = pool(codes, offsets, self._kind, weights, self._carry)
-        if self.reduce == "mean":
+        indptr, columns, totals = pool(codes, offsets, self._how.kind, weights, self._carry)
+        if self._how.average:
             share = torch.ones_like(x[:, 0], dtype=torch.float64) if weights is None else weights.double()
             edges = (offsets + 1).index_fill_(0, torch.zeros_like(offsets[:1]), 0)
             share = torch.cat([self._size, share])
@@ -184,9 +184,9 @@ class PoolStream:
             done = int(indptr[-2])
             self._carry, self._open = (columns[done:].clone(), totals[done:].clone()), True
             indptr, columns, totals = indptr[:-1], columns[:done], totals[:done]
-            if self.reduce == "mean":
+            if self._how.average:
                 self._size, sizes = sizes[-1:], sizes[:-1]
         rows = CSR(indptr, columns, totals, self.encoder.d_sae)
-        if self.reduce == "mean":
+        if self._how.average:
             totals = totals / sizes[rows.row_ids()]
         self._rows.append(rows._replace(values=totals.float().clamp_(min=reference.SMALLEST)))

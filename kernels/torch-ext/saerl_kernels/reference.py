@@ -11,7 +11,7 @@ Ties go to the lower index, so a row with fewer than k positive pre-activations 
 from __future__ import annotations
 
 import math
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ from ._check import check_k, check_offsets, check_reduce, check_threshold, token
 from .pack import PackedEncoder
 from .types import CSR, TopK
 
+# Of the weighted activations float64 [n, d_sae] of a sequence's n >= 1 tokens, and their weights [n, 1].
+REDUCE: Dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "max": lambda rows, share: rows.amax(0),
+    "mean": lambda rows, share: rows.sum(0) / share.sum(),
+    "sum": lambda rows, share: rows.sum(0),
+    "count": lambda rows, share: ((rows > 0) * share).sum(0),
+    "last": lambda rows, share: rows[-1],
+}
 SMALLEST = 2.0**-149  # float32's smallest positive number: what a smaller positive total becomes
 
 
@@ -86,16 +94,7 @@ def encode_pool(
         rows = tokens[start:stop][here].double() * share
         if rows.shape[0] == 0:
             continue
-        if reduce == "max":
-            total = rows.amax(0)
-        elif reduce == "last":
-            total = rows[-1]
-        elif reduce == "count":
-            total = ((rows > 0) * share).sum(0)
-        elif reduce == "sum":
-            total = rows.sum(0)
-        else:
-            total = rows.sum(0) / share.sum()
+        total = REDUCE[reduce](rows, share)
         pooled[row] = torch.where(total > 0, total.float().clamp(min=SMALLEST), 0.0)
     return CSR.from_dense(pooled)
 
@@ -234,7 +233,7 @@ def encode_batch_topk_train(
     x: Tensor,
     W_enc: Tensor,
     b_enc: Optional[Tensor],
-    k: int,
+    k: Union[int, float],
     *,
     b_dec: Optional[Tensor] = None,
     dtype: Optional[torch.dtype] = None,
@@ -243,7 +242,7 @@ def encode_batch_topk_train(
     pre = _train_scores(x, W_enc, b_enc, b_dec, dtype)
     pre = torch.where(pre > 0, pre, 0.0)
     flat = pre.detach().float().reshape(-1)
-    chosen = flat.sort(descending=True, stable=True).indices[: k * x.shape[0]]
+    chosen = flat.sort(descending=True, stable=True).indices[: int(k * x.shape[0])]
     kept = torch.zeros_like(flat).index_fill_(0, chosen, 1.0).reshape(pre.shape) * (flat > 0).view(pre.shape)
     width = max(1, int(kept.sum(-1).max())) if x.shape[0] else 1
     found = topk(torch.where(kept > 0, pre.detach(), -1.0), width)

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 GROUP = 32
-SPAN = 128  # columns that hold four interleaved groups
 
 
 @triton.jit

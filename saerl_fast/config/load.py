@@ -1,0 +1,76 @@
+"""A config from a YAML file and ``key.sub=value`` overrides, and the list of all settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from saerl_fast.config.fields import Given, from_dict, to_dict, unknown, walk
+from saerl_fast.config.tree import Config
+from saerl_fast.errors import SaerlError
+
+Overrides = list[str] | tuple[str, ...]
+
+
+def load_config(path: str | Path | None = None, overrides: Overrides = ()) -> Config:
+    """Read a YAML file (or none) and apply ``key.sub=value`` overrides, in order.
+
+    Raises SaerlError on a missing file, an unknown key and a value of the wrong type or out of range.
+    """
+    try:
+        import yaml
+    except ImportError:
+        raise SaerlError(
+            "the commands need more than the kernels do; run `pip install saerl-fast[rl]`"
+        ) from None
+
+    tree: dict[str, Any] = {}
+    if path is not None:
+        file = Path(path)
+        if not file.is_file():
+            raise SaerlError(f"config file {file} does not exist; pass an existing YAML file to --config")
+        try:
+            loaded = yaml.safe_load(file.read_text())
+        except yaml.YAMLError as err:
+            raise SaerlError(f"config file {file} is not valid YAML: {' '.join(str(err).split())}") from None
+        if loaded is not None and not isinstance(loaded, dict):
+            raise SaerlError(f"config file {file} must hold sections, not a {type(loaded).__name__}")
+        tree = loaded or {}
+    return from_dict(Config, _override(tree, overrides))
+
+
+def apply_overrides(config: Config, overrides: Overrides) -> Config:
+    """A copy of ``config`` with ``key.sub=value`` items applied in order; errors as in `load_config`."""
+    return from_dict(Config, _override(to_dict(config), overrides))
+
+
+def _override(tree: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
+    for item in overrides:
+        key, sep, text = item.partition("=")
+        if not sep or not key:
+            raise SaerlError(f"override {item!r} is not of the form key.sub=value")
+        *parents, leaf = key.split(".")
+        node = tree
+        for name in parents:
+            if node.get(name) is None:  # absent, or an empty section of the file
+                node[name] = {}
+            child = node[name]
+            if not isinstance(child, dict):
+                raise SaerlError(f"override {item!r}: {name!r} is a value, not a section")
+            node = child
+        node[leaf] = Given(text)
+    return tree
+
+
+def describe(place: str = "") -> str:
+    """One line for each setting in the section or key ``place``: default, meaning and range."""
+    lines = []
+    for key, cls, name in walk(Config):
+        if f"{key}.".startswith(f"{place}." if place else ""):
+            default = getattr(cls(), name)
+            shown = ",".join(map(str, default)) if isinstance(default, (list, tuple)) else default
+            shown = "null" if shown is None else str(shown).lower() if isinstance(shown, bool) else shown
+            lines.append(f"{key}={shown}  # {cls.rules[name].notes(cls.types[name])}")
+    if not lines:
+        raise SaerlError(unknown(place, Config))
+    return "\n".join(lines)

@@ -1,0 +1,313 @@
+"""The one configuration tree. Every field says all about itself: type, default, meaning, range, and with
+``result=False`` that it changes where, how fast or what is kept, but not what comes out.
+
+A missing range means any value of the type. Items of a list have the range of the list's field. The paper
+(arXiv 2605.27354) does not publish its hyper-parameters. Every default below is this project's own choice,
+tested where ``benchmarks/`` says so, and none should be read as the paper's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from saerl_fast.config.fields import SEED, Section, name_sections, section, setting
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+LOSSES = ("dapo", "grpo", "dr_grpo", "gspo", "cispo")
+SCHEDULES = ("vanilla", "literal", "global", "medium", "adaptive")
+REWARDS: tuple[str, ...] = ("exact", "numeric", "maths", "maths-boxed", "reasoning-gym")
+REWARDS += tuple(f"{name}-think" for name in REWARDS)
+DEVICE = ("auto|cpu|mps|(cuda|xpu)(:[0-9]+)?", "be auto, cpu, cuda or cuda:N")
+TEMPLATE = (r".*\{prompt\}.*", "hold {prompt}, which says where the prompt goes")
+
+
+@dataclass
+class ModelConfig(Section):
+    path: str = setting("", "hub id, local folder, or a .gguf file")
+    gguf_file: str | None = setting(None, "name of the GGUF inside the folder or hub repository `path`")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "auto: float32 on a CPU, bfloat16 on a GPU"
+    )
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N", form=DEVICE, result=False)
+    trust_remote_code: bool = setting(False, "run code that comes with the model", result=False)
+    attn: str | None = setting(None, "transformers' attn_implementation; null: its default", result=False)
+
+
+@dataclass
+class DataConfig(Section):
+    train: str = setting(
+        "",
+        "hub id, folder, .parquet, .jsonl/.json/.csv/.tsv (also .gz), reasoning-gym:NAME[@LEVEL],... or "
+        "module:function[@argument]",
+    )
+    eval: str | None = setting(None, "the same; null holds out `eval_size` rows of `train`")
+    eval_size: int = setting(64, "rows held out, or asked of a data source to evaluate on", at_least=1)
+    eval_filter: str | None = setting(None, "hold out only rows where this column is true or above 0")
+    limit: int | None = setting(None, "keep the first N training rows", at_least=1)
+    eval_limit: int | None = setting(None, "keep the first N evaluation rows", at_least=1)
+    size: int = setting(512, "training rows asked of a data source", at_least=1)
+    hub_config: str | None = setting(None, 'configuration name of a hub dataset (gsm8k has "main")')
+    split: str = setting("train", "of a hub dataset", filled=True)
+    eval_split: str = setting("test", "of `eval` when it is a hub dataset", filled=True)
+    prompt_column: str = setting("prompt", "text, or chat messages; a path such as a.b will do", filled=True)
+    answer_column: str | None = setting("answer", "null for rewards that need no answer")
+    id_column: str | None = setting(None, "null numbers the rows")
+    drop_null: bool = setting(False, "drop rows without prompt, answer or id; false: refuse them")
+    template: str = setting("{prompt}", "wrapped around every prompt text", form=TEMPLATE)
+    chat: Literal["auto", "always", "never"] = setting("auto", "auto: if the tokenizer has a chat template")
+    chat_template_kwargs: dict[str, Any] = setting(
+        {}, "arguments of the chat template, as in {enable_thinking: false}; it must read them"
+    )
+    prefill: str = setting("", "text that every answer begins with, as part of the prompt")
+    max_prompt_tokens: int = setting(512, "longer prompts are dropped, and counted", at_least=1)
+
+
+@dataclass
+class SAEConfig(Section):
+    path: str | None = setting(
+        None, "folder, file, SAELens release/id or hub id; null: <run_dir>/sae, trained if absent"
+    )
+    layer: int | None = setting(
+        None, "state after so many blocks; null: the SAE's, or the middle", at_least=0
+    )
+    d_sae: int = setting(1024, "features", at_least=1)
+    activation: Literal["topk", "batchtopk"] = setting("topk", "batchtopk: k a token on average over a batch")
+    k: int = setting(16, "features active for a token; at most d_sae", at_least=1)
+    steps: int = setting(1000, "training steps", at_least=1)
+    batch_size: int = setting(1024, "tokens a step", at_least=1)
+    lr: float = setting(3e-3, "best of 1e-3 and 3e-3 at d_sae 1024; lower it for much wider ones", above=0)
+    aux_k: int = setting(32, "dead features that also explain the residual; 0 turns this off", at_least=0)
+    dead_after: int = setting(200, "steps without firing after which a feature counts as dead", at_least=0)
+    max_tokens: int = setting(200_000, "activations kept in memory for training", at_least=1)
+    sink_ratio: float = setting(10.0, "leave out tokens over so many median norms; 0 keeps all", at_least=0)
+    seed: int = setting(0, "of its weights and batches", **SEED)
+
+    def conflict(self) -> str | None:
+        return f"sae.k={self.k} must be at most sae.d_sae={self.d_sae}" if self.k > self.d_sae else None
+
+
+@dataclass
+class ScoreConfig(Section):
+    reduce: Literal["max", "mean", "sum", "count", "last"] = setting("max", "over a sequence's tokens")
+    batch_tokens: int = setting(8192, "tokens in one prefill", at_least=1, result=False)
+    shard: int = setting(
+        4096, "prompts saved together; an interrupted pass loses one shard", at_least=1, result=False
+    )
+    include_answer: bool = setting(True, "quality also reads the features of the reference answer")
+    backend: str = setting("auto", "of saerl_kernels, or the name of a registered one", result=False)
+
+
+@dataclass
+class QualityConfig(Section):
+    head: Literal["logistic", "ridge", "none"] = setting("logistic", "of labels 0 and 1; ridge: of a score")
+    label_column: str = setting(
+        "quality_label", "null: unlabelled row; no such column: no filter", filled=True
+    )
+    filter_ratio: float | None = setting(
+        None,
+        "drop this share with the lowest quality; null: below `threshold`",
+        at_least=0,
+        below=1,
+        result="plan",
+    )
+    threshold: float = setting(0.5, "a probability of being good (logistic), or a score", result="plan")
+    c: float = setting(10.0, "inverse regularisation, both heads", above=0)
+    folds: int = setting(5, "of the held-out figures", at_least=2)
+
+    def conflict(self) -> str | None:
+        if self.head == "logistic" and not 0 <= self.threshold <= 1:
+            return f"quality.threshold={self.threshold} is no probability; use 0 to 1, or quality.head=ridge"
+        return None
+
+
+@dataclass
+class DifficultyConfig(Section):
+    label_column: str | None = setting(None, "pass rate in [0, 1], null: unknown; null rolls out a subset")
+    n_labels: int = setting(128, "prompts rolled out for labels, before any warm-up; 0: none", at_least=0)
+    rollouts: int = setting(4, "per labelled prompt", at_least=1)
+    alpha: float = setting(0.05, "ElasticNet penalty, as a share of what leaves no coefficient", above=0)
+    l1_ratio: float = setting(0.2, "share of the absolute values in the penalty", above=0, at_most=1)
+    folds: int = setting(5, "of the held-out figures", at_least=2)
+
+
+@dataclass
+class DiversityConfig(Section):
+    n_clusters: int = setting(16, "clusters asked for; a small pool may give fewer", at_least=1)
+    svd: int = setting(64, "dense dimensions for k-means; 0 clusters the sparse rows themselves", at_least=0)
+    polish: int = setting(3, "exact sparse spherical iterations after it", at_least=0)
+    n_init: int = setting(4, "starts, of which the best is kept", at_least=1)
+    backend: Literal["auto", "cuml", "numba", "torch"] = setting(
+        "auto", "of k-means; auto: cuML on a GPU that has it, else by size", result=False
+    )
+    seed: int = setting(0, "of the starts and the null", **SEED)
+    null_rounds: int = setting(3, "feature permutations behind the reported null", at_least=0)
+
+
+@dataclass
+class AdaptiveConfig(Section):
+    svd: int = setting(96, "components of the pooled features the online regressor sees", at_least=1)
+    forgetting: float = setting(0.995, "of the recursive least squares", above=0, at_most=1)
+    ridge: float = setting(0.3, "on features scaled to mean squared norm 1", above=0)
+    target_start: float = setting(0.75, "predicted pass rate aimed at first ...", at_least=0, at_most=1)
+    target_end: float = setting(0.40, "... and at the end of the run", at_least=0, at_most=1)
+    noise: float = setting(0.05, "Gumbel scale on the distance to the target", at_least=0)
+    cooldown: int = setting(60, "steps before a prompt may return (fewer in a small pool)", at_least=0)
+    refresh_features: bool = setting(True, "replace a prompt's features by those of its rollouts")
+    use_labels: bool = setting(True, "start from the pass rates known at scoring time; false starts cold")
+
+
+@dataclass
+class PlanConfig(Section):
+    """Which order of prompts, and its settings: the section ``plan``."""
+
+    schedule: str = setting("adaptive", "order of the prompts", choices=SCHEDULES, or_function=True)
+    mix: float = setting(
+        0.25,
+        "share of a batch; literal: exchanged with its neighbours; global: drawn anywhere",
+        at_least=0,
+        at_most=1,
+    )
+    window: int = setting(4, "global: batches among which clusters are balanced", at_least=1)
+    medium_keep: float = setting(0.6, "medium: share kept around the middle difficulty", above=0, at_most=1)
+    filter: bool | None = setting(None, "apply the quality filter; null: yes, except for vanilla")
+    seed: int | None = setting(None, "of the order; null: the training run's seed", **SEED)
+    adaptive: AdaptiveConfig = section(AdaptiveConfig)
+
+
+@dataclass
+class RolloutConfig(Section):
+    prompts_per_step: int = setting(16, "a batch of the plan", at_least=1)
+    group_size: int = setting(8, "rollouts per prompt", at_least=2)
+    max_new_tokens: int = setting(64, "tokens of a completion at most", at_least=1)
+    temperature: float = setting(1.0, "of sampling; the loss uses the same", above=0)
+    top_p: float = setting(1.0, "nucleus sampling; 1 samples from everything", above=0, at_most=1)
+    batch_size: int | None = setting(None, "sequences generated at once; null: all of a step", at_least=1)
+    engine: Literal["transformers", "vllm"] = setting("transformers", "of rollouts, not of evaluations")
+    decode: Literal["auto", "dynamic", "static"] = setting(
+        "auto", "static: steps of one shape, on a GPU one CUDA graph; auto: static on a GPU that can"
+    )
+    gpu_memory: float = setting(0.3, "share of the GPU's memory that vLLM may take", above=0, at_most=1)
+
+
+@dataclass
+class LossConfig(Section):
+    kind: str = setting("dapo", "formulas in rl/loss.py", choices=LOSSES, or_function=True)
+    clip_low: float | None = setting(None, "null: the loss's: 0.2; gspo 3e-4; cispo 1 (none)", at_least=0)
+    clip_high: float | None = setting(None, "null: the loss's: 0.28; gspo 4e-4; cispo 4", at_least=0)
+    beta: float = setting(0.0, "KL to the starting model; 0 keeps no reference model", at_least=0)
+    importance_cap: float = setting(2.0, "engine=vllm: bound of the weights; 0: no correction", at_least=0)
+    scale_rewards: bool = setting(True, "divide advantages by the group's deviation (not in dr_grpo)")
+    mask_truncated: bool = setting(False, "leave completions cut off at max_new_tokens out of the loss")
+    overlong_window: int = setting(
+        0, "tokens before max_new_tokens over which the reward falls by up to 1; 0: off", at_least=0
+    )
+
+
+@dataclass
+class LoRAConfig(Section):
+    rank: int = setting(0, "of the adapters (needs peft); 0 trains all weights", at_least=0)
+    alpha: float = setting(32.0, "the adapters' product is scaled by alpha / rank", above=0)
+    targets: list[str] = setting(["all-linear"], "module names, or all-linear", filled=True)
+
+
+@dataclass
+class WarmupConfig(Section):
+    steps: int = setting(0, "supervised steps on `prompt -> answer` before GRPO", at_least=0)
+    batch_size: int = setting(16, "rows a step", at_least=1)
+    lr: float = setting(1e-5, "after the first tenth of the steps", at_least=0)
+    rows: int | None = setting(None, "how many training rows it may see", at_least=1)
+
+
+@dataclass
+class EvalConfig(Section):
+    every: int = setting(10, "steps; 0: only at the end", at_least=0)
+    mode: Literal["sample", "greedy", "prob"] = setting(
+        "sample", "sample: avg@k; prob: teacher-forced probability of the reference answer"
+    )
+    samples: int = setting(4, "k of avg@k", at_least=1)
+    temperature: float = setting(1.0, "of sample and prob", above=0)
+
+
+@dataclass
+class TrainConfig(Section):
+    steps: int = setting(100, "optimizer steps, one for each batch of rollouts", at_least=0)
+    seed: int | None = setting(None, "of sampling and order, not of the data split; null: the run's", **SEED)
+    lr: float = setting(1e-6, "about ten times as much with train.lora", at_least=0)
+    warmup_steps: int = setting(10, "of the learning rate", at_least=0)
+    weight_decay: float = setting(0.0, "of AdamW", at_least=0)
+    betas: tuple[float, float] = setting((0.9, 0.999), "of AdamW", at_least=0, below=1)
+    grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: not clipped", at_least=0)
+    micro_tokens: int = setting(16384, "tokens of a forward/backward", at_least=1, result=False)
+    gradient_checkpointing: bool = setting(False, "less memory, more time")
+    dynamic_sampling: int = setting(0, "further batches while too few groups have a signal", at_least=0)
+    reward: list[str] = setting(
+        ["exact"],
+        "several are added up; with -think only what follows </think> counts; a function has TRL's signature",
+        choices=REWARDS,
+        or_function=True,
+        filled=True,
+    )
+    reward_weights: list[float] | None = setting(None, "of several rewards, in their order; null: 1 each")
+    reward_truncated: bool = setting(False, "the built-in rewards also pay completions that were cut off")
+    pass_threshold: float | None = setting(None, "the reward of a pass, at least; null: clip to [0, 1]")
+    reward_timeout: float = setting(
+        0.0, "seconds one call of the reward may take; 0: no limit", at_least=0, at_most=10**9, result=False
+    )
+    capture: bool = setting(True, "read features off the rollouts' own prefill, when the plan uses them")
+    save_every: int = setting(20, "steps between checkpoints; 0: only at the end", at_least=0, result=False)
+    keep: int = setting(2, "checkpoints kept", at_least=1, result=False)
+    rollout_log: int = setting(2, "prompts whose rollouts are saved each step", at_least=0, result=False)
+    save_model: bool = setting(True, "write the final model to <out_dir>/model", result=False)
+    trackers: list[Tracker] = setting([], "besides metrics.jsonl, as [wandb]", distinct=True, result=False)
+    loss: LossConfig = section(LossConfig)
+    lora: LoRAConfig = section(LoRAConfig)
+    rollout: RolloutConfig = section(RolloutConfig)
+    warmup: WarmupConfig = section(WarmupConfig)
+    eval: EvalConfig = section(EvalConfig)
+
+    def conflict(self) -> str | None:
+        if self.rollout.engine == "vllm" and self.lora.rank:
+            return "train.rollout.engine=vllm trains all weights; set train.lora.rank=0"
+        return None
+
+
+@dataclass
+class CompareConfig(Section):
+    arms: list[str] = setting(
+        ["vanilla", "adaptive"], "NAME or NAME:key=value;...", filled=True, distinct=True
+    )
+    seeds: list[int] = setting(
+        [0], "of every arm; pairs are compared by seed", **SEED, filled=True, distinct=True
+    )
+    targets: list[float] = setting(
+        [0.6, 0.8], "shares of the first arm's gain", above=0, at_most=1, filled=True
+    )
+    target_values: list[float] | None = setting(
+        None, "accuracies registered beforehand; replace `targets`", filled=True
+    )
+    smooth: int = setting(3, "evaluations in the mean that is tested against a target", at_least=1)
+
+
+@dataclass
+class Config(Section):
+    """Every setting, as sections; ``load_config`` reads it."""
+
+    run_dir: str = setting("runs/default", "where every stage writes", filled=True, result=False)
+    seed: int = setting(0, "of the data split, the labels and, unless train.seed is set, training", **SEED)
+    threads: int | None = setting(
+        None, "CPU threads; null leaves torch's choice", at_least=1, at_most=4096, result=False
+    )
+    model: ModelConfig = section(ModelConfig)
+    data: DataConfig = section(DataConfig)
+    sae: SAEConfig = section(SAEConfig)
+    score: ScoreConfig = section(ScoreConfig)
+    quality: QualityConfig = section(QualityConfig)
+    difficulty: DifficultyConfig = section(DifficultyConfig)
+    diversity: DiversityConfig = section(DiversityConfig)
+    plan: PlanConfig = section(PlanConfig)
+    train: TrainConfig = section(TrainConfig)
+    compare: CompareConfig = section(CompareConfig)
+
+
+name_sections(Config)

@@ -1,0 +1,98 @@
+"""Functions from outside: rewards, losses, schedules and data sources named ``module:function``.
+
+``file.py:function`` works as well, and modules are looked for in the working folder too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from saerl_fast.errors import SaerlError
+
+
+def is_function(name: str) -> bool:
+    """Whether ``name`` has the form ``module:function``."""
+    module, _, function = name.rpartition(":")
+    return bool(module) and function.isidentifier()
+
+
+def check_name(name: str, known: Iterable[str], setting: str) -> None:
+    """SaerlError, naming ``setting``, unless ``name`` is known or has the form ``module:function``."""
+    known = list(known)
+    if name in known or (isinstance(name, str) and is_function(name)):
+        return
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    choice = f"choose one of {', '.join(known)} or module:function"
+    raise SaerlError(f"{setting}={name!r} is unknown{hint}; {choice}")
+
+
+def load_function(spec: str, setting: str, kind: type | None = None) -> Any:
+    """The function that ``module:function`` names, or an object of the class ``kind``.
+
+    Raises SaerlError, naming ``setting``, on a module that cannot be imported and a missing function.
+    """
+    module_name, _, function = spec.rpartition(":")
+    _look_here()
+    try:
+        if module_name.endswith(".py"):
+            path = Path(module_name)
+            if not path.is_file():
+                raise SaerlError(f"{setting}={spec}: {module_name} does not exist; give file.py:function")
+            found = importlib.util.spec_from_file_location(path.stem, path)
+            assert found is not None and found.loader is not None
+            module = importlib.util.module_from_spec(found)
+            sys.modules.setdefault(path.stem, module)
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(module_name)
+    except SaerlError:
+        raise
+    except Exception as err:  # user code runs on import
+        raise SaerlError(f"{setting}={spec}: importing {module_name} raised {_said(err)}") from err
+    target = getattr(module, function, None)
+    if not callable(target) and (kind is None or not isinstance(target, kind)):
+        public = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
+        has = ", ".join(public) or "none"
+        raise SaerlError(f"{setting}={spec}: {module_name} has no function {function!r}; it has {has}")
+    return target
+
+
+def call(what: str, made: Callable[[], Any], let: type[Exception] = SaerlError) -> Any:
+    """``made()``; what it raises becomes a SaerlError about ``what``, an exception of type ``let`` aside."""
+    try:
+        return made()
+    except (SaerlError, let):
+        raise
+    except Exception as err:  # whatever a user's function raises
+        raise SaerlError(f"{what} raised {_said(err)}; mend it") from err
+
+
+def source_digest(spec: str) -> str | None:
+    """A hash of the file that holds the function ``spec``; None where that file is not found."""
+    module_name = spec.rpartition(":")[0]
+    _look_here()
+    try:
+        if not module_name.endswith(".py"):
+            found = importlib.util.find_spec(module_name)
+            module_name = (found and found.origin) or ""
+        return hashlib.sha256(Path(module_name).read_bytes()).hexdigest()
+    except Exception:  # a missing module or a broken package: `load_function` says so
+        return None
+
+
+def _look_here() -> None:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+
+
+def _said(err: Exception) -> str:
+    return f"{type(err).__name__}: {(str(err).strip().splitlines() or ['no message'])[0]}"

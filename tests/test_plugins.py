@@ -1,0 +1,75 @@
+"""Functions from outside by name: what is found, and the one sentence for what is not."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from saerl_fast import plugins
+from saerl_fast.errors import SaerlError
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("saerl_plugged", None)
+
+
+def test_a_function_of_the_working_folder_by_module_and_by_file(folder):
+    (folder / "saerl_plugged.py").write_text("def f():\n    return 3\n\nlimit = 5\n")
+    for spec in ("saerl_plugged:f", "saerl_plugged.py:f", f"{folder}/saerl_plugged.py:f"):
+        assert plugins.load_function(spec, "a.b")() == 3
+    assert plugins.load_function("saerl_plugged:limit", "a.b", int) == 5
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("saerl_no_module:f", "a.b=saerl_no_module:f: importing saerl_no_module raised ModuleNotFoundError"),
+        ("none.py:f", "a.b=none.py:f: none.py does not exist"),
+        ("saerl_plugged:g", "a.b=saerl_plugged:g: saerl_plugged has no function 'g'; it has f"),
+        ("saerl_plugged:limit", "has no function 'limit'; it has f"),
+        ("broken.py:f", "a.b=broken.py:f: importing broken.py raised ZeroDivisionError: division by zero"),
+    ],
+)
+def test_what_cannot_be_loaded_names_the_setting(folder, spec, said):
+    (folder / "saerl_plugged.py").write_text("def f():\n    return 3\n\nlimit = 5\n")
+    (folder / "broken.py").write_text("1 / 0\n")
+    with pytest.raises(SaerlError) as caught:
+        plugins.load_function(spec, "a.b")
+    assert str(caught.value).startswith("a.b=") and said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["one", "pkg.mod:fn", "dir/file.py:fn"])
+def test_names_that_pass(name):
+    plugins.check_name(name, ("one", "two"), "a.b")
+
+
+@pytest.mark.parametrize("name", ["onne", "nothing", "mod:", ":fn", "mod:two words", ""])
+def test_names_that_do_not(name):
+    with pytest.raises(SaerlError, match="a.b='.*' is unknown.*choose one of one, two or module:function"):
+        plugins.check_name(name, ("one", "two"), "a.b")
+    with pytest.raises(SaerlError, match="did you mean one"):
+        plugins.check_name("onne", ("one", "two"), "a.b")
+
+
+def test_what_a_function_raises_is_said_and_some_kinds_pass():
+    with pytest.raises(SaerlError, match="^thing raised ZeroDivisionError: .* by zero; mend it$"):
+        plugins.call("thing", lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        plugins.call("thing", lambda: 1 // 0, let=ZeroDivisionError)
+
+
+def test_the_digest_follows_the_file(folder):
+    file = folder / "saerl_plugged.py"
+    file.write_text("def f():\n    return 3\n")
+    first = plugins.source_digest("saerl_plugged:f")
+    assert first == plugins.source_digest("saerl_plugged.py:f") is not None
+    file.write_text("def f():\n    return 4\n")
+    assert plugins.source_digest("saerl_plugged:f") != first
+    assert plugins.source_digest("saerl_no_module.sub:f") is None
+    assert plugins.source_digest("none.py:f") is None
