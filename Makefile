@@ -6,7 +6,7 @@ TRITON := 3.6.0
 TORCH := 2.11.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-triton lint format docs bench bench-report clean
+.PHONY: help demo test test-triton families lint format docs bench bench-report clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -34,6 +34,9 @@ test-triton: ## the kernels' tests under another Triton: TRITON=3.8.0 TORCH=2.14
 	$(VENV)-triton-$(TRITON)/bin/pip install --quiet --no-deps "triton==$(TRITON)"
 	$(VENV)-triton-$(TRITON)/bin/python -m pytest -q tests/test_chunked.py tests/test_encode.py \
 		tests/test_topk.py tests/test_decode.py tests/test_pool.py tests/test_compile.py
+
+families: $(VENV)/.installed ## every family of language models in transformers, tiny and random: is it right here?
+	PYTHONPATH=. $(BIN)/python -m tests.families --out benchmarks/results/families.json
 
 lint: $(VENV)/.installed ## ruff, ruff format and mypy, changing nothing
 	$(BIN)/ruff check .

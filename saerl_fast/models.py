@@ -143,16 +143,31 @@ def token_ids(
 ) -> list[list[int]]:
     """Token ids of each text, unpadded.
 
-    ``special`` adds the tokenizer's own special tokens (such as a beginning-of-sequence token), except
-    to a text that already starts with one because a chat template wrote it.
+    ``special`` adds the special tokens that the tokenizer puts in front (such as a beginning-of-sequence
+    token, once if the text already starts with it). What it puts behind is left out: a text that ends in an
+    end-of-sequence token (``add_eos_token``) has nothing to be continued with.
     """
     if not texts:
         return []
-    ids = [list(row) for row in tokenizer(list(texts), add_special_tokens=special)["input_ids"]]
+    if not special:
+        return [list(row) for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    *ids, probe = (list(row) for row in tokenizer([*texts, "a"], add_special_tokens=True)["input_ids"])
+    behind = _specials_behind(tokenizer, probe)
+    if behind:
+        ids = [row[:-behind] for row in ids]
     bos = tokenizer.bos_token_id
-    if special and bos is not None:
+    if bos is not None:
         ids = [row[1:] if len(row) > 1 and row[0] == bos and row[1] == bos else row for row in ids]
     return ids
+
+
+def _specials_behind(tokenizer: PreTrainedTokenizerBase, row: list[int]) -> int:
+    """How many special tokens end ``row``, the ids of a letter."""
+    known = {tokenizer.bos_token_id, getattr(tokenizer, "eos_token_id", None)}
+    known |= set(getattr(tokenizer, "all_special_ids", ()))
+    known.discard(getattr(tokenizer, "unk_token_id", None))  # which the letter itself may be
+    real = [at for at, token in enumerate(row) if token not in known]
+    return len(row) - 1 - real[-1] if real else 0
 
 
 def _text_config(model: nn.Module) -> Any:

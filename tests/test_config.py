@@ -357,3 +357,33 @@ def test_the_list_of_settings():
     assert ", ".join(REWARDS) in describe("train.reward")
     with pytest.raises(SaerlError, match="did you mean train.loss"):
         describe("loss")
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        ['data.chat_template_kwargs={"enable_thinking": false, "n": 3}'],
+        ["data.chat_template_kwargs.enable_thinking=false", "data.chat_template_kwargs.n=3"],
+        ["data.chat_template_kwargs={enable_thinking: true}", "data.chat_template_kwargs.n=3"]
+        + ["data.chat_template_kwargs.enable_thinking=false"],
+    ],
+)
+def test_a_mapping_is_given_whole_or_by_key(items):
+    wanted = {"enable_thinking": False, "n": 3}
+    if len(items) < 3:
+        assert load_config(None, items).data.chat_template_kwargs == wanted
+    config = load_config()
+    for item in items:
+        config = apply_overrides(config, [item])
+    assert config.data.chat_template_kwargs == wanted
+    assert apply_overrides(config, ["data.chat_template_kwargs="]).data.chat_template_kwargs == {}
+    with pytest.raises(SaerlError, match="chat_template_kwargs='x' must be a mapping"):
+        load_config(None, ["data.chat_template_kwargs=x"])
+
+
+def test_a_mapping_is_part_of_what_a_stage_was_made_from():
+    from saerl_fast.stages.fingerprint import SAE_SECTIONS, settings
+
+    one = load_config(None, ["data.chat_template_kwargs.enable_thinking=false"])
+    trees = [settings(to_dict(config), SAE_SECTIONS) for config in (one, load_config())]
+    assert trees[0] != trees[1]

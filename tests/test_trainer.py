@@ -250,3 +250,18 @@ def test_a_reward_that_hangs_ends_the_run_with_a_sentence(tmp_path: Path) -> Non
     straight, _, _ = run(tmp_path / "one", small())
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert same_weights(straight, resumed)
+
+
+def test_a_mismatch_beyond_rounding_is_said_and_counted(tmp_path: Path, monkeypatch, caplog) -> None:
+    real = module.completion_logprobs
+    monkeypatch.setattr(
+        module, "completion_logprobs", lambda *args, **rest: (real(*args, **rest)[0] - 0.2, real(*args)[1])
+    )
+    _, _, summary = run(tmp_path / "off", small(steps=3))
+    assert summary["mismatch_steps"] == 3
+    said = [r.message for r in caplog.records if "(mismatch)" in r.message]
+    assert [line[:7] for line in said] == ["step 1:", "step 2:"] and "differ by 0.2 per token" in said[0]
+    monkeypatch.undo()
+    caplog.clear()
+    assert run(tmp_path / "fine", small(steps=1))[2]["mismatch_steps"] == 0
+    assert "(mismatch)" not in caplog.text

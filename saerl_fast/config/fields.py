@@ -76,7 +76,7 @@ class Setting(NamedTuple):
 def setting(default: Any, meaning: str, **rules: Any) -> Any:
     """A dataclass field; ``rules``: the other fields of :class:`Setting`."""
     metadata = {"setting": Setting(meaning, **rules)}
-    if isinstance(default, list):
+    if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -200,6 +200,12 @@ def read(value: Any, hint: Any, key: str, about: Setting | None = None) -> Any:
         raise SaerlError(
             f"{key} is a section, not a value (got {shown}); set its keys, such as {key}.{first}"
         )
+    if origin is dict:
+        if value in (None, ""):
+            return {}
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            raise SaerlError(f"{key}={value!r} must be a mapping of names to values")
+        return {name: _free(part) for name, part in value.items()}
     if isinstance(value, dict):
         raise SaerlError(f"{key} is one value, not a section (got {value!r}); write {key}=VALUE")
     if origin in (Union, types.UnionType):
@@ -234,6 +240,13 @@ def read(value: Any, hint: Any, key: str, about: Setting | None = None) -> Any:
         wanted = getattr(hint, "__name__", None) if origin is None else str(hint)
         raise SaerlError(f"{key}={value!r} is not a valid {wanted}") from None
     return value
+
+
+def _free(value: Any) -> Any:
+    """A value of a mapping whose names are not ours, with what came from the command line read as YAML."""
+    if isinstance(value, dict):
+        return {name: _free(part) for name, part in value.items()}
+    return value.parsed() if isinstance(value, Given) else value
 
 
 def choose(value: Any, names: Sequence[Any], key: str, or_function: bool = False) -> Any:

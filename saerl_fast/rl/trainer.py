@@ -5,7 +5,8 @@ that prefill); rewards become pass rates, which the plan is told, and advantages
 policy-gradient step is made from micro-batches. As there is exactly one step per batch, the sampled
 log-probabilities are those of the policy being updated, so they serve as the old ones and no forward
 pass is spent on recomputing them. What the two engines (cached decoding, full forward) disagree by is
-logged as ``mismatch``, the mean absolute difference per token. gspo's clip range is narrower than that
+logged as ``mismatch``, the mean absolute difference per token; steps where it is more than rounding explains
+are warned of and counted in the summary (``mismatch_steps``). gspo's clip range is narrower than that
 difference in half precision, so it alone takes the full forward's values, detached, as the old ones.
 
 Groups whose rewards are all equal have zero advantages: they are left out of the forward and backward
@@ -49,6 +50,7 @@ from saerl_fast.rl.rollouts import Draw, Rollouts, concat, join
 from saerl_fast.rl.seeds import derived_seed
 from saerl_fast.rl.update import Learner
 from saerl_fast.rl.warmup import warm_up
+from saerl_fast.rl.ways import tolerance
 
 if TYPE_CHECKING:
     from saerl_fast.plan import Plan
@@ -156,7 +158,7 @@ class _Run:
         self.warned = False  # of rewards outside [0, 1]
         self.writes = distributed.rank() == 0
         self.counters: dict[str, Any] = dict.fromkeys(("rollouts", "tokens", "groups", "groups_used"), 0)
-        self.counters["seconds"] = {}
+        self.counters |= {"mismatch_steps": 0, "seconds": {}}
 
     def say(self, line: str) -> None:
         if self.writes:
@@ -282,6 +284,7 @@ class _Run:
         rollouts, advantage, used = join(draws, wanted)
         lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
         update = self.learner.update(rollouts, advantage, used, lr, clock)
+        self._watch_mismatch(step, update["mismatch"])
         lengths = torch.cat([draw.rollouts.lengths for draw in draws])
         counts = {
             "rollouts": len(lengths),
@@ -369,6 +372,20 @@ class _Run:
         elif len(known):
             some = None if features is None else features.select_rows(torch.from_numpy(known))
             self.plan.observe([ids[i] for i in known], rates[known], some)
+
+    def _watch_mismatch(self, step: int, found: float | None) -> None:
+        """Count a step whose sampled log-probabilities are not the model's; say so, ever less often."""
+        bound = tolerance(self.model, self.cfg.rollout.temperature)
+        if found is None or found <= bound:
+            return
+        count = self.counters["mismatch_steps"] = self.counters.get("mismatch_steps", 0) + 1
+        if count & (count - 1) == 0:  # a power of two
+            log.warning(
+                "step %d: sampled and trained log-probabilities differ by %.2g per token (mismatch), and "
+                "rounding explains %.2g (steps so far: %d); compare with train.rollout.engine=transformers, "
+                "train.rollout.decode=dynamic and model.dtype=float32",
+                *(step, found, bound, count),
+            )
 
     # --- around the steps --------------------------------------------------------------------------
 
