@@ -39,7 +39,7 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         raise SaerlError(
-            "transformers is not installed; install it with `pip install saerl-fast[rl]`"
+            'transformers is not installed; run `pip install -e ".[all]"` in the clone of saerl-fast'
         ) from None
     if gguf_file is not None:
         try:
@@ -250,7 +250,7 @@ def add_adapters(model: Any, cfg: LoRAConfig, seed: int) -> Any:
         import peft
     except ImportError:
         raise SaerlError(
-            f"train.lora.rank={cfg.rank} needs peft; run `pip install saerl-fast[lora]` or set it to 0"
+            f"train.lora.rank={cfg.rank} needs peft; run `pip install peft` or set it to 0"
         ) from None
     check_targets(model, cfg)
     with torch.random.fork_rng():
@@ -270,7 +270,15 @@ def check_targets(model: Any, cfg: LoRAConfig) -> None:
     if cfg.rank == 0:
         return
     named = [name for name, _ in model.named_modules()]
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = inputs is not None and outputs is not None and inputs.weight is outputs.weight
+    shared = {name.split(".")[-1] for name, m in model.named_modules() if tied and m in (inputs, outputs)}
     for target in cfg.targets:
+        if target in shared:
+            raise SaerlError(
+                f"train.lora.targets={target!r}: this model's embeddings and output layer share their weights, "
+                "and merging would change both; leave it out"
+            )
         if target != "all-linear" and not any(name.split(".")[-1] == target for name in named):
             raise SaerlError(
                 f"train.lora.targets={target!r} names no module of {type(model).__name__}; use all-linear or "

@@ -25,11 +25,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
@@ -37,7 +39,7 @@ from saerl_fast.fileio import write_json
 from saerl_fast.models import add_adapters
 from saerl_fast.records.log import JsonlLog, MetricsLog
 from saerl_fast.rl import checkpoint as ckpt
-from saerl_fast.rl import distributed, seeds
+from saerl_fast.rl import distributed, lora, seeds
 from saerl_fast.rl.clock import Clock
 from saerl_fast.rl.evaluate import evaluate, pass_rates, score_rollouts
 from saerl_fast.rl.generate import generate
@@ -79,7 +81,8 @@ def train(
     rollouts.jsonl, checkpoints/, summary.json and model/. With ``cfg.lora.rank`` > 0 the warm-up and the
     steps train adapters alone, the reference policy (``cfg.loss.beta`` > 0) is the model without them, so
     as it was before the warm-up, and at the end they are written to adapter/ and merged into ``model``
-    and model/.
+    and model/. Merging rounds in half precision, so there model/ is float32 (``cfg.lora.merge_dtype``), the
+    model with its rounded weights is evaluated too, and the summary has both figures (``rl/lora.py``).
 
     With ``resume`` the run goes on from its latest intact checkpoint, bit for bit on a CPU; without any
     checkpoint it starts afresh. The first interrupt (Ctrl-C) finishes the step, saves and raises
@@ -226,25 +229,48 @@ class _Run:
 
     def finish(self) -> dict[str, Any]:
         """Write the final model and the summary."""
-        if self.cfg.lora.rank:
-            distributed.on_first(lambda: self._export("adapter", self.model, save_embedding_layers=False))
-            self.model = self.model.merge_and_unload()
         summary = {"schedule": self.plan.schedule, "seed": self.seed, "steps": self.cfg.steps}
-        summary |= {"mode": self.cfg.eval.mode, **self.counters}
+        summary |= {"mode": self.cfg.eval.mode, **self.counters, "figures_of": "model/"}
+        state = None
+        if self.cfg.lora.rank:
+            save = partial(self.model.save_pretrained, save_embedding_layers=False)
+            distributed.on_first(lambda: self._export("adapter", save))
+            summary["figures_of"] = "the model with adapter/"
+            state, merged = self._merge()
+            summary |= {"merged": merged} if merged else {}
 
         def write() -> None:
-            self._export("model", self.model)
-            self._export("model", self.tokenizer)
+            if state is None:
+                self._export("model", self.model.save_pretrained)
+            else:
+                self._export("model", partial(lora.save_float32, self.model, state))
+            self._export("model", self.tokenizer.save_pretrained)
             write_json(self.out_dir / "summary.json", summary)
 
         distributed.on_first(write)
         return summary
 
-    def _export(self, name: str, part: Any, **options: Any) -> None:
+    def _merge(self) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        """Merge the adapters into the model; float32 weights to be saved instead of its own, and the record."""
+        half = lora.half_dtype(self.model)
+        if half is None:  # float32: the merged model gives the same figures
+            self.model = lora.merge(self.model)
+            return None, {}
+        weights, kept = lora.merged_weights(self.model)
+        self.model = lora.merge(self.model, weights)
+        seed = derived_seed(self.seed, seeds.EVAL, 0)
+        found = evaluate(self.model, self.tokenizer, self.session.eval, self.reward, self.cfg, seed)
+        dtype = str(half).removeprefix("torch.")
+        saved = "float32" if self.cfg.lora.merge_dtype == "float32" else dtype
+        record = {"saved_as": saved, "rounded_to": dtype, "change_kept": kept, "accuracy": found.mean}
+        self.say(lora.sentence(record, self.counters["accuracy"]))
+        return (weights if saved == "float32" else None), record
+
+    def _export(self, name: str, write: Callable[[Path], Any]) -> None:
         if self.cfg.save_model:
             target = self.out_dir / name
             try:
-                part.save_pretrained(target, **options)
+                write(target)
             except OSError as err:
                 raise SaerlError(f"cannot write {target}: {err.strerror or err}; free some space") from err
 

@@ -21,7 +21,9 @@ def set_up(config: Config) -> None:
     try:
         from transformers.utils import logging
     except ImportError:
-        raise SaerlError("transformers is not installed; run `pip install saerl-fast[all]`") from None
+        raise SaerlError(
+            'transformers is not installed; run `pip install -e ".[all]"` in the clone of saerl-fast'
+        ) from None
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's, not the user's
