@@ -16,6 +16,7 @@ from torch import nn
 
 from saerl_fast.config import LoRAConfig, ModelConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.hub import hub_access, is_local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,13 +52,16 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     if gguf_file is not None:
         common["gguf_file"] = gguf_file
     extra = {} if cfg.attn is None else {"attn_implementation": cfg.attn}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **extra)
-    except SaerlError:
-        raise
-    except Exception as err:  # transformers raises OSError, ValueError, KeyError, ImportError, hub errors ...
-        raise SaerlError(_load_failure(cfg.path, source, err)) from err
+    with hub_access(not is_local(source)) as reached:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **common)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **extra)
+        except SaerlError:
+            raise
+        except (
+            Exception
+        ) as err:  # transformers raises OSError, ValueError, KeyError, ImportError, hub errors ...
+            raise SaerlError(_load_failure(cfg.path, source, err, reached)) from err
 
     if gguf_file is not None:  # the weights are ordinary tensors now; the mark would forbid saving them
         for name, value in (("hf_quantizer", None), ("is_quantized", False)):
@@ -197,12 +201,14 @@ def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
     return cfg.path, cfg.gguf_file
 
 
-def _load_failure(path: str, source: str, err: Exception) -> str:
+def _load_failure(path: str, source: str, err: Exception, reached: bool) -> str:
     first = " ".join(str(err).split())[:200] or type(err).__name__
     if "trust_remote_code" in first:
         return f"model {path} runs its own code; set model.trust_remote_code=true if you trust it"
     if Path(source).is_dir():
         return f"model {path} could not be loaded ({first}); check that its files are complete"
+    if not reached:
+        first = "it cannot be reached from here, and its cache does not hold the model"
     return (
         f"model {path} is no local folder and could not be fetched from the hub ({first}); "
         "check the spelling and the network, or pass a folder"
@@ -276,8 +282,8 @@ def check_targets(model: Any, cfg: LoRAConfig) -> None:
     for target in cfg.targets:
         if target in shared:
             raise SaerlError(
-                f"train.lora.targets={target!r}: this model's embeddings and output layer share their weights, "
-                "and merging would change both; leave it out"
+                f"train.lora.targets={target!r}: this model's embeddings and output layer share their "
+                "weights, and merging would change both; leave it out"
             )
         if target != "all-linear" and not any(name.split(".")[-1] == target for name in named):
             raise SaerlError(

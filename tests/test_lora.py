@@ -131,7 +131,7 @@ def logits(model) -> torch.Tensor:
 
 @pytest.mark.parametrize(("kind", "saved"), [("llama", "float32"), ("gpt2", "float32"), ("llama", "model")])
 def test_what_is_saved_of_a_half_precision_model_is_what_was_trained(tmp_path, kind, saved) -> None:
-    """A short run's changes are smaller than the spacing of bfloat16; float32 keeps them, and both are told."""
+    """A short run's changes are below the spacing of bfloat16; float32 keeps them, and both are told."""
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 

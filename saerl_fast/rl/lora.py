@@ -19,7 +19,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def half_dtype(model: Any) -> torch.dtype | None:
-    """The half-precision dtype of the weights that the adapters of a peft ``model`` change, if they have one."""
+    """The half-precision dtype of the weights that the adapters of a peft ``model`` change; None: float32."""
     found = {module.get_base_layer().weight.dtype for _, module in _adapted(model)} & set(HALF)
     return next(iter(found), None)
 
@@ -64,7 +64,7 @@ def merged_weights(model: Any) -> tuple[dict[str, Tensor], float]:
 
 @torch.no_grad()
 def merge(model: Any, state: dict[str, Tensor] | None = None) -> Any:
-    """The model inside a peft ``model``, its adapters merged in; ``state`` (see `merged_weights`) is rounded once."""
+    """The model inside a peft ``model``, its adapters merged in; ``state`` (of `merged_weights`): rounded once."""
     merged = model.merge_and_unload()
     if state is not None:
         for name, tensor in merged.state_dict().items():
@@ -88,6 +88,7 @@ def sentence(record: dict[str, Any], accuracy: float) -> str:
     if saved != "float32":
         end = f"model/ is that one; train.lora.merge_dtype=float32 or adapter/ in {dtype} keeps all of it"
     return (
-        f"figures are of the model with adapter/ (accuracy {accuracy:.4g}); merged and rounded to {dtype} it keeps "
-        f"{record['change_kept']:.0%} of what the adapters changed (accuracy {record['accuracy']:.4g}); {end}"
+        f"figures are of the model with adapter/ (accuracy {accuracy:.4g}); merged and rounded to {dtype} "
+        f"it keeps {record['change_kept']:.0%} of what the adapters changed (accuracy "
+        f"{record['accuracy']:.4g}); {end}"
     )

@@ -251,7 +251,7 @@ class _Run:
         return summary
 
     def _merge(self) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
-        """Merge the adapters into the model; float32 weights to be saved instead of its own, and the record."""
+        """Merge the adapters; float32 weights to be saved instead of the model's own, and what is recorded."""
         half = lora.half_dtype(self.model)
         if half is None:  # float32: the merged model gives the same figures
             self.model = lora.merge(self.model)
