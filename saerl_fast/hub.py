@@ -1,4 +1,4 @@
-"""Without a network the hub's own client tries every file again and again; one look beforehand spares that."""
+"""Without a network the hub's own client tries every file again and again; one look spares that."""
 
 from __future__ import annotations
 

@@ -122,6 +122,21 @@ def hidden_size(model: nn.Module) -> int:
     return int(_text_config(model).hidden_size)
 
 
+def named_width(cfg: ModelConfig) -> int | None:
+    """The hidden size in the configuration of the model ``cfg``, without its weights; None: unknown."""
+    source, gguf_file = _locate(cfg)
+    if gguf_file is not None:
+        return None
+    from transformers import AutoConfig
+
+    with hub_access(not is_local(source)):
+        try:
+            found = AutoConfig.from_pretrained(source, trust_remote_code=cfg.trust_remote_code)
+            return int(found.get_text_config().hidden_size)
+        except Exception:  # loading the model itself says what is wrong
+            return None
+
+
 def max_positions(model: nn.Module) -> int | None:
     """Longest sequence the model has position embeddings for; None where it has no such limit."""
     limit = getattr(_text_config(model), "max_position_embeddings", None)

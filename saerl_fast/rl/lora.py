@@ -64,7 +64,7 @@ def merged_weights(model: Any) -> tuple[dict[str, Tensor], float]:
 
 @torch.no_grad()
 def merge(model: Any, state: dict[str, Tensor] | None = None) -> Any:
-    """The model inside a peft ``model``, its adapters merged in; ``state`` (of `merged_weights`): rounded once."""
+    """The model inside a peft ``model``, adapters merged in; ``state``: of `merged_weights`, rounded once."""
     merged = model.merge_and_unload()
     if state is not None:
         for name, tensor in merged.state_dict().items():

@@ -22,6 +22,7 @@ global generators, which a reward may use, are seeded at the start of every step
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import write_json
+from saerl_fast.fileio import write_json, write_text
 from saerl_fast.models import add_adapters
 from saerl_fast.records.log import JsonlLog, MetricsLog
 from saerl_fast.rl import checkpoint as ckpt
@@ -77,9 +78,9 @@ def train(
     ``capture``: a context manager around each prefill with
     ``features()`` -> CSR, one row per prompt, handed to ``plan.observe``. ``engine`` makes the rollouts when
     ``cfg.rollout.engine`` is not transformers. ``echo`` gets a line of text per row of the log,
-    ``progress`` (step, steps). Files in ``out_dir``: metrics.jsonl, eval_items.jsonl,
-    rollouts.jsonl, checkpoints/, summary.json and model/. With ``cfg.lora.rank`` > 0 the warm-up and the
-    steps train adapters alone, the reference policy (``cfg.loss.beta`` > 0) is the model without them, so
+    ``progress`` (steps done, steps), at the start as well. Files in ``out_dir``: metrics.jsonl,
+    eval_items.jsonl and eval_prompts.jsonl, rollouts.jsonl, checkpoints/, summary.json and model/.
+    With ``cfg.lora.rank`` > 0 the warm-up and the steps train adapters alone, the reference policy (``cfg.loss.beta`` > 0) is the model without them, so
     as it was before the warm-up, and at the end they are written to adapter/ and merged into ``model``
     and model/. Merging rounds in half precision, so there model/ is float32 (``cfg.lora.merge_dtype``), the
     model with its rounded weights is evaluated too, and the summary has both figures (``rl/lora.py``).
@@ -107,6 +108,8 @@ def train(
                 run.begin()
                 if any(distributed.gather(interrupted)):
                     run.stop(0)
+            if progress is not None:
+                progress(start or 0, cfg.steps)
             for step in range((start or 0) + 1, cfg.steps + 1):
                 run.step(step)
                 last = step == cfg.steps
@@ -191,11 +194,24 @@ class _Run:
             return at
         if found is None:
             ckpt.set_aside(self.out_dir)
+            self._write_held_out()
         (self.out_dir / "summary.json").unlink(missing_ok=True)  # until the run has ended again
-        self.metrics = MetricsLog(self.out_dir, at, echo=self.echo, trackers=self.cfg.trackers)
+        told: dict[str, Any] = {"echo": self.echo, "trackers": self.cfg.trackers, "steps": self.cfg.steps}
+        self.metrics = MetricsLog(self.out_dir, at, **told)
         self.eval_items = JsonlLog(self.out_dir / "eval_items.jsonl", at)
         self.rollout_log = JsonlLog(self.out_dir / "rollouts.jsonl", at)
         return at
+
+    def _write_held_out(self) -> None:
+        """The held-out prompts, to which eval_items.jsonl refers by id."""
+        pool = self.session.eval
+        columns = {
+            "prompt_id": pool.column("prompt_id"),
+            "prompt": pool.texts,
+            "answer": pool.column("answer"),
+        }
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        write_text(self.out_dir / "eval_prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def begin(self) -> None:
         """Warm-up, the frozen reference, the first evaluation, and a checkpoint of what training changed."""
@@ -251,7 +267,7 @@ class _Run:
         return summary
 
     def _merge(self) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
-        """Merge the adapters; float32 weights to be saved instead of the model's own, and what is recorded."""
+        """Merge the adapters; float32 weights to be saved instead of the model's own, and the record."""
         half = lora.half_dtype(self.model)
         if half is None:  # float32: the merged model gives the same figures
             self.model = lora.merge(self.model)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_json
 from saerl_fast.session import Session
-from saerl_fast.stages.console import Echo
+from saerl_fast.stages.console import Echo, within_calls
 from saerl_fast.stages.fingerprint import LABEL_SECTIONS, fingerprint
 
 LABEL_CHUNK = 16  # prompts rolled out for labels before they are saved
@@ -55,14 +57,18 @@ def difficulty_labels(
     reward = with_timeout(get_reward(config.train.reward), config.train.reward_timeout)
     ids = pool.column("prompt_id")
     rollout = Sampling.of(config.train.rollout, group_size=settings.rollouts)
-    bar, width = echo.bar("difficulty labels"), LABEL_CHUNK
+    bar, width = echo.bar("difficulty labels", "prompt"), LABEL_CHUNK
+    bar(0, len(chosen))
     for start in range(0, len(chosen), width):
         part = [int(i) for i in chosen[start : start + width]]
         if not all(ids[i] in record["rates"] for i in part):
             began = time.perf_counter()
             rows = pool.select(part)
             seed = int(np.random.SeedSequence([config.seed, 2, start]).generate_state(1)[0])
-            made = generate(session.model, session.tokenizer, rows.ids, rollout, seed=seed)
+            count = len(part) * settings.rollouts
+            passes = rollout.max_new_tokens * -(-count // (rollout.batch_size or count))
+            with within_calls(session.model, passes, partial(_tell, bar, start, len(part), len(chosen))):
+                made = generate(session.model, session.tokenizer, rows.ids, rollout, seed=seed)
             rates = pass_rates(score_rollouts(made, rows.columns, rows.texts, reward))
             record["rates"].update({ids[i]: float(rate) for i, rate in zip(part, rates, strict=True)})
             record["tokens"] += int(made.lengths.sum())
@@ -73,3 +79,7 @@ def difficulty_labels(
     rates[chosen] = [record["rates"][ids[i]] for i in chosen]
     costs = {"labelled": len(chosen), "rollouts": len(chosen) * settings.rollouts, "tokens": record["tokens"]}
     return rates, {key: float(value) for key, value in costs.items()} | {"seconds": record["seconds"]}
+
+
+def _tell(bar: Callable[[float, int], None], start: int, width: int, total: int, share: float) -> None:
+    bar(start + share * width, total)
