@@ -1,19 +1,19 @@
 """What a fingerprint covers: the fields of the config say so themselves."""
 
 from saerl_fast.config import Config, apply_overrides, to_dict, walk
-from saerl_fast.stages.fingerprint import LABELS, RUN_SECTIONS, SCORE_SECTIONS, _flat, changes, settings
+from saerl_fast.stages.fingerprint import LABELS, RUN_SECTIONS, SCORE_SECTIONS, changes, flat, settings
 
 UNCOVERED = {  # where, how fast and what is kept: an old record would no longer fit if one were added
     *("model.device", "model.attn", "model.trust_remote_code"),
-    *("score.batch_tokens", "score.shard", "score.backend"),
+    *("score.batch_tokens", "score.shard", "score.backend", "diversity.backend"),
     *("train.micro_tokens", "train.save_every", "train.keep", "train.rollout_log", "train.trackers"),
-    *("train.save_model", "train.reward_timeout"),
+    *("train.save_model", "train.reward_timeout", "train.lora.merge_dtype"),
 }
 FILTER = {"quality.threshold", "quality.filter_ratio"}
 
 
 def covered(sections, without=()):
-    return {key for key, _ in _flat(settings(to_dict(Config()), sections, without))}
+    return {key for key, _ in flat(settings(to_dict(Config()), sections, without))}
 
 
 def test_what_a_run_depends_on():
@@ -35,7 +35,7 @@ def test_changes_are_named_by_their_full_key():
         ("train.lr=1", "train.lr was 1e-06"),
         ("seed=3", "train.seed was 0, seed was 0"),
         ("plan.adaptive.svd=3", "plan.adaptive.svd was 96"),
-        ("train.keep=9", "the same settings, but other prompts or model files"),
+        ("train.keep=9", "the same settings, but other prompts, functions or model files"),
     ]:
         assert changes(before, apply_overrides(Config(), [override]), RUN_SECTIONS) == said
     other = apply_overrides(Config(), ["train.reward=numeric", "train.lr=1"])

@@ -34,14 +34,14 @@ def watch(root: str | Path, echo: Callable[[str], None], *, every: float = 5.0) 
     SAE or labels. Raises SaerlError on a damaged file, and at once for a folder that is none or is no run's.
     """
     root = Path(root)
+    if every <= 0:
+        raise SaerlError(f"--every {every:g} is no interval; give seconds above 0")
     if root.is_file():
         raise SaerlError(f"{root} is a file; pass the folder of a run")
     if not root.is_dir():
         raise SaerlError(no_folder(root))
     if any(root.iterdir()) and not any(any(root.rglob(name)) for name in BEGINNINGS):
         raise SaerlError(f"{root} holds no run; pass the run_dir of one")
-    if every <= 0:
-        raise SaerlError(f"--every {every:g} is no interval; give seconds above 0")
     figure, shown, waiting = root / "live.png", dict[Path, int](), False
     while True:
         if any(root.rglob("metrics.jsonl")):

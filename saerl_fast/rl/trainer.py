@@ -80,10 +80,11 @@ def train(
     ``cfg.rollout.engine`` is not transformers. ``echo`` gets a line of text per row of the log,
     ``progress`` (steps done, steps), at the start as well. Files in ``out_dir``: metrics.jsonl,
     eval_items.jsonl and eval_prompts.jsonl, rollouts.jsonl, checkpoints/, summary.json and model/.
-    With ``cfg.lora.rank`` > 0 the warm-up and the steps train adapters alone, the reference policy (``cfg.loss.beta`` > 0) is the model without them, so
-    as it was before the warm-up, and at the end they are written to adapter/ and merged into ``model``
-    and model/. Merging rounds in half precision, so there model/ is float32 (``cfg.lora.merge_dtype``), the
-    model with its rounded weights is evaluated too, and the summary has both figures (``rl/lora.py``).
+    With ``cfg.lora.rank`` > 0 the warm-up and the steps train adapters alone, the reference policy
+    (``cfg.loss.beta`` > 0) is the model without them, so as it was before the warm-up, and at the end
+    they are written to adapter/ and merged into ``model`` and model/. Merging rounds in half precision,
+    so there model/ is float32 (``cfg.lora.merge_dtype``), the model with its rounded weights is evaluated
+    too, and the summary has both figures (``rl/lora.py``).
 
     With ``resume`` the run goes on from its latest intact checkpoint, bit for bit on a CPU; without any
     checkpoint it starts afresh. The first interrupt (Ctrl-C) finishes the step, saves and raises
