@@ -50,10 +50,16 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     sae = commands.add_parser("sae", help="train a TopK SAE on a model's hidden states, or describe one")
-    sae_commands = sae.add_subparsers(dest="sae_command", required=True, metavar="train|info")
+    sae_commands = sae.add_subparsers(dest="sae_command", required=True, metavar="train|info|convert")
     sae_train = sae_commands.add_parser("train", parents=[common], help="train on the prompts' activations")
-    info = sae_commands.add_parser("info", parents=[plain], help="describe a SAELens or sparsify checkpoint")
-    info.add_argument("path", help="folder with the SAE")
+    info = sae_commands.add_parser("info", parents=[plain], help="describe an SAE")
+    said = "write an SAE of any format as a SAELens folder"
+    convert = sae_commands.add_parser("convert", parents=[plain], help=said)
+    for command in (info, convert):
+        command.add_argument("path", help="folder or file, SAELens release/id, or hub repository")
+    convert.add_argument("folder", help="new folder to write")
+    said_help = "what its files leave open, e.g. architecture=topk k=32 hook_name=blocks.12.hook_resid_post"
+    convert.add_argument("said", nargs="*", metavar="name=value", help=said_help)
 
     score = commands.add_parser(
         "score", parents=[common], help="prompts x model x SAE -> scores.parquet and features"
@@ -141,6 +147,11 @@ def run(args: argparse.Namespace) -> None:
         from saerl_fast.stages.pipeline import describe_sae
 
         print(describe_sae(args.path))
+        return
+    if args.command == "sae" and args.sae_command == "convert":
+        from saerl_fast.sae.files import convert_sae
+
+        print(f"wrote {args.folder}: {convert_sae(args.path, args.folder, args.said)}")
         return
 
     config = demo_config(args) if args.command == "demo" else read_config(args)

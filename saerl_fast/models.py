@@ -58,9 +58,7 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **extra)
         except SaerlError:
             raise
-        except (
-            Exception
-        ) as err:  # transformers raises OSError, ValueError, KeyError, ImportError, hub errors ...
+        except Exception as err:  # OSError, ValueError, KeyError, ImportError, hub errors ...
             raise SaerlError(_load_failure(cfg.path, source, err, reached)) from err
 
     if gguf_file is not None:  # the weights are ordinary tensors now; the mark would forbid saving them

@@ -59,7 +59,8 @@ class Session:
 
 def load_pools(config: Config) -> tuple[Pool, Pool]:
     """The training and the evaluation pool of the config, read once as long as their files stay the same."""
-    files = [Path(name) for name in (config.data.train, config.data.eval or "") if name]
+    named = [Path(name) for name in (config.data.train, config.data.eval or "") if name]
+    files = [file for path in named for file in (path, *sorted(path.glob("*")), *sorted(path.glob("*/*")))]
     stamp = tuple((f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())
     names = [name for name in (config.data.train, config.data.eval) if name]
     with hub_access(any(not is_local(name) and not is_source(name) for name in names)):

@@ -100,6 +100,14 @@ def test_known_pass_rates_help_the_first_batches_unless_told_not_to():
     assert (make_plan(scores).predicted() == 0.5).all()
 
 
+def test_a_known_pass_rate_of_zero_counts():
+    scores, _ = make_pool(60)
+    rates = np.full(60, np.nan, dtype=np.float32)
+    rates[:20] = 0.0
+    plan = make_plan(Scores({**scores.columns, "saerl_pass_rate": rates}, {}, scores.features))
+    assert plan.predicted()[:20].max() < 0.25
+
+
 def test_prompts_wait_out_the_cooldown():
     scores, hidden = make_pool()
     plan = make_plan(scores, cooldown=7)

@@ -42,6 +42,8 @@ def test_help_imports_nothing_heavy():
         (["score", "data.train=examples/demo/pool.jsonl"], "model.path"),
         (["report", "nowhere"], "nowhere is not a folder"),
         (["sae", "info", "nowhere"], "nowhere"),
+        (["sae", "convert", "nowhere", "new"], "SAE nowhere does not exist"),
+        (["sae", "convert", "nowhere", "new", "size=1"], "is nothing to say about an SAE"),
         (["sae", "train", "--sae", "somewhere"], "names an SAE already"),
         (["settings", "zigzag"], "unknown config key zigzag"),
         (["train", "data.limit=0"], "data.limit=0 must be at least 1"),
@@ -63,3 +65,16 @@ def test_later_settings_win_and_may_stand_anywhere():
     args.overrides += extra
     config = cli.read_config(args)
     assert (config.seed, config.model.path, args.resume) == (2, "m", True)
+
+
+def test_sae_convert_and_info(tmp_path, capsys):
+    import torch
+
+    state = {"W_enc": torch.ones(3, 5), "b_enc": torch.zeros(5), "W_dec": torch.ones(5, 3)}
+    torch.save(state | {"b_dec": torch.zeros(3)}, tmp_path / "raw.pt")
+    said = ["architecture=topk", "k=2", "apply_b_dec_to_input=true", "hook_name=blocks.1.hook_resid_post"]
+    assert cli.main(["sae", "convert", str(tmp_path / "raw.pt"), str(tmp_path / "new"), *said]) == 0
+    assert "SAE(topk, d_in=3, d_sae=5, k=2, layer=2, float32, cpu)" in capsys.readouterr().out
+    assert cli.main(["sae", "info", str(tmp_path / "new")]) == 0
+    shown = capsys.readouterr().out
+    assert "SAE(topk" in shown and "hook_name: blocks.1.hook_resid_post" in shown

@@ -75,6 +75,12 @@ def test_same_seed_same_labels():
     assert np.array_equal(first.labels, second.labels) and first.metrics == second.metrics
 
 
+def test_another_seed_starts_k_means_elsewhere():
+    data = np.random.default_rng(0).normal(size=(120, 8))
+    labels = [clusters._kmeans(data, 9, 1, "torch", seed).tolist() for seed in (3, 3, 4)]
+    assert labels[0] == labels[1] != labels[2]
+
+
 @pytest.mark.parametrize("svd", [32, 0])
 def test_numba_and_torch_agree(svd):
     pytest.importorskip("numba")

@@ -229,7 +229,8 @@ def test_every_setting_refuses_what_is_just_outside(key, section, name, tmp_path
     about, hint = section.rules[name], section.types[name]
     assert about.meaning and about.meaning in describe(key)
     if leaves(hint) & {int, float}:  # a number without a range: say so here
-        assert about.range() or key in ("quality.threshold", "compare.target_values")
+        free = {"quality.threshold", "compare.target_values", "train.reward_weights", "train.pass_threshold"}
+        assert about.range() or key in free
     monkeypatch.chdir(tmp_path)
     origin = typing.get_origin(hint)
     for value in outside(about, hint):

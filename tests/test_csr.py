@@ -23,6 +23,12 @@ shapes = st.tuples(
 )
 
 
+def test_repr_is_one_line():
+    csr = sk.CSR.from_dense(torch.eye(3, 5))
+    assert repr(csr) == "CSR(3 x 5, nnz=3, float32, cpu)"
+    assert f"{[csr]}" == "[CSR(3 x 5, nnz=3, float32, cpu)]"
+
+
 @hypothesis.given(shapes)
 def test_transpose(device, shape):
     csr = random_csr(*shape, device)

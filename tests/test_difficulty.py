@@ -49,6 +49,18 @@ def test_labels_do_not_leak_into_their_own_scores():
     assert abs(result.metrics["spearman"]) < 0.25
 
 
+@pytest.mark.parametrize("l1_ratio", [0.2, 0.9])
+def test_alpha_is_a_share_of_the_penalty_that_leaves_no_feature(l1_ratio):
+    X, rates = planted(150, 100, 15)
+    used = {
+        alpha: fit_difficulty(X, rates, DifficultyConfig(alpha=alpha, l1_ratio=l1_ratio)).metrics[
+            "features_used"
+        ]
+        for alpha in (1.001, 0.95)
+    }
+    assert used[1.001] == 0 < used[0.95] < 20
+
+
 def test_same_input_same_scores():
     X, rates = planted(100, 100, 15)
     assert np.array_equal(

@@ -10,6 +10,7 @@ from saerl_fast.rl.evaluate import (
     evaluate,
     pass_rates,
     score_rollouts,
+    warn_of_range,
 )
 from saerl_fast.rl.generate import generate
 from saerl_fast.rl.rewards import get_reward
@@ -97,6 +98,66 @@ def test_prob_mode_generates_nothing() -> None:
 def test_pass_rates() -> None:
     rewards = np.array([[1.0, 0.0, 1.0, 1.0], [2.0, -3.0, 0.5, 0.5]])
     assert pass_rates(rewards).tolist() == [0.75, 0.5]
+    assert pass_rates(rewards, 0.5).tolist() == [0.75, 0.75] and pass_rates(rewards, 2.0).tolist() == [
+        0,
+        0.25,
+    ]
+    nan = float("nan")
+    found = pass_rates(np.array([[1.0, nan, 0.0, nan], [nan] * 4]))
+    assert found[0] == 0.5 and np.isnan(found[1])
+    assert pass_rates(np.array([[5.0, nan, 1.0, 7.0]]), 4.0).tolist() == [2 / 3]
+
+
+def test_rewards_outside_0_and_1_are_pointed_out(caplog) -> None:
+    assert not warn_of_range(np.array([[0.0, 1.0, np.nan]]), None) and not caplog.text
+    assert not warn_of_range(np.array([[43.0, -2.0]]), 10.0) and not caplog.text
+    assert warn_of_range(np.array([[43.0, -2.0]]), None)
+    assert "rewards from -2 to 43" in caplog.text and "train.pass_threshold" in caplog.text
+
+
+def test_chats_reach_the_reward_as_messages() -> None:
+    seen: dict = {}
+
+    def spy(prompts, completions, completion_ids, **columns):
+        seen.update(prompts=prompts, completions=completions, ids=completion_ids)
+        return [0.0] * len(completions)
+
+    asked = {"role": "user", "content": "1+1="}
+    begun = {"role": "assistant", "content": "<think>"}
+    columns = {"prompt": ["zz", [asked], [asked, begun]], "answer": ["1", "2", "3"]}
+    made = generate(tiny_model(), TOKENIZER, POOL.ids, RolloutConfig(group_size=2, max_new_tokens=4))
+    score_rollouts(made, columns, ["zz", "rendered", "begun"], spy)
+    assert seen["prompts"] == ["zz", "zz", [asked], [asked], [asked], [asked]]
+    assert seen["completions"][:2] == made.texts[:2]
+    for i, start in ((2, ""), (3, ""), (4, "<think>"), (5, "<think>")):
+        assert seen["completions"][i] == [{"role": "assistant", "content": start + made.texts[i]}]
+    assert [len(row) for row in seen["ids"]] == made.lengths.tolist()
+
+
+def test_cut_off_text_is_paid_only_where_asked_for() -> None:
+    made = generate(tiny_model(), TOKENIZER, POOL.ids, RolloutConfig(group_size=8, max_new_tokens=2), seed=4)
+    ends = made.finished.numpy().reshape(3, -1)
+    assert ends.any() and not ends.all()
+    columns = POOL.columns | {"answer": ["1"] * 3}
+    made.texts[:] = ["1"] * len(made.texts)
+    assert (score_rollouts(made, columns, PROMPTS, get_reward("maths")) == ends).all()
+    assert score_rollouts(made, columns, PROMPTS, get_reward("maths"), pay_truncated=True).all()
+
+
+def test_items_that_the_reward_does_not_judge_are_left_out() -> None:
+    def some(prompts, completions, answer, **columns):
+        return [None if a == "b" else 0.5 for a in answer]
+
+    result = evaluate(tiny_model(), TOKENIZER, POOL, some, settings(EvalConfig(samples=2)))
+    assert [item["score"] for item in result.items] == [0.5, None, 0.5] and result.mean == 0.5
+    with pytest.raises(SaerlError, match="None for all 3 held-out prompts"):
+        evaluate(
+            tiny_model(),
+            TOKENIZER,
+            POOL,
+            lambda completions: [None] * len(completions),
+            settings(EvalConfig()),
+        )
 
 
 def test_an_empty_pool() -> None:

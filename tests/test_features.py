@@ -54,6 +54,11 @@ def test_svd_reduces_like_the_exact_one(dim):
     assert np.array_equal(dense, again[0]) and np.array_equal(components, again[1])
 
 
+def test_another_seed_gives_another_approximation():
+    X = random_csr(120, 200)
+    assert not np.array_equal(svd_reduce(X, 5, seed=0)[0], svd_reduce(X, 5, seed=1)[0])
+
+
 def test_one_row_and_no_features_can_be_reduced():
     for X in (random_csr(1), CSR.from_dense(torch.zeros(4, 6))):
         dense, _ = svd_reduce(weighted(X, csr.idf(X)), 8, seed=0)

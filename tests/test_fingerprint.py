@@ -39,5 +39,5 @@ def test_changes_are_named_by_their_full_key():
     ]:
         assert changes(before, apply_overrides(Config(), [override]), RUN_SECTIONS) == said
     other = apply_overrides(Config(), ["train.reward=numeric", "train.lr=1"])
-    assert changes(before, other, SCORE_SECTIONS) == "train.reward was exact"
+    assert changes(before, other, SCORE_SECTIONS) == "train.reward was ['exact']"
     assert changes({"train": 3}, Config(), RUN_SECTIONS) == "a record of another version"

@@ -88,6 +88,25 @@ def test_chunks_and_seeds() -> None:
     assert rows(generate(model, TOKENIZER, PROMPTS, cfg, seed=6)) != rows(whole)
 
 
+def test_a_batch_holds_as_many_rows_as_it_may_in_whole_groups() -> None:
+    model, sizes = tiny_model(), []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    cfg = RolloutConfig(group_size=3, max_new_tokens=2, batch_size=7)
+    generate(model, TOKENIZER, PROMPTS, cfg)
+    handle.remove()
+    width = max(map(len, PROMPTS))
+    assert sizes == [(2, width), (6, 1)] * 2
+
+
+def test_a_prompt_may_fill_the_context_to_its_end() -> None:
+    made = generate(tiny_model(), TOKENIZER, [[4] * 112], RolloutConfig(group_size=2, max_new_tokens=16))
+    assert made.prompt_lens.tolist() == [112]
+    with pytest.raises(SaerlError, match="113 tokens and 16 new ones"):
+        generate(tiny_model(), TOKENIZER, [[4] * 113], RolloutConfig(group_size=2, max_new_tokens=16))
+
+
 def test_out_of_memory_halves_the_batch(monkeypatch, caplog) -> None:
     from saerl_fast.rl import generate as module
 
@@ -183,6 +202,7 @@ def test_stop_tokens_and_texts() -> None:
     model = tiny_model(spread=1.5)
     model.generation_config.eos_token_id = [1, 7]
     assert stop_tokens(model, TOKENIZER) == [1, 7]
+    assert stop_tokens(object(), TOKENIZER) == [1]  # a model that names none has the tokenizer's
     rollouts = generate(model, TOKENIZER, PROMPTS, RolloutConfig(group_size=8, max_new_tokens=30))
     ends = {row[-1] for row, done in zip(rows(rollouts), rollouts.finished, strict=True) if done}
     assert ends == {1, 7}

@@ -222,6 +222,37 @@ def test_advantages() -> None:
     assert single.tolist() == [[0.0], [0.0]] and not none.any()
 
 
+def test_a_group_whose_task_rewards_are_equal_has_no_signal_however_they_are_shaped() -> None:
+    task = torch.tensor([[0.0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 1]], dtype=torch.float64)
+    penalty = torch.tensor([0.0, 0.0, -0.05, -0.1], dtype=torch.float64)
+    for kind in ("dapo", "dr_grpo"):
+        values, used = advantages(task, LossConfig(kind=kind), task + penalty)
+        assert used.tolist() == [False, False, True] and values[:2].abs().max() == 0
+        alone, _ = advantages((task + penalty)[2:], LossConfig(kind=kind))
+        torch.testing.assert_close(values[2:], alone)
+    same, _ = advantages(task, LossConfig(), task)
+    assert torch.equal(same, advantages(task, LossConfig())[0])
+
+
+def test_completions_without_a_reward_are_left_out_of_their_group() -> None:
+    nan = float("nan")
+    rewards = torch.tensor([[1.0, nan, 0, nan], [1, nan, 1, nan], [nan] * 4, [1, 0, nan, nan]])
+    values, used = advantages(rewards, LossConfig())
+    assert used.tolist() == [True, False, False, True]
+    pair, _ = advantages(torch.tensor([[1.0, 0.0]]), LossConfig())
+    torch.testing.assert_close(values[0], torch.tensor([pair[0, 0], 0, pair[0, 1], 0]))
+    assert values[1:3].abs().max() == 0 and values.isfinite().all()
+
+
+def test_rewards_of_any_size_keep_their_differences() -> None:
+    small = advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]), LossConfig())[0]
+    for offset, scale in ((1e9, 1.0), (0.0, 1e29), (-1e12, 1e3)):
+        wide = torch.tensor([[1.0, 0.0, 0.0, 1.0]], dtype=torch.float64) * scale + offset
+        values, used = advantages(wide, LossConfig())
+        assert used.all() and values.dtype == torch.float32
+        torch.testing.assert_close(values, small, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_importance_weighs_the_policy_term_of_each_token(kind: str) -> None:
     from saerl_fast.rl.loss import importance_weights

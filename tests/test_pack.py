@@ -77,6 +77,35 @@ def test_equals_saelens_jumprelu(apply_b_dec):
     torch.testing.assert_close(codes.to_dense(), sae.encode(x).detach(), rtol=1e-4, atol=1e-4)
 
 
+def test_a_given_b_dec_is_subtracted_unless_switched_off():
+    parts, x = tensors(), torch.randn(7, D_IN)
+    W, b, c = parts["W_enc"], parts["b_enc"], parts["b_dec"]
+    subtracted, as_it_is = ((x - c) @ W + b).relu(), (x @ W + b).relu()
+    for options, want in (
+        ({"b_dec": c}, subtracted),
+        ({"b_dec": c, "apply_b_dec_to_input": True}, subtracted),
+        ({"b_dec": c, "apply_b_dec_to_input": False}, as_it_is),
+        ({}, as_it_is),
+    ):
+        got = sk.encode_topk(x, sk.pack_encoder(W, b, **options), D_SAE).to_dense(D_SAE)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_repr_is_one_line():
+    encoder = sk.pack_encoder(torch.ones(4, 9))
+    assert repr(encoder) == "PackedEncoder(d_in=4, d_sae=9, float32, cpu)"
+    options = dict(threshold=0.1, normalize_activations="layer_norm", permute=True, dtype=torch.bfloat16)
+    encoder = sk.pack_encoder(torch.ones(4, 9), **options)
+    assert repr(encoder) == "PackedEncoder(d_in=4, d_sae=9, bfloat16, cpu, threshold, layer_norm, permuted)"
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "b_dec"])
+def test_arrays_that_are_no_tensors_are_one_sentence(name):
+    parts = tensors()
+    with pytest.raises(ValueError, match=f"{name} is a ndarray; give a torch.Tensor"):
+        sk.pack_encoder(**parts | {name: parts[name].numpy()})
+
+
 def test_input_scale_and_formula():
     parts = tensors()
     x = torch.randn(7, D_IN)

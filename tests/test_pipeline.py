@@ -140,6 +140,23 @@ def test_a_reward_of_another_kind_needs_other_labels(scored, tmp_path, capsys):
     one_sentence(capsys, "saerl score")
 
 
+@pytest.mark.parametrize("command", ["score", "plan", "train", "compare"])
+def test_a_reward_that_cannot_work_is_found_before_the_model_is_loaded(
+    command, tmp_path, capsys, monkeypatch
+):
+    def load(*args, **options):
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr("saerl_fast.session.load_model", load)
+    (tmp_path / "bad.py").write_text("def score(completions, **columns):\n    return columns['solution']\n")
+    assert saerl(command, tmp_path / "r", f"train.reward={tmp_path}/bad.py:score") == 2
+    one_sentence(capsys, "KeyError: 'solution' (" + str(tmp_path / "bad.py line 2)"))
+    assert saerl(command, tmp_path / "r", f"train.reward=exact,{tmp_path}/bad.py:score") == 2
+    one_sentence(capsys, "bad.py line 2")
+    assert saerl(command, tmp_path / "r", "train.reward_weights=1,2") == 2
+    one_sentence(capsys, "2 numbers for 1 rewards")
+
+
 def test_folders_that_are_no_runs_stay(scored, tmp_path, capsys):
     folder = copy_of(scored, tmp_path / "demo")
     (folder / "adaptive").mkdir()
@@ -288,7 +305,7 @@ def test_a_cluster_backend_that_is_not_here_is_refused_before_anything_is_made(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert saerl(command, tmp_path / "r", "diversity.backend=cuml") == 2
     one_sentence(capsys, "diversity.backend=cuml cannot be used: no CUDA device")
-    assert list((tmp_path / "r").iterdir()) == []
+    assert not (tmp_path / "r").exists()
 
 
 def test_sae_of_another_width(scored, tmp_path, capsys):

@@ -180,6 +180,13 @@ def test_a_run_shorter_than_a_pass_still_spans_easy_to_hard():
     assert any("sample" in note for note in plan.notes)
 
 
+@pytest.mark.parametrize("schedule", ["vanilla", "literal", "global", "medium"])
+def test_a_run_shorter_than_a_pass_takes_rows_from_everywhere(schedule):
+    plan, _ = make_plan(schedule, 400, total_steps=6, medium_keep=1.0)
+    rows = [int(name[1:]) for batch in run(plan, 6) for name in batch]
+    assert len(set(rows)) == 60 and 120 < np.mean(rows) < 280 and max(rows) > 300
+
+
 def test_medium_keeps_the_middle_and_says_why_the_rest_is_dropped():
     plan, scores = make_plan("medium", 100, medium_keep=0.6)
     order = np.argsort(scores.columns["saerl_difficulty"])
@@ -200,6 +207,8 @@ def test_filter_by_threshold_and_by_exact_share():
     ratio = QualityConfig(filter_ratio=0.37)
     plan = build_plan(scores, PlanConfig(schedule="global"), quality=ratio, **kwargs)
     assert set(plan.dropped) == {f"p{i}" for i in np.argsort(quality)[:37]}
+    odd = QualityConfig(filter_ratio=0.29)  # 0.29 * 100 is a little below 29 in floats
+    assert len(build_plan(scores, PlanConfig(schedule="global"), quality=odd, **kwargs).dropped) == 29
     assert not build_plan(scores, PlanConfig(schedule="vanilla"), **kwargs).dropped
     assert build_plan(scores, PlanConfig(schedule="vanilla", filter=True), **kwargs).dropped
 

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 from saerl_fast.config import QualityConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.signals.features import probe_matrix
-from saerl_fast.signals.quality import fit_quality
+from saerl_fast.signals.quality import _calibrate, fit_quality
 from saerl_kernels import CSR
 
 
@@ -56,6 +56,16 @@ def test_labels_do_not_leak_into_their_own_scores():
     noise = np.random.default_rng(5).permutation(good)
     result = fit_quality(X, noise, QualityConfig(c=1e4))  # a fit that memorises
     assert result.metrics["auc"] < 0.7
+    told = fit_quality(X, good, QualityConfig(c=1e4))
+    assert roc_auc_score(good, told.scores) < 0.95  # nor do true labels: the folds decide, not the whole fit
+
+
+def test_a_curve_that_falls_gives_every_row_the_same():
+    held_out = np.linspace(-1, 1, 40)
+    falling = (held_out < 0).astype(float)
+    assert (_calibrate(held_out, falling, np.array([-2.0, 0.0, 2.0])) == 0.5).all()
+    rising = _calibrate(held_out, 1 - falling, np.array([-2.0, 0.0, 2.0]))
+    assert rising[0] < 0.1 and rising[2] > 0.9
 
 
 def test_answers_show_what_prompts_cannot():

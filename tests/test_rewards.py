@@ -1,21 +1,12 @@
 from __future__ import annotations
 
-import json
-import logging
-import math
 import sys
-import threading
 
 import numpy as np
 import pytest
-import torch
 
-from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.prompts.pool import load_prompts
-from saerl_fast.prompts.reasoning_gym import bands
-from saerl_fast.rl import rewards
-from saerl_fast.rl.rewards import final_answer, get_reward, last_number, score_rewards
+from saerl_fast.rl.rewards import equal, get_reward, score_rewards
 
 
 def one(name: str, completion, answer: str, **columns) -> float:
@@ -46,72 +37,23 @@ def test_exact(completion, answer, value):
     assert one("exact", [{"role": "assistant", "content": completion}], answer) == value
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("12", 12),
-        ("it is -3.", -3),
-        ("x=-3", -3),
-        ("5-3", 3),
-        ("3 - 5", 5),
-        ("is - 5", -5),
-        ("(-5)", -5),
-        ("\u22127", -7),
-        ("$1,234.50.", 1234.5),
-        ("-$5", -5),
-        ("1,2", 2),
-        ("3/4", 0.75),
-        ("-3/4", -0.75),
-        ("\\frac{3}{4}", 0.75),
-        ("= -\\dfrac{1}{2}", -0.5),
-        ("1e3", 1000),
-        ("2.5e-3", 0.0025),
-        (".5", 0.5),
-        ("50%", 50),
-        ("#### 18\n", 18),
-        ("7 and then none", 7),
-        ("57 - 87 = -30", -30),
-        ("none", None),
-        ("x2", None),
-        ("12/0", None),
-        ("9" * 5000, None),
-    ],
-    ids=lambda x: str(x)[:12],
-)
-def test_last_number(text, value):
-    found = last_number(text)
-    assert found is None if value is None else found is not None and float(found) == value
-
-
-def test_numeric(caplog, monkeypatch):
+def test_numeric():
     assert one("numeric", "so 1,000 it is", "1000") == 1
     assert one("numeric", "0.75", "3/4") == 1
     assert one("numeric", "0.333", "1/3") == 0
     assert one("numeric", "no idea", "4") == 0
     assert one("numeric", "0", "0") == 1 and one("numeric", "0.0000001", "0") == 0
-    monkeypatch.setattr(rewards, "_said", [])
-    with caplog.at_level(logging.WARNING):
-        assert one("numeric", "4", "none") == one("numeric", "none", "nil") == 0
-    assert caplog.text.count("holds no number") == 1 and "'none'" in caplog.text
+    assert one("numeric", "it is 18", "3 * 6 = <<3*6=18>>18\n#### 18") == 1
+    assert one("numeric", "3 * 6 = 17", "3 * 6 = <<3*6=18>>18\n#### 18") == 0
+    assert one("numeric", "10000001", "10000000") == 0  # whole numbers exactly
 
 
 @pytest.mark.parametrize(
-    ("text", "multiline", "answer"),
-    [
-        ("steps\nAnswer: 12\nmore", False, "12"),
-        ("Answer: 1\nno, the answer is: 2.", False, "2"),
-        ("**Answer:** `7`", False, "7"),
-        ("so \\boxed{\\frac{1}{2}} Answer: 3", False, "\\frac{1}{2}"),
-        ("\\boxed{1} or \\boxed{2}", False, "2"),
-        ("\\boxed{open", False, "\\boxed{open"),
-        ("first\n\n last line \n", False, "last line"),
-        ("Answer:\n 1 2\n 3 4\n", True, " 1 2\n 3 4"),
-        ("", False, ""),
-        ("Answer:", False, ""),
-    ],
+    ("answer", "completion"),
+    [("12:30", "11:30"), ("2:3", "1:3"), ("(1,2)", "(0,2)"), ("1,2", "9,2"), ("2024-01-02", "2023-05-02")],
 )
-def test_final_answer(text, multiline, answer):
-    assert final_answer(text, multiline) == answer
+def test_numeric_pays_nothing_for_an_answer_of_several_numbers(answer, completion):
+    assert one("numeric", completion, answer) == one("numeric", answer, answer) == 0
 
 
 MATHS = [
@@ -132,75 +74,27 @@ def test_maths(completion, answer, value, installed, monkeypatch):
     if installed:
         pytest.importorskip("math_verify")
     else:
-        monkeypatch.setattr(rewards, "_math_verify", lambda: None)
+        monkeypatch.setattr(equal, "math_verify", lambda: None)
     assert one("maths", completion, answer) == value
 
 
-def test_maths_compares_expressions_in_any_thread():
-    pytest.importorskip("math_verify")
-    found = []
+def test_several_rewards_are_added_up_with_their_weights():
+    def names(spec, weights=None):
+        return score_rewards(
+            get_reward(spec, weights), ["?", "?"], ["7", "8"], {"answer": ["7", "9"]}
+        ).tolist()
 
-    def work():
-        found.append(one("maths", "\\boxed{1+x^2}", "x^2+1"))
-        found.append(one("maths", "\\boxed{9^{9^{9^{9}}}}", "7"))  # must not be evaluated
-        found.append(one("maths", "\\boxed{9^{9^{9}}} = 7", "7"))
-
-    work()
-    assert found[:2] == [1, 0]
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(20)
-    assert found[3:5] == [1, 0]
-
-
-def test_maths_without_its_package_says_so_once(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "math_verify", None)
-    rewards._math_verify.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING):
-            assert [one("maths", "\\boxed{3}", "3"), one("maths", "3", "4")] == [1, 0]
-        assert caplog.text.count("math-verify is not installed") == 1
-    finally:
-        rewards._math_verify.cache_clear()
-
-
-# --- reasoning-gym ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", sorted(bands()))
-def test_reasoning_gym_accepts_its_answers_and_no_others(name):
-    pytest.importorskip("reasoning_gym")
-    pool = load_prompts(f"reasoning-gym:{name}", DataConfig(size=8))
-    entries, answers = pool.column("rg_entry"), pool.column("answer")
-    reward = get_reward("reasoning-gym")
-    assert set(pool.column("level")) == {0, 1, 2, 3}
-    for form in ("{}", "I add them up.\nAnswer: {}\n", "Hence \\boxed{{{}}}.", "  {} \n"):
-        scores = reward(pool.column("prompt"), [form.format(a) for a in answers], rg_entry=entries)
-        assert scores == [1.0] * len(pool), form
-    for wrong in ("", "no idea", "-987654321", "((", "None", "0x"):
-        assert reward(pool.column("prompt"), [wrong] * len(pool), rg_entry=entries) == [0.0] * len(pool), (
-            wrong
-        )
-
-
-def test_reasoning_gym_gives_no_partial_credit():
-    pytest.importorskip("reasoning_gym")
-    pool = load_prompts("reasoning-gym:chain_sum@0", DataConfig(size=4))
-    near = [f"{answer} or so" for answer in pool.column("answer")]
-    assert (
-        get_reward("reasoning-gym")(pool.column("prompt"), near, rg_entry=pool.column("rg_entry"))
-        == [0.0] * 4
-    )
-
-
-def test_reasoning_gym_without_entries_is_one_sentence():
-    assert "'rg_entry'" in message_of(one, "reasoning-gym", "1", "1")
-    with pytest.raises(SaerlError, match="'nonsense'"):
-        one("reasoning-gym", "1", "1", rg_entry="nonsense")
-    pytest.importorskip("reasoning_gym")
-    entry = json.dumps({"answer": "1", "metadata": {"source_dataset": "gone"}})
-    with pytest.raises(SaerlError, match="unknown reasoning-gym generator 'gone'"):
-        one("reasoning-gym", "1", "1", rg_entry=entry)
+    assert names("exact,numeric") == [2.0, 0.0] == names(["exact", "numeric"])
+    assert names(["exact", "numeric"], [0.5, 2.0]) == [2.5, 0.0] and names("exact", [3.0]) == [3.0, 0.0]
+    together = get_reward(["exact", "numeric"])
+    assert together(["?"], ["7"], answer=["7"]) == [2.0] and together.__name__ == "exact+numeric"
+    for bad, words in (
+        (("exact", [1, 2]), "2 numbers for 1"),
+        (("", None), "no reward"),
+        (([], None), "no reward"),
+    ):
+        with pytest.raises(SaerlError, match=words):
+            get_reward(*bad)
 
 
 # --- a user's own function -------------------------------------------------------------------------
@@ -244,59 +138,6 @@ def test_unknown_rewards_are_one_sentence(folder, spec, words):
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize(
-    ("returned", "words"),
-    [
-        ([1.0], ["1 values for 2 completions"]),
-        ([1.0, float("nan")], ["nan for completion 1"]),
-        ([float("inf"), 0], ["inf for completion 0"]),
-        ([0.5, None], ["None for completion 1"]),
-        (["1", 0], ["'1' for completion 0"]),
-        ([[1, 2], [3]], ["[1, 2] for completion 0"]),
-        (3.0, ["float", "list of numbers"]),
-        (None, ["NoneType"]),
-    ],
-    ids=str,
-)
-def test_bad_returns_name_the_function(returned, words):
-    def my_reward(prompts, completions):
-        return returned
-
-    message = message_of(score_rewards, my_reward, ["p", "p"], ["a", "b"], {})
-    assert "my_reward" in message and all(word in message for word in words), message
-
-
-def test_an_exception_names_function_kind_and_first_line():
-    def my_reward(prompts, completions, **columns):
-        return [{}["key"] for _ in completions]
-
-    def narrow(completions):
-        return [0.0 for _ in completions]
-
-    def long(**columns):
-        raise RuntimeError("first\nsecond")
-
-    assert "my_reward raised KeyError: 'key'" in message_of(score_rewards, my_reward, ["p"], ["a"], {})
-    assert "narrow raised TypeError" in message_of(score_rewards, narrow, ["p"], ["a"], {})
-    assert message_of(score_rewards, long, ["p"], ["a"], {}).endswith("RuntimeError: first; mend it")
-
-
-@pytest.mark.parametrize(
-    "returned",
-    [[True, False], np.array([1, 0]), torch.tensor([1.0, 0.0]), [torch.tensor(1.0), np.float32(0)], (1, 0)],
-    ids=["bool", "numpy", "torch", "scalars", "tuple"],
-)
-def test_usual_kinds_of_numbers_pass(returned):
-    scores = score_rewards(lambda prompts, completions: returned, ["p", "p"], ["a", "b"], {})
-    assert scores.tolist() == [1.0, 0.0] and math.isclose(scores.mean(), 0.5)
-
-
-def test_rows_must_match_the_completions():
-    assert "'answer'" in message_of(score_rewards, get_reward("exact"), ["p"], ["a"], {"answer": ["1", "2"]})
-    assert "prompts" in message_of(score_rewards, get_reward("exact"), ["p", "q"], ["a"], {"answer": ["1"]})
-    assert "'answer'" in message_of(score_rewards, get_reward("exact"), ["p"], ["a"], {"n": [1]})
-
-
 @pytest.mark.parametrize("name", ["exact", "numeric", "maths"])
 def test_empty_answers_throughout_are_refused(name):
     prompts, completions = ["p", "q"], ["", "1"]
@@ -306,15 +147,3 @@ def test_empty_answers_throughout_are_refused(name):
     assert scores[1] == 1
     # rollouts of one prompt: a bad row among good ones must not end the run
     assert len(score_rewards(get_reward(name), ["p", "p"], completions, {"answer": ["", ""]})) == 2
-
-
-def test_a_limit_changes_nothing_for_rewards_that_keep_to_it() -> None:
-    quick = rewards.with_timeout(get_reward("exact"), 30)
-    assert score_rewards(quick, ["?"], ["4"], {"answer": ["4"]}).tolist() == [1.0]
-    assert rewards.with_timeout(get_reward("exact"), 0) is get_reward("exact")
-
-    def broken(prompts, completions, **columns):
-        raise ValueError("no such thing")
-
-    said = message_of(score_rewards, rewards.with_timeout(broken, 30), ["?"], ["4"], {})
-    assert said == "reward broken raised ValueError: no such thing; mend it"

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saerl_fast.config import RolloutConfig
 from saerl_fast.rl import decode
-from saerl_fast.rl.decode import StaticDecoder
+from saerl_fast.rl.decode import Sampling, StaticDecoder
 from saerl_fast.rl.generate import generate
 from saerl_fast.rl.rollouts import Rollouts
 from tests.tiny_lm import char_tokenizer, tiny_model, token_rows
@@ -36,9 +36,9 @@ def check_same(found: Rollouts, wanted: Rollouts) -> None:
 
 
 def dynamic(
-    model: Any, prompts: list[list[int]] = PROMPTS, cfg: RolloutConfig = CFG, **rest: Any
+    model: Any, prompts: list[list[int]] = PROMPTS, cfg: RolloutConfig | Sampling = CFG, **rest: Any
 ) -> Rollouts:
-    return generate(model, TOKENIZER, prompts, replace(cfg, decode="dynamic"), **rest)
+    return generate(model, TOKENIZER, prompts, Sampling.of(cfg, decode="dynamic"), **rest)
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
@@ -56,7 +56,7 @@ def spy(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("change", [{}, {"top_p": 0.9}, {"temperature": 0.0}, {"max_new_tokens": 1}])
 def test_same_as_dynamic(kind: str, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, cfg = ending_model(kind), replace(CFG, **change)
+    model, cfg = ending_model(kind), Sampling.of(CFG, **change)
     runs = spy(monkeypatch, StaticDecoder, "run")
     for prompts in (PROMPTS, token_rows(["12+3=", "45-6="])):  # padded, and not
         wanted = dynamic(model, prompts, cfg, seed=3)

@@ -1,6 +1,7 @@
 """Batches of rollouts, dynamic sampling, and what becomes of completions that are cut off."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.records.log import read_metrics
 from saerl_fast.rl import update as module
 from saerl_fast.rl.rollouts import Draw, Rollouts, concat, decoded, join, select
+from saerl_kernels import CSR
 from tests.tiny_lm import tiny_model
 from tests.training import TOKENIZER, Die, adaptive_plan, assert_same_run, run, same_weights, small, sums
 
@@ -123,7 +125,23 @@ def test_overlong_completions_lose_reward_but_not_pass_rate(tmp_path: Path) -> N
     _, plan, _ = run(tmp_path, cfg, reward=constant)
     row = next(row for row in read_metrics(tmp_path) if row["kind"] == "train")
     assert row["reward"] == row["pass_rate"] == 1 and plan.told.sum() == 4
-    assert row["groups_used"] > 0  # lengths differ, so there is something to learn
+    assert row["groups_used"] == 0  # lengths differ, but no completion did better than another
+
+
+def test_the_overlong_penalty_changes_what_groups_with_a_signal_learn(tmp_path: Path) -> None:
+    def every_other(prompts, completions, **columns):
+        return [float(i % 2) for i in range(len(completions))]
+
+    rows = {}
+    for window in (0, 36):
+        folder = tmp_path / str(window)
+        cfg = small(steps=1, loss=LossConfig(overlong_window=window))
+        cfg.rollout.max_new_tokens = 40
+        run(folder, cfg, reward=every_other)
+        rows[window] = next(row for row in read_metrics(folder) if row["kind"] == "train")
+    for key in ("reward", "pass_rate", "groups_used", "tokens"):
+        assert rows[0][key] == rows[36][key]
+    assert rows[0]["groups_used"] == 4 and rows[0]["grad_norm"] != rows[36]["grad_norm"]
 
 
 def batch(prompt: list[list[int]], completion: list[list[int]], group: int = 1) -> Rollouts:
@@ -161,6 +179,14 @@ def test_joined_batches_keep_what_belongs_to_each_row() -> None:
         bool(sum(row) % 2) for row in ([4], [5, 6], [7, 8, 9], [1], [6, 6], [2])
     ]
     assert whole.texts == parts[0].texts + parts[1].texts
+
+
+def test_joined_batches_join_their_features() -> None:
+    first, second = (CSR.from_dense(torch.tensor(rows)) for rows in ([[1.0, 0, 2]], [[0.0, 3, 0], [4, 0, 0]]))
+    parts = [batch([[1]], [[2]]), batch([[3], [4, 5]], [[6], [7]])]
+    whole = concat([replace(part, features=f) for part, f in zip(parts, (first, second), strict=True)])
+    assert whole.features.to_dense().tolist() == [[1, 0, 2], [0, 3, 0], [4, 0, 0]]
+    assert concat(parts).features is None
 
 
 def test_chosen_groups_keep_their_prompts_rows_and_texts() -> None:

@@ -10,38 +10,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.sae.files import layer_of_hook, load_sae, save_sae
-from saerl_fast.sae.model import SAE, SAESpec
-from saerl_kernels import TopK
-
-D_IN, D_SAE = 12, 40
-
-
-def make(architecture: str = "topk", **cfg: Any) -> SAE:
-    gen = torch.Generator().manual_seed(0)
-    shapes = {"W_enc": (D_IN, D_SAE), "b_enc": (D_SAE,), "W_dec": (D_SAE, D_IN), "b_dec": (D_IN,)}
-    weights = {name: torch.randn(shape, generator=gen) for name, shape in shapes.items()}
-    threshold = torch.rand(D_SAE, generator=gen) if architecture in ("jumprelu", "batchtopk") else None
-    cfg.setdefault("k", 4)
-    return SAE(**weights, threshold=threshold, cfg=SAESpec(architecture, **cfg))
-
-
-def dense(sae: SAE, x: torch.Tensor) -> torch.Tensor:
-    codes = sae.encode(x)
-    return codes.to_dense(sae.d_sae) if isinstance(codes, TopK) else codes.to_dense()
-
+from saerl_fast.sae.files import convert_sae, load_sae, save_sae
+from tests.sae_parts import D_IN, D_SAE, assert_equal, dense, make, tensors
 
 FLAGS = [
     ("topk", dec, rescale, norm)
     for dec, rescale, norm in itertools.product(
         [True, False],
         [True, False],
-        ["none", "expected_average_only_in", "layer_norm", "constant_norm_rescale"],
+        ["none", "layer_norm", "constant_norm_rescale"],
     )
 ] + [
     (arch, dec, False, norm)
     for arch, dec, norm in itertools.product(
-        ["jumprelu", "batchtopk", "standard"], [True, False], ["none", "layer_norm"]
+        ["jumprelu", "batchtopk", "gated", "standard"], [True, False], ["none", "layer_norm"]
     )
 ]
 
@@ -149,31 +131,11 @@ def test_sparsify_checkpoint(tmp_path: Path) -> None:
     assert load_sae(tmp_path / "layers.6.mlp").layer is None  # not a residual stream
 
 
-@pytest.mark.parametrize(
-    ("name", "layer"),
-    [
-        ("blocks.5.hook_resid_post", 6),
-        ("blocks.5.hook_resid_pre", 5),
-        ("model.layers.5", 6),
-        ("transformer.h.0", 1),
-        ("embed_tokens", 0),
-        ("blocks.5.hook_mlp_out", None),
-        ("layers.5.mlp", None),
-        (None, None),
-    ],
-)
-def test_hook_names(name: str | None, layer: int | None) -> None:
-    assert layer_of_hook(name) == layer
-
-
 def broken(folder: Path, case: str) -> None:
     save_sae(make(), folder)
     weights, config = folder / "sae_weights.safetensors", json.loads((folder / "cfg.json").read_text())
     tensors = load_file(weights)
-    if case == "pickled":
-        weights.unlink()
-        torch.save(tensors, folder / "ae.pt")
-    elif case == "no weights":
+    if case == "no weights":
         weights.unlink()
     elif case == "no config":
         (folder / "cfg.json").unlink()
@@ -201,17 +163,17 @@ def broken(folder: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("pickled", r"pickled weights \(ae.pt\).*convert them to safetensors"),
-        ("no weights", "holds neither sae_weights.safetensors nor sae.safetensors"),
-        ("no config", "cfg.json does not exist"),
+        ("no weights", "but sae_weights.safetensors does not exist"),
+        ("no config", "does not say how it encodes"),
         ("truncated", "not readable safetensors"),
         ("shape", r"b_dec has shape \(3,\), expected \(12,\)"),
         ("missing", "lacks W_dec"),
         ("nan", "b_enc holds NaN"),
-        ("width", "cfg.json says d_in=99 but the weights have 12"),
+        ("width", "says d_in=99 but its weights have 12 inputs"),
         ("whitening", "normalize_activations='covariance_whitening' is not supported"),
         ("no k", "k=None must be an integer"),
-        ("gated", "architecture 'gated' is not supported"),
+        ("gated", "lacks b_gate, b_mag, r_mag"),
+        ("sorted", "architecture 'sorted' is not supported"),
         ("jumprelu", "needs its threshold"),
         ("batchtopk", "needs its threshold"),
     ],
@@ -236,3 +198,41 @@ def test_missing_folder_and_parent_folder(tmp_path: Path) -> None:
     sparsify_folder(tmp_path / "layers.2")
     with pytest.raises(SaerlError, match="holds several SAEs; pass one of them, for example .*layers.2"):
         load_sae(tmp_path)
+
+
+def test_a_pickle_beside_a_saelens_configuration(tmp_path: Path) -> None:
+    want = make()
+    save_sae(want, tmp_path)
+    torch.save(load_file(tmp_path / "sae_weights.safetensors"), tmp_path / "sae_weights.pt")
+    (tmp_path / "sae_weights.safetensors").unlink()
+    x = torch.randn(9, D_IN)
+    assert torch.equal(dense(load_sae(tmp_path), x), dense(want, x))
+
+
+def test_convert_writes_what_saelens_loads(tmp_path: Path) -> None:
+    sae_lens = pytest.importorskip("sae_lens")
+    torch.save(tensors(), tmp_path / "raw.pt")
+    said = ["architecture=jumprelu", "apply_b_dec_to_input=false", "hook_name=blocks.3.hook_resid_post"]
+    with pytest.raises(SaerlError, match="needs its threshold"):
+        convert_sae(tmp_path / "raw.pt", tmp_path / "new", said)
+    torch.save(tensors() | {"threshold": torch.ones(D_SAE)}, tmp_path / "raw.pt")
+    sae = convert_sae(tmp_path / "raw.pt", tmp_path / "new", [*said, "model_name=m"])
+    assert sae.layer == 4 and sae.cfg.model_name == "m" and not sae.cfg.apply_b_dec_to_input
+    assert_equal(load_sae(tmp_path / "new"), sae_lens.SAE.load_from_disk(tmp_path / "new"))
+    with pytest.raises(SaerlError, match="exists and is not empty"):
+        convert_sae(tmp_path / "raw.pt", tmp_path / "new", said)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("size=3", "'size=3' is nothing to say about an SAE; use architecture, k"),
+        ("k=many", "k='many' must be a number"),
+        ("apply_b_dec_to_input=1", "must be true or false"),
+    ],
+)
+def test_what_is_said_is_checked(tmp_path: Path, item: str, message: str) -> None:
+    torch.save(tensors(), tmp_path / "raw.pt")
+    with pytest.raises(SaerlError, match=message):
+        convert_sae(tmp_path / "raw.pt", tmp_path / "new", [item])
+    assert not (tmp_path / "new").exists()

@@ -48,7 +48,7 @@ def test_shapes_with_leading_dimensions() -> None:
     assert make(threshold=True, architecture="jumprelu")(x).shape == x.shape
 
 
-@pytest.mark.parametrize("architecture", ["jumprelu", "batchtopk", "standard"])
+@pytest.mark.parametrize("architecture", ["jumprelu", "batchtopk", "gated", "standard"])
 def test_threshold_architectures_by_hand(architecture: str) -> None:
     sae = make(threshold=architecture != "standard", architecture=architecture, apply_b_dec_to_input=False)
     x = torch.randn(6, D_IN)
@@ -97,7 +97,11 @@ def test_packed_encoder_follows_the_weights() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(architecture="gated"), "'gated' is not supported"),
+        (dict(architecture="sorted"), "'sorted' is not supported"),
+        (dict(architecture="gated"), "a gated SAE needs its threshold"),
+        (dict(threshold=True), "a topk SAE takes no threshold"),
+        (dict(k=2.5), "k=2.5 must be an integer"),
+        (dict(normalize_activations="expected_average_only_in"), "expected_average_only_in"),
         (dict(k=0), "k=0 must be an integer from 1 to d_sae=40"),
         (dict(k=41), "k=41 must be"),
         (dict(architecture="jumprelu"), "needs its threshold"),
@@ -117,3 +121,11 @@ def test_bad_shapes_are_one_sentence() -> None:
         SAE(sae.W_enc, sae.b_enc, sae.W_dec.t(), sae.b_dec, cfg=SAESpec(k=4))
     with pytest.raises(SaerlError, match="width 12 but got width 13"):
         sae.pool(torch.randn(3, 13), torch.tensor([0, 3]))
+
+
+def test_repr_is_one_line() -> None:
+    sae = make(hook_layer=3)
+    assert repr(sae) == "SAE(topk, d_in=12, d_sae=40, k=4, layer=3, float32, cpu)"
+    assert repr(make(threshold=True, architecture="jumprelu", k=None)) == (
+        "SAE(jumprelu, d_in=12, d_sae=40, float32, cpu)"
+    )

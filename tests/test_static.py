@@ -46,12 +46,30 @@ def test_literal_spreads_a_large_cluster_over_the_pass():
     assert len(small) == 2 and small[1] - small[0] >= 3
 
 
-def test_ties_are_broken_by_the_generator():
+@pytest.mark.parametrize("order", [orders.shuffled, orders.literal, orders.easy_to_hard])
+def test_ties_are_broken_by_the_generator(order):
     common = ({"difficulty": np.zeros(40), "cluster": np.zeros(40, dtype=int)}, PlanConfig(mix=0.0, window=4))
     first, again, other = (
-        orders.easy_to_hard(np.arange(40), 8, np.random.default_rng(seed), *common) for seed in (0, 0, 1)
+        order(np.arange(40), 8, np.random.default_rng(seed), *common) for seed in (0, 0, 1)
     )
     assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_inside_a_window_the_easiest_row_may_come_in_any_batch():
+    table = {"difficulty": np.arange(32.0), "cluster": np.zeros(32, int)}
+    cfg, found = PlanConfig(mix=0.0, window=4), set()
+    for seed in range(12):
+        batches = orders.easy_to_hard(np.arange(32), 8, np.random.default_rng(seed), table, cfg)
+        found.add(int(np.argwhere(batches == 0)[0, 0]))
+    assert len(found) > 2
+
+
+def test_a_cluster_of_one_batch_comes_in_the_middle_of_a_large_one():
+    cluster = np.repeat([0, 1], [48, 8])
+    table = {"difficulty": np.zeros(56), "cluster": cluster}
+    for seed in range(4):
+        batches = orders.literal(np.arange(56), 8, np.random.default_rng(seed), table, PlanConfig(mix=0.0))
+        assert cluster[batches].mean(axis=1).tolist() == [0, 0, 0, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("keep, expected", [(0.5, [2, 3, 4, 5]), (1.0, list(range(8))), (0.01, [3])])

@@ -268,6 +268,25 @@ def test_batch_topk_counts(backend, device):
     )
 
 
+@pytest.mark.parametrize("k", [1.5, 0.37, 5.0, 0.001])
+def test_batch_topk_takes_a_fraction_of_k(backend, device, k):
+    """SAELens' BatchTopK keeps int(k * n) activations of n rows."""
+    x, W, b, _ = problem(50, 16, 200, device)
+    kept = sk.encode_batch_topk_train(x, W, b, k, backend=backend)
+    want = torch.relu(x @ W + b).detach().flatten().topk(int(k * 50)).values
+    got = kept.values.detach()[kept.values > 0].sort(descending=True).values
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    kept.values.sum().backward()
+    assert torch.isfinite(W.grad).all() and bool(W.grad.abs().sum() > 0) == (int(k * 50) > 0)
+
+
+@pytest.mark.parametrize("k", [0, -1.5, float("nan"), True, "2", 200.5])
+def test_a_bad_average_is_one_sentence(device, k):
+    x, W, b, _ = problem(3, 4, 9, device)
+    with pytest.raises(ValueError, match="k="):
+        sk.encode_batch_topk_train(x, W, b, k)
+
+
 def test_errors(device):
     x, W, b, c = (t.detach() for t in problem(3, 4, 9, device))
     for function in (sk.encode_topk_train, sk.encode_batch_topk_train):

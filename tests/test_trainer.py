@@ -123,6 +123,55 @@ def test_groups_without_signal_are_counted_but_not_trained_on(tmp_path: Path) ->
     assert summary["groups_used"] == 0 and summary["rollouts"] == 32
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_shaped_length_never_earns_by_itself(tmp_path: Path, value: float) -> None:
+    def constant(prompts, completions, **columns):
+        return [value] * len(completions)
+
+    cfg = small(steps=2, dynamic_sampling=3, loss=LossConfig(overlong_window=4))
+    model, _, summary = run(tmp_path, cfg, reward=constant, plan=WatchfulPlan(sums(10), steps=8))
+    assert same_weights(model, tiny_model()) and summary["groups_used"] == 0
+    rows = [row for row in read_metrics(tmp_path) if row["kind"] == "train"]
+    assert [row["draws"] for row in rows] == [4, 4]  # all that it may: no group has a signal
+
+
+def test_rewards_that_judge_some_rows(tmp_path: Path) -> None:
+    def some(prompts, completions, answer, log_extra, log_metric, trainer_state, **columns):
+        log_extra("seen", [trainer_state.global_step] * len(completions))
+        log_metric("calls", 1.0)
+        return [None if a == "0" or i % 4 == 3 else float(i % 4) for i, a in enumerate(answer)]
+
+    plan = WatchfulPlan(sums(10))
+    _, plan, summary = run(tmp_path, small(steps=3, pass_threshold=2.0), reward=some, plan=plan)
+    rows = [row for row in read_metrics(tmp_path) if row["kind"] == "train"]
+    assert all(row["reward"] == 1.0 and row["pass_rate"] == pytest.approx(1 / 3) for row in rows)
+    assert all(row["loss"] is not None and row["reward_metrics"] == {"calls": 1.0} for row in rows)
+    unseen = [i for i, answer in enumerate(sums(10).column("answer")) if answer == "0"]
+    assert unseen and all(plan.told[i] == 0 for i in unseen)
+    saved = read_jsonl(tmp_path / "rollouts.jsonl")
+    assert saved[0]["extra_seen"] == [0] * 4 and saved[-1]["extra_seen"] == [2] * 4
+    assert saved[0]["rewards"][3] is None
+
+
+def test_several_rewards_are_logged_one_by_one(tmp_path: Path) -> None:
+    from saerl_fast.rl.rewards import get_reward
+
+    both = get_reward(["exact", "tests.training:vowels"], [1.0, 2.0])
+    run(tmp_path, small(steps=2), reward=both)
+    for row in read_metrics(tmp_path)[1:3]:
+        if row["kind"] == "train":
+            parts = row["reward_parts"]
+            assert row["reward"] == pytest.approx(parts["exact"] + 2 * parts["vowels"])
+
+
+def test_rewards_that_the_plan_cannot_see_are_pointed_out_once(tmp_path: Path, caplog) -> None:
+    def length(prompts, completions, **columns):
+        return [float(len(text)) for text in completions]
+
+    run(tmp_path, small(steps=2), reward=length)
+    assert caplog.text.count("set train.pass_threshold") == 1
+
+
 def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path: Path, monkeypatch, caplog) -> None:
     real = module.policy_loss
     monkeypatch.setattr(module, "policy_loss", lambda *args: (real(*args)[0] * float("nan"), real(*args)[1]))

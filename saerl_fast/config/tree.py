@@ -16,7 +16,8 @@ from saerl_fast.config.fields import SEED, Section, name_sections, section, sett
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 LOSSES = ("dapo", "grpo", "dr_grpo", "gspo", "cispo")
 SCHEDULES = ("vanilla", "literal", "global", "medium", "adaptive")
-REWARDS = ("exact", "numeric", "maths", "reasoning-gym")
+REWARDS: tuple[str, ...] = ("exact", "numeric", "maths", "maths-boxed", "reasoning-gym")
+REWARDS += tuple(f"{name}-think" for name in REWARDS)
 DEVICE = ("auto|cpu|mps|(cuda|xpu)(:[0-9]+)?", "be auto, cpu, cuda or cuda:N")
 TEMPLATE = (r".*\{prompt\}.*", "hold {prompt}, which says where the prompt goes")
 
@@ -36,7 +37,9 @@ class ModelConfig(Section):
 @dataclass
 class DataConfig(Section):
     train: str = setting(
-        "", "hub id, .parquet/.jsonl/.json/.csv, reasoning-gym:NAME[@LEVEL],... or module:function[@argument]"
+        "",
+        "hub id, folder, .parquet, .jsonl/.json/.csv/.tsv (also .gz), reasoning-gym:NAME[@LEVEL],... or "
+        "module:function[@argument]",
     )
     eval: str | None = setting(None, "the same; null holds out `eval_size` rows of `train`")
     eval_size: int = setting(64, "rows held out, or asked of a data source to evaluate on", at_least=1)
@@ -47,9 +50,10 @@ class DataConfig(Section):
     hub_config: str | None = setting(None, 'configuration name of a hub dataset (gsm8k has "main")')
     split: str = setting("train", "of a hub dataset", filled=True)
     eval_split: str = setting("test", "of `eval` when it is a hub dataset", filled=True)
-    prompt_column: str = setting("prompt", "text, or a list of chat messages", filled=True)
+    prompt_column: str = setting("prompt", "text, or chat messages; a path such as a.b will do", filled=True)
     answer_column: str | None = setting("answer", "null for rewards that need no answer")
     id_column: str | None = setting(None, "null numbers the rows")
+    drop_null: bool = setting(False, "drop rows without prompt, answer or id; false: refuse them")
     template: str = setting("{prompt}", "wrapped around every prompt text", form=TEMPLATE)
     chat: Literal["auto", "always", "never"] = setting("auto", "auto: if the tokenizer has a chat template")
     max_prompt_tokens: int = setting(512, "longer prompts are dropped, and counted", at_least=1)
@@ -57,7 +61,9 @@ class DataConfig(Section):
 
 @dataclass
 class SAEConfig(Section):
-    path: str | None = setting(None, "SAELens or sparsify folder; null: <run_dir>/sae, trained if absent")
+    path: str | None = setting(
+        None, "folder, file, SAELens release/id or hub id; null: <run_dir>/sae, trained if absent"
+    )
     layer: int | None = setting(
         None, "state after so many blocks; null: the SAE's, or the middle", at_least=0
     )
@@ -149,6 +155,8 @@ class AdaptiveConfig(Section):
 
 @dataclass
 class PlanConfig(Section):
+    """Which order of prompts, and its settings: the section ``plan``."""
+
     schedule: str = setting("adaptive", "order of the prompts", choices=SCHEDULES, or_function=True)
     mix: float = setting(
         0.25,
@@ -234,7 +242,16 @@ class TrainConfig(Section):
     micro_tokens: int = setting(16384, "tokens of a forward/backward", at_least=1, result=False)
     gradient_checkpointing: bool = setting(False, "less memory, more time")
     dynamic_sampling: int = setting(0, "further batches while too few groups have a signal", at_least=0)
-    reward: str = setting("exact", "a function has TRL's signature", choices=REWARDS, or_function=True)
+    reward: list[str] = setting(
+        ["exact"],
+        "several are added up; with -think only what follows </think> counts; a function has TRL's signature",
+        choices=REWARDS,
+        or_function=True,
+        filled=True,
+    )
+    reward_weights: list[float] | None = setting(None, "of several rewards, in their order; null: 1 each")
+    reward_truncated: bool = setting(False, "the built-in rewards also pay completions that were cut off")
+    pass_threshold: float | None = setting(None, "the reward of a pass, at least; null: clip to [0, 1]")
     reward_timeout: float = setting(
         0.0, "seconds one call of the reward may take; 0: no limit", at_least=0, at_most=10**9, result=False
     )
@@ -275,6 +292,8 @@ class CompareConfig(Section):
 
 @dataclass
 class Config(Section):
+    """Every setting, as sections; ``load_config`` reads it."""
+
     run_dir: str = setting("runs/default", "where every stage writes", filled=True, result=False)
     seed: int = setting(0, "of the data split, the labels and, unless train.seed is set, training", **SEED)
     threads: int | None = setting(

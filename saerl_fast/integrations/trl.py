@@ -25,6 +25,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_text
 from saerl_fast.plan import Plan
 from saerl_fast.plan.sampler import dataset_rows
+from saerl_fast.rl.evaluate import pass_rates
 
 STATE = "saerl_plan.json"
 PassRate = Callable[[np.ndarray], np.ndarray]
@@ -116,8 +117,11 @@ def plan_trainer(
             if self.model.training:
                 ids = gather_object([row["prompt_id"] for row in inputs])
                 total = (gathered * self.reward_weights.to(gathered.device)).nansum(dim=1)
+                total[gathered.isnan().all(dim=1)] = float("nan")  # no reward function judges it
                 rewards = total.double().cpu().numpy().reshape(-1, self.num_generations)
-                sampler.observe(ids[:: self.num_generations], [float(r) for r in _rates(rewards, pass_rate)])
+                names, known = ids[:: self.num_generations], np.flatnonzero(~np.isnan(rewards).all(1))
+                rates = _rates(rewards[known], pass_rate)
+                sampler.observe([names[i] for i in known], [float(r) for r in rates])
             return gathered
 
         def train(self, resume_from_checkpoint: Any = None, **more: Any) -> Any:
@@ -150,5 +154,5 @@ def plan_trainer(
 
 def _rates(rewards: np.ndarray, pass_rate: PassRate | None) -> np.ndarray:
     if pass_rate is None:
-        return rewards.clip(0, 1).mean(axis=1)
-    return np.asarray(pass_rate(rewards), dtype=np.float64)
+        return pass_rates(rewards)
+    return np.asarray(pass_rate(np.nan_to_num(rewards)), dtype=np.float64)

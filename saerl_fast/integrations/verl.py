@@ -18,6 +18,8 @@ batch size. Checked with verl 0.9.1's own data loading and reward code; no train
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from saerl_fast.prompts.pool import Pool
 from saerl_fast.rl.rewards import Reward, get_reward, score_rewards
 
 
-def write_parquet(plan: Plan, pool: Pool, path: str | Path, *, reward: str = "exact") -> Path:
+def write_parquet(plan: Plan, pool: Pool, path: str | Path, *, reward: str | Sequence[str] = "exact") -> Path:
     """Write ``plan.total_steps * plan.batch_size`` rows, each batch after the other; the path.
 
     ``plan`` is walked through from where it stands: pass a fresh one. Columns: data_source
@@ -44,6 +46,7 @@ def write_parquet(plan: Plan, pool: Pool, path: str | Path, *, reward: str = "ex
 
     batches = planned_batches(plan)
     get_reward(reward)
+    reward = reward if isinstance(reward, str) else ",".join(reward)
     row = dataset_rows(plan, pool.column("prompt_id"))
     others = [name for name in pool.columns if name not in ("prompt_id", "prompt", "answer")]
     rows: list[dict[str, Any]] = []
@@ -89,7 +92,8 @@ def compute_score(
         raise SaerlError(f"data_source {data_source!r} was not written by write_parquet")
     columns = {key: [value] for key, value in json.loads(extra_info["columns"]).items()}
     columns |= {"answer": [ground_truth], "prompt_id": [extra_info["prompt_id"]]}
-    return float(score_rewards(_reward(name), [""], [solution_str], columns)[0])
+    score = float(score_rewards(_reward(name), [""], [solution_str], columns)[0])
+    return 0.0 if math.isnan(score) else score  # None: verl has no row that a reward leaves out
 
 
 @cache

@@ -1,90 +1,207 @@
-"""Rows of a local file or a hub dataset as a dict of equally long columns."""
+"""Rows of a local file, a folder or a hub dataset as a dict of equally long columns."""
 
 from __future__ import annotations
 
 import csv
-import json
+import gzip
+import io
 import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.prompts import jsontext
 
-SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
+_TEXTUAL = (".jsonl", ".json", ".csv", ".tsv")
+SUFFIXES = (".parquet", *_TEXTUAL, *(f"{suffix}.gz" for suffix in _TEXTUAL))
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?\Z")
+_SAVED = ("dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves in a folder
+_SPLITS = re.compile(r"(?<![a-z])(train|test|val(id(ation)?)?|dev|eval)(?![a-z])", re.I)
 
 Columns = dict[str, list[Any]]
 
 
 def read_rows(spec: str, *, split: str, hub_config: str | None, text_columns: set[str]) -> Columns:
-    """Columns of ``spec``: a file by its suffix, else a hub dataset id or a folder for `datasets`.
+    """Columns of ``spec``: a file by its suffix, a folder, or a hub dataset id for `datasets`.
 
-    ``text_columns`` are left as text when a CSV file is read; other CSV columns that hold only numbers
-    become numbers, and empty cells become None. Raises SaerlError on anything that cannot be read.
+    A folder is one that `datasets` saved (``save_to_disk``), one of shards (files of one kind, which are
+    joined in the order of their names), or one that `datasets` reads by its own rules: files named after
+    splits, or in folders. ``text_columns`` are left as text when a CSV or TSV file is read; its other columns
+    become numbers where they hold only numbers, and empty cells None. Raises SaerlError on
+    anything that cannot be read.
     """
     path = Path(spec)
-    if path.suffix.lower() in SUFFIXES:
+    if suffix_of(path) is not None and not path.is_dir():
         if not path.is_file():
             raise SaerlError(f"data file {spec} does not exist; check the path in data.train and data.eval")
-        try:
-            return _READERS[path.suffix.lower()](path, text_columns)
-        except (OSError, UnicodeDecodeError) as err:
-            raise SaerlError(f"data file {spec} cannot be read ({err}); save it as UTF-8 text") from None
-    if path.is_dir() or _HUB_ID.match(spec):
+        return _read_file(path, text_columns)
+    if path.is_dir():
+        return _read_folder(path, split, hub_config, text_columns)
+    if _HUB_ID.match(spec):
         return _read_hub(spec, split, hub_config)
+    kinds = "/".join(SUFFIXES)
     raise SaerlError(
-        f"data source {spec!r} is no {'/'.join(SUFFIXES)} file, hub id, reasoning-gym:NAME or module:function"
+        f"data source {spec!r} is no {kinds} file, folder, hub id, reasoning-gym:NAME or module:function"
     )
 
 
+def suffix_of(path: Path) -> str | None:
+    """The entry of SUFFIXES that the file name ends in."""
+    name = path.name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def columns_of(rows: list[dict[str, Any]]) -> Columns:
+    """Rows as columns; None where a row lacks one that another has."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _read_file(path: Path, text_columns: set[str]) -> Columns:
+    suffix = (suffix_of(path) or "").removesuffix(".gz")
+    try:
+        return _READERS[suffix](path, text_columns)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as err:
+        raise SaerlError(f"{path} is not a whole gzip file ({err}); copy it again") from None
+    except (OSError, UnicodeDecodeError) as err:
+        raise SaerlError(f"data file {path} cannot be read ({err}); save it as UTF-8 text") from None
+
+
+def _read_folder(folder: Path, split: str, hub_config: str | None, text_columns: set[str]) -> Columns:
+    if any((folder / name).is_file() for name in _SAVED):
+        return _read_saved(folder, split)
+    visible = (path for path in folder.iterdir() if path.is_file() and path.name[0] not in "._")
+    shards = sorted(path for path in visible if suffix_of(path) is not None)
+    named = any(_SPLITS.search(path.name) for path in shards)
+    if hub_config is not None or named or not shards:
+        return _read_hub(str(folder), split, hub_config)
+    kinds = sorted({suffix_of(path) or "" for path in shards})
+    if len(kinds) > 1:
+        raise SaerlError(f"folder {folder} holds files of several kinds ({', '.join(kinds)}); name one file")
+    rows = [_read_file(path, text_columns) for path in shards]
+    names = set(rows[0])
+    for path, columns in zip(shards, rows, strict=True):
+        if set(columns) != names:
+            other = ", ".join(sorted(names ^ set(columns)))
+            raise SaerlError(f"{path} and {shards[0].name} differ in columns ({other}); name one file")
+    return {name: [cell for columns in rows for cell in columns[name]] for name in rows[0]}
+
+
+def _read_saved(folder: Path, split: str) -> Columns:
+    datasets = _datasets(str(folder))
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except Exception as err:  # whatever a damaged folder raises
+        reason = f"{type(err).__name__}: {_first_line(err)}"
+        raise SaerlError(f"{folder} is no whole save_to_disk folder ({reason}); save it again") from None
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise SaerlError(
+                f"{folder} has no split {split!r} (data.split, data.eval_split); it has {', '.join(data)}"
+            )
+        data = data[split]
+    return {name: data[name][:] for name in data.column_names}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The file's bytes, decompressed, after a look at their encoding."""
+    with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as handle:
+        start = handle.read(4)
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in start:
+            raise SaerlError(f"{path} line 1 is UTF-16 or UTF-32 text; save the file as UTF-8")
+        handle.seek(3 if start[:3] == b"\xef\xbb\xbf" else 0)
+        yield handle  # type: ignore[misc]
+
+
+def _text(raw: bytes, path: Path, line: int = 1) -> str:
+    """``raw``, which begins in this line of the file, as text."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as err:
+        line += raw.count(b"\n", 0, err.start)
+        raise SaerlError(
+            f"{path} line {line} is not UTF-8 text ({err.reason}); save the file as UTF-8"
+        ) from None
+
+
 def _read_jsonl(path: Path, _: set[str]) -> Columns:
-    rows = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as err:
-                raise SaerlError(f"{path} line {number} is not valid JSON ({err.msg}); mend it") from None
-            if not isinstance(row, dict):
-                raise SaerlError(f"{path} line {number} must be a JSON object, not a {type(row).__name__}")
-            rows.append(row)
-    return columns_of(rows)
+    with _opened(path) as lines:
+        return columns_of(list(_rows(path, lines)))
+
+
+def _rows(path: Path, lines: Any) -> Iterator[dict[str, Any]]:
+    for number, raw in enumerate(lines, 1):
+        line = _text(raw, path, number)
+        if not line.strip():
+            continue
+        row = jsontext.parse(line, f"{path} line {number}")
+        if not isinstance(row, dict):
+            raise SaerlError(f"{path} line {number} must be a JSON object, not a {type(row).__name__}")
+        yield row
 
 
 def _read_json(path: Path, _: set[str]) -> Columns:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as err:
-        raise SaerlError(f"{path} line {err.lineno} is not valid JSON ({err.msg}); mend it") from None
-    if isinstance(value, list) and all(isinstance(row, dict) for row in value):
-        return columns_of(value)
-    if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
-        if len({len(column) for column in value.values()}) <= 1:
-            return value
-        raise SaerlError(f"{path} has columns of different lengths; give each the same number of rows")
+    with _opened(path) as handle:
+        raw = handle.read()
+    text = _text(raw, path)
+    if jsontext.is_list(text):
+        rows = list(jsontext.elements(text, str(path)))
+        if all(isinstance(row, dict) for row in rows):
+            return columns_of(rows)
+    elif text.lstrip()[:1] == "{" and _one_a_line(text):
+        return columns_of(list(_rows(path, raw.splitlines())))
+    else:
+        value = jsontext.parse(text, str(path))
+        if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
+            if len({len(column) for column in value.values()}) <= 1:
+                return value
+            raise SaerlError(f"{path} has columns of different lengths; give each the same number of rows")
     raise SaerlError(f"{path} must hold a list of objects or an object of equally long lists")
 
 
-def _read_csv(path: Path, text_columns: set[str]) -> Columns:
-    with path.open(encoding="utf-8-sig", newline="") as handle:
-        reader = csv.DictReader(handle)
-        rows = []
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise SaerlError(
-                        f"{path} line {reader.line_num} has another number of cells than its header"
-                    )
-                rows.append(row)
-        except csv.Error as err:
-            raise SaerlError(f"{path} line {reader.line_num} is not valid CSV ({err}); mend it") from None
-        names = reader.fieldnames or []
+def _one_a_line(text: str) -> bool:
+    """Whether this is JSON Lines under the name .json: two lines or more, each an object of its own."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    return len(lines) > 1 and all(line.lstrip()[0] == "{" and line.rstrip()[-1] == "}" for line in lines)
+
+
+def _read_csv(path: Path, text_columns: set[str], dialect: str = "excel") -> Columns:
+    limit = csv.field_size_limit(sys.maxsize)  # a long prompt is no fault
+    try:
+        with _opened(path) as handle:
+            return _read_cells(path, _text(handle.read(), path), text_columns, dialect)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_tsv(path: Path, text_columns: set[str]) -> Columns:
+    return _read_csv(path, text_columns, "excel-tab")
+
+
+def _read_cells(path: Path, text: str, text_columns: set[str], dialect: str) -> Columns:
+    reader = csv.DictReader(io.StringIO(text, newline=""), dialect=dialect)
+    rows = []
+    try:
+        names = list(reader.fieldnames or [])
+        for row in reader:
+            if None in row or None in row.values():
+                raise SaerlError(f"{path} line {reader.line_num} has another number of cells than its header")
+            rows.append(row)
+    except csv.Error as err:
+        raise SaerlError(f"{path} line {reader.line_num} is not valid CSV ({err}); mend it") from None
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SaerlError(f"{path} line 1 names the column {twice!r} twice; rename one of them")
     columns: Columns = {}
     for name in names:
         cells = [row[name] for row in rows]
-        columns[name] = cells if name in text_columns else _numbers(cells)
+        texts = [cell if cell.strip() else None for cell in cells]
+        columns[name] = texts if name in text_columns else _numbers(texts)
     return columns
 
 
@@ -97,19 +214,26 @@ def _read_parquet(path: Path, _: set[str]) -> Columns:
         raise SaerlError(f"reading {path} needs pyarrow; pip install pyarrow") from None
     try:
         table = parquet.read_table(path)
-    except pa.ArrowInvalid as err:
+    except (pa.ArrowException, OSError) as err:
         raise SaerlError(f"{path} is not a Parquet file ({_first_line(err)}); write it again") from None
-    return {name: table.column(name).to_pylist() for name in table.column_names}
+    names = table.column_names
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SaerlError(f"{path} has the column {twice!r} twice; rename one of them")
+    return {name: table.column(name).to_pylist() for name in names}
 
 
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+_READERS: dict[str, Callable[[Path, set[str]], Columns]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}
 
 
 def _read_hub(spec: str, split: str, hub_config: str | None) -> Columns:
-    try:
-        import datasets
-    except ImportError:
-        raise SaerlError(f"loading the dataset {spec} needs datasets; pip install datasets") from None
+    datasets = _datasets(spec)
     try:
         data = datasets.load_dataset(spec, hub_config, split=split)
     except Exception as err:  # the hub client raises many kinds
@@ -122,17 +246,29 @@ def _read_hub(spec: str, split: str, hub_config: str | None) -> Columns:
     return {name: data[name][:] for name in data.column_names}
 
 
-def columns_of(rows: list[dict[str, Any]]) -> Columns:
-    """Rows as columns; None where a row lacks one that another has."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
-def _numbers(cells: list[str]) -> list[Any]:
+def _datasets(spec: str) -> Any:
     try:
-        return [float(cell) if cell.strip() else None for cell in cells]
+        import datasets
+    except ImportError:
+        raise SaerlError(f"loading the dataset {spec} needs datasets; pip install datasets") from None
+    return datasets
+
+
+def without_nan(columns: Columns) -> Columns:
+    """NaN as None in every column: pandas writes its missing values so."""
+    return {
+        name: [None if isinstance(cell, float) and cell != cell else cell for cell in column]
+        if any(isinstance(cell, float) and cell != cell for cell in column)
+        else column
+        for name, column in columns.items()
+    }
+
+
+def _numbers(cells: list[str | None]) -> list[Any]:
+    try:
+        return [None if cell is None else float(cell) for cell in cells]
     except ValueError:
-        return [cell if cell.strip() else None for cell in cells]
+        return list(cells)
 
 
 def _first_line(err: Exception) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.prompts import files, sources
+from saerl_fast.prompts import files, layouts, sources
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +58,12 @@ class Pool:
         return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
 
     def column(self, name: str) -> list[Any]:
-        """One column; SaerlError when there is none of that name."""
-        if name not in self.columns:
-            raise SaerlError(f"the prompt pool has no column {name!r}; it has {_names(self.columns)}")
-        return self.columns[name]
+        """One column, or the values at a path such as ``extra_info.level``; SaerlError when there is none."""
+        found = layouts.column(self.columns, name)
+        if found is None:
+            rest = layouts.not_found(self.columns, name)
+            raise SaerlError(f"the prompt pool has no column {name!r}; {rest}")
+        return found
 
     def select(self, indices: Sequence[int]) -> Pool:
         """The rows at ``indices``, in that order."""
@@ -87,9 +89,9 @@ def load_prompts(spec: str, cfg: DataConfig, *, split_role: Role = "train", seed
             spec,
             split=cfg.split if split_role == "train" else cfg.eval_split,
             hub_config=cfg.hub_config,
-            text_columns={cfg.prompt_column, cfg.answer_column or "", cfg.id_column or ""},
+            text_columns={cfg.prompt_column, cfg.answer_column or "", cfg.id_column or "", "completion"},
         )
-    columns = _canonical(columns, spec, cfg, split_role)
+    columns = _canonical(files.without_nan(columns), spec, cfg, split_role)
     columns["prompt"] = [_wrap(prompt, cfg.template) for prompt in columns["prompt"]]
     return Pool(columns)
 
@@ -113,44 +115,89 @@ def load_split(cfg: DataConfig, seed: int = 0) -> tuple[Pool, Pool]:
     if not rest:
         fix = "give others for role='eval'" if sources.is_source(cfg.train) else "add rows"
         raise SaerlError(f"every prompt of {cfg.train} is also evaluated; {fix}, or change data.eval")
-    if len(rest) < len(train) and (cfg.eval or sources.is_source(cfg.train)):
-        dropped, holder = len(train) - len(rest), cfg.eval or "the evaluation set"
-        log.warning("dropped %d training rows that %s also holds", dropped, holder)
-    return train.select(rest[: cfg.limit]), held_out.select(range(len(held_out))[: cfg.eval_limit])
+    apart = cfg.eval or sources.is_source(cfg.train)
+    copies = len(train) - len(rest) - (0 if apart else len(held_out))
+    if not apart:
+        log.info("held out %d of %d rows for evaluation", len(held_out), len(train))
+    if copies:
+        holder = cfg.eval or "the evaluation set"
+        log.warning("dropped %d training rows that %s also holds", copies, holder)
+    return (
+        _limited(train.select(rest), cfg.limit, "limit", "training"),
+        _limited(held_out, cfg.eval_limit, "eval_limit", "evaluation"),
+    )
+
+
+def _limited(pool: Pool, limit: int | None, name: str, what: str) -> Pool:
+    """The first ``limit`` rows, with a log line when others leave."""
+    if limit is None or len(pool) <= limit:
+        return pool
+    log.info("data.%s=%d leaves out %d of %d %s rows", name, limit, len(pool) - limit, len(pool), what)
+    return pool.select(range(limit))
 
 
 def _canonical(columns: files.Columns, spec: str, cfg: DataConfig, role: Role) -> dict[str, list[Any]]:
-    """The file's columns plus prompt_id, prompt and answer, checked."""
-    named = {
-        "prompt_column": cfg.prompt_column,
-        "answer_column": cfg.answer_column,
-        "id_column": cfg.id_column,
-    }
-    for field, name in named.items():
-        if name is not None and name not in columns:
-            raise SaerlError(f"{spec} has no column {name!r} (data.{field}); it has {_names(columns)}")
-    count = len(columns[cfg.prompt_column])
-    if count == 0:
-        raise SaerlError(f"{spec} holds no rows; give it at least one prompt")
-    prompts = columns[cfg.prompt_column]
-    for i, prompt in enumerate(prompts):
-        fault = _fault(prompt)
-        if fault:
-            raise SaerlError(f"{spec} row {i}: the prompt {fault}; mend or remove the row")
-    answers = columns[cfg.answer_column] if cfg.answer_column else [""] * count
-    if None in answers:
-        raise SaerlError(f"{spec} row {answers.index(None)}: the answer is null; mend or remove the row")
-    if cfg.id_column:
-        ids = columns[cfg.id_column]
-        if None in ids:
-            raise SaerlError(f"{spec} row {ids.index(None)}: {cfg.id_column} is null; give it an id")
+    """The file's columns plus prompt_id, prompt and answer, checked; rows without one dropped on request."""
+    columns, cfg, said = layouts.recognise(columns, cfg)
+    for words in said:
+        log.info("%s: %s", spec, words)
+    prompts = layouts.need(columns, cfg.prompt_column, "data.prompt_column", spec)
+    count = len(prompts)
+    answers: list[Any] = [""] * count
+    if cfg.answer_column is not None:
+        answers = layouts.need(columns, cfg.answer_column, "data.answer_column", spec)
+        answers = _texts(layouts.whole_numbers(answers), cfg.answer_column, spec, "answer")
+    if cfg.id_column is not None:
+        ids = layouts.need(columns, cfg.id_column, "data.id_column", spec)
+        ids = _texts(layouts.whole_numbers(ids), cfg.id_column, spec, "id")
     else:
         ids = [f"eval-{i}" if role == "eval" else str(i) for i in range(count)]
-    return columns | {
-        "prompt_id": [str(name) for name in ids],
-        "prompt": prompts,
-        "answer": [str(answer) for answer in answers],
-    }
+    if count == 0:
+        raise SaerlError(f"{spec} holds no rows; give it at least one prompt")
+    columns = columns | {"prompt_id": ids, "prompt": prompts, "answer": answers}
+    columns = _without_nulls(columns, spec, cfg)
+    for prompt in columns["prompt"]:
+        fault = _fault(prompt)
+        if fault:
+            raise SaerlError(
+                f"{spec} row {prompts.index(prompt)}: the prompt {fault}; mend or remove the row"
+            )
+    return columns
+
+
+def _texts(cells: list[Any], name: str, spec: str, what: str) -> list[str | None]:
+    """Answers or ids as text, None where there is none; SaerlError for a cell that is no one text."""
+    texts = []
+    for i, cell in enumerate(cells):
+        text, fault = layouts.text_of(cell, name)
+        if fault:
+            raise SaerlError(f"{spec} row {i}: the {what} {fault}")
+        texts.append(text)
+    return texts
+
+
+def _without_nulls(columns: dict[str, list[Any]], spec: str, cfg: DataConfig) -> dict[str, list[Any]]:
+    """Rows with a prompt, an answer and an id; SaerlError for any other, unless cfg.drop_null drops them."""
+    drop: set[int] = set()
+    count = len(columns["prompt"])
+    for name, what in (("prompt", "prompt"), ("answer", "answer"), ("prompt_id", "id")):
+        null = [i for i, cell in enumerate(columns[name]) if cell is None]
+        if not null:
+            continue
+        found = f"{len(null)} of {count} rows have no {what} (null, NaN or an empty cell)"
+        if not cfg.drop_null:
+            raise SaerlError(
+                f"{spec}: {found}, the first is row {null[0]}; fill them in, or drop them with "
+                "data.drop_null=true"
+            )
+        log.warning("dropped rows: %s: %s", spec, found)
+        drop.update(null)
+    if len(drop) == count:
+        raise SaerlError(f"{spec}: data.drop_null leaves none of {count} rows; give it prompts with answers")
+    if not drop:
+        return columns
+    keep = [i for i in range(count) if i not in drop]
+    return {name: [column[i] for i in keep] for name, column in columns.items()}
 
 
 def _fault(prompt: Any) -> str | None:

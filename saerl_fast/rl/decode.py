@@ -41,7 +41,7 @@ class Sampling(NamedTuple):
     decode: str
 
     @classmethod
-    def of(cls, cfg: RolloutConfig, **changes: Any) -> Sampling:
+    def of(cls, cfg: RolloutConfig | Sampling, **changes: Any) -> Sampling:
         """``cfg`` with ``changes``."""
         return cls(**{name: getattr(cfg, name) for name in cls._fields} | changes)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,16 +18,19 @@ from saerl_fast.rl import distributed
 from saerl_fast.rl.decode import Sampling
 from saerl_fast.rl.generate import generate
 from saerl_fast.rl.logprobs import completion_logprobs, micro_batches
-from saerl_fast.rl.rewards import check_answers, score_rewards
+from saerl_fast.rl.rewards import Notes, State, check_answers, is_built_in, score_rewards
 from saerl_fast.rl.rollouts import Rollouts
 from saerl_fast.rl.warmup import answer_rows
+
+log = logging.getLogger(__name__)
 
 Reward = Callable[..., Any]
 
 
 @dataclass
 class EvalResult:
-    """``mean`` over items, and per item: prompt_id, score, completion (its first sample, or None)."""
+    """``mean`` over the items that were judged, and per item: prompt_id, score (None when the reward does not
+    judge it), completion (its first sample, or None)."""
 
     mean: float
     items: list[dict[str, Any]]
@@ -40,6 +45,7 @@ def evaluate(
     reward: Reward,
     train: TrainConfig,
     seed: int = 0,
+    state: State | None = None,
 ) -> EvalResult:
     """Score every row of ``pool``.
 
@@ -73,33 +79,108 @@ def evaluate(
             scores = answer_probabilities(model, tokenizer, mine, cfg.temperature, train.micro_tokens)
         elif len(mine):  # there may be more processes than items
             made = generate(model, tokenizer, mine.ids, settings, seed=seed, first=here.start)
-            scores = score_rollouts(made, mine.columns, mine.texts, reward).mean(1)
+            rewards = score_rollouts(
+                made, mine.columns, mine.texts, reward, pay_truncated=train.reward_truncated, state=state
+            )
+            scores = known_mean(rewards)
             completions, tokens = [*made.texts[:: made.group_size]], int(made.lengths.sum())
         each = zip(mine.column("prompt_id"), scores, completions, strict=True)
-        return [{"prompt_id": i, "score": float(s), "completion": c} for i, s, c in each], tokens
+        judged = [(i, None if np.isnan(s) else float(s), c) for i, s, c in each]
+        return [{"prompt_id": i, "score": s, "completion": c} for i, s, c in judged], tokens
 
     parts = distributed.gather(part)
     items = [item for found, _ in parts for item in found]
-    mean = float(np.mean([item["score"] for item in items]))
+    known = [item["score"] for item in items if item["score"] is not None]
+    if not known:
+        raise SaerlError(
+            f"the reward gave None for all {len(items)} held-out prompts; it must judge some of them"
+        )
+    mean = float(np.mean(known))
     return EvalResult(mean, items, cfg.mode, sum(tokens for _, tokens in parts))
 
 
 def score_rollouts(
-    rollouts: Rollouts, columns: Mapping[str, Sequence[Any]], prompts: Sequence[str], reward: Reward
+    rollouts: Rollouts,
+    columns: Mapping[str, Sequence[Any]],
+    prompts: Sequence[str],
+    reward: Reward,
+    *,
+    pay_truncated: bool = False,
+    state: State | None = None,
+    notes: Notes | None = None,
 ) -> np.ndarray:
-    """Rewards float64 [P, G] of the rollouts of P prompts; ``columns`` are the pool's for these P rows."""
+    """Rewards float64 [P, G] of the rollouts of P prompts, NaN where the reward said None.
+
+    ``columns`` are the pool's for these P rows, ``prompts`` their final texts. Where the pool's prompt is a
+    list of chat messages, the reward is given those and its completions as messages. The built-in rewards
+    pay nothing for completions that were cut off, unless ``pay_truncated``.
+    """
     group = rollouts.group_size
     repeated = {name: [v for v in column for _ in range(group)] for name, column in columns.items()}
-    texts = [text for text in prompts for _ in range(group)]
-    return score_rewards(reward, texts, rollouts.texts, repeated).reshape(-1, group)
+    given: list[Any] = []
+    completions: list[Any] = list(rollouts.texts)
+    for p, (text, raw) in enumerate(zip(prompts, columns.get("prompt", prompts), strict=True)):
+        chat = list(raw) if isinstance(raw, list) else None
+        begun = chat.pop()["content"] if chat and chat[-1]["role"] == "assistant" else ""  # prefilled
+        given += [text if chat is None else chat] * group
+        if chat is not None:
+            for i in range(p * group, (p + 1) * group):
+                completions[i] = [{"role": "assistant", "content": begun + rollouts.texts[i]}]
+    if not pay_truncated and not rollouts.finished.any() and is_built_in(reward):
+        _say_cut_off()
+    kept = zip(rollouts.completion_ids.tolist(), rollouts.lengths.tolist(), strict=True)
+    return score_rewards(
+        reward,
+        given,
+        completions,
+        repeated,
+        ids=[row[:length] for row, length in kept],
+        finished=None if pay_truncated else rollouts.finished.tolist(),
+        state=state,
+        notes=notes,
+    ).reshape(-1, group)
 
 
-def pass_rates(rewards: np.ndarray) -> np.ndarray:
+@cache
+def _say_cut_off() -> None:
+    log.warning(
+        "no completion ended before train.rollout.max_new_tokens, and the built-in rewards pay nothing for "
+        "text that is cut off; raise it, or set train.reward_truncated=true"
+    )
+
+
+def known_mean(rewards: np.ndarray) -> np.ndarray:
+    """Means [P] of rewards [P, G] over those that are not NaN; NaN where none is."""
+    known = ~np.isnan(rewards)
+    if known.all():
+        return rewards.mean(1)
+    count = known.sum(1)
+    return np.where(count > 0, np.where(known, rewards, 0.0).sum(1) / np.maximum(count, 1), np.nan)
+
+
+def pass_rates(rewards: np.ndarray, threshold: float | None = None) -> np.ndarray:
     """Share of passes [P] of rewards [P, G]: their mean after clipping each to [0, 1].
 
-    For 0/1 rewards this is the pass rate; graded rewards in [0, 1] count by their grade.
+    For 0/1 rewards this is the pass rate; graded rewards in [0, 1] count by their grade. With ``threshold``
+    the share of rewards at or above it, for rewards of any range. NaN is left out.
     """
-    return np.clip(rewards, 0.0, 1.0).mean(1)
+    if threshold is None:
+        return known_mean(np.clip(rewards, 0.0, 1.0))
+    return known_mean(np.where(np.isnan(rewards), np.nan, rewards >= threshold))
+
+
+def warn_of_range(rewards: np.ndarray, threshold: float | None) -> bool:
+    """Say that pass rates cannot be seen in these rewards as they are; whether that had to be said."""
+    low, high = (float(f(rewards)) if np.isfinite(rewards).any() else 0.0 for f in (np.nanmin, np.nanmax))
+    if threshold is not None or (low >= 0 and high <= 1):
+        return False
+    log.warning(
+        "rewards from %.3g to %.3g: pass rates, which the adaptive plan and the difficulty labels go by, "
+        "count them clipped to [0, 1]; set train.pass_threshold to the reward from which a completion passes",
+        low,
+        high,
+    )
+    return True
 
 
 @torch.no_grad()

@@ -129,18 +129,33 @@ def clip_range(cfg: LossConfig) -> tuple[float, float]:
     return 1 - low, 1 + high
 
 
-def advantages(rewards: Tensor, cfg: LossConfig) -> tuple[Tensor, Tensor]:
+def advantages(rewards: Tensor, cfg: LossConfig, shaped: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Advantages float32 [P, G] of rewards [P, G], and which groups [P] bool carry a signal.
 
     A_ig = (R_ig - mean_g R) / (std_g R + 1e-4), the division only with ``cfg.scale_rewards`` and where the
     loss is ``scaled`` (std: over G - 1; arXiv 2402.03300). A group of equal rewards has no signal: all zeros.
+    ``shaped`` [P, G]: the rewards with what was added for length, say; advantages are of these, but a group
+    whose ``rewards`` are equal has no signal however its shaped ones differ. NaN in ``rewards`` is no reward:
+    such a completion is left out of its group, with advantage 0.
     """
-    rewards = rewards.float()
-    centred = rewards - rewards.mean(1, keepdim=True)
-    used = rewards.amax(1) > rewards.amin(1)
-    if cfg.scale_rewards and get_loss(cfg.kind).scaled and rewards.shape[1] > 1:
-        centred = centred / (rewards.std(1, keepdim=True) + 1e-4)
-    return centred * used[:, None], used
+    known = ~rewards.isnan()
+    values = rewards if shaped is None else shaped
+    if rewards.masked_fill(~known, 0).abs().max() < 1e6:  # beyond, float32 would lose differences
+        rewards, values = rewards.float(), values.float()
+    used = rewards.masked_fill(~known, -torch.inf).amax(1) > rewards.masked_fill(~known, torch.inf).amin(1)
+    scale = cfg.scale_rewards and get_loss(cfg.kind).scaled and rewards.shape[1] > 1
+    if known.all():
+        centred = values - values.mean(1, keepdim=True)
+        if scale:
+            centred = centred / (values.std(1, keepdim=True) + 1e-4)
+        return (centred * used[:, None]).float(), used
+    count = known.sum(1, keepdim=True)
+    mean = values.masked_fill(~known, 0).sum(1, keepdim=True) / count.clamp(min=1)
+    centred = (values - mean).masked_fill(~known, 0)
+    if scale:
+        std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+        centred = centred / (std + 1e-4)
+    return (centred * used[:, None]).float(), used
 
 
 def overlong_penalty(lengths: Tensor, cfg: TrainConfig) -> Tensor:

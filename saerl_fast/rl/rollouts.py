@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from saerl_fast.rl.rewards.call import Notes
+
 if TYPE_CHECKING:
     from saerl_kernels import CSR
 
@@ -72,9 +74,10 @@ class Draw:
     prompts: list[str]  # [P] texts
     columns: dict[str, list[Any]]  # of the pool, P rows
     rollouts: Rollouts
-    rewards: np.ndarray  # float64 [P, G], as the reward function gave them
+    rewards: np.ndarray  # float64 [P, G], as the reward function gave them; NaN for None
     advantage: Tensor  # float32 [P, G]
-    used: Tensor  # bool [P]: rewards that differ, so a gradient
+    used: Tensor  # bool [P]: rewards (of the task, not shaped) that differ, so a gradient
+    notes: Notes = field(default_factory=Notes)  # what the reward functions logged
 
 
 def concat(parts: Sequence[Rollouts]) -> Rollouts:

@@ -42,11 +42,12 @@ from saerl_fast.records.log import JsonlLog, MetricsLog
 from saerl_fast.rl import checkpoint as ckpt
 from saerl_fast.rl import distributed, lora, seeds
 from saerl_fast.rl.clock import Clock
-from saerl_fast.rl.evaluate import evaluate, pass_rates, score_rollouts
+from saerl_fast.rl.evaluate import evaluate, known_mean, pass_rates, score_rollouts, warn_of_range
 from saerl_fast.rl.generate import generate
 from saerl_fast.rl.interrupt import graceful_interrupt
 from saerl_fast.rl.loss import advantages, overlong_penalty
-from saerl_fast.rl.rewards import with_timeout
+from saerl_fast.rl.rewards import Notes, State, with_timeout
+from saerl_fast.rl.rewards.dry import read_answers
 from saerl_fast.rl.rollouts import Draw, Rollouts, concat, join
 from saerl_fast.rl.seeds import derived_seed
 from saerl_fast.rl.update import Learner
@@ -156,7 +157,10 @@ class _Run:
                 f"{distributed.size()} processes cannot share train.rollout.prompts_per_step="
                 f"{cfg.rollout.prompts_per_step}; start fewer processes or raise it"
             )
+        read_answers(self.reward, (self.session.train, self.session.eval))
         self.reward = with_timeout(self.reward, cfg.reward_timeout)
+        self.state = State(max_steps=cfg.steps)
+        self.warned = False  # of rewards outside [0, 1]
         self.writes = distributed.rank() == 0
         self.counters: dict[str, Any] = dict.fromkeys(("rollouts", "tokens", "groups", "groups_used"), 0)
         self.counters["seconds"] = {}
@@ -276,7 +280,8 @@ class _Run:
         weights, kept = lora.merged_weights(self.model)
         self.model = lora.merge(self.model, weights)
         seed = derived_seed(self.seed, seeds.EVAL, 0)
-        found = evaluate(self.model, self.tokenizer, self.session.eval, self.reward, self.cfg, seed)
+        pool = self.session.eval
+        found = evaluate(self.model, self.tokenizer, pool, self.reward, self.cfg, seed, self.state)
         dtype = str(half).removeprefix("torch.")
         saved = "float32" if self.cfg.lora.merge_dtype == "float32" else dtype
         record = {"saved_as": saved, "rounded_to": dtype, "change_kept": kept, "accuracy": found.mean}
@@ -313,6 +318,7 @@ class _Run:
     def step(self, step: int) -> None:
         cfg, clock = self.cfg, self.clock()
         self._seed_globals(step)
+        self.state.global_step = step - 1  # steps made, as transformers counts them
         draws = [self._draw(step, 0, clock)]
         wanted = cfg.rollout.prompts_per_step
         while len(draws) <= cfg.dynamic_sampling and sum(int(d.used.sum()) for d in draws) < wanted:
@@ -332,18 +338,23 @@ class _Run:
         if self.writes:
             self._log_rollouts(step, draws[0])
         rewards = np.concatenate([draw.rewards for draw in draws])
+        rates = pass_rates(rewards, cfg.pass_threshold)
+        notes = Notes()
+        for draw in draws:
+            notes.add(draw.notes)
         finished = torch.cat([draw.rollouts.finished for draw in draws])
         row = {
             "step": step,
             "kind": "train",
-            "reward": float(rewards.mean()),
-            "pass_rate": float(pass_rates(rewards).mean()),
+            "reward": float(known_mean(rewards.reshape(1, -1))[0]),
+            "pass_rate": float(known_mean(rates[None])[0]),
             **update,
             **counts,
             "length": counts["tokens"] / counts["rollouts"],
             "finished": float(finished.float().mean()),
             "lr": lr,
             "plan": self.plan.metrics(),
+            **notes.means(),
             "time": clock.seconds,
         }
         self._record(row | ({"draws": len(draws)} if cfg.dynamic_sampling else {}))
@@ -361,24 +372,47 @@ class _Run:
         part = {name: column[here] for name, column in columns.items()}
         seed = derived_seed(self.seed, seeds.ROLLOUT, step, number)
 
-        def sample() -> tuple[Rollouts, np.ndarray]:
+        def sample() -> tuple[Rollouts, np.ndarray, Notes]:
             options = {"seed": seed, "first": here.start, "capture": self.capture}
             tokens = [self.pool.ids[i] for i in rows[here]]
             made = self.engine(self.model, self.tokenizer, tokens, cfg.rollout, **options)
             for phase, seconds in made.timings.items():
                 clock.add(phase, seconds)
             with clock("reward"):
-                rewards = score_rollouts(made, part, prompts[here], self.reward)
-            return made.to("cpu") if distributed.size() > 1 else made, rewards
+                notes = Notes()
+                rewards = score_rollouts(
+                    made,
+                    part,
+                    prompts[here],
+                    self.reward,
+                    pay_truncated=cfg.reward_truncated,
+                    state=self.state,
+                    notes=notes,
+                )
+            return made.to("cpu") if distributed.size() > 1 else made, rewards, notes
 
         shares = distributed.gather(sample)
-        rollouts = concat([made for made, _ in shares]).to(self.model.device)
-        rewards = np.concatenate([found for _, found in shares])
+        rollouts = concat([made for made, _, _ in shares]).to(self.model.device)
+        rewards = np.concatenate([found for _, found, _ in shares])
+        notes = Notes()
+        for _, _, found in shares:
+            notes.add(found)
+        if self.writes and not self.warned:
+            self.warned = warn_of_range(rewards, cfg.pass_threshold)
         with clock("plan"):
-            self.plan.observe(ids, pass_rates(rewards), rollouts.features)
-        shaped = torch.from_numpy(rewards)
-        shaped = shaped + overlong_penalty(rollouts.lengths.cpu(), cfg).view_as(shaped)
-        return Draw(ids, prompts, columns, rollouts, rewards, *advantages(shaped, cfg.loss))
+            self._tell(ids, pass_rates(rewards, cfg.pass_threshold), rollouts.features)
+        task = torch.from_numpy(rewards)
+        shaped = task + overlong_penalty(rollouts.lengths.cpu(), cfg).view_as(task)
+        return Draw(ids, prompts, columns, rollouts, rewards, *advantages(task, cfg.loss, shaped), notes)
+
+    def _tell(self, ids: list[str], rates: np.ndarray, features: Any) -> None:
+        """The plan observes the prompts that the reward judged."""
+        known = np.flatnonzero(~np.isnan(rates))
+        if len(known) == len(ids):
+            self.plan.observe(ids, rates, features)
+        elif len(known):
+            some = None if features is None else features.select_rows(torch.from_numpy(known))
+            self.plan.observe([ids[i] for i in known], rates[known], some)
 
     # --- around the steps --------------------------------------------------------------------------
 
@@ -386,13 +420,15 @@ class _Run:
         clock = self.clock()
         with clock("eval"):
             pool, seed = self.session.eval, derived_seed(self.seed, seeds.EVAL, 0)
-            result = evaluate(self.model, self.tokenizer, pool, self.reward, self.cfg, seed)
+            self.state.global_step = step
+            result = evaluate(self.model, self.tokenizer, pool, self.reward, self.cfg, seed, self.state)
         if self.writes:
             self.eval_items.write({"step": step, **item} for item in result.items)
         self.counters.setdefault("accuracy_first", result.mean)
         self.counters["accuracy"] = result.mean
         self.counters["accuracy_best"] = max(result.mean, self.counters.get("accuracy_best", result.mean))
-        row = {"step": step, "kind": "eval", "accuracy": result.mean, "n": len(result.items)}
+        judged = sum(item["score"] is not None for item in result.items)
+        row = {"step": step, "kind": "eval", "accuracy": result.mean, "n": judged}
         self._record(row | {"mode": result.mode, "tokens": result.tokens, "time": clock.seconds})
 
     def _log_rollouts(self, step: int, draw: Draw) -> None:
@@ -402,4 +438,6 @@ class _Run:
             row = {"step": step, "prompt_id": draw.ids[i], "prompt": draw.prompts[i]}
             row |= {"answer": draw.columns["answer"][i], "rewards": draw.rewards[i].tolist()}
             row["completions"] = draw.rollouts.texts[i * group : (i + 1) * group]
+            whole = {k: v for k, v in draw.notes.extra.items() if len(v) == len(draw.rollouts.texts)}
+            row |= {f"extra_{k}": v[i * group : (i + 1) * group] for k, v in whole.items()}
             self.rollout_log.write([row])

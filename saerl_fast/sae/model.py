@@ -1,6 +1,6 @@
 """One SAE class for every architecture the pipeline encodes with: weights, what they are, kernel calls.
 
-Encoding and decoding follow SAELens 6 (``sae_lens/saes/{topk,jumprelu,standard}_sae.py``), whose
+Encoding and decoding follow SAELens 6 (``sae_lens/saes/{topk,jumprelu,gated,standard}_sae.py``), whose
 tests-with-the-real-library live in ``tests/test_sae_files.py``.
 """
 
@@ -26,7 +26,7 @@ from saerl_kernels import (
 )
 from saerl_kernels.pack import NORMALISATIONS
 
-ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "standard")
+ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "gated", "standard")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SAESpec:
     """What an SAE's weights are and where they belong; names as SAELens has them."""
 
     architecture: str = "topk"  # one of ARCHITECTURES; standard: a plain ReLU
-    k: int | None = None  # topk: features kept per token; batchtopk: the average it was trained for
+    k: int | float | None = None  # topk: features kept per token; batchtopk: the average it was trained for
     apply_b_dec_to_input: bool = True
     rescale_acts_by_decoder_norm: bool = False  # topk only: rank and report activations times decoder norms
     normalize_activations: str = "none"  # one of saerl_kernels' NORMALISATIONS
@@ -46,10 +46,11 @@ class SAESpec:
 
 
 class SAE(nn.Module):
-    """A sparse autoencoder: TopK, or threshold-encoded (JumpReLU, BatchTopK at inference, plain ReLU).
+    """A sparse autoencoder: TopK, or threshold-encoded (JumpReLU, BatchTopK at inference, gated, plain ReLU).
 
     W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in], threshold [d_sae] for
-    "jumprelu" and "batchtopk". Raises SaerlError on shapes or settings that do not fit together.
+    "jumprelu", "batchtopk" and "gated" (whose gate `saelens.build` writes as a threshold). Raises SaerlError
+    on shapes or settings that do not fit together.
     """
 
     def __init__(
@@ -80,6 +81,13 @@ class SAE(nn.Module):
             self.register_parameter("threshold", None)
         self._packed: dict[Any, PackedEncoder] = {}
 
+    def __repr__(self) -> str:
+        k = "" if self.cfg.k is None else f", k={self.cfg.k}"
+        layer = "" if self.layer is None else f", layer={self.layer}"
+        dtype = str(self.W_enc.dtype).split(".")[-1]
+        shape = f"d_in={self.d_in}, d_sae={self.d_sae}"
+        return f"SAE({self.architecture}, {shape}{k}{layer}, {dtype}, {self.W_enc.device})"
+
     @property
     def d_in(self) -> int:
         return self.W_enc.shape[0]
@@ -95,7 +103,7 @@ class SAE(nn.Module):
     @property
     def k(self) -> int | None:
         """Features kept per token; None when a threshold decides (everything but "topk")."""
-        return self.cfg.k if self.architecture == "topk" else None
+        return int(self.cfg.k) if self.architecture == "topk" and self.cfg.k is not None else None
 
     @property
     def layer(self) -> int | None:
@@ -194,14 +202,17 @@ def _check_spec(cfg: SAESpec, d_sae: int, threshold: Tensor | None) -> None:
         )
     if architecture == "topk" and not (isinstance(k, int) and 1 <= k <= d_sae):
         raise SaerlError(f"k={k!r} must be an integer from 1 to d_sae={d_sae} for a topk SAE")
-    if architecture in ("jumprelu", "batchtopk") and threshold is None:
-        raise SaerlError(f"a {architecture} SAE needs its threshold [d_sae]; the checkpoint has none")
+    if (architecture in ("jumprelu", "batchtopk", "gated")) != (threshold is not None):
+        has = "none" if threshold is None else "one"
+        needs = "needs its" if threshold is None else "takes no"
+        raise SaerlError(f"a {architecture} SAE {needs} threshold [d_sae]; the checkpoint has {has}")
     if cfg.rescale_acts_by_decoder_norm and architecture != "topk":
         raise SaerlError(f"rescale_acts_by_decoder_norm is for topk SAEs, not {architecture}")
-    if cfg.normalize_activations not in NORMALISATIONS:
+    at_run_time = [name for name in NORMALISATIONS if name != "expected_average_only_in"]  # to be folded in
+    if cfg.normalize_activations not in at_run_time:
         raise SaerlError(
             f"normalize_activations={cfg.normalize_activations!r} is not supported; "
-            f"use one of {', '.join(NORMALISATIONS)}"
+            f"use one of {', '.join(at_run_time)}"
         )
 
 

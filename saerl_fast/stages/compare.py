@@ -56,6 +56,8 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
     Raises SaerlError before anything is trained when an arm or the list of seeds is wrong: settings, packages
     and functions are checked first, then, with the model and the scores at hand, the plan of every arm.
     """
+    from saerl_fast.rl.rewards.dry import try_reward
+
     arms = [parse_arm(text) for text in config.compare.arms]
     names = [name for name, _ in arms]
     if len(set(names)) < len(names):
@@ -69,6 +71,7 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
             if seed == seeds[0]:
                 check_packages(mine)
                 check_functions(mine)
+                try_reward(mine)
             folder = name if seed == seeds[0] else f"{name}.seed-{seed}"
             jobs.append((name, mine, root / folder))
     states = [_state(mine, out, redo) for _, mine, out in jobs]  # all of them before the first one runs

@@ -21,6 +21,9 @@ LABELS = (  # what the labels depend on beyond their own section and the seed: t
     "train.rollout.temperature",
     "train.rollout.top_p",
     "train.reward",
+    "train.reward_weights",
+    "train.reward_truncated",
+    "train.pass_threshold",
 )
 
 
@@ -84,7 +87,7 @@ def _functions(config: Config, sections: tuple[str, ...]) -> dict[str, str | Non
     names += [config.train.loss.kind] * ("train" in sections)
     rolled_out = config.difficulty.label_column is None and config.difficulty.n_labels > 0
     if "train" in sections or ("labels" in sections and rolled_out):
-        names.append(config.train.reward)
+        names += config.train.reward
     return {name: source_digest(name) for name in names if is_function(name)}
 
 

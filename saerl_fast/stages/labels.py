@@ -43,7 +43,7 @@ def difficulty_labels(
     if settings.n_labels < 1:
         return None, {"labelled": 0.0, "rollouts": 0.0}
     from saerl_fast.rl.decode import Sampling
-    from saerl_fast.rl.evaluate import pass_rates, score_rollouts
+    from saerl_fast.rl.evaluate import pass_rates, score_rollouts, warn_of_range
     from saerl_fast.rl.generate import generate
     from saerl_fast.rl.rewards import get_reward, with_timeout
 
@@ -54,7 +54,9 @@ def difficulty_labels(
     if file.is_file():
         saved = read_json(file, "saerl score")
         record = saved if saved.get("fingerprint") == mark else record
-    reward = with_timeout(get_reward(config.train.reward), config.train.reward_timeout)
+    train = config.train
+    reward = with_timeout(get_reward(train.reward, train.reward_weights), train.reward_timeout)
+    warned = False
     ids = pool.column("prompt_id")
     rollout = Sampling.of(config.train.rollout, group_size=settings.rollouts)
     bar, width = echo.bar("difficulty labels", "prompt"), LABEL_CHUNK
@@ -69,14 +71,17 @@ def difficulty_labels(
             passes = rollout.max_new_tokens * -(-count // (rollout.batch_size or count))
             with within_calls(session.model, passes, partial(_tell, bar, start, len(part), len(chosen))):
                 made = generate(session.model, session.tokenizer, rows.ids, rollout, seed=seed)
-            rates = pass_rates(score_rollouts(made, rows.columns, rows.texts, reward))
-            record["rates"].update({ids[i]: float(rate) for i, rate in zip(part, rates, strict=True)})
+            cut = train.reward_truncated
+            paid = score_rollouts(made, rows.columns, rows.texts, reward, pay_truncated=cut)
+            warned = warned or warn_of_range(paid, train.pass_threshold)
+            found = zip(part, pass_rates(paid, train.pass_threshold), strict=True)
+            record["rates"].update({ids[i]: None if np.isnan(rate) else float(rate) for i, rate in found})
             record["tokens"] += int(made.lengths.sum())
             record["seconds"] += time.perf_counter() - began
             write_json(file, record)
         bar(min(start + width, len(chosen)), len(chosen))
     rates = np.full(len(pool), np.nan)
-    rates[chosen] = [record["rates"][ids[i]] for i in chosen]
+    rates[chosen] = np.array([record["rates"][ids[i]] for i in chosen], dtype=float)  # None: not judged
     costs = {"labelled": len(chosen), "rollouts": len(chosen) * settings.rollouts, "tokens": record["tokens"]}
     return rates, {key: float(value) for key, value in costs.items()} | {"seconds": record["seconds"]}
 

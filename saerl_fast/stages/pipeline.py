@@ -140,8 +140,9 @@ def describe_sae(path: str) -> str:
     """What ``saerl sae info`` prints: the shape and flags of a checkpoint, and how it was trained here."""
     from saerl_fast.sae.files import load_sae
 
-    sae = load_sae(path)
-    lines = [f"{path}: {sae.architecture} SAE, d_in={sae.d_in}, d_sae={sae.d_sae}, k={sae.cfg.k}"]
+    with hub_access(not is_local(path)):
+        sae = load_sae(path)
+    lines = [f"{path}: {sae}"]
     lines += [f"  {key}: {value}" for key, value in sorted(vars(sae.cfg).items()) if value is not None]
     trained = Path(path) / "train.json"
     if trained.is_file():
@@ -158,6 +159,7 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
 
     With ``redo`` those that these settings have made are kept.
     """
+    from saerl_fast.rl.rewards.dry import try_reward
     from saerl_fast.signals.scores import Scores, score
 
     if redo:
@@ -165,6 +167,8 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
         if (Path(config.run_dir) / "scores.parquet").is_file():
             return Scores.load(config.run_dir)
     refuse_other(config, scores=False)
+    if config.difficulty.label_column is None and config.difficulty.n_labels:
+        try_reward(config)
     session = session or open_session(config, echo)
     sae = find_sae(config, echo, session)
     labels, label_costs = difficulty_labels(config, echo, session)
@@ -287,6 +291,7 @@ def train_stage(
     from saerl_fast.records.report import write_report
     from saerl_fast.rl import distributed
     from saerl_fast.rl.rewards import get_reward
+    from saerl_fast.rl.rewards.dry import check_think, try_reward
     from saerl_fast.rl.trainer import train
     from saerl_fast.sae.capture import FeatureCapture
 
@@ -306,7 +311,8 @@ def train_stage(
         raise SaerlError(f"model.device={config.model.device} is one device for all processes; set auto")
     check_packages(config)
     check_functions(config, planned=given is not None)
-    reward = get_reward(config.train.reward)
+    reward = get_reward(config.train.reward, config.train.reward_weights)
+    try_reward(config)
     if redo:
         state = distributed.gather(lambda: redo_target(out, described, config, echo))[0]
         if state == "kept":
@@ -320,6 +326,7 @@ def train_stage(
     if session is None:
         scored = given is None and needs_scores(config)
         session = open_session(config, echo) if scored else Session.open(config, echo)
+    check_think(config.train.reward, session.tokenizer)
     plan = given or make_plan(config, echo, session)
     if plan.batch_size != config.train.rollout.prompts_per_step or plan.total_steps < config.train.steps:
         raise SaerlError(

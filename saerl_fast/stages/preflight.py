@@ -70,7 +70,7 @@ def check_functions(config: Config, *, planned: bool = False) -> None:
     from saerl_fast.rl.rewards import get_reward
 
     get_loss(config.train.loss.kind)
-    get_reward(config.train.reward)
+    get_reward(config.train.reward, config.train.reward_weights)
     if planned:
         return
     static = get_schedule(config.plan.schedule)

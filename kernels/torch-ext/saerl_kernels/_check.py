@@ -36,6 +36,14 @@ def check_k(k: int, limit: int, name: str = "d_sae") -> None:
         raise ValueError(f"k={k} is larger than {name}={limit}")
 
 
+def check_average_k(k: Union[int, float], limit: int) -> None:
+    """As `check_k`, of an average over rows, which may be a fraction."""
+    if isinstance(k, bool) or not isinstance(k, (int, float)) or not k > 0:
+        raise ValueError(f"k={k!r} must be a positive number")
+    if k > limit:
+        raise ValueError(f"k={k} is larger than d_sae={limit}")
+
+
 def check_reduce(reduce: str) -> None:
     if reduce not in REDUCES:
         raise ValueError(f"reduce={reduce!r} is unknown; choose one of {', '.join(REDUCES)}")

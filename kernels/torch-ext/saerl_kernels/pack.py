@@ -12,7 +12,7 @@ NORMALISATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PackedEncoder:
     """An encoder ready to run: pre-activations are ``prepare(x) @ weight.T + bias``.
 
@@ -27,7 +27,17 @@ class PackedEncoder:
     permutation: Optional[Tensor] = None  # int32 [d_sae]
     permute: Union[bool, str] = "auto"
     seed: int = 0
-    _cache: dict = field(default_factory=dict, repr=False)
+    _cache: dict = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        parts = [f"d_in={self.d_in}", f"d_sae={self.d_sae}", str(self.dtype).split(".")[-1], str(self.device)]
+        if self.threshold is not None:
+            parts.append("threshold")
+        if self.normalize_activations != "none":
+            parts.append(self.normalize_activations)
+        if self.permutation is not None:
+            parts.append("permuted")
+        return f"PackedEncoder({', '.join(parts)})"
 
     @property
     def d_in(self) -> int:
@@ -130,7 +140,7 @@ def pack_encoder(
     *,
     W_dec: Optional[Tensor] = None,
     b_dec: Optional[Tensor] = None,
-    apply_b_dec_to_input: bool = False,
+    apply_b_dec_to_input: Optional[bool] = None,
     rescale_acts_by_decoder_norm: bool = False,
     normalize_activations: str = "none",
     input_scale: float = 1.0,
@@ -142,15 +152,16 @@ def pack_encoder(
     """Fold an SAE encoder into one weight and one bias.
 
     The encoder packed is, for a row x,
-    ``norm * ((input_scale * normalize(x) - b_dec) @ W_enc + b_enc)`` with ``b_dec`` only under
-    ``apply_b_dec_to_input`` and ``norm`` (the decoder's row norms) only under
-    ``rescale_acts_by_decoder_norm``.
+    ``norm * ((input_scale * normalize(x) - b_dec) @ W_enc + b_enc)`` with ``b_dec`` where it is given (and
+    not switched off) and ``norm`` (the decoder's row norms) only under ``rescale_acts_by_decoder_norm``.
 
     Args:
         W_enc: [d_in, d_sae], as SAELens stores it (sparsify keeps its transpose).
         b_enc: [d_sae], or None for no bias.
         W_dec: [d_sae, d_in]; needed for ``rescale_acts_by_decoder_norm``.
-        b_dec: [d_in]; needed for ``apply_b_dec_to_input``.
+        b_dec: [d_in], subtracted from x. Leave it out for an SAE that does not (Gemma Scope, Llama Scope).
+        apply_b_dec_to_input: SAELens' flag: None subtracts b_dec where it is given, False never does, True
+            needs it.
         normalize_activations: "none", "layer_norm", "constant_norm_rescale" (both run on x at each call), or
             "expected_average_only_in" (its scale belongs in ``input_scale``, as SAELens folds it).
         input_scale: a constant factor on x.
@@ -164,6 +175,10 @@ def pack_encoder(
     Folding is done in float64 against the rounded weight, so a 16-bit encoder has no second rounding.
     Raises ValueError for shapes that do not fit or an unknown option.
     """
+    tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+    for name, given in tensors.items():
+        if given is not None and not isinstance(given, Tensor):
+            raise ValueError(f"{name} is a {type(given).__name__}; give a torch.Tensor (torch.as_tensor)")
     if W_enc.dim() != 2:
         raise ValueError(f"W_enc must be [d_in, d_sae], got shape {tuple(W_enc.shape)}")
     d_in, d_sae = W_enc.shape
@@ -203,6 +218,8 @@ def pack_encoder(
         bias += b_enc.detach().to(device, torch.float64)
     if norms is not None:
         bias *= norms
+    if apply_b_dec_to_input is None:
+        apply_b_dec_to_input = b_dec is not None
     if apply_b_dec_to_input:
         if b_dec is None:
             raise ValueError("apply_b_dec_to_input=True needs b_dec [d_in]")
@@ -212,10 +229,10 @@ def pack_encoder(
             bias[start:stop] -= weight[start:stop].double() @ shift
     packed_threshold = None
     if threshold is not None:
-        given = torch.as_tensor(threshold, dtype=torch.float32, device=device).detach()
-        if given.dim() > 0:
-            _check_shape("threshold", given, (d_sae,))
-        packed_threshold = given.expand(d_sae).clone()
+        limit = torch.as_tensor(threshold, dtype=torch.float32, device=device).detach()
+        if limit.dim() > 0:
+            _check_shape("threshold", limit, (d_sae,))
+        packed_threshold = limit.expand(d_sae).clone()
     packed = PackedEncoder(weight, bias.float(), packed_threshold, at_run_time, None, permute, seed)
     return packed._permuted()
 

@@ -233,7 +233,7 @@ def encode_batch_topk_train(
     x: Tensor,
     W_enc: Tensor,
     b_enc: Optional[Tensor],
-    k: int,
+    k: Union[int, float],
     *,
     b_dec: Optional[Tensor] = None,
     dtype: Optional[torch.dtype] = None,
@@ -242,7 +242,7 @@ def encode_batch_topk_train(
     pre = _train_scores(x, W_enc, b_enc, b_dec, dtype)
     pre = torch.where(pre > 0, pre, 0.0)
     flat = pre.detach().float().reshape(-1)
-    chosen = flat.sort(descending=True, stable=True).indices[: k * x.shape[0]]
+    chosen = flat.sort(descending=True, stable=True).indices[: int(k * x.shape[0])]
     kept = torch.zeros_like(flat).index_fill_(0, chosen, 1.0).reshape(pre.shape) * (flat > 0).view(pre.shape)
     width = max(1, int(kept.sum(-1).max())) if x.shape[0] else 1
     found = topk(torch.where(kept > 0, pre.detach(), -1.0), width)

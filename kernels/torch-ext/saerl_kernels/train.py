@@ -6,14 +6,14 @@ a sparse decode. Both passes are torch custom ops, so torch.compile sees them wh
 
 from __future__ import annotations
 
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
 
 from . import _torch, reference
 from ._batch import batch_topk, gather_survivors
-from ._check import check_k
+from ._check import check_average_k, check_k
 from .dispatch import implementation, resolve
 from .library import NAMESPACE
 from .pack import DTYPES, PackedEncoder
@@ -76,7 +76,7 @@ def encode_batch_topk_train(
     x: Tensor,
     W_enc: Tensor,
     b_enc: Optional[Tensor],
-    k: int,
+    k: Union[int, float],
     *,
     b_dec: Optional[Tensor] = None,
     dtype: Optional[torch.dtype] = None,
@@ -84,10 +84,11 @@ def encode_batch_topk_train(
 ) -> TopK:
     """The n * k largest positive activations of a batch x [n, d_in] (BatchTopK, arXiv 2412.06410).
 
-    Arguments and gradients as in ``encode_topk_train``. A row wins any number of places, so the result
-    is padded with 0.0 at feature 0 to the longest row: values and indices [n, width], width >= 1, values
-    descending. Exactly n * k values are positive when the batch has as many; equal ones: the earlier row
-    first, then the lower feature. The least positive value is the threshold to average for inference.
+    k may be a fraction: n * k is rounded down, as in SAELens. Other arguments and gradients as in
+    ``encode_topk_train``. A row wins any number of places, so the result is padded with 0.0 at feature 0 to
+    the longest row: values and indices [n, width], width >= 1, values descending. Exactly n * k values are
+    positive when the batch has as many; equal ones: the earlier row first, then the lower feature. The least
+    positive value is the threshold to average for inference.
 
     Never ranks n * d_sae entries: a histogram over survivors bounds the threshold as rows come in
     (``_batch.py``). The width depends on the data, so a GPU is waited for.
@@ -95,10 +96,11 @@ def encode_batch_topk_train(
     _check(x, W_enc, b_enc, b_dec, None, dtype)
     if x.dim() != 2:
         raise ValueError(f"x must be [n, d_in], got shape {tuple(x.shape)}")
-    check_k(k, W_enc.shape[1])
+    check_average_k(k, W_enc.shape[1])
     if not torch.compiler.is_compiling() and resolve(backend, x.device) == "reference":
         return reference.encode_batch_topk_train(x, W_enc, b_enc, k, b_dec=b_dec, dtype=dtype)
-    return TopK(*_encode_op(x, W_enc.t(), b_enc, b_dec, k, "batch", dtype, backend))
+    count = k * x.shape[0] if isinstance(k, int) else int(k * x.shape[0])
+    return TopK(*_encode_op(x, W_enc.t(), b_enc, b_dec, count, "batch", dtype, backend))
 
 
 def _check(
@@ -151,9 +153,9 @@ def _encode(
 ) -> Tuple[Tensor, Tensor]:
     dtype = dtype or weight.dtype
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    if x.shape[0] == 0:
-        kept = TopK.empty((0, 1 if mode == "batch" else k), x.device)
-        return kept.values.to(exact), kept.indices
+    if x.shape[0] == 0 or k == 0:  # k: of "batch", how many in all
+        kept = TopK.empty((x.shape[0], 1 if mode == "batch" else k), x.device)
+        return kept.values.zero_().to(exact), kept.indices.zero_()
     module, rows = _backend(backend, x.device), _rows(x, b_dec, dtype).detach()
     narrow = torch.float32 if dtype == torch.float64 else dtype
     zero = torch.zeros(weight.shape[0], device=x.device)
@@ -166,7 +168,7 @@ def _encode(
         kept = module.encode_topk(ranked, encoder, k)
     elif mode == "batch":
         gather = getattr(module, "gather_survivors", gather_survivors)
-        kept = batch_topk(ranked, encoder, k * x.shape[0], gather)
+        kept = batch_topk(ranked, encoder, k, gather)
     else:
         parts = [module.topk(scores, k) for _, scores in _torch.score_chunks(ranked, encoder)]
         kept = TopK(torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts]))

@@ -38,6 +38,10 @@ class CSR(NamedTuple):
     values: Tensor  # float32 [nnz]
     n_cols: int
 
+    def __repr__(self) -> str:
+        dtype = str(self.values.dtype).split(".")[-1]
+        return f"CSR({self.n_rows} x {self.n_cols}, nnz={self.nnz}, {dtype}, {self.device})"
+
     @property
     def n_rows(self) -> int:
         return self.indptr.shape[0] - 1

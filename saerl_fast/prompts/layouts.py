@@ -1,0 +1,175 @@
+"""Where prompts and answers stand in the layouts that people have, and what a cell of an answer column is.
+
+Read without a setting, and said aloud: verl's rows (``reward_model.ground_truth``), TRL's prompt-completion
+rows (``completion``) and conversations in a column ``messages``, whose last assistant message is the answer.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import difflib
+import fractions
+import uuid
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from saerl_fast.config import DataConfig
+from saerl_fast.errors import SaerlError
+
+Columns = dict[str, list[Any]]
+
+_PROMPT, _ANSWER = "prompt", "answer"  # the defaults of data.prompt_column and data.answer_column
+_GOLD = "reward_model.ground_truth"
+_PLAIN = (str, bool, int, float, decimal.Decimal, fractions.Fraction, datetime.date, datetime.time, uuid.UUID)
+
+
+def recognise(columns: Columns, cfg: DataConfig) -> tuple[Columns, DataConfig, list[str]]:
+    """(columns, ``cfg`` with the column names that hold, what to say about it).
+
+    Only names that were left at their defaults and are no column are looked for elsewhere.
+    """
+    said = []
+    if cfg.prompt_column == _PROMPT and _PROMPT not in columns and "messages" in columns:
+        columns, dropped = _split_messages(columns, cfg)
+        words = f"each conversation in `messages`{' up to its last assistant message' if dropped else ''}"
+        said.append(f"prompts are {words}")
+        if cfg.answer_column == _ANSWER and _ANSWER in columns and dropped == "answers":
+            said.append("the last assistant messages are the answers")
+    if cfg.answer_column == _ANSWER and _ANSWER not in columns:
+        if "completion" in columns:
+            columns = columns | {_ANSWER: [_completion(cell) for cell in columns["completion"]]}
+            said.append("answers are read from `completion`")
+        elif has(columns, _GOLD):
+            cfg = replace(cfg, answer_column=_GOLD)
+            said.append(f"answers are read from {_GOLD} (verl's layout)")
+    return columns, cfg, said
+
+
+def has(columns: Columns, name: str) -> bool:
+    """Whether ``name`` is a column, or the path of a value inside one (``reward_model.ground_truth``)."""
+    return name in columns or _inside(columns, name) is not None
+
+
+def column(columns: Columns, name: str) -> list[Any] | None:
+    """The column ``name``, or the values at such a path (None in a row without); None: no such column."""
+    return columns[name] if name in columns else _inside(columns, name)
+
+
+def not_found(columns: Columns, name: str) -> str:
+    """The end of a sentence: what there is instead of the column ``name``."""
+    paths = [*columns, *(path for head in columns for path in _paths(head, columns[head]))]
+    close = difflib.get_close_matches(name, paths, n=1)
+    inside = [path for path in paths if path.split(".")[-1] == name]
+    hint = f" (did you mean {(inside or close)[0]}?)" if inside or close else ""
+    return f"it has {', '.join(columns) or 'no columns'}{hint}"
+
+
+def text_of(cell: Any, name: str) -> tuple[str | None, str | None]:
+    """(a cell as the text of an answer or an id, None where it is missing; what is wrong with it, or None).
+
+    Text, numbers, dates and truth values are written as Python writes them. A list or an array of one such
+    value is that value. Anything else has no one text: several values, an object, bytes.
+    """
+    if hasattr(cell, "tolist") and not isinstance(cell, _PLAIN):  # a NumPy array or number
+        cell = cell.tolist()
+    if isinstance(cell, (list, tuple)) and len(cell) == 1 and not isinstance(cell[0], (list, tuple, dict)):
+        return text_of(cell[0], name)
+    if cell is None or (isinstance(cell, (float, decimal.Decimal)) and cell != cell):
+        return None, None
+    if isinstance(cell, _PLAIN):
+        return str(cell), None
+    if isinstance(cell, (list, tuple)):
+        what = "is an empty list"
+        if cell:
+            what = f"is a list of {len(cell)} {'objects' if isinstance(cell[0], dict) else 'values'}"
+        return None, (
+            f"{what}, not one text or number; keep one, or rename the column, set data.answer_column=null "
+            "and let the reward read it under its new name"
+        )
+    if isinstance(cell, dict):
+        inside = [f"{name}.{key}" for key, value in cell.items() if text_of(value, name)[0] is not None]
+        fix = f"name the value inside it, such as {' or '.join(inside[:3])}" if inside else "give it as text"
+        return None, f"is an object with {', '.join(map(str, cell)) or 'no keys'}, not text; {fix}"
+    return None, f"is of type {type(cell).__name__}, not text or a number; write it as text"
+
+
+def whole_numbers(cells: Iterable[Any]) -> list[Any]:
+    """Cells of a column with gaps: whole floats as integers when every number is one.
+
+    pandas and Arrow turn a column of integers into floats where a value is missing, and the answer 4 is
+    not the text 4.0.
+    """
+    cells = list(cells)
+    numbers = [cell for cell in cells if isinstance(cell, float) and cell == cell]
+    gaps = len(numbers) < len(cells)
+    others = any(not isinstance(cell, float) for cell in cells if cell is not None)
+    if not gaps or others or not all(number.is_integer() for number in numbers):
+        return cells
+    return [int(cell) if cell is not None and cell == cell else None for cell in cells]
+
+
+def _inside(columns: Columns, name: str) -> list[Any] | None:
+    heads = [head for head in columns if name.startswith(f"{head}.")]
+    if not heads:
+        return None
+    head = max(heads, key=len)
+    steps = name[len(head) + 1 :].split(".")
+    found = [_walk(cell, steps) for cell in columns[head]]
+    return found if any(value is not None for value in found) else None
+
+
+def _walk(value: Any, steps: list[str]) -> Any:
+    for step in steps:
+        if isinstance(value, dict):
+            value = value.get(step)
+        elif isinstance(value, list) and step.isdigit() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            return None
+    return value
+
+
+def _paths(head: str, cells: list[Any]) -> Iterable[str]:
+    first = next((cell for cell in cells if cell is not None), None)
+    return [f"{head}.{key}" for key in first] if isinstance(first, dict) else []
+
+
+def _split_messages(columns: Columns, cfg: DataConfig) -> tuple[Columns, str]:
+    """Columns with ``prompt`` (and ``answer``, where there is none) from ``messages``; what was cut off."""
+    prompts, answers = [], []
+    for cell in columns["messages"]:
+        last = cell[-1] if isinstance(cell, list) and cell and isinstance(cell[-1], dict) else {}
+        cut = last.get("role") == "assistant" and len(cell) > 1
+        prompts.append(cell[:-1] if cut else cell)
+        answers.append(_content(last.get("content")) if cut else None)
+    cut_off = any(answer is not None for answer in answers)
+    made = columns | {_PROMPT: prompts}
+    if cut_off and cfg.answer_column == _ANSWER and _ANSWER not in columns and not has(columns, _GOLD):
+        return made | {_ANSWER: answers}, "answers"
+    return made, "messages" if cut_off else ""
+
+
+def _completion(cell: Any) -> Any:
+    """The text of a completion; messages that are not one assistant message stay, and are refused."""
+    if isinstance(cell, list) and len(cell) == 1 and isinstance(cell[0], dict):
+        return _content(cell[0].get("content"))
+    return cell
+
+
+def _content(content: Any) -> Any:
+    """The text of a message, also where it is a list of text parts; anything else as it is."""
+    parts = content if isinstance(content, list) else []
+    texts = [
+        str(part.get("text", "")) for part in parts if isinstance(part, dict) and part.get("type") == "text"
+    ]
+    return "".join(texts) if texts and len(texts) == len(parts) else content
+
+
+def need(columns: Columns, name: str, setting: str, spec: str) -> list[Any]:
+    """`column`, or SaerlError naming the setting."""
+    found = column(columns, name)
+    if found is None:
+        raise SaerlError(f"{spec} has no column {name!r} ({setting}); {not_found(columns, name)}")
+    return found

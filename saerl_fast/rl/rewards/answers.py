@@ -1,0 +1,267 @@
+r"""Which answer a completion states: always one, by one rule.
+
+    0. where there is a </think>, only what follows the last one counts;
+    1. the last \boxed{...} or \fbox{...} (several that are joined by a comma, "and" or "or" are a list);
+    2. else what follows the last mark: "answer is", "Answer:", "####", <answer>;
+    3. else the last formula or number.
+
+Whatever else the text states is not looked at, so a second answer never pays. A box without its closing
+brace reaches to the end of its line; an empty box states nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from saerl_fast.rl.rewards.notation import balanced
+from saerl_fast.rl.rewards.numbers import numbers, prepared
+
+THINK_END = "</think>"
+
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
+_GAP = r"(?:[\s$.]|\\[()\[\],;: ]|\\q?quad(?![a-zA-Z]))*"
+_AND = r"(?:,|;|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\})"
+_JOINT = re.compile(rf"[^\S\n]*|{_GAP}{_AND}{_GAP}(?:{_AND}{_GAP})?(?:[a-zA-Z](?:_\{{?\w\}}?)?\s*=\s*)?")
+_MARK = re.compile(
+    r"####|<answer>|\b(?:correct|right)\s+(?:option|choice)\s+is:?|\banswer[*_]*\s*(?:(?:is|are|=)\s*:?|:)"
+    r"|^[#*_ \t]*(?:final\s+)?answer[*_: \t]*(?:$|(?=\\\[|\$))",
+    re.IGNORECASE | re.MULTILINE,
+)
+_FORMULA = re.compile(
+    r"(?<!\\)\$\$(.+?)\$\$|(?<!\\)\$((?:[^$\\]|\\.)+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+)
+_REASON = re.compile(
+    r"[,;]?\s+(?:because|since|as|so|which|where|when|for|after|but|not|hence|i\.e\.)\b|\.\s|\.$|\n"
+    r"|(?<=[a-zA-Z]{3})[!?]|\s+\(\s*(?:not|since|because|as|or|and)\b"
+)
+_VERB = re.compile(r"\b(?:is|are|equals|be)\b:?(?:\s+equal\s+to\b)?")
+_FILLER = re.compile(
+    r"^(?:therefore|thus|then|hence|simply|just|exactly|only|approximately|about|equal to|equals|given by"
+    r"|option|choice|indeed|clearly|also|now|so|it is|is|the|a|an|be|will be|[:=,])(?:\s+|(?<=[:=,]))",
+    re.IGNORECASE,
+)
+_WORD = re.compile(
+    r"(?<![\\a-zA-Z])(?:[a-zA-Z]{3,}|is|of|to|in|so|or|we|it|as|at|by|if|on|he|My|cm|km|kg)(?![a-zA-Z(])"
+)
+_MEASURE = re.compile(r"[-+$(\[{\\]*\d[\d.,/]*\s*\S{1,12}(?:\s\S{1,12}){0,3}$")  # a number and its unit
+_JOINED = re.compile(r"\s*(?:,|and|or|to)\s*(?:and|or)?\s*")
+_REMARK = re.compile(r"[a-zA-Z]{2,}[,;]?\s+[a-zA-Z]{2,}.*[.:!?]\W*$")  # a line of prose
+_TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbb|begin|end|operatorname)\s*\{[^{}]*\}")
+
+
+def read_text(completion: Any) -> str:
+    """The text of a completion: a string, or chat messages of which the last counts."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def spoken(text: str) -> str:
+    """Rule 0: what follows the last </think>; all of ``text`` when there is none."""
+    return text.rpartition(THINK_END)[2]
+
+
+def after_thinking(text: str) -> str:
+    """What follows the last </think>; nothing when there is none."""
+    _, end, rest = text.rpartition(THINK_END)
+    return rest if end else ""
+
+
+def boxed(text: str) -> str | None:
+    r"""The contents of the last \boxed{...}; None without one, "" for an empty one."""
+    found = boxes(text)
+    return found[-1][0] if found else None
+
+
+def boxes(text: str) -> list[tuple[str, int, int]]:
+    """Contents, start and end of every outermost box."""
+    found, at = [], 0
+    while match := _BOX.search(text, at):
+        content, at = _group(text, match.end())
+        inner = list(_BOX.finditer(content))  # boxes in a box: the innermost last one
+        while inner:
+            content = _group(content, inner[-1].end())[0]
+            inner = list(_BOX.finditer(content))
+        found.append((content.strip(), match.start(), at))
+    return found
+
+
+def _group(text: str, start: int) -> tuple[str, int]:
+    """What stands in the braces that open at ``start``, and where it ends; without braces one word."""
+    if text[start : start + 1] != "{":
+        word = re.match(r"\\[dt]?frac\s*\d\s*\d|[^\s{}$,;]+(?:\{[^{}]*\})*", text[start:])
+        return (word[0].rstrip(".,;") if word else ""), start + (word.end() if word else 0)
+    depth = 0
+    for i in range(start, len(text)):
+        if text[i] in "{}" and text[i - 1] != "\\":
+            depth += 1 if text[i] == "{" else -1
+            if depth == 0:
+                return text[start + 1 : i], i + 1
+    line = text[start + 1 :].split("\n")[0]
+    return line.rstrip().rstrip("$"), start + 1 + len(line)
+
+
+def boxed_answer(text: str) -> str | None:
+    """Rules 0 and 1: the last box, or the list that the last boxes make."""
+    text = spoken(text)
+    found = boxes(text)
+    if not found:
+        return None
+    parts = [found[-1][0]]
+    for (content, _, end), (_, start, _) in zip(found[-2::-1], found[:0:-1], strict=True):
+        if not _JOINT.fullmatch(text[end:start]):
+            break
+        parts.insert(0, content)
+    return ", ".join(parts)
+
+
+def marked(text: str) -> str | None:
+    """Rules 0 to 2: a box, or the phrase after the last mark; None when the text has neither."""
+    text = spoken(text)
+    inside = boxed_answer(text)
+    if inside is not None:
+        return inside
+    marks = list(_MARK.finditer(text))
+    return phrase(text[marks[-1].end() :].split("</answer>")[0]) if marks else None
+
+
+def stated(text: str) -> str | None:
+    """The one answer that ``text`` states, by the rule above; None when it states none."""
+    text = spoken(text)
+    found = marked(text)
+    return last_expression(text) if found is None else found
+
+
+def phrase(text: str) -> str:
+    """The answer that opens ``text``: a formula, a number with its unit, or the words themselves.
+
+    Of a whole sentence ("the largest n is 34") it is what follows the last "is".
+    """
+    text = re.sub(r"[*`]{1,3}", "", text).lstrip("_#>: \t\n\r")
+    masked = _FORMULA.sub(lambda m: m[0] if _prose(_inside(m)) else "\0" * len(m[0]), text)
+    masked = masked.split("\n")[0]
+    stop = _REASON.search(masked)
+    if stop and stop.start() > 0:
+        masked = masked[: stop.start()]
+    line = text[: len(masked)]
+    verbs = list(_VERB.finditer(masked))
+    if verbs:
+        head, tail = masked[: verbs[-1].start()], masked[verbs[-1].end() :]
+        if tail.strip() and (re.search(r"[\d\0]", tail) or not re.search(r"[\d\0]", head)):
+            line = line[verbs[-1].end() :]
+    formulas = [m for m in _FORMULA.finditer(line) if not _prose(_inside(m))]
+    if formulas and not re.search(r"\d", line[: formulas[0].start()]):
+        joined, end = [_inside(formulas[0])], formulas[0].end()
+        for match in formulas[1:]:
+            if not _JOINT.fullmatch(line[end : match.start()]):
+                break
+            joined.append(_inside(match))
+            end = match.end()
+        return ", ".join(joined)
+    line = line.strip(" \t").replace(r"\$", "$")
+    while filler := _FILLER.match(line):
+        line = line[filler.end() :]
+    return "" if re.match(r"not\b", line) else _value(line, 0) or ""
+
+
+def last_expression(text: str) -> str | None:
+    """Rule 3: the last formula or number, or a last line that is one and nothing else."""
+    text = re.sub(r"[*`]{1,3}|<\|[^|<>]*\|>\w*", "", text).strip()
+    if not text or re.search(r"[-+*/=^_({\[\\,<>]$", text) or _open_formula(text):
+        return None
+    formulas = [m for m in _FORMULA.finditer(text) if not _prose(_inside(m))]
+    if formulas and not text[formulas[-1].end() :].strip(" .!\n"):
+        return _inside(formulas[-1])
+    line = text.splitlines()[-1].strip()
+    if len(_WORD.findall(_TEXT.sub("", line))) <= 1 and not _FORMULA.search(line) and len(line) < 200:
+        while filler := _FILLER.match(line):
+            line = line[filler.end() :]
+        return line
+    return _value(text, -1)
+
+
+def _value(text: str, which: int) -> str | None:
+    """The first (0) or last (-1) formula or number in ``text``; all of it if it is an expression or words."""
+    text = text.strip()
+    formulas = [m for m in _FORMULA.finditer(text) if not _prose(_inside(m))]
+    if not formulas and (not _WORD.search(_TEXT.sub("", text)) or _MEASURE.match(text)):
+        return text
+    if formulas:
+        chosen = formulas[which]
+        text = text[: chosen.start()] if which == 0 else text[chosen.end() :]
+        if not numbers(prepared(text)):
+            return _inside(chosen)
+    read = prepared(text)
+    found = numbers(read)
+    if not found:
+        return text if which == 0 else None
+    if which == 0 and len(found) > 1 and _JOINED.fullmatch(read[found[0].end : found[1].start]):
+        return text  # several numbers are no one answer
+    token = _token(read, found[which].start, found[which].end)
+    return token if "\\" in token else read[found[which].start : found[which].end].strip()
+
+
+def _token(text: str, start: int, end: int) -> str:
+    """The run without blanks around text[start:end]."""
+    left = max(text.rfind(c, 0, start) for c in " \n\t=")
+    right = min((i for c in " \n\t" if (i := text.find(c, end)) >= 0), default=len(text))
+    return text[left + 1 : right].strip(".,;:")
+
+
+def _inside(match: re.Match[str]) -> str:
+    return next(group for group in match.groups() if group is not None).strip()
+
+
+def _prose(formula: str) -> bool:
+    """Whether what stands between two dollar signs is a sentence: they were money, not mathematics."""
+    return len(_WORD.findall(_TEXT.sub("", formula))) >= 2
+
+
+def _open_formula(text: str) -> bool:
+    """Whether the text ends inside a formula."""
+    last = text.splitlines()[-1]
+    dollars = len(re.findall(r"(?<!\\)\$", last))
+    money = len(re.findall(r"(?<!\\)\$\d[\d,.]*(?![\d$])|\d\s?\$", last))
+    return (dollars % 2 == 1 and money < 1) or not balanced(last)
+
+
+def final_answer(text: str, gold: str = "") -> str:
+    r"""What a completion offers as its answer, as it is written: \boxed{...}, else after the last "Answer:"
+    or <answer>, else its last line.
+
+    Where ``gold`` has several lines (a grid), so has the answer: the lines after the mark, or the whole text,
+    without a code fence around them and without remarks before and after.
+    """
+    text = spoken(text)
+    grid = "\n" in gold.strip("\n")
+    marks = list(_MARK.finditer(text))
+    inside = boxed(text)
+    if inside is not None and not (grid and "\n" not in inside and marks):
+        return inside
+    rest = text[marks[-1].end() :] if marks else text
+    rest = re.split(r"</answer>", rest, flags=re.IGNORECASE)[0]
+    if grid:
+        return _block(rest, gold)
+    lines = [line for line in rest.splitlines() if line.strip(" \t*`_$")]
+    if not lines:
+        return ""
+    return (lines[0] if marks else lines[-1]).strip(" \t*`$")
+
+
+def _block(text: str, gold: str) -> str:
+    """The lines of a grid in ``text``; blank lines and prose belong to it only where ``gold`` has such."""
+    fences = re.findall(r"```[a-zA-Z]*[ \t]*\n(.*?)\n?[ \t]*```", text, re.DOTALL)
+    if fences:
+        return fences[-1].strip("\n")
+    text = re.sub(r"^(?:\*+|[_`]+(?=[ \t]*\n))", "", text)
+    text = text.lstrip(" \t") if text.lstrip(" \t")[:1] not in ("", "\n", "\r") else text
+    lines = text.strip("\n").splitlines()
+    prose = [bool(_REMARK.search(line)) for line in gold.splitlines()]
+    if not any(prose):
+        while lines and (_REMARK.search(lines[0]) or not lines[0].strip(" *_`")):
+            lines.pop(0)
+        end = next((i for i, line in enumerate(lines) if _REMARK.search(line)), len(lines))
+        lines = lines[:end]
+    if all(line.strip() for line in gold.strip("\n").splitlines()):
+        blank = next((i for i, line in enumerate(lines) if not line.strip()), len(lines))
+        lines = lines[:blank]
+    return "\n".join(lines).rstrip("\n")

@@ -1,0 +1,94 @@
+"""One way of writing for what people and models write in many: Unicode, LaTeX spacing, text commands."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_SIGNS = {
+    "\u2212": "-", "\u2012": "-", "\u2010": "-", "\u2011": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ",
+    "\u22c5": r"\cdot ", "\u2217": "*", "\u00f7": "/", "\u2044": "/", "\u2215": "/", "\u2236": ":",
+    "\u00b1": r"\pm ", "\u2213": r"\mp ",
+    "\u221e": r"\infty ", "\u2264": r"\le ", "\u2265": r"\ge ", "\u2a7d": r"\le ", "\u2a7e": r"\ge ",
+    "\u2260": r"\ne ", "\u222a": r"\cup ", "\u2229": r"\cap ", "\u2208": r"\in ", "\u2205": r"\emptyset ",
+    "\u00b0": r"^\circ ", "\u2220": r"\angle ", "\u03c0": r"\pi ", "\u03b8": r"\theta ", "\u03b1": r"\alpha ",
+    "\u03b2": r"\beta ", "\u2124": r"\mathbb{Z}", "\u211d": r"\mathbb{R}", "\u211a": r"\mathbb{Q}",
+    "\u2115": r"\mathbb{N}", "\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'",
+}  # fmt: skip
+_UPPER = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+_LOWER = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_SPACES = "\u00a0\u2009\u202f\u2007"
+
+
+def plain(text: str) -> str:
+    """``text`` in ASCII and LaTeX as far as mathematics goes; NFKC has the rest (full-width, say)."""
+    if text.isascii():
+        return text
+    text = re.sub(rf"(?<=\d)[{_SPACES}](?=\d{{3}}(?!\d))", "", text)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(_UPPER)}}}", text)
+    text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(_LOWER)}}}", text)
+    text = re.sub(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)  # 1½ is 1 1/2
+    text = re.sub(r"\u2013(?=[\d.\\(a-zA-Z])", "-", text)  # an en dash before a number, not between words
+    text = re.sub(r"[\u221a](\d+(?:\.\d+)?|[a-zA-Z])", r"\\sqrt{\1}", text)
+    text = re.sub(r"[\u221a]\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = "".join(_SIGNS.get(c, c) for c in text)
+    text = unicodedata.normalize("NFKC", text)
+    return "".join(_SIGNS.get(c, c) for c in text)  # NFKC makes some of the signs too
+
+
+_FRAC = re.compile(r"\\frac\s*(\d)\s*(\d)|\\frac\s*(\d)\s*(?=\{)|(\\frac\s*\{[^{}]*\})\s*(\d)")
+_GONE = re.compile(
+    r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|hfill|boldsymbol|strut)(?![a-zA-Z])"
+    r"|\\!|(?<!\\)\$|\\[()\[\]](?![a-zA-Z])|\\(?:qquad|quad)|\\thinspace(?![a-zA-Z])"
+)
+_WORDS = re.compile(
+    r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathrm|mathbf|mathsf|mathit|mathtt|bf"
+    r"|operatorname\*?|emph|underline|overline(?=\{\\text)|ensuremath|textcolor\{\w+\}|mathord)\s*\{([^{}]*)\}"
+)
+
+
+def tidy(text: str) -> str:
+    r"""An answer without what does not change its meaning: delimiters, sizes, spacing, kinds of fraction.
+
+    Words keep a space around them: ``5\text{cm}`` becomes ``5 cm``.
+    """
+    text = plain(text).strip()
+    text = text.replace("\\\\%", "\\%").replace(r"\$", "$").replace(r"\%", "%")
+    text = re.sub(r"(?<=\d)\s*[{]\s*,\s*[}]\s*", ",", text)
+    text = re.sub(r"(\d),?\\[!,;:]\s*(?=\d{3}(?!\d))", r"\1", text)  # 1\,000 and 35,\!280
+    text = _GONE.sub(" ", text)
+    for _ in range(3):  # commands inside commands
+        text = _WORDS.sub(lambda m: f" {m[1]} ", text)
+    text = re.sub(r"\\[,;:> ]|~|\\\s", " ", text) if "\\begin" not in text else text
+    text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
+    text = re.sub(r"\\(leq|geq)(?:slant)?(?![a-zA-Z])", lambda m: "\\" + m[1][:2], text)
+    text = re.sub(r"\\frac\s+", r"\\frac", text)
+    text = _FRAC.sub(_fraction, text)
+    text = text.replace(r"\varnothing", r"\emptyset")
+    if cases := re.fullmatch(r"\\begin\{(?:cases|aligned)\}(.*)\\end\{(?:cases|aligned)\}", text, re.DOTALL):
+        text = re.sub(r",?\s*\\\\\s*", ", ", cases[1].replace("&", ""))
+    text = re.sub(r"\\sqrt\s*(\d|[a-zA-Z])(?![a-zA-Z])", r"\\sqrt{\1}", text)
+    text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z])", " degrees ", text)
+    text = re.sub(r"\s+", " ", text).strip()
+    return text.strip("*` ").rstrip(" .,;:") if not text.endswith("...") else text.strip("*` ")
+
+
+def _fraction(match: re.Match[str]) -> str:
+    if match[1]:
+        return f"\\frac{{{match[1]}}}{{{match[2]}}}"
+    return f"\\frac{{{match[3]}}}" if match[3] else f"{match[4]}{{{match[5]}}}"
+
+
+def balanced(text: str) -> bool:
+    """Whether the braces of ``text`` match, escaped ones aside."""
+    depth = 0
+    for char in re.sub(r"\\[{}]", "", text):
+        depth += (char == "{") - (char == "}")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def squeeze(text: object) -> str:
+    """White space aside: one blank for each run of it."""
+    return " ".join(str(text).split())
