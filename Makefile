@@ -41,7 +41,7 @@ test-newest: ## the same at the newest versions that the index serves, as README
 # What Hugging Face's kernel builder makes of a package without compiled parts.
 KERNEL := build/kernel/build/torch-universal
 kernel: ## the kernels as kernels.get_local_kernel(Path("build/kernel")) loads them
-	rm -rf build/kernel && mkdir -p build/kernel/build
+	rm -rf $(KERNEL) && mkdir -p $(dir $(KERNEL))
 	cp -r kernels/torch-ext/saerl_kernels $(KERNEL)
 	find $(KERNEL) -name __pycache__ -prune -exec rm -r {} +
 	printf '{"id": "saerl_kernels_%s", "name": "%s", "version": 0, "license": "apache-2.0", "python-depends": [], "backend": {"type": "cpu"}}\n' \
