@@ -192,7 +192,7 @@ def signals(columns: dict[str, list[Any]], path: Path) -> Path:
             else:
                 _nothing(axis, "no labels: not scored")
             axis.set(xlabel=key.removeprefix("saerl_"), ylabel="prompts")
-        if len(names) > 1:
+        if axes[0].get_legend_handles_labels()[0] and len(names) > 1:
             axes[0].legend(frameon=False, fontsize=8)
         sizes = np.bincount(np.asarray(columns["saerl_cluster"], dtype=np.int64))
         axes[2].bar(np.arange(len(sizes)), np.sort(sizes)[::-1], color=PALETTE[2])
