@@ -16,6 +16,7 @@ from torch import nn
 
 from saerl_fast.config import LoRAConfig, ModelConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.hub import hub_access, is_local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +40,7 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         raise SaerlError(
-            "transformers is not installed; install it with `pip install saerl-fast[rl]`"
+            'transformers is not installed; run `pip install -e ".[all]"` in the clone of saerl-fast'
         ) from None
     if gguf_file is not None:
         try:
@@ -51,13 +52,14 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     if gguf_file is not None:
         common["gguf_file"] = gguf_file
     extra = {} if cfg.attn is None else {"attn_implementation": cfg.attn}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **extra)
-    except SaerlError:
-        raise
-    except Exception as err:  # transformers raises OSError, ValueError, KeyError, ImportError, hub errors ...
-        raise SaerlError(_load_failure(cfg.path, source, err)) from err
+    with hub_access(not is_local(source)) as reached:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **common)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **extra)
+        except SaerlError:
+            raise
+        except Exception as err:  # OSError, ValueError, KeyError, ImportError, hub errors ...
+            raise SaerlError(_load_failure(cfg.path, source, err, reached)) from err
 
     if gguf_file is not None:  # the weights are ordinary tensors now; the mark would forbid saving them
         for name, value in (("hf_quantizer", None), ("is_quantized", False)):
@@ -116,6 +118,21 @@ def n_blocks(model: nn.Module) -> int:
 def hidden_size(model: nn.Module) -> int:
     """Width of the residual stream, the ``d_in`` an SAE must have."""
     return int(_text_config(model).hidden_size)
+
+
+def named_width(cfg: ModelConfig) -> int | None:
+    """The hidden size in the configuration of the model ``cfg``, without its weights; None: unknown."""
+    source, gguf_file = _locate(cfg)
+    if gguf_file is not None:
+        return None
+    from transformers import AutoConfig
+
+    with hub_access(not is_local(source)):
+        try:
+            found = AutoConfig.from_pretrained(source, trust_remote_code=cfg.trust_remote_code)
+            return int(found.get_text_config().hidden_size)
+        except Exception:  # loading the model itself says what is wrong
+            return None
 
 
 def max_positions(model: nn.Module) -> int | None:
@@ -212,12 +229,14 @@ def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
     return cfg.path, cfg.gguf_file
 
 
-def _load_failure(path: str, source: str, err: Exception) -> str:
+def _load_failure(path: str, source: str, err: Exception, reached: bool) -> str:
     first = " ".join(str(err).split())[:200] or type(err).__name__
     if "trust_remote_code" in first:
         return f"model {path} runs its own code; set model.trust_remote_code=true if you trust it"
     if Path(source).is_dir():
         return f"model {path} could not be loaded ({first}); check that its files are complete"
+    if not reached:
+        first = "it cannot be reached from here, and its cache does not hold the model"
     return (
         f"model {path} is no local folder and could not be fetched from the hub ({first}); "
         "check the spelling and the network, or pass a folder"
@@ -265,7 +284,7 @@ def add_adapters(model: Any, cfg: LoRAConfig, seed: int) -> Any:
         import peft
     except ImportError:
         raise SaerlError(
-            f"train.lora.rank={cfg.rank} needs peft; run `pip install saerl-fast[lora]` or set it to 0"
+            f"train.lora.rank={cfg.rank} needs peft; run `pip install peft` or set it to 0"
         ) from None
     check_targets(model, cfg)
     with torch.random.fork_rng():
@@ -285,7 +304,15 @@ def check_targets(model: Any, cfg: LoRAConfig) -> None:
     if cfg.rank == 0:
         return
     named = [name for name, _ in model.named_modules()]
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = inputs is not None and outputs is not None and inputs.weight is outputs.weight
+    shared = {name.split(".")[-1] for name, m in model.named_modules() if tied and m in (inputs, outputs)}
     for target in cfg.targets:
+        if target in shared:
+            raise SaerlError(
+                f"train.lora.targets={target!r}: this model's embeddings and output layer share their "
+                "weights, and merging would change both; leave it out"
+            )
         if target != "all-linear" and not any(name.split(".")[-1] == target for name in named):
             raise SaerlError(
                 f"train.lora.targets={target!r} names no module of {type(model).__name__}; use all-linear or "

@@ -100,7 +100,7 @@ def test_records_and_honest_counters(tmp_path: Path) -> None:
     for key in ("rollouts", "tokens", "groups", "groups_used"):
         assert summary[key] == sum(r[key] for r in trained)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
-    assert len(said) == 6 and done == [(1, 3), (2, 3), (3, 3)]
+    assert len(said) == 6 and done == [(0, 3), (1, 3), (2, 3), (3, 3)]
     items = read_jsonl(tmp_path / "eval_items.jsonl")
     assert len(items) == 9 and {"step", "prompt_id", "score", "completion"} <= items[0].keys()
     assert rows[0]["accuracy"] == pytest.approx(np.mean([i["score"] for i in items[:3]]))

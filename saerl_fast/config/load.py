@@ -21,7 +21,8 @@ def load_config(path: str | Path | None = None, overrides: Overrides = ()) -> Co
         import yaml
     except ImportError:
         raise SaerlError(
-            "the commands need more than the kernels do; run `pip install saerl-fast[rl]`"
+            "the commands need more than the kernels do; "
+            'run `pip install -e ".[all]"` in the clone of saerl-fast'
         ) from None
 
     tree: dict[str, Any] = {}

@@ -209,6 +209,11 @@ class LoRAConfig(Section):
     rank: int = setting(0, "of the adapters (needs peft); 0 trains all weights", at_least=0)
     alpha: float = setting(32.0, "the adapters' product is scaled by alpha / rank", above=0)
     targets: list[str] = setting(["all-linear"], "module names, or all-linear", filled=True)
+    merge_dtype: Literal["float32", "model"] = setting(
+        "float32",
+        "of the merged model/ of a half-precision model; model: its own, which rounds",
+        result=False,
+    )
 
 
 @dataclass

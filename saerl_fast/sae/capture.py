@@ -230,6 +230,8 @@ def iter_hidden_ids(
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     done = 0
+    if on_progress is not None:
+        on_progress(0, len(order))
     while done < len(order):
         width = len(rows[order[done]])
         chosen = order[done : done + max(1, batch_tokens // width)]
