@@ -6,7 +6,7 @@ TRITON := 3.6.0
 TORCH := 2.11.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-triton lint format docs bench bench-report clean
+.PHONY: help demo test test-oldest test-newest test-triton families kernel lint format docs bench bench-report clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -19,13 +19,34 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.installed ## the whole pipeline on a tiny shipped model, in minutes on two CPU cores
-	$(BIN)/saerl sae train --config examples/demo.yaml
-	$(BIN)/saerl score --config examples/demo.yaml
-	$(BIN)/saerl plan --config examples/demo.yaml
-	$(BIN)/saerl compare --config examples/demo.yaml
+	$(BIN)/saerl demo
 
 test: $(VENV)/.installed ## the whole test suite; kernels run in Triton's interpreter where there is no GPU
 	$(BIN)/python -m pytest -q
+
+# uv resolves to the lowest versions that pyproject.toml allows; what those need in turn is the newest that fits.
+OLDEST_PYTHON ?= $(firstword $(shell command -v python3.10 python3.11) $(PYTHON))
+test-oldest: ## the suite at the lower bounds of pyproject.toml, in an environment of its own: TESTS=tests/test_x.py
+	$(OLDEST_PYTHON) -m venv --clear $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install --quiet uv
+	$(VENV)-oldest/bin/uv pip install --quiet --python $(VENV)-oldest/bin/python --resolution lowest-direct \
+		-e ".[all]" "hypothesis>=6.100"
+	$(VENV)-oldest/bin/python -m pytest -q $(TESTS)
+
+test-newest: ## the same at the newest versions that the index serves, as README's install line finds them
+	$(PYTHON) -m venv --clear $(VENV)-newest
+	$(VENV)-newest/bin/pip install --quiet --upgrade --progress-bar off -e ".[all]" hypothesis
+	$(VENV)-newest/bin/python -m pytest -q $(TESTS)
+
+# What Hugging Face's kernel builder makes of a package without compiled parts.
+KERNEL := build/kernel/build/torch-universal
+kernel: ## the kernels as kernels.get_local_kernel(Path("build/kernel")) loads them
+	rm -rf $(KERNEL) && mkdir -p $(dir $(KERNEL))
+	cp -r kernels/torch-ext/saerl_kernels $(KERNEL)
+	find $(KERNEL) -name __pycache__ -prune -exec rm -r {} +
+	printf '{"id": "saerl_kernels_%s", "name": "%s", "version": 0, "license": "apache-2.0", "python-depends": [], "backend": {"type": "cpu"}}\n' \
+		"$$(cat $$(find $(KERNEL) -name '*.py' | sort) | cksum | cut -d ' ' -f 1)" \
+		"$$(sed -n 's/^name = "\(.*\)"/\1/p' kernels/build.toml)" > $(KERNEL)/metadata.json
 
 # NumPy 2.4 breaks 3.6's interpreter.
 test-triton: ## the kernels' tests under another Triton: TRITON=3.8.0 TORCH=2.14.0
@@ -34,6 +55,9 @@ test-triton: ## the kernels' tests under another Triton: TRITON=3.8.0 TORCH=2.14
 	$(VENV)-triton-$(TRITON)/bin/pip install --quiet --no-deps "triton==$(TRITON)"
 	$(VENV)-triton-$(TRITON)/bin/python -m pytest -q tests/test_chunked.py tests/test_encode.py \
 		tests/test_topk.py tests/test_decode.py tests/test_pool.py tests/test_compile.py
+
+families: $(VENV)/.installed ## every family of language models in transformers, tiny and random: is it right here?
+	PYTHONPATH=. $(BIN)/python -m tests.families --out benchmarks/results/families.json
 
 lint: $(VENV)/.installed ## ruff, ruff format and mypy, changing nothing
 	$(BIN)/ruff check .
@@ -58,4 +82,4 @@ bench-report: $(VENV)/.installed ## the tables of benchmarks/README.md from the 
 	PYTHONPATH=. $(BIN)/python -m benchmarks.report
 
 clean: ## remove the environments and what was built
-	rm -rf $(VENV) $(VENV)-triton-* build *.egg-info
+	rm -rf $(VENV) $(VENV)-triton-* $(VENV)-oldest $(VENV)-newest build *.egg-info

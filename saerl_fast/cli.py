@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from saerl_fast import __version__
@@ -23,12 +24,18 @@ SHORTCUTS = {  # flag -> config key: what most people set on the command line
     "seed": "seed",
 }
 PROCESSES, RANK = (int(os.environ.get(name, at)) for name, at in (("WORLD_SIZE", "1"), ("RANK", "0")))
+OPTIONAL = {  # module -> package, of what the commands need and the kernels do not
+    **{name: name for name in ("transformers", "datasets", "safetensors", "matplotlib", "numba", "pyarrow")},
+    **{"scipy": "scipy", "tqdm": "tqdm", "yaml": "pyyaml", "sklearn": "scikit-learn"},
+}
 OVERRIDES_HELP = "settings as key.sub=value, e.g. train.lr=3e-6 (`saerl settings` lists all)"
 
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    common = argparse.ArgumentParser(add_help=False)
+    plain = argparse.ArgumentParser(add_help=False)
+    plain.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common = argparse.ArgumentParser(add_help=False, parents=[plain])
     common.add_argument("--config", metavar="FILE", help="YAML file with settings")
     for flag, key in SHORTCUTS.items():
         common.add_argument(f"--{flag}", metavar="VALUE", help=f"short for {key}=VALUE")
@@ -44,16 +51,17 @@ def parser() -> argparse.ArgumentParser:
 
     sae = commands.add_parser("sae", help="train a TopK SAE on a model's hidden states, or describe one")
     sae_commands = sae.add_subparsers(dest="sae_command", required=True, metavar="train|info|convert")
-    sae_commands.add_parser("train", parents=[common], help="train on the prompts' activations")
-    info = sae_commands.add_parser("info", help="describe an SAE")
-    convert = sae_commands.add_parser("convert", help="write an SAE of any format as a SAELens folder")
+    sae_train = sae_commands.add_parser("train", parents=[common], help="train on the prompts' activations")
+    info = sae_commands.add_parser("info", parents=[plain], help="describe an SAE")
+    said = "write an SAE of any format as a SAELens folder"
+    convert = sae_commands.add_parser("convert", parents=[plain], help=said)
     for command in (info, convert):
         command.add_argument("path", help="folder or file, SAELens release/id, or hub repository")
     convert.add_argument("folder", help="new folder to write")
     said_help = "what its files leave open, e.g. architecture=topk k=32 hook_name=blocks.12.hook_resid_post"
     convert.add_argument("said", nargs="*", metavar="name=value", help=said_help)
 
-    commands.add_parser(
+    score = commands.add_parser(
         "score", parents=[common], help="prompts x model x SAE -> scores.parquet and features"
     )
     plan = commands.add_parser("plan", parents=[common], help="scores -> plan.json")
@@ -72,12 +80,23 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--arms", metavar="A,B", help="short for compare.arms=A,B")
     compare.add_argument("--seeds", metavar="0,1", help="short for compare.seeds=0,1")
-    watch = commands.add_parser("watch", help="follow a run: latest row, and its curves in live.png")
+    demo = commands.add_parser("demo", parents=[common], help="all of it on a tiny model that comes along")
+    for command in (sae_train, score, plan, train, compare, demo):
+        command.add_argument(
+            "--redo", action="store_true", help="make again what was made with other settings, and only that"
+        )
+    watch = commands.add_parser(
+        "watch", parents=[plain], help="follow a run: latest row, and its curves in live.png"
+    )
     watch.add_argument("run", help="folder of a run or a comparison")
     watch.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="how often to look")
-    settings = commands.add_parser("settings", help="every setting with its default, meaning and range")
+    settings = commands.add_parser(
+        "settings", parents=[plain], help="every setting with its default, meaning and range"
+    )
     settings.add_argument("section", nargs="?", default="", help="only those in this section, as train.loss")
-    report = commands.add_parser("report", help="tables and plots again from what a run recorded")
+    report = commands.add_parser(
+        "report", parents=[plain], help="tables and plots again from what a run recorded"
+    )
     report.add_argument("run", help="folder of a run or a comparison")
     return top
 
@@ -89,6 +108,22 @@ def read_config(args: argparse.Namespace) -> Config:
     return load_config(
         args.config, [f"{key}={value}" for key, value in given if value is not None] + args.overrides
     )
+
+
+def demo_config(args: argparse.Namespace) -> Config:
+    """The config of the demo that comes with the package (in a clone: examples/), files where they are."""
+    home = Path(__file__).parent
+    root = home / "examples" if (home / "examples").is_dir() else home.parent / "examples"
+    args.config = args.config or str(root / "demo.yaml")
+    if not Path(args.config).is_file():
+        raise SaerlError(f"{args.config} does not exist; install saerl-fast again, or pass --config")
+    folder = root / "demo"
+    with suppress(ValueError):  # as demo.yaml names them, where that is right
+        folder = folder.relative_to(Path.cwd())
+    places = {"model.path": "model", "data.train": "pool.jsonl", "data.eval": "eval.jsonl"}
+    found = [f"{key}={(folder / name).as_posix()}" for key, name in places.items()]
+    args.overrides = [*found, *args.overrides]
+    return read_config(args)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -119,24 +154,33 @@ def run(args: argparse.Namespace) -> None:
         print(f"wrote {args.folder}: {convert_sae(args.path, args.folder, args.said)}")
         return
 
-    config = read_config(args)
+    config = demo_config(args) if args.command == "demo" else read_config(args)
     from saerl_fast.stages import compare, pipeline, preflight
     from saerl_fast.stages.console import Echo
 
     echo = Echo(quiet=args.quiet or RANK > 0)
-    preflight.set_up(config)
+    preflight.set_up(config, new_sae=args.command == "sae")
     if args.command == "sae":
-        pipeline.sae_stage(config, echo)
+        pipeline.sae_stage(config, echo, redo=args.redo)
     elif args.command == "score":
-        pipeline.score_stage(config, echo)
+        pipeline.score_stage(config, echo, redo=args.redo)
     elif args.command == "plan":
-        pipeline.plan_stage(config, echo)
+        pipeline.plan_stage(config, echo, redo=args.redo)
     elif args.command == "train":
         pipeline.train_stage(
-            config, echo, plan_file=args.plan, resume=args.resume, overwrite=args.overwrite, with_report=True
+            config,
+            echo,
+            plan_file=args.plan,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            redo=args.redo,
+            with_report=True,
         )
+    elif args.command == "demo":
+        pipeline.plan_stage(config, echo, redo=args.redo)  # with the SAE and the scores that it reads
+        compare.compare(config, echo, redo=args.redo)
     elif args.command == "compare":
-        compare.compare(config, echo)
+        compare.compare(config, echo, redo=args.redo)
 
 
 def _run_together(args: argparse.Namespace) -> int:
@@ -153,10 +197,31 @@ def _run_together(args: argparse.Namespace) -> int:
     except SaerlError as err:
         distributed.broadcast_error(err)
         if RANK == 0:
-            print(f"saerl: {err}", file=sys.stderr, flush=True)
+            _complain(err, args)
         code = 2
     distributed.shutdown()
     return code
+
+
+def _complain(err: SaerlError, args: argparse.Namespace, cause: BaseException | None = None) -> None:
+    """One sentence on stderr; with --debug the traceback before it, from the first error on."""
+    _close_bars()
+    if getattr(args, "debug", False):
+        import traceback
+
+        shown: BaseException | None = cause or err
+        while shown is not None:
+            shown.__suppress_context__ = False
+            shown = shown.__cause__ or shown.__context__
+        traceback.print_exception(cause or err)
+    print(f"saerl: {err}", file=sys.stderr, flush=True)
+
+
+def _close_bars() -> None:
+    if "saerl_fast.stages.console" in sys.modules:
+        from saerl_fast.stages.console import close_bars
+
+        close_bars()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,9 +243,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run_together(args)
         run(args)
     except SaerlError as err:
-        print(f"saerl: {err}", file=sys.stderr)
+        _complain(err, args)
+        return 2
+    except ModuleNotFoundError as err:
+        missing = (err.name or "").partition(".")[0]
+        if missing not in OPTIONAL:
+            raise
+        fix = (
+            f'run `pip install -e ".[all]"` in the clone of saerl-fast, or `pip install {OPTIONAL[missing]}`'
+        )
+        _complain(SaerlError(f"{missing} is not installed; {fix}"), args, err)
         return 2
     except KeyboardInterrupt:
+        _close_bars()
         if args.command == "watch":
             return 0
         again = "add --resume" if args.command == "train" else "run the same command again"

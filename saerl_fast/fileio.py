@@ -15,10 +15,12 @@ from saerl_fast.errors import SaerlError
 
 
 def check_writable(folder: str | Path) -> None:
-    """Make ``folder`` where it is missing; SaerlError when no file can be written in it."""
+    """SaerlError when no file can be written in ``folder`` or, where it is missing, above it."""
+    folder = Path(folder)
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(
+            dir=next(at for at in (folder, *folder.absolute().parents) if at.exists())
+        ):
             pass
     except OSError as err:
         raise SaerlError(f"cannot write to {folder}: {err.strerror}; choose another run_dir") from None

@@ -16,6 +16,7 @@ from torch import nn
 
 from saerl_fast.config import LoRAConfig, ModelConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.hub import hub_access, is_local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +40,7 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         raise SaerlError(
-            "transformers is not installed; install it with `pip install saerl-fast[rl]`"
+            'transformers is not installed; run `pip install -e ".[all]"` in the clone of saerl-fast'
         ) from None
     if gguf_file is not None:
         try:
@@ -51,13 +52,14 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     if gguf_file is not None:
         common["gguf_file"] = gguf_file
     extra = {} if cfg.attn is None else {"attn_implementation": cfg.attn}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **extra)
-    except SaerlError:
-        raise
-    except Exception as err:  # transformers raises OSError, ValueError, KeyError, ImportError, hub errors ...
-        raise SaerlError(_load_failure(cfg.path, source, err)) from err
+    with hub_access(not is_local(source)) as reached:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **common)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **extra)
+        except SaerlError:
+            raise
+        except Exception as err:  # OSError, ValueError, KeyError, ImportError, hub errors ...
+            raise SaerlError(_load_failure(cfg.path, source, err, reached)) from err
 
     if gguf_file is not None:  # the weights are ordinary tensors now; the mark would forbid saving them
         for name, value in (("hf_quantizer", None), ("is_quantized", False)):
@@ -118,6 +120,21 @@ def hidden_size(model: nn.Module) -> int:
     return int(_text_config(model).hidden_size)
 
 
+def named_width(cfg: ModelConfig) -> int | None:
+    """The hidden size in the configuration of the model ``cfg``, without its weights; None: unknown."""
+    source, gguf_file = _locate(cfg)
+    if gguf_file is not None:
+        return None
+    from transformers import AutoConfig
+
+    with hub_access(not is_local(source)):
+        try:
+            found = AutoConfig.from_pretrained(source, trust_remote_code=cfg.trust_remote_code)
+            return int(found.get_text_config().hidden_size)
+        except Exception:  # loading the model itself says what is wrong
+            return None
+
+
 def max_positions(model: nn.Module) -> int | None:
     """Longest sequence the model has position embeddings for; None where it has no such limit."""
     limit = getattr(_text_config(model), "max_position_embeddings", None)
@@ -143,16 +160,31 @@ def token_ids(
 ) -> list[list[int]]:
     """Token ids of each text, unpadded.
 
-    ``special`` adds the tokenizer's own special tokens (such as a beginning-of-sequence token), except
-    to a text that already starts with one because a chat template wrote it.
+    ``special`` adds the special tokens that the tokenizer puts in front (such as a beginning-of-sequence
+    token, once if the text already starts with it). What it puts behind is left out: a text that ends in an
+    end-of-sequence token (``add_eos_token``) has nothing to be continued with.
     """
     if not texts:
         return []
-    ids = [list(row) for row in tokenizer(list(texts), add_special_tokens=special)["input_ids"]]
+    if not special:
+        return [list(row) for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    *ids, probe = (list(row) for row in tokenizer([*texts, "a"], add_special_tokens=True)["input_ids"])
+    behind = _specials_behind(tokenizer, probe)
+    if behind:
+        ids = [row[:-behind] for row in ids]
     bos = tokenizer.bos_token_id
-    if special and bos is not None:
+    if bos is not None:
         ids = [row[1:] if len(row) > 1 and row[0] == bos and row[1] == bos else row for row in ids]
     return ids
+
+
+def _specials_behind(tokenizer: PreTrainedTokenizerBase, row: list[int]) -> int:
+    """How many special tokens end ``row``, the ids of a letter."""
+    known = {tokenizer.bos_token_id, getattr(tokenizer, "eos_token_id", None)}
+    known |= set(getattr(tokenizer, "all_special_ids", ()))
+    known.discard(getattr(tokenizer, "unk_token_id", None))  # which the letter itself may be
+    real = [at for at, token in enumerate(row) if token not in known]
+    return len(row) - 1 - real[-1] if real else 0
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -197,12 +229,14 @@ def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
     return cfg.path, cfg.gguf_file
 
 
-def _load_failure(path: str, source: str, err: Exception) -> str:
+def _load_failure(path: str, source: str, err: Exception, reached: bool) -> str:
     first = " ".join(str(err).split())[:200] or type(err).__name__
     if "trust_remote_code" in first:
         return f"model {path} runs its own code; set model.trust_remote_code=true if you trust it"
     if Path(source).is_dir():
         return f"model {path} could not be loaded ({first}); check that its files are complete"
+    if not reached:
+        first = "it cannot be reached from here, and its cache does not hold the model"
     return (
         f"model {path} is no local folder and could not be fetched from the hub ({first}); "
         "check the spelling and the network, or pass a folder"
@@ -250,7 +284,7 @@ def add_adapters(model: Any, cfg: LoRAConfig, seed: int) -> Any:
         import peft
     except ImportError:
         raise SaerlError(
-            f"train.lora.rank={cfg.rank} needs peft; run `pip install saerl-fast[lora]` or set it to 0"
+            f"train.lora.rank={cfg.rank} needs peft; run `pip install peft` or set it to 0"
         ) from None
     check_targets(model, cfg)
     with torch.random.fork_rng():
@@ -270,7 +304,15 @@ def check_targets(model: Any, cfg: LoRAConfig) -> None:
     if cfg.rank == 0:
         return
     named = [name for name, _ in model.named_modules()]
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = inputs is not None and outputs is not None and inputs.weight is outputs.weight
+    shared = {name.split(".")[-1] for name, m in model.named_modules() if tied and m in (inputs, outputs)}
     for target in cfg.targets:
+        if target in shared:
+            raise SaerlError(
+                f"train.lora.targets={target!r}: this model's embeddings and output layer share their "
+                "weights, and merging would change both; leave it out"
+            )
         if target != "all-linear" and not any(name.split(".")[-1] == target for name in named):
             raise SaerlError(
                 f"train.lora.targets={target!r} names no module of {type(model).__name__}; use all-linear or "

@@ -9,8 +9,9 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,11 @@ def check_name(name: str, known: Iterable[str], setting: str) -> None:
     raise SaerlError(f"{setting}={name!r} is unknown{hint}; {choice}")
 
 
-def load_function(spec: str, setting: str, kind: type | None = None) -> Any:
+def load_function(spec: str, setting: str, kind: type | None = None, takes: Sequence[str] = ()) -> Any:
     """The function that ``module:function`` names, or an object of the class ``kind``.
 
-    Raises SaerlError, naming ``setting``, on a module that cannot be imported and a missing function.
+    Raises SaerlError, naming ``setting``, on a module that cannot be imported, a missing function, and one
+    that cannot be called with as many arguments as ``takes`` names.
     """
     module_name, _, function = spec.rpartition(":")
     _look_here()
@@ -55,13 +57,20 @@ def load_function(spec: str, setting: str, kind: type | None = None) -> Any:
             module = importlib.import_module(module_name)
     except SaerlError:
         raise
-    except Exception as err:  # user code runs on import
+    except (Exception, SystemExit) as err:  # user code runs on import
         raise SaerlError(f"{setting}={spec}: importing {module_name} raised {_said(err)}") from err
     target = getattr(module, function, None)
     if not callable(target) and (kind is None or not isinstance(target, kind)):
         public = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
         has = ", ".join(public) or "none"
         raise SaerlError(f"{setting}={spec}: {module_name} has no function {function!r}; it has {has}")
+    try:
+        if takes and callable(target):
+            inspect.signature(target).bind(*takes)
+    except TypeError as err:
+        raise SaerlError(f"{setting}={spec} must take ({', '.join(takes)}): {err}") from None
+    except ValueError:  # one of C's, without a signature
+        pass
     return target
 
 
@@ -71,7 +80,7 @@ def call(what: str, made: Callable[[], Any], let: type[Exception] = SaerlError) 
         return made()
     except (SaerlError, let):
         raise
-    except Exception as err:  # whatever a user's function raises
+    except (Exception, SystemExit) as err:  # whatever a user's function raises
         raise SaerlError(f"{what} raised {_said(err)}; mend it") from err
 
 
@@ -94,5 +103,5 @@ def _look_here() -> None:
         sys.path.insert(0, here)
 
 
-def _said(err: Exception) -> str:
+def _said(err: BaseException) -> str:
     return f"{type(err).__name__}: {(str(err).strip().splitlines() or ['no message'])[0]}"

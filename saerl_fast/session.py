@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from saerl_fast.config import Config, DataConfig, to_dict
+from saerl_fast.hub import hub_access, is_local
 from saerl_fast.models import load_model, max_positions
 from saerl_fast.prompts.pool import Pool, load_split
 from saerl_fast.prompts.render import Prompts, prepare
+from saerl_fast.prompts.sources import is_source
 
 
 @dataclass
@@ -60,7 +62,9 @@ def load_pools(config: Config) -> tuple[Pool, Pool]:
     named = [Path(name) for name in (config.data.train, config.data.eval or "") if name]
     files = [file for path in named for file in (path, *sorted(path.glob("*")), *sorted(path.glob("*/*")))]
     stamp = tuple((f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())
-    return _load_pools(json.dumps(to_dict(config.data)), config.seed, stamp)
+    names = [name for name in (config.data.train, config.data.eval) if name]
+    with hub_access(any(not is_local(name) and not is_source(name) for name in names)):
+        return _load_pools(json.dumps(to_dict(config.data)), config.seed, stamp)
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,9 +1,22 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from saerl_fast.config import RolloutConfig
-from saerl_fast.rl.cache import Growing, cache_argument, has_plain_layers, prompt_cache
+from saerl_fast.rl.cache import (
+    Growing,
+    cache_argument,
+    caller,
+    has_plain_layers,
+    holds_tokens,
+    own_cache,
+    prompt_cache,
+    repeat_rows,
+    take_rows,
+)
 from saerl_fast.rl.generate import generate
 from tests.tiny_lm import char_tokenizer, tiny_model, token_rows
 
@@ -72,3 +85,61 @@ def test_the_cache_goes_by_the_name_that_the_model_has_for_it() -> None:
     adapted.get_base_model = lambda: new
     assert set(cache_argument(new, 1)) == set(cache_argument(adapted, 1)) == {"cache", "use_cache"}
     assert cache_argument(old, 1) == {"past_key_values": 1, "use_cache": True}
+
+
+class Strange:
+    """A cache layer or a whole cache of another making."""
+
+    def __init__(self, rows: int) -> None:
+        part = torch.arange(float(rows))[:, None]
+        self.conv, self.states = part, {0: part + 10, 1: None}
+        self.nested, self.pair = [part + 20, [part + 30]], (part + 40, "x")
+        self.kernel, self.count = torch.zeros(3, 1), rows
+
+    def found(self) -> list[list[float]]:
+        parts = (self.conv, self.states[0], self.nested[0], self.nested[1][0], self.pair[0])
+        return [[float(v) % 10 for v in part[:, 0]] for part in parts]
+
+
+@pytest.mark.parametrize("as_layer", [True, False])
+def test_what_is_unknown_is_expanded_by_its_tensors(as_layer: bool) -> None:
+    strange = Strange(2)
+    whole = DynamicCache() if as_layer else strange
+    if as_layer:
+        whole.layers = [strange]
+    repeat_rows(whole, 2, 3)
+    assert strange.found() == [[0, 0, 0, 1, 1, 1]] * 5
+    assert strange.kernel.shape == (3, 1) and strange.states[1] is None and strange.pair[1] == "x"
+    take_rows(whole, 6, torch.tensor([1, 5]))
+    assert strange.found() == [[0, 1]] * 5
+
+
+def test_caches_of_tensors_alone() -> None:
+    state = [torch.arange(2.0)[:, None], torch.arange(2.0)[:, None] + 5]
+    repeat_rows(state, 2, 2)
+    assert [part[:, 0].tolist() for part in state] == [[0, 0, 1, 1], [5, 5, 6, 6]]
+
+
+def test_states_have_no_tokens_that_a_mask_could_hide() -> None:
+    cache = DynamicCache()
+    cache.layers = [Strange(2)]
+    assert not holds_tokens(cache) and holds_tokens([torch.zeros(1)])
+    cache.update(*states(2, 5), 1)
+    assert holds_tokens(cache)
+
+
+def test_a_model_is_handed_what_it_takes() -> None:
+    class Model:
+        def forward(self, input_ids, cache_params=None) -> dict:
+            return {"input_ids": input_ids, "cache_params": cache_params}
+
+        def __call__(self, **inputs):
+            return self.forward(**inputs)
+
+    model = Model()
+    assert cache_argument(model, 7) == {"cache_params": 7, "use_cache": True}
+    assert caller(model)(input_ids=1, position_ids=2) == {"input_ids": 1, "cache_params": None}
+    made = SimpleNamespace(cache_params=3, past_key_values=4)
+    assert own_cache(model, made) == {"cache_params": 3, "use_cache": True}
+    with pytest.raises(TypeError, match="returns no cache"):
+        own_cache(model, SimpleNamespace())

@@ -13,6 +13,7 @@ from saerl_fast.sae.capture import (
     Capture,
     FeatureCapture,
     _warn_once,
+    check_layer,
     check_width,
     iter_hidden_ids,
     resolve_layer,
@@ -96,6 +97,7 @@ def test_every_layer_equals_transformers_and_stops_there(kind: str) -> None:
         block.register_forward_hook(lambda *_, n=number: ran.append(n), prepend=True)
     for layer in range(4):
         want = alone(model, ROWS, layer)
+        check_layer(model, layer)  # its own forward pass, once, is not of interest below
         ran.clear()
         ((order, x, offsets),) = iter_hidden_ids(model, ROWS, layer)
         assert ran == list(range(layer))  # at layer 0 not even the first block runs
@@ -123,14 +125,14 @@ def test_capture_during_generate_is_the_prefill_alone(kind: str, cache: str) -> 
     if cache == "static":
         settings["cache_implementation"] = "static"
     plain = model.generate(ids, attention_mask=mask, **settings)
-    calls = 0
+    capture, calls = Capture(model, 2), 0
 
     def count(*_: Any) -> None:
         nonlocal calls
         calls += 1
 
     handle = model.register_forward_pre_hook(count)
-    with Capture(model, 2) as capture:
+    with capture:
         out = model.generate(ids, attention_mask=mask, **settings)
         first, offsets = capture.take()
         again = model.generate(ids[1:], attention_mask=mask[1:], **settings)

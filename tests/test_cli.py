@@ -41,6 +41,9 @@ def test_help_imports_nothing_heavy():
         (["train", "threads=0"], "threads=0"),
         (["score", "data.train=examples/demo/pool.jsonl"], "model.path"),
         (["report", "nowhere"], "nowhere is not a folder"),
+        (["watch", "nowhere"], "nowhere is not a folder"),
+        (["watch", "examples"], "examples holds no run"),
+        (["demo", "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["sae", "info", "nowhere"], "nowhere"),
         (["sae", "convert", "nowhere", "new"], "SAE nowhere does not exist"),
         (["sae", "convert", "nowhere", "new", "size=1"], "is nothing to say about an SAE"),
@@ -78,3 +81,46 @@ def test_sae_convert_and_info(tmp_path, capsys):
     assert cli.main(["sae", "info", str(tmp_path / "new")]) == 0
     shown = capsys.readouterr().out
     assert "SAE(topk" in shown and "hook_name: blocks.1.hook_resid_post" in shown
+
+
+BAD_REWARD = """
+def helper(answer):
+    return {}[answer]  # the line to find
+
+def boom(prompts, completions, answer, **columns):
+    return [helper(a) for a in answer]
+"""
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_debug_shows_where_an_error_comes_from(debug, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    (tmp_path / "mine.py").write_text(BAD_REWARD)
+    argv = ["train", "--config", "examples/demo.yaml", "plan.schedule=vanilla", f"run_dir={tmp_path / 'r'}"]
+    argv += [f"train.reward={tmp_path / 'mine.py'}:boom", *["--debug"] * debug]
+    code, error = code_and_error(argv, capsys)
+    assert code == 2 and "KeyError" in error.splitlines()[-1] and error.splitlines()[-1].startswith("saerl: ")
+    assert ("Traceback" in error) == debug
+    assert ("return {}[answer]  # the line to find" in error) == debug
+
+
+@pytest.mark.parametrize("argv", [["report", "nowhere"], ["watch", "nowhere"], ["sae", "info", "nowhere"]])
+def test_every_command_has_debug(argv, capsys):
+    code, error = code_and_error([*argv, "--debug"], capsys)
+    assert code == 2 and "Traceback" in error and error.splitlines()[-1].startswith("saerl: ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "missing"), [(["sae", "info", "sae"], "safetensors"), (["report", "run"], "matplotlib.pyplot")]
+)
+def test_a_package_that_is_not_installed_is_one_sentence(argv, missing, tmp_path, capsys, monkeypatch):
+    """As after an install without extras, wherever the import stands."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "run", lambda args: __import__(missing))
+    monkeypatch.setitem(sys.modules, missing, None)
+    code, error = code_and_error(argv, capsys)
+    assert code == 2 and 'run `pip install -e ".[all]"`' in error and "Traceback" not in error
+    monkeypatch.setitem(sys.modules, "nobodys_module", None)
+    monkeypatch.setattr(cli, "run", lambda args: __import__("nobodys_module"))
+    with pytest.raises(ModuleNotFoundError):  # a fault of ours or of the user's own code
+        cli.main(argv)

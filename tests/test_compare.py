@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,10 @@ def recorded(monkeypatch):
     """Replace training by a record of what would run."""
     calls = []
 
-    def fake(config, echo, *, out, arm, resume):
+    def fake(config, echo, *, out, arm, resume, redo, session):
         calls.append((arm, config.plan.schedule, config.train.seed, out.name, resume))
         out.mkdir(parents=True, exist_ok=True)
-        mark = module.fingerprint(config, module.RUN_SECTIONS)
+        mark = module.fingerprint(config, module.run_sections(config))
         described = {"arm": arm, "seed": config.train.seed, "fingerprint": mark}
         (out / "run.json").write_text(json.dumps(described))
         rows = [{"step": s, "kind": "eval", "accuracy": 0.1 * s} for s in range(3)]
@@ -51,6 +52,7 @@ def recorded(monkeypatch):
             (out / "summary.json").write_text("{}")
 
     monkeypatch.setattr(module, "train_stage", fake)
+    monkeypatch.setattr(module, "_check_plans", lambda arms, echo: None)
     return calls
 
 
@@ -86,3 +88,73 @@ def test_wrong_lists_stop_before_anything_runs(tmp_path, recorded, bad):
     with pytest.raises(SaerlError):
         compare(settings(tmp_path / "r", bad), Echo(quiet=True))
     assert recorded == []
+
+
+def test_what_an_arm_does_not_name_is_said(tmp_path, recorded, capsys):
+    """Order and loss at once: the paired verdict would be about neither."""
+    arms = "compare.arms=vanilla,gspo:train.loss.kind=gspo,filtered:plan.schedule=vanilla;plan.filter=true"
+    config = settings(tmp_path, arms, "data.id_column=prompt_id")
+    compare(config, Echo(quiet=True))
+    said = capsys.readouterr().out
+    assert (
+        "gspo differs from vanilla in more than it names: plan.schedule (adaptive, vanilla: vanilla)" in said
+    )
+    assert "an arm with plan.schedule=vanilla;plan.filter=false differs in the rest alone" in said
+    assert "filtered differs" not in said
+    (note,) = json.loads((tmp_path / "compare.json").read_text())["notes"]
+    assert note in said and "gspo differs from vanilla" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arms", "more"),
+    [
+        ("dapo:train.loss.kind=dapo,gspo:train.loss.kind=gspo", {}),
+        ("vanilla:train.lr=1e-3,adaptive", {"train.lr", "plan.filter"}),
+        ("vanilla,bare:plan.schedule=adaptive;plan.filter=false", {}),
+        ("vanilla,adaptive", {"plan.filter"}),
+        ("a:train.lr=1,b:train.lr=2;train.steps=3", {}),
+    ],
+)
+def test_settings_that_are_not_named(tmp_path, arms, more):
+    config = settings(tmp_path, "data.id_column=prompt_id")
+    (_, first), (_, second) = (parse_arm(text) for text in arms.split(","))
+    base, arm = (module.apply_overrides(config, one) for one in (first, second))
+    assert set(module.confounded(base, arm, second)) == set(more)
+
+
+def test_without_quality_labels_no_arm_filters(tmp_path):
+    plain = tmp_path / "pool.jsonl"
+    plain.write_text(
+        "".join(json.dumps({"prompt": f"{i}+1=", "answer": f"{i + 1}"}) + "\n" for i in range(9))
+    )
+    config = load_config(None, [f"data.train={plain}", "data.eval_size=2", "plan.schedule=adaptive"])
+    vanilla = module.apply_overrides(config, ["plan.schedule=vanilla"])
+    assert module.confounded(vanilla, config, ["plan.schedule=adaptive"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("arm", "said"),
+    [
+        ("hot:train.reward=numerci", "did you mean numeric"),
+        ("hot:train.loss.kind=nowhere:fn", "nowhere"),
+        ("hot:plan.schedule=global", "difficulty.n_labels=0 finds out none"),
+        ("hot:plan.schedule=medium", "difficulty.n_labels=0 finds out none"),
+        ("hot:train.trackers=wandb", "needs wandb"),
+    ],
+)
+def test_an_arm_that_cannot_run_is_refused_before_the_first_trains(
+    tmp_path, recorded, arm, said, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = settings(tmp_path, f"compare.arms=vanilla,{arm}", "difficulty.n_labels=0")
+    with pytest.raises(SaerlError, match=said):
+        compare(config, Echo(quiet=True))
+    assert recorded == [] and not (tmp_path / "compare.json").exists()
+
+
+def test_redo_trains_again_what_has_changed_and_keeps_the_rest(tmp_path, recorded):
+    compare(settings(tmp_path, "compare.arms=vanilla,bare:plan.schedule=adaptive"), Echo(quiet=True))
+    recorded.clear()
+    changed = settings(tmp_path, "compare.arms=vanilla,bare:plan.schedule=adaptive", "sae.k=4")
+    compare(changed, Echo(quiet=True), redo=True)
+    assert [arm for arm, *_ in recorded] == ["bare"]  # vanilla reads no SAE

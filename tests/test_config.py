@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
+import datetime
 import functools
 import math
+import pathlib
+import pickle
 import typing
 
 import pytest
@@ -12,6 +16,7 @@ from saerl_fast.config import (
     REWARDS,
     AdaptiveConfig,
     Config,
+    DataConfig,
     LossConfig,
     PlanConfig,
     QualityConfig,
@@ -166,6 +171,10 @@ def test_bad_overrides_are_one_sentence(item, words):
         ("data:\n  trian: x\n", ["data.trian", "data.train"]),
         ("data:\n  template: {prompt}\n", ["data.template is one value"]),
         ("data:\n  id_column: no\n", ["data.id_column=False", "str"]),
+        ("data:\n  split: !!set {a, b}\n", ["data.split={", "str"]),
+        ("data:\n  split: !!binary aGk=\n", ["data.split=b'hi'", "str"]),
+        ("train: &here\n  lr: 1\n  again: *here\n", ["unknown config key train.again"]),
+        ("train: &here\n  again: *here\n", ["unknown config key train.again"]),
     ],
 )
 def test_bad_files_are_one_sentence(write, text, words):
@@ -173,6 +182,13 @@ def test_bad_files_are_one_sentence(write, text, words):
         load_config(write(text))
     message = str(caught.value)
     assert all(word in message for word in words) and "\n" not in message
+
+
+def test_a_file_that_is_no_text_is_one_sentence(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"seed: \xff\xfe\n")
+    with pytest.raises(SaerlError, match="run.yaml is not valid YAML"):
+        load_config(path)
 
 
 def test_missing_file_is_named(tmp_path):
@@ -274,6 +290,9 @@ def test_a_value_is_read_as_its_type_wherever_it_is_assigned():
     cfg.steps, cfg.trackers = "12", "wandb"
     assert (cfg.steps, cfg.trackers) == (12, ["wandb"])
     assert PlanConfig(adaptive={"svd": 3}).adaptive == AdaptiveConfig(svd=3)
+    assert Config(run_dir=pathlib.Path("runs/x")).run_dir == "runs/x"
+    assert from_dict(DataConfig, {"split": datetime.date(2026, 1, 2)}).split == "2026-01-02"
+    assert pickle.loads(pickle.dumps(cfg)) == copy.deepcopy(cfg) == cfg
 
 
 def test_mistakes_in_python_are_the_same_sentences():
@@ -281,6 +300,17 @@ def test_mistakes_in_python_are_the_same_sentences():
     for make, words in [
         (lambda: setattr(cfg.train, "lrr", 1), "unknown config key train.lrr; did you mean train.lr?"),
         (lambda: setattr(cfg.train, "lr", "x"), "train.lr='x' is not a valid float"),
+        (
+            lambda: TrainConfig(learning_rate=1),
+            "config key train.learning_rate; did you mean train.lr?",
+        ),
+        (
+            lambda: dataclasses.replace(cfg, output_dir="x"),
+            "key output_dir; did you mean run_dir?",
+        ),
+        (lambda: Config(train={"rollout": {"n": 8}}), "did you mean train.rollout.group_size?"),
+        (lambda: setattr(cfg.model, "path", object()), "is not a valid str"),
+        (lambda: setattr(cfg.compare, "arms", {"vanilla", "adaptive"}), "is not a valid str"),
         (lambda: setattr(cfg, "train", LossConfig()), "train is a section, not a value (got LossConfig)"),
         (lambda: from_dict(Config, {"train": {"loss": {"kynd": 1}}}), "did you mean train.loss.kind?"),
         (
@@ -306,6 +336,9 @@ def test_names_of_other_libraries_lead_to_settings_that_exist():
     keys = {key for key, *_ in SETTINGS}
     names = [name for names in FOREIGN.values() for name in names.split()]
     assert set(FOREIGN) <= keys and not set(names) & set(NONE)
+    assert {"num_generations", "n_samples_per_prompt", "max_response_length", "generate_max_len"} <= set(
+        names
+    )
     for key, names in FOREIGN.items():
         for name in names.split():
             with pytest.raises(SaerlError, match=f"did you mean .*{key}"):
@@ -324,3 +357,33 @@ def test_the_list_of_settings():
     assert ", ".join(REWARDS) in describe("train.reward")
     with pytest.raises(SaerlError, match="did you mean train.loss"):
         describe("loss")
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        ['data.chat_template_kwargs={"enable_thinking": false, "n": 3}'],
+        ["data.chat_template_kwargs.enable_thinking=false", "data.chat_template_kwargs.n=3"],
+        ["data.chat_template_kwargs={enable_thinking: true}", "data.chat_template_kwargs.n=3"]
+        + ["data.chat_template_kwargs.enable_thinking=false"],
+    ],
+)
+def test_a_mapping_is_given_whole_or_by_key(items):
+    wanted = {"enable_thinking": False, "n": 3}
+    if len(items) < 3:
+        assert load_config(None, items).data.chat_template_kwargs == wanted
+    config = load_config()
+    for item in items:
+        config = apply_overrides(config, [item])
+    assert config.data.chat_template_kwargs == wanted
+    assert apply_overrides(config, ["data.chat_template_kwargs="]).data.chat_template_kwargs == {}
+    with pytest.raises(SaerlError, match="chat_template_kwargs='x' must be a mapping"):
+        load_config(None, ["data.chat_template_kwargs=x"])
+
+
+def test_a_mapping_is_part_of_what_a_stage_was_made_from():
+    from saerl_fast.stages.fingerprint import SAE_SECTIONS, settings
+
+    one = load_config(None, ["data.chat_template_kwargs.enable_thinking=false"])
+    trees = [settings(to_dict(config), SAE_SECTIONS) for config in (one, load_config())]
+    assert trees[0] != trees[1]

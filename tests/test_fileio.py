@@ -60,8 +60,10 @@ def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path):
     (tmp_path / "plain").write_text("")
     with pytest.raises(SaerlError, match=r"cannot write to .*plain: .*; choose another run_dir"):
         check_writable(tmp_path / "plain")
+    with pytest.raises(SaerlError, match=r"cannot write to .*plain/deep: .*; choose another run_dir"):
+        check_writable(tmp_path / "plain" / "deep")
     check_writable(tmp_path / "new" / "deep")
-    assert not list((tmp_path / "new" / "deep").iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["plain"]
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")

@@ -1,19 +1,19 @@
 """What a fingerprint covers: the fields of the config say so themselves."""
 
 from saerl_fast.config import Config, apply_overrides, to_dict, walk
-from saerl_fast.stages.fingerprint import LABELS, RUN_SECTIONS, SCORE_SECTIONS, _flat, changes, settings
+from saerl_fast.stages.fingerprint import LABELS, RUN_SECTIONS, SCORE_SECTIONS, changes, flat, settings
 
 UNCOVERED = {  # where, how fast and what is kept: an old record would no longer fit if one were added
     *("model.device", "model.attn", "model.trust_remote_code"),
     *("score.batch_tokens", "score.shard", "score.backend", "diversity.backend"),
     *("train.micro_tokens", "train.save_every", "train.keep", "train.rollout_log", "train.trackers"),
-    *("train.save_model", "train.reward_timeout"),
+    *("train.save_model", "train.reward_timeout", "train.lora.merge_dtype"),
 }
 FILTER = {"quality.threshold", "quality.filter_ratio"}
 
 
 def covered(sections, without=()):
-    return {key for key, _ in _flat(settings(to_dict(Config()), sections, without))}
+    return {key for key, _ in flat(settings(to_dict(Config()), sections, without))}
 
 
 def test_what_a_run_depends_on():

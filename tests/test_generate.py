@@ -97,7 +97,10 @@ def test_a_batch_holds_as_many_rows_as_it_may_in_whole_groups() -> None:
     generate(model, TOKENIZER, PROMPTS, cfg)
     handle.remove()
     width = max(map(len, PROMPTS))
-    assert sizes == [(2, width), (6, 1)] * 2
+    assert [size for size in sizes if size[0] > 1] == [
+        (2, width),
+        (6, 1),
+    ] * 2  # the proof takes single rows
 
 
 def test_a_prompt_may_fill_the_context_to_its_end() -> None:

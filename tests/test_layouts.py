@@ -201,3 +201,11 @@ def test_every_row_that_leaves_is_counted(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         load_prompts(path, DataConfig())
     assert caplog.text == ""  # nothing leaves, nothing is said
+
+
+def test_sharegpt_conversations_end_in_their_answers(tmp_path, caplog):
+    rows = [{"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]}]
+    with caplog.at_level(logging.INFO):
+        pool = load(save(tmp_path / "pool.jsonl", rows))
+    assert pool.column("prompt") == [[USER]] and pool.column("answer") == ["2"]
+    assert "each conversation in `conversations` up to its last assistant message" in caplog.text

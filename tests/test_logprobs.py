@@ -61,7 +61,8 @@ def test_sharing_the_prompt_changes_neither_values_nor_gradients(kind: str, long
     model = tiny_model(kind)
     ids, starts, lengths, owner = grouped()
     lengths = lengths.clamp(max=longest)
-    plain_head(model)  # its own forward pass, once, is not of interest below
+    plain_head(model)  # its own forward pass, and the proof's, once, are not of interest below
+    completion_logprobs(model, ids, starts, lengths, owner=owner)
     results = []
     for options in ({}, {"owner": owner}):
         widths = []
@@ -155,3 +156,41 @@ def test_micro_batches_keep_a_prompt_together() -> None:
     owner = torch.tensor([0, 0, 0, 3, 3, 4, 4, 4])
     parts = [part.tolist() for part in micro_batches(lengths, 27, owner)]
     assert parts == [[0, 1, 2], [5, 6, 7], [3, 4]]
+
+
+def test_sharing_is_proved_again_for_longer_rows_and_wider_gaps(monkeypatch, caplog) -> None:
+    model = tiny_model()
+    ids, starts, lengths, owner = grouped()
+    real, checks = module._shared_hidden, []
+    rows_of = module.telling_rows
+    monkeypatch.setattr(module, "telling_rows", lambda *rest: checks.append(1) or rows_of(*rest))
+    for part in (slice(0, 3), slice(0, 8), slice(4, 8)):
+        completion_logprobs(model, ids[part], starts[part], lengths[part], owner=owner[part])
+    assert len(checks) == 2 and not caplog.records
+    monkeypatch.setattr(module, "_shared_hidden", lambda *rest: real(*rest) * 1.2)
+    wanted, _ = completion_logprobs(model, ids, starts, lengths)
+    module._sharing[model] = module.Proof()  # as if it were another model
+    for _ in range(2):
+        found, _ = completion_logprobs(model, ids, starts, lengths, owner=owner)
+        torch.testing.assert_close(found, wanted)
+    (record,) = caplog.records
+    assert "sharing a prompt's forward pass is off by" in record.message
+
+
+def test_a_model_that_cannot_share_computes_every_row(monkeypatch, caplog) -> None:
+    def fail(*rest):
+        raise ValueError("no gaps please")
+
+    monkeypatch.setattr(module, "_shared_hidden", fail)
+    ids, starts, lengths, owner = grouped()
+    model = tiny_model()
+    found, _ = completion_logprobs(model, ids, starts, lengths, owner=owner)
+    torch.testing.assert_close(found, completion_logprobs(model, ids, starts, lengths)[0])
+    assert "failed (no gaps please); now computing every row whole" in caplog.text
+
+
+def test_a_class_that_names_no_decoder_is_looked_into() -> None:
+    model = tiny_model()
+    model.base_model_prefix = "language_model"  # as Llama 4's class says
+    assert model.base_model is model and module._parts(model)[0] is model.model
+    assert plain_head(model)

@@ -1,5 +1,6 @@
 """Training adapters alone."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -7,12 +8,14 @@ import pytest
 import torch
 
 from saerl_fast.config import (
+    EvalConfig,
     LoRAConfig,
     LossConfig,
     TrainConfig,
     WarmupConfig,
 )
 from saerl_fast.errors import SaerlError
+from saerl_fast.models import check_targets
 from saerl_fast.records.log import read_metrics
 from saerl_fast.rl import update as module
 from saerl_fast.rl.checkpoint import load_latest, model_tensors
@@ -101,6 +104,85 @@ def test_adapters_that_cannot_be(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(SaerlError, match="'q_prj' names no module of LlamaForCausalLM"):
         run(tmp_path / "out", cfg)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(SaerlError, match=r"needs peft; run `pip install saerl-fast\[lora\]`"):
+    with pytest.raises(SaerlError, match=r"needs peft; run `pip install peft`"):
         run(tmp_path / "out", adapted())
     assert not (tmp_path / "out").exists()
+
+
+def half(kind: str = "llama", **extra):
+    """A bfloat16 model as `from_pretrained` makes it: its buffers stay float32."""
+    model = tiny_model(kind, **extra)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def float32(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    return model
+
+
+def logits(model) -> torch.Tensor:
+    ids = torch.randint(3, 40, (16, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(input_ids=ids).logits.float()
+
+
+@pytest.mark.parametrize(("kind", "saved"), [("llama", "float32"), ("gpt2", "float32"), ("llama", "model")])
+def test_what_is_saved_of_a_half_precision_model_is_what_was_trained(tmp_path, kind, saved) -> None:
+    """A short run's changes are below the spacing of bfloat16; float32 keeps them, and both are told."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    lora = LoRAConfig(rank=4, alpha=8.0, merge_dtype=saved)
+    cfg, said = small(lora=lora, lr=1e-4, steps=2, eval=EvalConfig(every=2, mode="prob")), []
+    trained, _, summary = run(tmp_path, cfg, model=half(kind), echo=said.append)
+    base = float32(half(kind))
+    before = logits(base)
+    meant = logits(peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval())
+    effect = (meant - before).abs().mean()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")  # in the dtype it was saved in
+    dtype = loaded.dtype
+    lost = (logits(float32(loaded)) - meant).abs().mean()
+    rounded = (logits(float32(trained)) - meant).abs().mean()
+    assert effect > 0 and rounded > 0.3 * effect  # what the model's own dtype makes of it
+    found = summary["merged"]
+    assert found["rounded_to"] == "bfloat16" and 0 < found["change_kept"] < 0.7
+    assert found["accuracy"] != summary["accuracy"] and summary["figures_of"] == "the model with adapter/"
+    if saved == "float32":
+        assert dtype == torch.float32 and lost < 2**-8 * effect
+        assert found["saved_as"] == "float32" and "model/ is float32 and keeps all of it" in said[-1]
+    else:
+        assert lost == rounded and found["saved_as"] == "bfloat16" and "merge_dtype=float32" in said[-1]
+    assert json.loads((tmp_path / "summary.json").read_text())["merged"] == found
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert same_weights(float32(again), trained)  # the figures beside are of this one
+
+
+def test_float32_and_whole_models_are_what_was_evaluated(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    _, _, summary = run(tmp_path / "one", adapted(steps=1))
+    assert "merged" not in summary and summary["figures_of"] == "the model with adapter/"
+    _, _, summary = run(tmp_path / "two", small(steps=1))
+    assert "merged" not in summary and summary["figures_of"] == "model/"
+
+
+def test_tied_layers_are_not_adapted() -> None:
+    pytest.importorskip("peft")
+    for target in ("lm_head", "embed_tokens"):
+        cfg = LoRAConfig(rank=2, targets=[target])
+        with pytest.raises(SaerlError, match="share their weights"):
+            check_targets(tiny_model(tie_word_embeddings=True), cfg)
+        check_targets(tiny_model(tie_word_embeddings=False), cfg)
+
+
+def test_tied_layers_stay_tied_in_float32(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    model = half(tie_word_embeddings=True)
+    trained, _, _ = run(tmp_path, adapted(steps=1), model=model)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert same_weights(loaded.bfloat16(), trained)

@@ -190,6 +190,11 @@ def test_token_ids_never_doubles_the_beginning() -> None:
     assert token_ids(tokenizer, ["a b", "<s> a"]) == [[1, 3, 4], [1, 3]]
     assert token_ids(tokenizer, ["a b"], special=False) == [[3, 4]]
     assert token_ids(tokenizer, []) == []
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )  # add_eos_token: nothing could follow such a prompt
+    assert tokenizer("a b")["input_ids"] == [1, 3, 4, 2]
+    assert token_ids(tokenizer, ["a b", "<s> a"]) == [[1, 3, 4], [1, 3]]
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3", "neox", "gpt2"])

@@ -137,7 +137,7 @@ def test_changed_prompts_do_not_meet_old_scores(tmp_path, capsys):
 def test_a_reward_of_another_kind_needs_other_labels(scored, tmp_path, capsys):
     folder = copy_of(scored, tmp_path / "demo")
     assert saerl("train", folder, "train.reward=numeric") == 2
-    one_sentence(capsys, "saerl score")
+    one_sentence(capsys, "scores.parquet was made with other settings (train.reward was")
 
 
 @pytest.mark.parametrize("command", ["score", "plan", "train", "compare"])
@@ -395,3 +395,157 @@ def test_an_unknown_backend_stops_before_anything_is_loaded(tmp_path, capsys):
     assert saerl("score", tmp_path / "r", "score.backend=cudda") == 2
     one_sentence(capsys, "score.backend='cudda' is unknown; choose one of auto, triton")
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("difficulty.label_column=nowhere", "has no column 'nowhere'"),
+        ("quality.label_column=prompt_id", "quality.label_column names a column that holds 'demo-"),
+        ("plan.schedule=json:JSONDecoder", "must take (rows, batch_size, rng, table, cfg)"),
+        ("train.loss.kind=json:JSONDecoder", "must take (tokens)"),
+        ("train.reward=saerl_nowhere:f", "No module named 'saerl_nowhere'"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(tmp_path, capsys, setting, said):
+    assert saerl("train", tmp_path / "run", setting) == 2
+    told = capsys.readouterr().err
+    assert said in told and told.count("\n") == 1, told
+    assert not list(tmp_path.iterdir())
+
+
+def state(folder):
+    """When each output was written."""
+    names = ("sae/train.json", "labels.json", "scores.parquet", "adaptive/metrics.jsonl")
+    return {name: (folder / name).stat().st_mtime_ns if (folder / name).exists() else None for name in names}
+
+
+def test_one_command_changes_one_setting(scored, tmp_path, capsys):
+    folder = copy_of(scored, tmp_path / "demo")
+    assert saerl("train", folder) == 0
+
+    def redo(*settings):
+        """What was made again, and what was said, not quietly."""
+        before = state(folder)
+        capsys.readouterr()
+        head = ["train", "--redo", "--config", "examples/demo.yaml", *SMALL, f"run_dir={folder}"]
+        assert cli.main([*head, *settings]) == 0
+        after = state(folder)
+        return {name for name in after if after[name] != before[name]}, capsys.readouterr().out
+
+    made, said = redo()
+    assert made == set() and "adaptive is kept, for nothing that it depends on has changed" in said
+    made, said = redo("train.lr=0.01")
+    assert made == {"adaptive/metrics.jsonl"} and "scores.parquet is kept" in said
+    assert "adaptive is made again (train.lr was 0.0005)" in said
+    made, said = redo("train.lr=0.01", "diversity.n_clusters=3")
+    assert made == {"adaptive/metrics.jsonl", "scores.parquet"} and "sae is kept" in said
+    assert "scores.parquet is made again (diversity.n_clusters was 4)" in said
+    made, said = redo("train.lr=0.01", "diversity.n_clusters=3", "sae.k=4")
+    assert made == {"adaptive/metrics.jsonl", "scores.parquet", "sae/train.json"}
+    assert "sae is made again (sae.k was 8); the one before is sae.previous" in said
+    assert "labels.json is kept" in said and (folder / "sae.previous" / "train.json").is_file()
+    made, said = redo("train.lr=0.01", "diversity.n_clusters=3", "sae.k=4", "train.steps=3")
+    assert made == {"adaptive/metrics.jsonl"} and "goes on from where it stopped" in said
+    rows = [json.loads(line) for line in (folder / "adaptive" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3]
+    assert json.loads((folder / "adaptive" / "run.json").read_text())["resumed"]
+    made, said = redo("train.lr=0.01", "diversity.n_clusters=3", "sae.k=4", "train.steps=2")
+    assert made == {"adaptive/metrics.jsonl"} and "is made again (train.steps was 3)" in said
+
+
+def test_redo_of_what_is_the_same_loads_no_model(scored, tmp_path, monkeypatch):
+    folder = copy_of(scored, tmp_path / "demo")
+    before = state(folder)
+    monkeypatch.setattr("saerl_fast.session.load_model", lambda *_: pytest.fail("loads the model"))
+    assert saerl("sae train", folder, "--redo") == 0
+    assert saerl("score", folder, "--redo") == 0
+    assert saerl("plan", folder, "--redo") == 0
+    assert state(folder) == before
+
+
+@pytest.mark.parametrize("command", ["score", "plan", "train", "compare"])
+def test_other_settings_are_refused_before_the_model_is_loaded(
+    scored, tmp_path, capsys, monkeypatch, command
+):
+    folder = copy_of(scored, tmp_path / "demo")
+    monkeypatch.setattr("saerl_fast.session.load_model", lambda *_: pytest.fail("loads the model"))
+    assert saerl(command, folder, "sae.k=4") == 2
+    one_sentence(capsys, "sae was made with other settings (sae.k was 8); add --redo")
+
+
+@pytest.mark.parametrize("command", ["score", "train", "compare"])
+def test_an_sae_of_another_width_is_refused_before_the_model_is_loaded(
+    tmp_path, capsys, monkeypatch, command
+):
+    from saerl_fast.sae.files import save_sae
+    from saerl_fast.sae.model import SAE, SAESpec
+
+    encoder = torch.randn(24, 32)
+    sae = SAE(encoder, torch.zeros(32), encoder.T.clone(), torch.zeros(24), cfg=SAESpec(k=4))
+    save_sae(sae, tmp_path / "sae")
+    monkeypatch.setattr("saerl_fast.session.load_model", lambda *_: pytest.fail("loads the model"))
+    assert saerl(command, tmp_path / "r", f"sae.path={tmp_path / 'sae'}") == 2
+    one_sentence(capsys, "of width 24 but the hidden size of model examples/demo/model is 128")
+    assert saerl(command, tmp_path / "r", f"sae.path={tmp_path / 'nowhere'}") == 2
+    one_sentence(capsys, "nowhere")
+
+
+def test_an_sae_of_another_width_is_refused_before_labels(scored, tmp_path, capsys, monkeypatch):
+    """Also where the configuration does not tell the width, as that of a GGUF file."""
+    from saerl_fast.sae.files import save_sae
+    from saerl_fast.sae.model import SAE, SAESpec
+
+    encoder = torch.randn(24, 32)
+    sae = SAE(encoder, torch.zeros(32), encoder.T.clone(), torch.zeros(24), cfg=SAESpec(k=4))
+    save_sae(sae, tmp_path / "sae")
+    monkeypatch.setattr("saerl_fast.models.named_width", lambda *_: None)
+    monkeypatch.setattr("saerl_fast.rl.generate.generate", lambda *_, **__: pytest.fail("rolls out labels"))
+    assert saerl("score", tmp_path / "r", f"sae.path={tmp_path / 'sae'}") == 2
+    one_sentence(capsys, "width 24")
+
+
+def test_plans_of_all_arms_are_laid_out_before_the_first_trains(scored, tmp_path, capsys):
+    folder = copy_of(scored, tmp_path / "demo")
+    arms = (
+        "compare.arms=vanilla,filtered:plan.schedule=vanilla;plan.filter=true"  # too few labels for a filter
+    )
+    assert saerl("compare", folder, arms) == 2
+    one_sentence(capsys, "plan.filter=true needs quality scores")
+    arms = "compare.arms=vanilla,lora:plan.schedule=vanilla;train.lora.rank=2;train.lora.targets=nope"
+    assert saerl("compare", folder, arms) == 2
+    one_sentence(capsys, "'nope' names no module")
+    assert not (folder / "vanilla").exists()
+
+
+def test_a_batch_larger_than_the_pool_is_said(tmp_path, capsys):
+    head = ["plan", "--config", "examples/demo.yaml", *SMALL, f"run_dir={tmp_path}", "plan.schedule=vanilla"]
+    assert cli.main([*head, "train.rollout.prompts_per_step=500"]) == 0
+    assert (
+        "train.rollout.prompts_per_step=500 is more than that; a batch repeats prompts"
+        in capsys.readouterr().out
+    )
+
+
+def test_the_record_of_a_run_says_with_what_it_was_made(scored, tmp_path):
+    folder = copy_of(scored, tmp_path / "demo")
+    assert saerl("train", folder, "train.steps=1") == 0
+    record = json.loads((folder / "adaptive" / "run.json").read_text())
+    assert record["made"]["torch"] == torch.__version__ and record["made"]["device"] == "cpu"
+    prompts = [
+        json.loads(line) for line in (folder / "adaptive" / "eval_prompts.jsonl").read_text().splitlines()
+    ]
+    items = [json.loads(line) for line in (folder / "adaptive" / "eval_items.jsonl").read_text().splitlines()]
+    assert {row["prompt_id"] for row in prompts} == {row["prompt_id"] for row in items}
+    report = (folder / "adaptive" / "report.md").read_text()
+    assert "| torch |" in report and "## Held-out items" in report
+
+
+def test_the_demo_runs_from_anywhere(tmp_path, capsys, monkeypatch):
+    assert (
+        cli.demo_config(cli.parser().parse_args(["demo"])).model.path == "examples/demo/model"
+    )  # as demo.yaml
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo", "--quiet", *SMALL, "sae.steps=5"]) == 0
+    assert (tmp_path / "runs" / "demo" / "report.html").is_file()
+    assert (tmp_path / "runs" / "demo" / "plan.json").is_file()

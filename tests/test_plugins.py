@@ -33,15 +33,26 @@ def test_a_function_of_the_working_folder_by_module_and_by_file(folder):
         ("saerl_plugged:g", "a.b=saerl_plugged:g: saerl_plugged has no function 'g'; it has f"),
         ("saerl_plugged:limit", "has no function 'limit'; it has f"),
         ("broken.py:f", "a.b=broken.py:f: importing broken.py raised ZeroDivisionError: division by zero"),
+        ("script.py:f", "a.b=script.py:f: importing script.py raised SystemExit: 3"),
     ],
 )
 def test_what_cannot_be_loaded_names_the_setting(folder, spec, said):
     (folder / "saerl_plugged.py").write_text("def f():\n    return 3\n\nlimit = 5\n")
     (folder / "broken.py").write_text("1 / 0\n")
+    (folder / "script.py").write_text("raise SystemExit(3)\n")
     with pytest.raises(SaerlError) as caught:
         plugins.load_function(spec, "a.b")
     assert str(caught.value).startswith("a.b=") and said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_function_of_other_arguments_is_refused_when_it_is_loaded(folder):
+    (folder / "saerl_plugged.py").write_text("def f(a, b=1, *, c=2):\n    pass\n\nclass C:\n    pass\n")
+    assert plugins.load_function("saerl_plugged:f", "a.b", takes=("x", "y"))
+    assert plugins.load_function("builtins:max", "a.b", takes=("x", "y"))  # has no signature
+    for spec, takes in [("saerl_plugged:f", ("x", "y", "z")), ("saerl_plugged:C", ("x",))]:
+        with pytest.raises(SaerlError, match=rf"a.b={spec} must take \({', '.join(takes)}\): too many"):
+            plugins.load_function(spec, "a.b", takes=takes)
 
 
 @pytest.mark.parametrize("name", ["one", "pkg.mod:fn", "dir/file.py:fn"])

@@ -42,7 +42,7 @@ def test_chat_messages_keep_their_roles(tmp_path):
         ([], "has no chat messages"),
         ([{"content": "x"}], "without a role"),
         ([{"role": "user", "content": None}], "without text content"),
-        ([{"role": "assistant", "content": "x"}], "ends with an assistant message"),
+        ([{"role": "assistant", "content": "x"}], "has no message but the assistant's"),
     ],
     ids=lambda x: x if isinstance(x, str) and x.strip() else "",
 )

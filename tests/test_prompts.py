@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -51,16 +52,75 @@ def test_plain_rendering_joins_messages(tokenizer):
     assert "chat=always" in message_of(render, small_pool(), tokenizer, DataConfig(chat="always"))
 
 
-def test_chat_rendering_starts_with_one_bos_once_tokenised(chat_tokenizer):
-    texts = render(small_pool(), chat_tokenizer, DataConfig())
-    assert texts == [" user : a {b} go", " system : short user : b c go"]
-    ids = chat_tokenizer(texts[0])["input_ids"]
-    assert ids[0] == 0 and ids.count(0) == 1
-    assert render(small_pool(), chat_tokenizer, DataConfig(chat="never"))[0] == "a {b}"
-    bos = chat_tokenizer.bos_token
-    quoted = Pool({"prompt_id": ["0"], "prompt": [f"a {bos} b"], "answer": [""]})
-    only_the_first = [f" user : a {bos} b go"]
-    assert render(quoted, chat_tokenizer, DataConfig()) == only_the_first
+def test_a_chat_has_the_tokens_that_the_model_is_used_with(chat_tokenizer):
+    pool = small_pool()
+    texts = render(pool, chat_tokenizer, DataConfig())
+    assert texts == ["<s> user : a {b} go", "<s> system : short user : b c go"]
+    ids = prepare(pool, chat_tokenizer).ids
+    assert ids[0][0] == 0 and [row.count(0) for row in ids] == [1, 1]
+    chats = [[{"role": "user", "content": "a {b}"}], pool.column("prompt")[1]]
+    for template in (
+        TEMPLATE,
+        TEMPLATE.replace("{{ bos_token }}", ""),
+    ):  # written by the template, or by nobody
+        chat_tokenizer.chat_template = template
+        wanted = chat_tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=True)
+        wanted = wanted["input_ids"] if not isinstance(wanted, list) else wanted
+        assert prepare(pool, chat_tokenizer).ids == wanted
+    plain = prepare(pool, chat_tokenizer, DataConfig(chat="never"))
+    assert plain.texts[0] == "a {b}" and plain.ids[0][0] == 0
+
+
+def test_no_prompt_ends_in_an_end_token(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    core = tokenizer.backend_tokenizer
+    before = core.post_processor
+    core.post_processor = TemplateProcessing(
+        single="<s> $A go", special_tokens=[("<s>", 0), ("go", 5)]
+    )  # as with add_eos_token
+    tokenizer.eos_token = "go"
+    try:
+        assert tokenizer("user :")["input_ids"] == [0, 2, 4, 5]
+        pool = Pool({"prompt_id": ["0", "1"], "prompt": ["user :", "user go"], "answer": ["system", ""]})
+        made = prepare(pool, tokenizer)
+        assert made.ids == [[0, 2, 4], [0, 2, 5]] and made.answer_ids == [[3], []]
+    finally:
+        core.post_processor, tokenizer.eos_token = before, None
+
+
+def test_arguments_reach_the_chat_template(chat_tokenizer):
+    chat_tokenizer.chat_template = TEMPLATE + "{% if enable_thinking is false %} :{% endif %}"
+    pool = small_pool()
+    cfg = DataConfig(chat_template_kwargs={"enable_thinking": False})
+    assert render(pool, chat_tokenizer, cfg)[0] == "<s> user : a {b} go :"
+    assert render(pool, chat_tokenizer, DataConfig())[0] == "<s> user : a {b} go"
+    wrong = DataConfig(chat_template_kwargs={"nothink": True})
+    assert "does not read 'nothink'" in message_of(render, pool, chat_tokenizer, wrong)
+    ours = DataConfig(chat_template_kwargs={"tokenize": True})
+    assert "data.chat_template_kwargs.tokenize" in message_of(render, pool, chat_tokenizer, ours)
+    assert "needs a chat template" in message_of(render, pool, chat_tokenizer, replace(cfg, chat="never"))
+
+
+def test_an_answer_that_was_begun_is_continued(chat_tokenizer, caplog):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
+    pool = Pool({"prompt_id": ["0", "1"], "prompt": [chat, "a"], "answer": ["", ""]})
+    with caplog.at_level(logging.WARNING):
+        texts = render(pool, chat_tokenizer, DataConfig(prefill=" d"))
+    assert texts == ["<s> user : a assistant : b c d", "<s> user : a go d"]
+    assert "1 of 2 prompts end with a message of the assistant" in caplog.text
+    assert render(pool, chat_tokenizer, DataConfig(chat="never", prefill="!")) == ["a\n\nb c!", "a!"]
+
+
+@pytest.mark.parametrize(
+    "fault", ["{{ 1 + messages[0]['content'] }}", "{{ range(10 ** 30) }}", "{{ 1 / 0 }}"]
+)
+def test_whatever_a_template_raises_is_one_sentence(chat_tokenizer, fault):
+    chat_tokenizer.chat_template = fault
+    message = message_of(render, small_pool(), chat_tokenizer, DataConfig())
+    assert (
+        "the chat template rejects prompt '0' with roles user (" in message and "data.chat=never" in message
+    )
 
 
 def test_long_prompts_are_dropped_and_counted(chat_tokenizer, caplog):

@@ -192,3 +192,112 @@ def test_label_rollouts_are_counted_in_steps(comparison):
     assert (
         "took 640 rollouts before training, as many as 10.0 steps" in (comparison / "report.md").read_text()
     )
+
+
+NASTY = "<script>alert(1)</script> | `x` *y* \n# no heading"
+
+
+@pytest.fixture
+def told(tmp_path):
+    """A run with all that it writes beside its metrics."""
+    from saerl_fast.config import apply_overrides, load_config, to_dict
+
+    config = apply_overrides(load_config(), ["train.lr=0.5", "data.template={prompt} <b>"])
+    record_run(tmp_path / "adaptive", "adaptive", 3, [0.2, 0.3], mode="sample")
+    made = {
+        "saerl": "0.1",
+        "torch": "2.13.0",
+        "python": "3.11.7",
+        "device": "cpu",
+        "date": "2026-01-02",
+        "git": None,
+    }
+    record = {"arm": "adaptive", "seed": 3, "config": to_dict(config), "made": made}
+    record["resumed"] = [made | {"torch": "2.14.0", "date": "2026-01-03"}]
+    (tmp_path / "adaptive" / "run.json").write_text(json.dumps(record))
+    rollouts = [
+        {"step": s, "prompt_id": "p", "prompt": f"asked {s}", "answer": "7", "rewards": [0.0, 1.0, 0.5],
+         "completions": [NASTY, f"best {s}", "middle"]}
+        for s in (1, 2)
+    ]  # fmt: skip
+    items = [
+        {"step": step, "prompt_id": name, "score": score, "completion": f"said {name} {step}"}
+        for step, scores in ((0, (0.0, 0.5)), (10, (1.0, 0.5)))
+        for name, score in zip(("a", "b"), scores, strict=True)
+    ]
+    prompts = [{"prompt_id": name, "prompt": f"held out {name}", "answer": name} for name in ("a", "b")]
+    for name, rows in (("rollouts", rollouts), ("eval_items", items), ("eval_prompts", prompts)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "adaptive" / f"{name}.jsonl").write_text(text)
+    return tmp_path / "adaptive"
+
+
+def test_a_report_opens_with_versions_and_settings(told):
+    write_report(told)
+    text = (told / "report.md").read_text()
+    assert text.index("| torch | 2.13.0 |") < text.index("| train.lr | 0.5 |") < text.index("## Result")
+    assert "| torch when resumed | 2.14.0 |" in text and "python when resumed" not in text
+    assert "| git |" not in text and "| train.steps |" not in text  # unknown; as it is by default
+
+
+def test_a_report_shows_what_was_written(told):
+    write_report(told)
+    text = (told / "report.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| adaptive | 2 | asked 2 | 7 |")]
+    assert [row.split(" | ")[-2] for row in rows][0] == "best 2" and len(rows) == 2  # the best and the worst
+    assert "asked 1" not in text and "middle" not in text
+    held = text[text.index("## Held-out items") :]
+    assert "| adaptive | held out a | a | said a 10 | 0 | 1 |" in held
+    assert held.index("held out a") < held.index("held out b")  # it changed most
+
+
+def test_what_a_model_wrote_is_text_in_the_report(told):
+    write_report(told)
+    for name in ("report.md", "report.html"):
+        text = (told / name).read_text()
+        assert "<script>" not in text and "&lt;script&gt;" in text and "{prompt} <b>" not in text, name
+    row = next(line for line in (told / "report.md").read_text().splitlines() if "script" in line)
+    assert "\\|" in row and "\\`x\\`" in row and "<br># no heading" in row
+
+
+def test_older_records_and_damaged_texts(told):
+    for name in ("rollouts.jsonl", "eval_items.jsonl", "eval_prompts.jsonl"):
+        (told / name).write_text("")
+    (told / "run.json").write_text(json.dumps({"arm": "adaptive", "seed": 3}))
+    write_report(told)
+    text = (told / "report.md").read_text()
+    assert not any(f"## {name}" in text for name in ("Made with", "Settings", "Sample", "Held-out"))
+
+
+def test_settings_that_arms_do_not_share_stand_side_by_side(tmp_path):
+    from saerl_fast.config import apply_overrides, load_config, to_dict
+
+    for arm, loss in (("vanilla", "dapo"), ("other", "gspo")):
+        record_run(tmp_path / arm, arm, 0, [0.2, 0.3])
+        tree = to_dict(apply_overrides(load_config(), [f"train.loss.kind={loss}", "train.lr=2"]))
+        (tmp_path / arm / "run.json").write_text(json.dumps({"arm": arm, "seed": 0, "config": tree}))
+    (tmp_path / "compare.json").write_text(json.dumps({"arms": ["vanilla", "other"], "notes": ["mind this"]}))
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| setting | vanilla | other |" in text and "| train.loss.kind | dapo | gspo |" in text
+    assert "| train.lr | 2 |  |" in text and "| mind this |" in text
+
+
+def test_which_model_the_figures_are_of(tmp_path):
+    record_run(tmp_path / "a", "a", 1, [0.2, 0.3])
+    merged = {"saved_as": "float32", "rounded_to": "bfloat16", "change_kept": 0.25, "accuracy": 0.21}
+    (tmp_path / "a" / "summary.json").write_text(json.dumps({"accuracy": 0.3, "merged": merged}))
+    lines = []
+    write_report(tmp_path / "a", echo=lines.append)
+    text = (tmp_path / "a" / "report.md").read_text()
+    assert "| a | 1 | 0.3 | 0.21 (bfloat16) | 25% | float32 |" in text
+    assert "What the figures are of" in "\n".join(lines)
+
+
+def test_the_sae_is_told_of_without_its_folder(tmp_path):
+    """So that a report can be made again from files that are small enough to keep."""
+    record_run(tmp_path / "adaptive", "adaptive", 3, [0.2, 0.3])
+    (tmp_path / "scores.json").write_text(json.dumps({"metadata": {"sae": {"fvu": 0.321, "note": None}}}))
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "## SAE training" in text and "| fvu | 0.321 |" in text and "None" not in text

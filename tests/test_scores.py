@@ -201,7 +201,7 @@ def test_a_pool_scored_by_a_model_and_its_sae():
 
 
 def test_the_config_offers_every_reduction():
-    """config.py imports no kernels, so it repeats their names."""
+    """saerl_fast.config imports no kernels, so it repeats their names."""
     from saerl_kernels._check import REDUCES
 
     assert set(typing.get_args(typing.get_type_hints(ScoreConfig)["reduce"])) == set(REDUCES)

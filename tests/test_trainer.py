@@ -100,7 +100,7 @@ def test_records_and_honest_counters(tmp_path: Path) -> None:
     for key in ("rollouts", "tokens", "groups", "groups_used"):
         assert summary[key] == sum(r[key] for r in trained)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
-    assert len(said) == 6 and done == [(1, 3), (2, 3), (3, 3)]
+    assert len(said) == 6 and done == [(0, 3), (1, 3), (2, 3), (3, 3)]
     items = read_jsonl(tmp_path / "eval_items.jsonl")
     assert len(items) == 9 and {"step", "prompt_id", "score", "completion"} <= items[0].keys()
     assert rows[0]["accuracy"] == pytest.approx(np.mean([i["score"] for i in items[:3]]))
@@ -250,3 +250,18 @@ def test_a_reward_that_hangs_ends_the_run_with_a_sentence(tmp_path: Path) -> Non
     straight, _, _ = run(tmp_path / "one", small())
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert same_weights(straight, resumed)
+
+
+def test_a_mismatch_beyond_rounding_is_said_and_counted(tmp_path: Path, monkeypatch, caplog) -> None:
+    real = module.completion_logprobs
+    monkeypatch.setattr(
+        module, "completion_logprobs", lambda *args, **rest: (real(*args, **rest)[0] - 0.2, real(*args)[1])
+    )
+    _, _, summary = run(tmp_path / "off", small(steps=3))
+    assert summary["mismatch_steps"] == 3
+    said = [r.message for r in caplog.records if "(mismatch)" in r.message]
+    assert [line[:7] for line in said] == ["step 1:", "step 2:"] and "differ by 0.2 per token" in said[0]
+    monkeypatch.undo()
+    caplog.clear()
+    assert run(tmp_path / "fine", small(steps=1))[2]["mismatch_steps"] == 0
+    assert "(mismatch)" not in caplog.text

@@ -12,6 +12,7 @@ import pytest
 from benchmarks.run_all import heed_interrupts
 from saerl_fast.errors import SaerlError
 from saerl_fast.records.log import MetricsLog
+from saerl_fast.records.report import write_report
 from saerl_fast.records.watch import watch
 
 
@@ -49,6 +50,7 @@ def test_a_growing_run_is_followed_to_its_end(tmp_path: Path) -> None:
         finally:
             (run / "summary.json").write_text("{}")
 
+    run.mkdir()  # what `saerl train` does first
     trainer = threading.Thread(target=train)
     trainer.start()
     figure = watch(run, said.append, every=0.02)
@@ -84,6 +86,45 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
         watch(tmp_path / "file", print)
     with pytest.raises(SaerlError, match="--every 0"):
         watch(tmp_path, print, every=0)
+    with pytest.raises(SaerlError, match="holds no run; pass the run_dir of one"):
+        watch(tmp_path, print)  # somebody's folder: nothing will come
+
+
+@pytest.mark.parametrize("look", [lambda root: watch(root, print), write_report], ids=["watch", "report"])
+def test_a_folder_that_is_not_there_is_said_at_once(tmp_path: Path, look) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(SaerlError, match="minne is not a folder; did you mean .*mine\\?"):
+        look(tmp_path / "minne")
+    with pytest.raises(SaerlError, match="nowhere is not a folder; pass the run_dir"):
+        look(tmp_path / "nowhere")
+    with pytest.raises(SaerlError, match="run is not a folder; pass the run_dir"):
+        look(tmp_path / "no" / "run")
+
+
+@pytest.mark.parametrize("held", [[], ["sae/cfg.json"], ["labels.json"], ["compare.json", "sae/cfg.json"]])
+def test_a_run_that_has_not_begun_is_waited_for(tmp_path: Path, held) -> None:
+    for name in held:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+
+    class Waited(Exception):
+        pass
+
+    def echo(line: str) -> None:
+        assert line.startswith("waiting for")
+        raise Waited
+
+    with pytest.raises(Waited):
+        watch(tmp_path, echo, every=0.01)
+
+
+def test_steps_are_counted_against_the_total(tmp_path: Path) -> None:
+    write(tmp_path / "run", 1, 2, None)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"config": {"train": {"steps": 7}}}))
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    said: list[str] = []
+    watch(tmp_path / "run", said.append, every=0.01)
+    assert said[0].startswith("step     2/7 eval")
 
 
 def test_ctrl_c_ends_the_command_quietly(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ whenever it is assigned: by a constructor, ``dataclasses.replace``, a file, the 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import math
 import operator
+import os
 import re
 import types
 import typing
@@ -21,6 +23,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.plugins import is_function
 
 SEED: dict[str, Any] = {"at_least": 0, "at_most": 2**32 - 1}  # what scikit-learn takes
+TEXT = (str, int, float, os.PathLike, datetime.date)  # YAML reads some names as numbers or dates
 REQUIRED = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -73,7 +76,7 @@ class Setting(NamedTuple):
 def setting(default: Any, meaning: str, **rules: Any) -> Any:
     """A dataclass field; ``rules``: the other fields of :class:`Setting`."""
     metadata = {"setting": Setting(meaning, **rules)}
-    if isinstance(default, list):
+    if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -91,6 +94,17 @@ class Section:
     types: ClassVar[dict[str, Any]]  # of all its fields
     rules: ClassVar[dict[str, Setting]]  # of those that are settings, not sections
     root: ClassVar[type[Section]]  # the class of the whole tree
+
+    def __new__(cls, *args: Any, **given: Any) -> Section:  # before dataclasses' own word on unknown names
+        for name, value in given.items():
+            if name not in cls.types:
+                key, seen = f"{cls.where}{name}", []
+                while isinstance(value, dict) and value and id(value) not in seen:  # YAML: it may hold itself
+                    seen.append(id(value))
+                    name, value = next(iter(value.items()))
+                    key += f".{name}"
+                raise SaerlError(unknown(key, cls))
+        return super().__new__(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
         key, about = self.where + name, self.rules.get(name)
@@ -141,14 +155,7 @@ def walk(cls: type[Section]) -> Iterator[tuple[str, type[Section], str]]:
 
 def from_dict(cls: type[Section], tree: dict[Any, Any]) -> Any:
     """The inverse of :func:`to_dict` for the section ``cls``; SaerlError on unknown or wrong values."""
-    for name, value in tree.items():
-        if name not in cls.types:
-            key = f"{cls.where}{name}"
-            while isinstance(value, dict) and value:
-                name, value = next(iter(value.items()))
-                key += f".{name}"
-            raise SaerlError(unknown(key, cls))
-    return cls(**tree)
+    return cls(**{str(name): value for name, value in tree.items()})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -193,6 +200,12 @@ def read(value: Any, hint: Any, key: str, about: Setting | None = None) -> Any:
         raise SaerlError(
             f"{key} is a section, not a value (got {shown}); set its keys, such as {key}.{first}"
         )
+    if origin is dict:
+        if value in (None, ""):
+            return {}
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            raise SaerlError(f"{key}={value!r} must be a mapping of names to values")
+        return {name: _free(part) for name, part in value.items()}
     if isinstance(value, dict):
         raise SaerlError(f"{key} is one value, not a section (got {value!r}); write {key}=VALUE")
     if origin in (Union, types.UnionType):
@@ -218,7 +231,7 @@ def read(value: Any, hint: Any, key: str, about: Setting | None = None) -> Any:
                 raise ValueError
             return float(value)
         if hint is str:
-            if isinstance(value, (list, tuple)):
+            if not isinstance(value, TEXT):
                 raise ValueError
             return choose(str(value), about.choices, key, about.or_function) if about else str(value)
     except SaerlError:  # of an item of a list
@@ -227,6 +240,13 @@ def read(value: Any, hint: Any, key: str, about: Setting | None = None) -> Any:
         wanted = getattr(hint, "__name__", None) if origin is None else str(hint)
         raise SaerlError(f"{key}={value!r} is not a valid {wanted}") from None
     return value
+
+
+def _free(value: Any) -> Any:
+    """A value of a mapping whose names are not ours, with what came from the command line read as YAML."""
+    if isinstance(value, dict):
+        return {name: _free(part) for name, part in value.items()}
+    return value.parsed() if isinstance(value, Given) else value
 
 
 def choose(value: Any, names: Sequence[Any], key: str, or_function: bool = False) -> Any:

@@ -21,7 +21,8 @@ def load_config(path: str | Path | None = None, overrides: Overrides = ()) -> Co
         import yaml
     except ImportError:
         raise SaerlError(
-            "the commands need more than the kernels do; run `pip install saerl-fast[rl]`"
+            "the commands need more than the kernels do; "
+            'run `pip install -e ".[all]"` in the clone of saerl-fast'
         ) from None
 
     tree: dict[str, Any] = {}
@@ -30,8 +31,10 @@ def load_config(path: str | Path | None = None, overrides: Overrides = ()) -> Co
         if not file.is_file():
             raise SaerlError(f"config file {file} does not exist; pass an existing YAML file to --config")
         try:
-            loaded = yaml.safe_load(file.read_text())
-        except yaml.YAMLError as err:
+            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except OSError as err:
+            raise SaerlError(f"config file {file} cannot be read: {err.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as err:
             raise SaerlError(f"config file {file} is not valid YAML: {' '.join(str(err).split())}") from None
         if loaded is not None and not isinstance(loaded, dict):
             raise SaerlError(f"config file {file} must hold sections, not a {type(loaded).__name__}")

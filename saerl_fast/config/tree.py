@@ -9,7 +9,7 @@ tested where ``benchmarks/`` says so, and none should be read as the paper's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from saerl_fast.config.fields import SEED, Section, name_sections, section, setting
 
@@ -56,6 +56,10 @@ class DataConfig(Section):
     drop_null: bool = setting(False, "drop rows without prompt, answer or id; false: refuse them")
     template: str = setting("{prompt}", "wrapped around every prompt text", form=TEMPLATE)
     chat: Literal["auto", "always", "never"] = setting("auto", "auto: if the tokenizer has a chat template")
+    chat_template_kwargs: dict[str, Any] = setting(
+        {}, "arguments of the chat template, as in {enable_thinking: false}; it must read them"
+    )
+    prefill: str = setting("", "text that every answer begins with, as part of the prompt")
     max_prompt_tokens: int = setting(512, "longer prompts are dropped, and counted", at_least=1)
 
 
@@ -205,6 +209,11 @@ class LoRAConfig(Section):
     rank: int = setting(0, "of the adapters (needs peft); 0 trains all weights", at_least=0)
     alpha: float = setting(32.0, "the adapters' product is scaled by alpha / rank", above=0)
     targets: list[str] = setting(["all-linear"], "module names, or all-linear", filled=True)
+    merge_dtype: Literal["float32", "model"] = setting(
+        "float32",
+        "of the merged model/ of a half-precision model; model: its own, which rounds",
+        result=False,
+    )
 
 
 @dataclass

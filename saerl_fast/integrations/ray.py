@@ -49,7 +49,8 @@ def score_with_ray(
         num_cpus=num_cpus,
         num_gpus=num_gpus,
     )
-    bar = echo.bar("features")
+    bar = echo.bar("features", "shard")
+    bar(0, len(starts))
     for i, _ in enumerate(done.iter_rows()):
         bar(i + 1, len(starts))
     return score_stage(config, echo, session)

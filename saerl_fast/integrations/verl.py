@@ -10,7 +10,7 @@
 A Parquet file that is in verl's schema already needs no rewriting: see integrations.verl_dataset.
 
 verl decides on the order before it trains, so a plan that answers to pass rates (adaptive) cannot be used
-with it. Drop prompts that are too long beforehand (`fit_context`): rows that verl drops would shift every
+with it. Drop prompts that are too long beforehand (`Session.of` does): rows that verl drops would shift every
 later batch. verl makes one optimizer step of a batch when actor_rollout_ref.actor.ppo_mini_batch_size is the
 batch size. Checked with verl 0.9.1's own data loading and reward code; no training run was made with it.
 """

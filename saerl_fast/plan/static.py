@@ -134,7 +134,8 @@ def get_schedule(name: str) -> Schedule | None:
     plugins.check_name(name, SCHEDULES, "plan.schedule")
     if ":" not in name:
         return STATIC.get(name)
-    found = plugins.load_function(name, "plan.schedule", Schedule)
+    takes = ("rows", "batch_size", "rng", "table", "cfg")
+    found = plugins.load_function(name, "plan.schedule", Schedule, takes)
     return found if isinstance(found, Schedule) else Schedule(found)
 
 

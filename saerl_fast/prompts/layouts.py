@@ -1,11 +1,13 @@
 """Where prompts and answers stand in the layouts that people have, and what a cell of an answer column is.
 
 Read without a setting, and said aloud: verl's rows (``reward_model.ground_truth``), TRL's prompt-completion
-rows (``completion``) and conversations in a column ``messages``, whose last assistant message is the answer.
+rows (``completion``) and conversations in a column ``messages`` (or ShareGPT's ``conversations``), whose last
+assistant message is the answer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import decimal
 import difflib
@@ -17,6 +19,7 @@ from typing import Any
 
 from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.prompts import chats
 
 Columns = dict[str, list[Any]]
 
@@ -31,9 +34,10 @@ def recognise(columns: Columns, cfg: DataConfig) -> tuple[Columns, DataConfig, l
     Only names that were left at their defaults and are no column are looked for elsewhere.
     """
     said = []
-    if cfg.prompt_column == _PROMPT and _PROMPT not in columns and "messages" in columns:
-        columns, dropped = _split_messages(columns, cfg)
-        words = f"each conversation in `messages`{' up to its last assistant message' if dropped else ''}"
+    name = next((name for name in ("messages", "conversations") if name in columns), None)
+    if cfg.prompt_column == _PROMPT and _PROMPT not in columns and name is not None:
+        columns, dropped = _split_messages(columns, name, cfg)
+        words = f"each conversation in `{name}`{' up to its last assistant message' if dropped else ''}"
         said.append(f"prompts are {words}")
         if cfg.answer_column == _ANSWER and _ANSWER in columns and dropped == "answers":
             said.append("the last assistant messages are the answers")
@@ -136,10 +140,12 @@ def _paths(head: str, cells: list[Any]) -> Iterable[str]:
     return [f"{head}.{key}" for key in first] if isinstance(first, dict) else []
 
 
-def _split_messages(columns: Columns, cfg: DataConfig) -> tuple[Columns, str]:
+def _split_messages(columns: Columns, name: str, cfg: DataConfig) -> tuple[Columns, str]:
     """Columns with ``prompt`` (and ``answer``, where there is none) from ``messages``; what was cut off."""
     prompts, answers = [], []
-    for cell in columns["messages"]:
+    for cell in columns[name]:
+        with contextlib.suppress(ValueError):  # said with its row, later
+            cell = chats.read_prompt(cell)
         last = cell[-1] if isinstance(cell, list) and cell and isinstance(cell[-1], dict) else {}
         cut = last.get("role") == "assistant" and len(cell) > 1
         prompts.append(cell[:-1] if cut else cell)

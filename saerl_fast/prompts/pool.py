@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.prompts import files, layouts, sources
+from saerl_fast.prompts import chats, files, layouts, sources
+from saerl_fast.prompts.chats import Messages
 
 log = logging.getLogger(__name__)
 
 Role = Literal["train", "eval"]
-Messages = list[dict[str, str]]
 
 
 @dataclass
@@ -92,7 +92,7 @@ def load_prompts(spec: str, cfg: DataConfig, *, split_role: Role = "train", seed
             text_columns={cfg.prompt_column, cfg.answer_column or "", cfg.id_column or "", "completion"},
         )
     columns = _canonical(files.without_nan(columns), spec, cfg, split_role)
-    columns["prompt"] = [_wrap(prompt, cfg.template) for prompt in columns["prompt"]]
+    columns["prompt"] = [chats.wrap(prompt, cfg.template) for prompt in columns["prompt"]]
     return Pool(columns)
 
 
@@ -156,13 +156,14 @@ def _canonical(columns: files.Columns, spec: str, cfg: DataConfig, role: Role) -
         raise SaerlError(f"{spec} holds no rows; give it at least one prompt")
     columns = columns | {"prompt_id": ids, "prompt": prompts, "answer": answers}
     columns = _without_nulls(columns, spec, cfg)
+    read = []
     for prompt in columns["prompt"]:
-        fault = _fault(prompt)
-        if fault:
-            raise SaerlError(
-                f"{spec} row {prompts.index(prompt)}: the prompt {fault}; mend or remove the row"
-            )
-    return columns
+        try:
+            read.append(chats.read_prompt(prompt))
+        except ValueError as fault:
+            row = prompts.index(prompt)
+            raise SaerlError(f"{spec} row {row}: the prompt {fault}; mend or remove the row") from None
+    return columns | {"prompt": read}
 
 
 def _texts(cells: list[Any], name: str, spec: str, what: str) -> list[str | None]:
@@ -198,32 +199,6 @@ def _without_nulls(columns: dict[str, list[Any]], spec: str, cfg: DataConfig) ->
         return columns
     keep = [i for i in range(count) if i not in drop]
     return {name: [column[i] for i in keep] for name, column in columns.items()}
-
-
-def _fault(prompt: Any) -> str | None:
-    """What is wrong with a prompt, as the end of a sentence; None when nothing is."""
-    if isinstance(prompt, str):
-        return None if prompt.strip() else "is empty"
-    if prompt is None:
-        return "is null"
-    if not isinstance(prompt, list):
-        return f"is a {type(prompt).__name__}, not text or a list of chat messages"
-    if not prompt:
-        return "has no chat messages"
-    for message in prompt:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return "has a chat message without a role"
-        if not isinstance(message.get("content"), str):
-            return "has a chat message without text content"
-    return "ends with an assistant message" if prompt[-1]["role"] == "assistant" else None
-
-
-def _wrap(prompt: str | Messages, template: str) -> str | Messages:
-    """``prompt`` inside the template: plain replacement, so that braces in either stay as they are."""
-    if isinstance(prompt, str):
-        return template.replace("{prompt}", prompt)
-    last = prompt[-1]
-    return [*prompt[:-1], last | {"content": template.replace("{prompt}", last["content"])}]
 
 
 def _pick_eval(pool: Pool, cfg: DataConfig, seed: int) -> list[int]:

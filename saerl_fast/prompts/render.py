@@ -10,9 +10,16 @@ from typing import Any
 from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import token_ids
+from saerl_fast.prompts.chats import is_prefilled
 from saerl_fast.prompts.pool import Pool
 
 log = logging.getLogger(__name__)
+
+_OURS = (  # arguments of apply_chat_template that decide the form of its result
+    *("conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "padding"),
+    *("continue_final_message", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+)
 
 
 @dataclass
@@ -53,7 +60,7 @@ def prepare(
         most, which = limit, "the model's positions less train.rollout.max_new_tokens"
         fix = "lower max_new_tokens, or use a model that reads more"
     texts = render(pool, tokenizer, cfg)
-    ids = token_ids(tokenizer, texts)
+    ids = token_ids(tokenizer, texts, special=not uses_template(tokenizer, cfg))
     empty = next((i for i, row in enumerate(ids) if not row), None)
     if empty is not None:
         name = pool.column("prompt_id")[empty]
@@ -72,38 +79,67 @@ def prepare(
     return made.select(keep)
 
 
-def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> list[str]:
-    """Final prompt strings, to be tokenised with the tokenizer's defaults.
-
-    A chat template is applied when ``cfg.chat`` says so. A beginning-of-sequence token that both the
-    template and the tokenizer would add is kept once: it is removed from the string. Raises SaerlError
-    when the template rejects a prompt's messages (some know no system role, say).
-    """
+def uses_template(tokenizer: Any, cfg: DataConfig) -> bool:
+    """Whether prompts go through the chat template; SaerlError when they must and there is none."""
     template = getattr(tokenizer, "chat_template", None)
     if cfg.chat == "always" and not template:
         raise SaerlError("data.chat=always, but the tokenizer has no chat template; use data.chat=never")
+    return bool(template) and cfg.chat != "never"
+
+
+def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> list[str]:
+    """Final prompt strings.
+
+    Where `uses_template`, they are what the chat template writes with ``cfg.chat_template_kwargs``, to be
+    tokenised without further special tokens, as `apply_chat_template(tokenize=True)`, TRL and vLLM do; a chat
+    that ends with an assistant's message is continued from there. Else they are plain text, to be tokenised
+    with the tokenizer's defaults. ``cfg.prefill`` follows. Raises SaerlError when the template rejects a
+    prompt's messages (some know no system role, say), and for arguments that it does not read.
+    """
     prompts = pool.column("prompt")
-    if cfg.chat == "never" or not template:
-        return [p if isinstance(p, str) else "\n\n".join(m["content"] for m in p) for p in prompts]
-    chats = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    if not uses_template(tokenizer, cfg):
+        if cfg.chat_template_kwargs:
+            raise SaerlError("data.chat_template_kwargs needs a chat template, and none is used; unset it")
+        plain = (p if isinstance(p, str) else "\n\n".join(m["content"] for m in p) for p in prompts)
+        return [text + cfg.prefill for text in plain]
     try:
-        from jinja2 import TemplateError
+        import jinja2  # noqa: F401
     except ImportError:
         raise SaerlError(
             "the tokenizer's chat template needs jinja2; pip install jinja2, or set data.chat=never"
         ) from None
+    _check_arguments(str(tokenizer.chat_template), cfg.chat_template_kwargs)
+    begun = sum(map(is_prefilled, prompts))
+    if begun:
+        log.warning(
+            "%d of %d prompts end with a message of the assistant, which is continued; "
+            "remove it from the data where it is the answer",
+            *(begun, len(prompts)),
+        )
     texts = []
-    for name, chat in zip(pool.column("prompt_id"), chats, strict=True):
+    for name, prompt in zip(pool.column("prompt_id"), prompts, strict=True):
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        how = {"continue_final_message": True} if is_prefilled(prompt) else {"add_generation_prompt": True}
         try:
-            texts.append(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-        except TemplateError as err:
+            text = tokenizer.apply_chat_template(chat, tokenize=False, **how, **cfg.chat_template_kwargs)
+        except Exception as err:  # templates raise what they like, from TemplateError to OverflowError
             roles = ", ".join(message["role"] for message in chat)
-            reason = (str(err).strip().splitlines() or [type(err).__name__])[0].rstrip(".")
+            reason = (str(err).strip().splitlines() or [""])[0].rstrip(".") or type(err).__name__
             raise SaerlError(
                 f"the chat template rejects prompt {name!r} with roles {roles} ({reason}); "
-                "change its messages, or set data.chat=never"
+                "change its messages or data.chat_template_kwargs, or set data.chat=never"
             ) from None
-    bos = getattr(tokenizer, "bos_token", None)
-    if bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
-        texts = [text.removeprefix(bos) for text in texts]
+        texts.append(text + cfg.prefill)
     return texts
+
+
+def _check_arguments(template: str, arguments: dict[str, Any]) -> None:
+    """SaerlError for what is ours to say, and for names the template does not read (jinja ignores them)."""
+    for name in arguments:
+        if name in _OURS:
+            raise SaerlError(f"data.chat_template_kwargs.{name} is set by this project; remove it")
+        if name not in template:
+            raise SaerlError(
+                f"the tokenizer's chat template does not read {name!r} (data.chat_template_kwargs); "
+                "correct the name or remove it"
+            )

@@ -60,6 +60,7 @@ class MetricsLog:
     """The log of one training run: ``<out_dir>/metrics.jsonl``.
 
     ``echo`` receives one line of text per row (by default it goes to `logging` at level INFO).
+    ``steps``: how many there will be, for those lines.
     ``resume_step`` is the step of the checkpoint that training continues from; None starts afresh.
     ``trackers``: tensorboard (written to ``<out_dir>/tensorboard``), wandb, trackio; every number of a row
     goes to each as ``<kind>/<name>``. wandb and trackio read their own environment variables; the project is
@@ -75,8 +76,9 @@ class MetricsLog:
         *,
         echo: Callable[[str], None] | None = None,
         trackers: Sequence[str] = (),
+        steps: int | None = None,
     ) -> None:
-        self._echo = echo if echo is not None else log.info
+        self._echo, self._steps = echo if echo is not None else log.info, steps
         self._trackers = [_open_tracker(name, Path(out_dir), resume_step) for name in trackers]
         self._lines = JsonlLog(Path(out_dir) / "metrics.jsonl", resume_step)
         self.path = self._lines.path
@@ -88,7 +90,7 @@ class MetricsLog:
             raise SaerlError(f"a metrics row needs the key {missing[0]!r}; it has {', '.join(row)}")
         plain = _json_value(row)
         self._lines.write([plain])
-        self._echo(format_row(plain))
+        self._echo(format_row(plain, self._steps))
         values = {f"{plain['kind']}/{name}": value for name, value in _flat(plain)}
         for send, _ in self._trackers:
             send(values, plain["step"])
@@ -105,9 +107,10 @@ class MetricsLog:
         self.close()
 
 
-def format_row(row: Mapping[str, Any]) -> str:
-    """One console line: step and kind, the usual figures, seconds in all."""
-    parts = [f"step {row['step']:>5} {row['kind']:<5}"]
+def format_row(row: Mapping[str, Any], steps: int | None = None) -> str:
+    """One console line: step (of ``steps``) and kind, the usual figures, seconds in all."""
+    total = f"/{steps}" if steps else ""
+    parts = [f"step {row['step']:>5}{total} {row['kind']:<5}"]
     parts += [f"{name} {_short(row[name])}" for name in _SHOWN if row.get(name) is not None]
     seconds = row.get("time")
     if isinstance(seconds, Mapping) and seconds:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,18 @@ def live(runs: list[RunRecord], path: Path) -> Path:
             axes[1].plot(*zip(*rewards, strict=True) if rewards else ((), ()), color=colour[run.arm], lw=1)
         axes[0].set(xlabel="GRPO steps", ylabel=accuracy_label(runs))
         axes[1].set(xlabel="GRPO steps", ylabel="mean reward of the batch")
+        if not any(run.eval for run in runs):
+            _nothing(axes[0], "no evaluation yet")
+        if not any(row.get("reward") is not None for run in runs for row in run.train):
+            _nothing(axes[1], "no step yet")
         axes[0].legend(frameon=False, fontsize=8)
 
     return _figure(path, (10, 3.8), draw, columns=2)
+
+
+def _nothing(axis: Any, why: str) -> None:
+    axis.set(xticks=[], yticks=[])
+    axis.text(0.5, 0.5, why, transform=axis.transAxes, ha="center", color="#777777")
 
 
 def phases(runs: list[RunRecord], path: Path) -> Path:
@@ -129,25 +138,39 @@ def phases(runs: list[RunRecord], path: Path) -> Path:
 
 
 def batches(runs: list[RunRecord], path: Path) -> Path:
-    """What each step trained on: pass rate of the batch, and the share of groups that carry a gradient."""
+    """What each step trained on: pass rate, and the share of groups with a gradient; each arm's means."""
     colour = colours(runs)
 
     def draw(figure: Any, axes: Any) -> None:
-        for run in runs:
-            steps = [row["step"] for row in run.train]
-            size = [max(row.get("groups", 0), 1) for row in run.train]
-            used = [row.get("groups_used", 0) / n for row, n in zip(run.train, size, strict=True)]
-            label = run.arm if run.seed == min(r.seed for r in runs if r.arm == run.arm) else None
-            axes[0].plot(
-                steps, [row.get("pass_rate") for row in run.train], color=colour[run.arm], label=label
-            )
-            axes[1].plot(steps, used, color=colour[run.arm])
+        for arm, shade in colour.items():
+            rows = [row for run in runs if run.arm == arm for row in run.train]
+            steps = sorted({row["step"] for row in rows})
+            by_step: dict[int, list[Any]] = {step: [] for step in steps}
+            for row in rows:
+                by_step[row["step"]].append(row)
+            rates = [_mean(row.get("pass_rate") for row in by_step[step]) for step in steps]
+            used = [
+                _mean(r.get("groups_used", 0) / max(r.get("groups", 0), 1) for r in by_step[s]) for s in steps
+            ]
+            axes[0].plot(steps, _smooth(rates), color=shade, label=arm)
+            axes[1].plot(steps, _smooth(used), color=shade)
         axes[0].axhline(0.5, color="#999999", lw=0.8, ls="--")
         axes[0].set(xlabel="GRPO steps", ylabel="pass rate of the batch", ylim=(0, 1))
         axes[1].set(xlabel="GRPO steps", ylabel="groups with mixed rewards", ylim=(0, 1))
         axes[0].legend(frameon=False)
 
     return _figure(path, (10, 3.4), draw, columns=2)
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def _smooth(values: list[float], width: int = 9) -> list[float]:
+    """Running mean over up to ``width`` neighbours, fewer at the ends."""
+    half = width // 2
+    return [_mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
 def signals(columns: dict[str, list[Any]], path: Path) -> Path:
@@ -164,9 +187,12 @@ def signals(columns: dict[str, list[Any]], path: Path) -> Path:
             values = np.asarray(columns[key], dtype=np.float64)
             groups = [values[mask & np.isfinite(values)] for mask in split.values()]
             shades = [PALETTE[i % len(PALETTE)] for i in range(len(names))]
-            axis.hist(groups, bins=25, stacked=True, label=names, color=shades)
+            if any(map(len, groups)):
+                axis.hist(groups, bins=25, stacked=True, label=names, color=shades)
+            else:
+                _nothing(axis, "no labels: not scored")
             axis.set(xlabel=key.removeprefix("saerl_"), ylabel="prompts")
-        if len(names) > 1:
+        if axes[0].get_legend_handles_labels()[0] and len(names) > 1:
             axes[0].legend(frameon=False, fontsize=8)
         sizes = np.bincount(np.asarray(columns["saerl_cluster"], dtype=np.int64))
         axes[2].bar(np.arange(len(sizes)), np.sort(sizes)[::-1], color=PALETTE[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,25 @@ import numpy as np
 from saerl_fast.config import CompareConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import write_text
-from saerl_fast.records import plots
+from saerl_fast.records import plots, samples
 from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes, load_runs, read_object
 from saerl_fast.records.stats import area_under_curve, paired_ratio, smooth, steps_to_target
 
-Table = tuple[str, list[str], list[list[str]], str]  # title, header, rows, note
+Table = samples.Table
 
 SIGNALS_NOTE = (
     "Out of fold, on rows whose labels the fit had not seen: quality.auc or quality.spearman, "
     "quality.accuracy (calibrated on the other folds), difficulty.spearman and difficulty.r2. Silhouette and "
     "purity describe the rows that were clustered, next to their values by chance."
 )
+CAPTIONS = {
+    "learning_curves": "Held-out accuracy against steps and against rollouts; thin lines are single seeds.",
+    "batches": "What each step trained on: its pass rate, and the share of groups that carry a gradient. "
+    "Means over seeds, smoothed over nine steps.",
+    "phases": "Where a step's time goes; what this project adds is red.",
+    "signals": "What scoring said of the prompts: quality and difficulty where known, cluster sizes.",
+}
+PLAIN = re.compile(r"[\w.,:;%+\-()\[\]±/ =>'@]*")  # what a table of figures holds: written as it is
 MODE_NOTES = {
     "sample": "Accuracy is the mean reward of sampled completions of held-out prompts (avg@k).",
     "greedy": "Accuracy is the mean reward of the greedy completion of each held-out prompt.",
@@ -47,13 +56,16 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
     scores = read_object(_shared(root, "scores.json")).get("metadata", {})
     paired = paired_table(runs, targets, settings)
     paired = (*paired[:3], f"{paired[3]} {label_cost(runs, scores)}".strip())
-    tables = [main_table(runs, targets, settings), paired, phase_table(runs)]
-    tables += signal_tables(scores, read_object(_shared(root, "sae/train.json")))
-    shown = [table for table in tables if table[2]]
+    results = [main_table(runs, targets, settings), paired, samples.merged_table(runs)]
+    opening = [samples.about_table(runs), samples.settings_table(runs), samples.arms_table(root)]
+    sae = read_object(_shared(root, "sae/train.json")) or scores.pop("sae", {})
+    closing = [*samples.samples_tables(runs), phase_table(runs), *signal_tables(scores, sae)]
+    shown = [table for table in [*opening, *results, *closing] if table[2]]
     figures = _draw(runs, targets, root)
     title = f"{root.name}: {', '.join(dict.fromkeys(run.arm for run in runs))}"
-    for table in shown[:2]:
-        echo(_text(table))
+    for table in results:
+        if table[2]:
+            echo(_text(table))
     return [
         write_text(root / "report.md", _markdown(title, shown, figures)),
         write_text(root / "report.html", _html(title, shown, figures)),
@@ -199,7 +211,8 @@ def signal_tables(scores: dict[str, Any], sae: dict[str, Any]) -> list[Table]:
     """Figures of every probe and the one-off costs, as scoring recorded them."""
     tables: list[Table] = []
     for title, record, note in (("Signals", scores, SIGNALS_NOTE), ("SAE training", sae, "")):
-        rows = [[key, _cell(value)] for key, value in _flatten(record) if not isinstance(value, (list, dict))]
+        known = [(key, value) for key, value in _flatten(record) if value is not None]
+        rows = [[key, _cell(value)] for key, value in known if not isinstance(value, (list, dict))]
         tables.append((title, ["figure", "value"], rows, note))
     return tables
 
@@ -269,10 +282,17 @@ def _markdown(title: str, tables: list[Table], figures: list[Path]) -> str:
     parts = [f"# {title}", ""]
     for name, header, rows, note in tables:
         parts += [f"## {name}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        parts += ["| " + " | ".join(row) + " |" for row in rows]
+        parts += ["| " + " | ".join(map(_markdown_cell, row)) + " |" for row in rows]
         parts += ["", note, ""] if note else [""]
-    parts += [f"![{figure.stem}]({figure.name})\n" for figure in figures]
+    parts += ["## Figures\n"] if figures else []
+    parts += [f"![{figure.stem}]({figure.name})\n\n*{CAPTIONS[figure.stem]}*\n" for figure in figures]
     return "\n".join(parts) + "\n"
+
+
+def _markdown_cell(text: str) -> str:
+    """``text`` as one line that a table may hold: no markup, no HTML, no column ends."""
+    lines = html.escape(text, quote=False).replace("\\", "\\\\").splitlines() or [""]
+    return re.sub(r"([|`*_\[\]$])", r"\\\1", "<br>".join(lines)) if not PLAIN.fullmatch(text) else text
 
 
 def _text(table: Table) -> str:
@@ -291,22 +311,25 @@ def _html(title: str, tables: list[Table], figures: list[Path]) -> str:
         "body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem}"
         "table{border-collapse:collapse;margin:.5rem 0;font-size:14px}th{background:#f7fafc}"
         "td,th{padding:.3rem .7rem;text-align:left;border-bottom:1px solid #e2e8f0}"
-        "img{max-width:100%}p{color:#4a5568}.scroll{overflow-x:auto}"
+        "img{max-width:100%}figure{margin:1rem 0}p,figcaption{color:#4a5568}.scroll{overflow-x:auto}"
+        "td{white-space:pre-wrap;vertical-align:top;overflow-wrap:anywhere;min-width:3rem}"
     )
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"]
     parts += [f"<style>{style}</style><h1>{html.escape(title)}</h1>"]
     encoded = [base64.b64encode(figure.read_bytes()).decode() for figure in figures]
     pictures = [
-        f'<img alt="{figure.stem}" src="data:image/png;base64,{data}">'
+        f'<figure><img alt="{figure.stem}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{html.escape(CAPTIONS[figure.stem])}</figcaption></figure>"
         for figure, data in zip(figures, encoded, strict=True)
     ]
-    for i, (name, header, rows, note) in enumerate(tables):
+    for name, header, rows, note in tables:
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
         parts.append(
             f"<h2>{html.escape(name)}</h2><div class=scroll><table><tr>{head}</tr>{body}</table></div>"
         )
         parts.append(f"<p>{html.escape(note)}</p>" if note else "")
-        if i == 0:
+        if name == "Result":
             parts += pictures[:1]
+    parts += ["<h2>Figures</h2>"] if pictures[1:] else []
     return "\n".join(parts + pictures[1:]) + "</html>\n"

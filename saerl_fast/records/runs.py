@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +21,16 @@ class RunRecord:
     arm: str
     seed: int
     folder: Path
-    config: dict[str, Any]
+    config: dict[str, Any]  # what run.json holds
     train: list[dict[str, Any]] = field(default_factory=list)
     eval: list[dict[str, Any]] = field(default_factory=list)
+
+    summary: dict[str, Any] = field(default_factory=dict)  # empty until the run has ended
+
+    @property
+    def steps(self) -> int | None:
+        """Training steps in all, where they are recorded."""
+        return self.config.get("config", {}).get("train", {}).get("steps")
 
     @property
     def eval_steps(self) -> list[int]:
@@ -64,9 +72,7 @@ def load_runs(root: str | Path) -> list[RunRecord]:
     """
     root = Path(root)
     if not root.is_dir():
-        raise SaerlError(
-            f"{root} is not a folder; pass the run_dir that `saerl train` or `saerl compare` wrote"
-        )
+        raise SaerlError(no_folder(root))
     files = sorted(root.rglob("metrics.jsonl"))
     if not files:
         raise SaerlError(f"{root} holds no metrics.jsonl; run `saerl train` or `saerl compare` first")
@@ -81,6 +87,15 @@ def load_runs(root: str | Path) -> list[RunRecord]:
     return sorted(
         runs, key=lambda run: (rank.get(run.arm, len(rank)), run.arm != "vanilla", run.arm, run.seed)
     )
+
+
+def no_folder(root: Path) -> str:
+    """The sentence about a run folder that is none, with one beside it that may be meant."""
+    beside = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
+    close = difflib.get_close_matches(root.name, beside, n=1)
+    hint = f"did you mean {root.parent / close[0]}?" if close else "pass"
+    end = "" if close else " the run_dir that `saerl train` or `saerl compare` wrote"
+    return f"{root} is not a folder; {hint}{end}"
 
 
 def eval_modes(runs: list[RunRecord]) -> list[str]:
@@ -105,6 +120,7 @@ def _load_run(folder: Path) -> RunRecord:
     rows = read_metrics(folder / "metrics.jsonl")
     config = read_object(folder / "run.json")
     record = RunRecord(config.get("arm", folder.name), int(config.get("seed", 0)), folder, config)
+    record.summary = read_object(folder / "summary.json")
     record.train = [row for row in rows if row.get("kind") == "train"]
     record.eval = [row for row in rows if row.get("kind") == "eval"]
     return record

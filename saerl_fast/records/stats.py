@@ -107,5 +107,5 @@ def _t_quantile(freedom: int) -> float:
     try:
         from scipy.stats import t
     except ImportError:
-        raise SaerlError("comparing arms needs SciPy; pip install 'saerl-fast[data]'") from None
+        raise SaerlError("comparing arms needs SciPy; run `pip install scipy`") from None
     return float(t.ppf(0.975, freedom))

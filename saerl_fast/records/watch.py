@@ -10,8 +10,17 @@ from typing import Any
 from saerl_fast.errors import SaerlError
 from saerl_fast.records.log import format_row
 from saerl_fast.records.plots import live
-from saerl_fast.records.runs import RunRecord, load_runs, read_object
+from saerl_fast.records.runs import RunRecord, load_runs, no_folder, read_object
 
+BEGINNINGS = (
+    "metrics.jsonl",
+    "run.json",
+    "labels.json",
+    "scores.json",
+    "compare.json",
+    "sae",
+    "features.partial-*",
+)
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -21,13 +30,18 @@ def watch(root: str | Path, echo: Callable[[str], None], *, every: float = 5.0) 
     Looks every ``every`` seconds. When something is new it redraws the figure, which most viewers reload by
     themselves, and gives ``echo`` the latest row of each run that went on, with the recent course of its
     reward as a bar chart of one line. A run has ended when it has written its summary; a comparison, when
-    all its runs have. Waits for a run that has not started. Raises SaerlError on a damaged file.
+    all its runs have. Waits for a run that has not started training yet, whose folder is empty or holds an
+    SAE or labels. Raises SaerlError on a damaged file, and at once for a folder that is none or is no run's.
     """
     root = Path(root)
-    if root.is_file():
-        raise SaerlError(f"{root} is a file; pass the folder of a run")
     if every <= 0:
         raise SaerlError(f"--every {every:g} is no interval; give seconds above 0")
+    if root.is_file():
+        raise SaerlError(f"{root} is a file; pass the folder of a run")
+    if not root.is_dir():
+        raise SaerlError(no_folder(root))
+    if any(root.iterdir()) and not any(any(root.rglob(name)) for name in BEGINNINGS):
+        raise SaerlError(f"{root} holds no run; pass the run_dir of one")
     figure, shown, waiting = root / "live.png", dict[Path, int](), False
     while True:
         if any(root.rglob("metrics.jsonl")):
@@ -61,4 +75,4 @@ def _latest(run: RunRecord) -> str:
     values = [row["reward"] for row in run.train if row.get("reward") is not None][-40:]
     low, span = (min(values), max(values) - min(values)) if values else (0.0, 0.0)
     bars = "".join(BARS[round((value - low) / span * (len(BARS) - 1)) if span else 0] for value in values)
-    return f"{format_row(rows[-1])}  {bars}".rstrip()
+    return f"{format_row(rows[-1], run.steps)}  {bars}".rstrip()

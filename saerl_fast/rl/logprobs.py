@@ -7,11 +7,13 @@ memory is one chunk of logits (`CHUNK_ELEMENTS`), whatever the batch and the voc
 Sequences are padded on the right and prompt and completion are adjacent, so causal attention needs no
 padding mask: padding comes after everything that is read. Completions of the same prompt can share its
 forward and backward pass through a differentiable key-value cache, which for a group of G short answers
-to a long prompt is up to G times less work.
+to a long prompt is up to G times less work. That a model's attention reads such a cache rightly is checked on
+a few rows (see rl/ways.py); a model that does not (positions counted in columns) computes every row whole.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,9 +21,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from saerl_fast.models import decoder
+from saerl_fast.rl.ways import Proof, short, telling_rows, tolerance
+
+log = logging.getLogger(__name__)
+
 CHUNK_ELEMENTS = 1 << 25  # logits in memory at once: 128 MiB in float32
 SHARE_BELOW = 0.7  # share prompts when that leaves at most this part of the tokens to compute
 _plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_sharing: WeakKeyDictionary[nn.Module, Proof | None] = WeakKeyDictionary()  # None: it must not be done
 
 
 def micro_batches(lengths: Tensor, max_tokens: int, owner: Tensor | None = None) -> Iterator[Tensor]:
@@ -72,11 +80,46 @@ def completion_logprobs(
         entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
         return logprobs.gather(1, targets[:, None])[:, 0], entropy
     core, head = _parts(model)
+    rest = (head.weight, head.bias, targets, temperature, with_entropy)
     if owner is not None and _share_pays(model, ids, prompt_lens, completion_lens, owner):
-        hidden = _shared_hidden(model, core, ids, prompt_lens, completion_lens, owner)
-    else:
-        hidden = core(input_ids=ids, use_cache=False).last_hidden_state[rows, columns - 1]
-    return _HeadLogProbs.apply(hidden, head.weight, head.bias, targets, temperature, with_entropy)
+        try:
+            found = _HeadLogProbs.apply(
+                _shared_hidden(model, core, ids, prompt_lens, completion_lens, owner), *rest
+            )
+            reason = _fault(model, found[0].detach(), ids, prompt_lens, completion_lens, temperature)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model's code raises at a cache with gaps
+            reason = f"failed ({short(error)})"
+        if reason is None:
+            return found
+        _sharing[_inner(model)] = None
+        name = type(_inner(model)).__name__
+        log.warning("%s: sharing a prompt's forward pass %s; now computing every row whole", name, reason)
+    hidden = core(input_ids=ids, use_cache=False).last_hidden_state[rows, columns - 1]
+    return _HeadLogProbs.apply(hidden, *rest)
+
+
+def _fault(
+    model: Any, found: Tensor, ids: Tensor, starts: Tensor, lengths: Tensor, temperature: float
+) -> str | None:
+    """What is wrong with log-probabilities [M] of rows that shared their prompts, compared with the plain
+    forward pass on a few of them; None if nothing is, or sizes such as these have been compared before."""
+    proof = _sharing.setdefault(_inner(model), Proof())
+    sizes = int((starts + lengths).max()), int(starts.max() - starts.min())
+    if proof is None or proof.covers(*sizes):
+        return None
+    rows = telling_rows(starts, lengths)
+    with torch.no_grad():
+        options: dict[str, Any] = {"temperature": temperature, "with_entropy": False}
+        wanted, _ = completion_logprobs(model, ids[rows], starts[rows], lengths[rows], **options)
+    parts = found.split(lengths.tolist())
+    pairs = zip(rows.tolist(), wanted.split(lengths[rows].tolist()), strict=True)
+    off = max(float((parts[row] - part).abs().mean()) for row, part in pairs)
+    if not off <= tolerance(model, temperature) and bool(wanted.isfinite().all()):
+        return f"is off by {off:.2g} per token from the plain forward pass"
+    proof.extend(*sizes)
+    return None
 
 
 def plain_head(model: Any) -> bool:
@@ -96,7 +139,10 @@ def plain_head(model: Any) -> bool:
             with torch.no_grad():
                 model.eval()
                 full = model(input_ids=ids, use_cache=False).logits
-                ours = head(core(input_ids=ids, use_cache=False).last_hidden_state)
+                try:
+                    ours = head(core(input_ids=ids, use_cache=False).last_hidden_state)
+                except Exception:  # the part that should be the decoder returns something else
+                    ours = full[:0]
                 model.train(was_training)
             plain = full.shape == ours.shape and torch.allclose(full, ours, rtol=1e-3, atol=1e-3)
         _plain_heads[model] = plain
@@ -105,16 +151,23 @@ def plain_head(model: Any) -> bool:
 
 def _parts(model: Any) -> tuple[Any, Any]:
     """The decoder without its head, and the head; adapters of peft live inside both."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner.base_model, inner.get_output_embeddings()
+    inner = _inner(model)
+    core = inner.base_model
+    if core is inner:  # its class names another attribute than the decoder's (Llama 4)
+        core = decoder(inner)[0]
+    return core, inner.get_output_embeddings()
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _share_pays(model: Any, ids: Tensor, starts: Tensor, lengths: Tensor, owner: Tensor) -> bool:
-    """Whether sharing saves enough, and works: no sliding windows, no recomputation of activations."""
+    """Whether sharing saves enough, and may work: no sliding windows, no recomputation of activations."""
     from saerl_fast.rl.cache import has_plain_layers
 
     checkpointing = getattr(model, "is_gradient_checkpointing", False)  # which switches caches off
-    if checkpointing or not has_plain_layers(model):
+    if checkpointing or not has_plain_layers(model) or _sharing.get(_inner(model), True) is None:
         return False
     prompts = len(owner.unique_consecutive())
     tokens = prompts * int(starts.max()) + len(ids) * (int(lengths.max()) - 1)

@@ -117,7 +117,7 @@ def get_loss(kind: str) -> Loss:
     """The loss of that name, or of ``module:function``; SaerlError when there is none."""
     if kind in KINDS:
         return KINDS[kind]
-    found = plugins.load_function(kind, "train.loss.kind", Loss)
+    found = plugins.load_function(kind, "train.loss.kind", Loss, ("tokens",))
     return found if isinstance(found, Loss) else Loss(found)
 
 

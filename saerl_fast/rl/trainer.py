@@ -5,7 +5,8 @@ that prefill); rewards become pass rates, which the plan is told, and advantages
 policy-gradient step is made from micro-batches. As there is exactly one step per batch, the sampled
 log-probabilities are those of the policy being updated, so they serve as the old ones and no forward
 pass is spent on recomputing them. What the two engines (cached decoding, full forward) disagree by is
-logged as ``mismatch``, the mean absolute difference per token. gspo's clip range is narrower than that
+logged as ``mismatch``, the mean absolute difference per token; steps where it is more than rounding explains
+are warned of and counted in the summary (``mismatch_steps``). gspo's clip range is narrower than that
 difference in half precision, so it alone takes the full forward's values, detached, as the old ones.
 
 Groups whose rewards are all equal have zero advantages: they are left out of the forward and backward
@@ -22,22 +23,25 @@ global generators, which a reward may use, are seeded at the start of every step
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import write_json
+from saerl_fast.fileio import write_json, write_text
 from saerl_fast.models import add_adapters
 from saerl_fast.records.log import JsonlLog, MetricsLog
 from saerl_fast.rl import checkpoint as ckpt
-from saerl_fast.rl import distributed, seeds
+from saerl_fast.rl import distributed, lora, seeds
 from saerl_fast.rl.clock import Clock
 from saerl_fast.rl.evaluate import evaluate, known_mean, pass_rates, score_rollouts, warn_of_range
 from saerl_fast.rl.generate import generate
@@ -49,6 +53,7 @@ from saerl_fast.rl.rollouts import Draw, Rollouts, concat, join
 from saerl_fast.rl.seeds import derived_seed
 from saerl_fast.rl.update import Learner
 from saerl_fast.rl.warmup import warm_up
+from saerl_fast.rl.ways import tolerance
 
 if TYPE_CHECKING:
     from saerl_fast.plan import Plan
@@ -76,11 +81,13 @@ def train(
     ``capture``: a context manager around each prefill with
     ``features()`` -> CSR, one row per prompt, handed to ``plan.observe``. ``engine`` makes the rollouts when
     ``cfg.rollout.engine`` is not transformers. ``echo`` gets a line of text per row of the log,
-    ``progress`` (step, steps). Files in ``out_dir``: metrics.jsonl, eval_items.jsonl,
-    rollouts.jsonl, checkpoints/, summary.json and model/. With ``cfg.lora.rank`` > 0 the warm-up and the
-    steps train adapters alone, the reference policy (``cfg.loss.beta`` > 0) is the model without them, so
-    as it was before the warm-up, and at the end they are written to adapter/ and merged into ``model``
-    and model/.
+    ``progress`` (steps done, steps), at the start as well. Files in ``out_dir``: metrics.jsonl,
+    eval_items.jsonl and eval_prompts.jsonl, rollouts.jsonl, checkpoints/, summary.json and model/.
+    With ``cfg.lora.rank`` > 0 the warm-up and the steps train adapters alone, the reference policy
+    (``cfg.loss.beta`` > 0) is the model without them, so as it was before the warm-up, and at the end
+    they are written to adapter/ and merged into ``model`` and model/. Merging rounds in half precision,
+    so there model/ is float32 (``cfg.lora.merge_dtype``), the model with its rounded weights is evaluated
+    too, and the summary has both figures (``rl/lora.py``).
 
     With ``resume`` the run goes on from its latest intact checkpoint, bit for bit on a CPU; without any
     checkpoint it starts afresh. The first interrupt (Ctrl-C) finishes the step, saves and raises
@@ -105,6 +112,8 @@ def train(
                 run.begin()
                 if any(distributed.gather(interrupted)):
                     run.stop(0)
+            if progress is not None:
+                progress(start or 0, cfg.steps)
             for step in range((start or 0) + 1, cfg.steps + 1):
                 run.step(step)
                 last = step == cfg.steps
@@ -156,7 +165,7 @@ class _Run:
         self.warned = False  # of rewards outside [0, 1]
         self.writes = distributed.rank() == 0
         self.counters: dict[str, Any] = dict.fromkeys(("rollouts", "tokens", "groups", "groups_used"), 0)
-        self.counters["seconds"] = {}
+        self.counters |= {"mismatch_steps": 0, "seconds": {}}
 
     def say(self, line: str) -> None:
         if self.writes:
@@ -192,11 +201,24 @@ class _Run:
             return at
         if found is None:
             ckpt.set_aside(self.out_dir)
+            self._write_held_out()
         (self.out_dir / "summary.json").unlink(missing_ok=True)  # until the run has ended again
-        self.metrics = MetricsLog(self.out_dir, at, echo=self.echo, trackers=self.cfg.trackers)
+        told: dict[str, Any] = {"echo": self.echo, "trackers": self.cfg.trackers, "steps": self.cfg.steps}
+        self.metrics = MetricsLog(self.out_dir, at, **told)
         self.eval_items = JsonlLog(self.out_dir / "eval_items.jsonl", at)
         self.rollout_log = JsonlLog(self.out_dir / "rollouts.jsonl", at)
         return at
+
+    def _write_held_out(self) -> None:
+        """The held-out prompts, to which eval_items.jsonl refers by id."""
+        pool = self.session.eval
+        columns = {
+            "prompt_id": pool.column("prompt_id"),
+            "prompt": pool.texts,
+            "answer": pool.column("answer"),
+        }
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        write_text(self.out_dir / "eval_prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def begin(self) -> None:
         """Warm-up, the frozen reference, the first evaluation, and a checkpoint of what training changed."""
@@ -230,25 +252,49 @@ class _Run:
 
     def finish(self) -> dict[str, Any]:
         """Write the final model and the summary."""
-        if self.cfg.lora.rank:
-            distributed.on_first(lambda: self._export("adapter", self.model, save_embedding_layers=False))
-            self.model = self.model.merge_and_unload()
         summary = {"schedule": self.plan.schedule, "seed": self.seed, "steps": self.cfg.steps}
-        summary |= {"mode": self.cfg.eval.mode, **self.counters}
+        summary |= {"mode": self.cfg.eval.mode, **self.counters, "figures_of": "model/"}
+        state = None
+        if self.cfg.lora.rank:
+            save = partial(self.model.save_pretrained, save_embedding_layers=False)
+            distributed.on_first(lambda: self._export("adapter", save))
+            summary["figures_of"] = "the model with adapter/"
+            state, merged = self._merge()
+            summary |= {"merged": merged} if merged else {}
 
         def write() -> None:
-            self._export("model", self.model)
-            self._export("model", self.tokenizer)
+            if state is None:
+                self._export("model", self.model.save_pretrained)
+            else:
+                self._export("model", partial(lora.save_float32, self.model, state))
+            self._export("model", self.tokenizer.save_pretrained)
             write_json(self.out_dir / "summary.json", summary)
 
         distributed.on_first(write)
         return summary
 
-    def _export(self, name: str, part: Any, **options: Any) -> None:
+    def _merge(self) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        """Merge the adapters; float32 weights to be saved instead of the model's own, and the record."""
+        half = lora.half_dtype(self.model)
+        if half is None:  # float32: the merged model gives the same figures
+            self.model = lora.merge(self.model)
+            return None, {}
+        weights, kept = lora.merged_weights(self.model)
+        self.model = lora.merge(self.model, weights)
+        seed = derived_seed(self.seed, seeds.EVAL, 0)
+        pool = self.session.eval
+        found = evaluate(self.model, self.tokenizer, pool, self.reward, self.cfg, seed, self.state)
+        dtype = str(half).removeprefix("torch.")
+        saved = "float32" if self.cfg.lora.merge_dtype == "float32" else dtype
+        record = {"saved_as": saved, "rounded_to": dtype, "change_kept": kept, "accuracy": found.mean}
+        self.say(lora.sentence(record, self.counters["accuracy"]))
+        return (weights if saved == "float32" else None), record
+
+    def _export(self, name: str, write: Callable[[Path], Any]) -> None:
         if self.cfg.save_model:
             target = self.out_dir / name
             try:
-                part.save_pretrained(target, **options)
+                write(target)
             except OSError as err:
                 raise SaerlError(f"cannot write {target}: {err.strerror or err}; free some space") from err
 
@@ -282,6 +328,7 @@ class _Run:
         rollouts, advantage, used = join(draws, wanted)
         lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
         update = self.learner.update(rollouts, advantage, used, lr, clock)
+        self._watch_mismatch(step, update["mismatch"])
         lengths = torch.cat([draw.rollouts.lengths for draw in draws])
         counts = {
             "rollouts": len(lengths),
@@ -369,6 +416,20 @@ class _Run:
         elif len(known):
             some = None if features is None else features.select_rows(torch.from_numpy(known))
             self.plan.observe([ids[i] for i in known], rates[known], some)
+
+    def _watch_mismatch(self, step: int, found: float | None) -> None:
+        """Count a step whose sampled log-probabilities are not the model's; say so, ever less often."""
+        bound = tolerance(self.model, self.cfg.rollout.temperature)
+        if found is None or found <= bound:
+            return
+        count = self.counters["mismatch_steps"] = self.counters.get("mismatch_steps", 0) + 1
+        if count & (count - 1) == 0:  # a power of two
+            log.warning(
+                "step %d: sampled and trained log-probabilities differ by %.2g per token (mismatch), and "
+                "rounding explains %.2g (steps so far: %d); compare with train.rollout.engine=transformers, "
+                "train.rollout.decode=dynamic and model.dtype=float32",
+                *(step, found, bound, count),
+            )
 
     # --- around the steps --------------------------------------------------------------------------
 

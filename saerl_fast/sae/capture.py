@@ -2,7 +2,8 @@
 
 Layer L is the residual stream after L blocks: L = 0 is what enters the first block (the embeddings),
 L = n is what leaves the last one. This is transformers' ``hidden_states[L]``, except that transformers
-shows the last entry after the final norm and this module never does (SAEs are trained without it).
+shows the last entry after the final norm and this module never does (SAEs are trained without it). Mamba's
+``hidden_states`` leave out the embeddings, so there it is ``hidden_states[L - 1]``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import check_fit, decoder, hidden_size, n_blocks
+from saerl_fast.sae.blocks import check_stream, forward_to, on_layer
 
 if TYPE_CHECKING:
     from saerl_fast.sae.model import SAE
@@ -30,10 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
-
-
-class _LayerReached(Exception):
-    """Ends a forward pass whose remaining blocks nobody needs."""
 
 
 class Capture:
@@ -61,7 +59,7 @@ class Capture:
         self._records.clear()
         self._handles = [
             body.register_forward_pre_hook(self._before, with_kwargs=True),
-            _on_layer(layers, self.layer, self._record),
+            on_layer(layers, self.layer, self._record),
         ]
         return self
 
@@ -111,12 +109,16 @@ class Capture:
     def _is_prefill(self, ids: Tensor, kwargs: dict[str, Any]) -> bool:
         # shapes and host integers only: reading a device tensor here would stall every decoding step
         mask = kwargs.get("attention_mask")
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the name before transformers 5.24
+        names = ("cache", "past_key_values", "cache_params", "state")  # the first since transformers 5.24
+        cache = next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
         if isinstance(mask, Tensor) and mask.ndim == 2:
             return mask.shape[1] == ids.shape[1]
         if cache is None:
             return True
-        past = cache.get_seq_length()
+        try:
+            past = cache.get_seq_length()
+        except (AttributeError, ValueError):  # states without a sequence axis do not know their length
+            past = None
         return past == 0 if isinstance(past, int) else ids.shape[1] > 1
 
     def _record(self, hidden: Tensor) -> None:
@@ -228,6 +230,8 @@ def iter_hidden_ids(
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     done = 0
+    if on_progress is not None:
+        on_progress(0, len(order))
     while done < len(order):
         width = len(rows[order[done]])
         chosen = order[done : done + max(1, batch_tokens // width)]
@@ -236,7 +240,7 @@ def iter_hidden_ids(
         ids = torch.zeros(len(chosen), width, dtype=torch.long)
         for at, i in enumerate(chosen):
             ids[at, : len(rows[i])] = torch.tensor(rows[i])
-        hidden = _forward_to(model, layer, ids.to(device)).flatten(0, 1)
+        hidden = forward_to(model, layer, ids.to(device)).flatten(0, 1)
         if int(lengths[-1]) < width:
             real = (torch.arange(width) < lengths[:, None]).flatten().nonzero().squeeze(1)
             hidden = hidden[real.to(device)]
@@ -248,10 +252,11 @@ def iter_hidden_ids(
 
 
 def check_layer(model: nn.Module, layer: int) -> int:
-    """``layer`` if the model has it, else SaerlError."""
+    """``layer`` if the model has it and its blocks pass on one residual stream, else SaerlError."""
     blocks = n_blocks(model)
     if not 0 <= layer <= blocks:
         raise SaerlError(f"layer {layer} does not exist in a model of {blocks} blocks; use 0 to {blocks}")
+    check_stream(model, layer)
     return layer
 
 
@@ -312,40 +317,6 @@ def check_finite(x: Tensor, layer: int) -> None:
             f"the hidden states of layer {layer} are not finite at {bad} of {x.shape[0]} tokens; "
             "try model.dtype=float32 or bfloat16, and check the checkpoint"
         )
-
-
-def _forward_to(model: nn.Module, layer: int, ids: Tensor) -> Tensor:
-    """Hidden states [B, T, d_in] of a layer, by leaving the forward pass as soon as they exist."""
-    body, layers = decoder(model)
-    kept: list[Tensor] = []
-
-    def stop(hidden: Tensor) -> None:
-        kept.append(hidden)
-        raise _LayerReached
-
-    handle = _on_layer(layers, layer, stop)
-    try:
-        body(input_ids=ids, use_cache=False)
-    except _LayerReached:
-        pass
-    finally:
-        handle.remove()
-    return kept[0]
-
-
-def _on_layer(layers: nn.ModuleList, layer: int, use: Callable[[Tensor], None]) -> Any:
-    """Call ``use`` with the hidden states of a layer whenever a forward pass makes them."""
-    if layer == 0:
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            use(args[0] if args else kwargs["hidden_states"])
-
-        return layers[0].register_forward_pre_hook(before, with_kwargs=True)
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        use(output[0] if isinstance(output, tuple) else output)  # older blocks return tuples
-
-    return layers[layer - 1].register_forward_hook(after)
 
 
 def _padding_mask(ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:

@@ -29,6 +29,12 @@ _SAID = {  # what a user may say about a checkpoint that does not say it, and ho
 }
 
 
+def check_source(source: str | Path) -> None:
+    """SaerlError where ``source`` is neither a path that exists nor the form of a name."""
+    if not Path(source).expanduser().exists():
+        hub.find(str(source))
+
+
 def load_sae(source: str | Path, said: dict[str, Any] | None = None) -> SAE:
     """The SAE in a folder or a file, of a SAELens release ("release/id") or of a hub repository.
 

@@ -27,13 +27,19 @@ _TIMEOUT = 3.0  # seconds to reach the hub before only its cache is asked
 
 def read(name: str) -> formats.Found:
     """Configuration, tensors and input factor of the SAE called ``name``; SaerlError where there is none."""
-    entry = _entry(name)
+    entry, repository, inside = find(name)
     if entry is not None:
         return _by_saelens(name, *entry)
+    return _by_layout(name, repository, inside)
+
+
+def find(name: str) -> tuple[tuple[str, str] | None, str, str | None]:
+    """Entry in SAELens' list, or repository and the place in it; SaerlError for what cannot be a name."""
+    entry = _entry(name)
     match = _REPOSITORY.fullmatch(name)
-    if match is None or name.startswith(("/", ".", "~")):
+    if entry is None and (match is None or name.startswith(("/", ".", "~"))):
         raise SaerlError(f"SAE {name} does not exist; {_hint(name)}")
-    return _by_layout(name, match[1], match[2])
+    return entry, match[1] if match else "", match[2] if match else None
 
 
 def _entry(name: str) -> tuple[str, str] | None:

@@ -166,18 +166,12 @@ def score_features(
         seconds[name] = time.perf_counter() - clock
         clock = time.perf_counter()
 
-    column = config.quality.label_column
-    if column in pool.columns or column != QualityConfig.label_column:
-        labels = _numbers(pool.column(column), "quality.label_column")
-    else:
-        labels = np.full(count, np.nan)
+    labels, known = label_columns(pool, config)
     prompts = probe_matrix(prompt_features)
     answers = None if answer_features is None else probe_matrix(checked(answer_features))
     quality = fit_quality(prompts, labels, config.quality, answers=answers, seed=config.seed)
     lap("quality")
-    if pass_rates is None and config.difficulty.label_column is not None:
-        pass_rates = _numbers(pool.column(config.difficulty.label_column), "difficulty.label_column")
-    rates = np.full(count, np.nan) if pass_rates is None else np.asarray(pass_rates, dtype=np.float64)
+    rates = known if pass_rates is None else np.asarray(pass_rates, dtype=np.float64)
     difficulty = fit_difficulty(prompts, rates, config.difficulty, seed=config.seed)
     lap("difficulty")
     clusters = cluster_prompts(prompt_features, config.diversity, tasks=pool.columns.get("task"))
@@ -203,6 +197,21 @@ def score_features(
         "saerl_pass_rate": rates.astype(np.float32),
     }
     return Scores({**pool.columns, **added}, metadata, prompt_features)
+
+
+def label_columns(pool: Pool, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Quality labels and pass rates [n] that the pool itself holds, NaN where unknown.
+
+    SaerlError for a column that is asked for and missing, and for one that holds anything but numbers.
+    """
+    quality, difficulty = config.quality.label_column, config.difficulty.label_column
+    unknown = np.full(len(pool), np.nan)
+    labels, rates = unknown, unknown
+    if quality in pool.columns or quality != QualityConfig.label_column:
+        labels = _numbers(pool.column(quality), "quality.label_column")
+    if difficulty is not None:
+        rates = _numbers(pool.column(difficulty), "difficulty.label_column")
+    return labels, rates
 
 
 def feature_pass(session: Session, sae: Any, config: Config) -> Compute:

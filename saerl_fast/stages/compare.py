@@ -7,14 +7,19 @@ apart only by an arm such as ``filtered:plan.schedule=vanilla;plan.filter=true``
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from saerl_fast.config import SCHEDULES, Config, apply_overrides, to_dict
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_json
+from saerl_fast.models import check_targets
+from saerl_fast.plan.static import get_schedule
 from saerl_fast.records.report import write_report
+from saerl_fast.session import Session, load_pools
 from saerl_fast.stages.console import Echo
-from saerl_fast.stages.fingerprint import RUN_SECTIONS, changes, fingerprint
-from saerl_fast.stages.pipeline import train_stage
+from saerl_fast.stages.fingerprint import changes, fingerprint, flat
+from saerl_fast.stages.made import needs_scores, refuse_other, run_sections, set_aside
+from saerl_fast.stages.pipeline import find_scores, make_plan, open_session, train_stage
 from saerl_fast.stages.preflight import check_functions, check_packages
 
 
@@ -41,12 +46,15 @@ def parse_arm(text: str) -> tuple[str, list[str]]:
     return name, overrides
 
 
-def compare(config: Config, echo: Echo) -> list[Path]:
+def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
     """Run every arm with every seed and write the report; finished runs are kept, broken ones resumed.
 
-    The first seed's runs are in ``<run_dir>/<arm>``, the others' in ``<run_dir>/<arm>.seed-<seed>``.
+    The first seed's runs are in ``<run_dir>/<arm>``, the others' in ``<run_dir>/<arm>.seed-<seed>``. ``redo``
+    makes again what was made with other settings. In what an arm differs from the first beyond what it names
+    is said aloud, and in the report.
 
-    Raises SaerlError before anything runs when an arm or the list of seeds is wrong.
+    Raises SaerlError before anything is trained when an arm or the list of seeds is wrong: settings, packages
+    and functions are checked first, then, with the model and the scores at hand, the plan of every arm.
     """
     from saerl_fast.rl.rewards.dry import try_reward
 
@@ -60,34 +68,101 @@ def compare(config: Config, echo: Echo) -> list[Path]:
     for seed in seeds:
         for name, overrides in arms:
             mine = apply_overrides(config, [*overrides, f"train.seed={seed}"])
-            check_packages(mine)
-            check_functions(mine)
-            try_reward(mine)
+            if seed == seeds[0]:
+                check_packages(mine)
+                check_functions(mine)
+                try_reward(mine)
             folder = name if seed == seeds[0] else f"{name}.seed-{seed}"
             jobs.append((name, mine, root / folder))
-    states = [_state(mine, out) for _, mine, out in jobs]  # all of them before the first one runs
-    write_json(root / "compare.json", to_dict(config.compare))
+    states = [_state(mine, out, redo) for _, mine, out in jobs]  # all of them before the first one runs
+    first = [mine for _, mine, _ in jobs[: len(arms)]]
+    notes = []
+    for (name, overrides), mine in zip(arms, first, strict=True):
+        if more := confounded(first[0], mine, overrides):
+            notes.append(_note(names[0], name, more))
+    for note in notes:
+        echo.result(note)
+    unfinished = [mine for (_, mine, _), (_, finished) in zip(jobs, states, strict=True) if not finished]
+    if redo and any(map(needs_scores, unfinished)):
+        set_aside(config, echo)
+    session = _check_plans(first, echo) if unfinished else None
+    write_json(root / "compare.json", to_dict(config.compare) | {"notes": notes})
+    bar = echo.bar("runs", "run")
+    bar(0, len(jobs))
     for i, ((name, mine, out), (started, finished)) in enumerate(zip(jobs, states, strict=True), 1):
         echo(f"[{i}/{len(jobs)}] {name}, seed {mine.train.seed}")
         if finished:
             echo(f"{out} is finished already; kept")
-            continue
-        train_stage(mine, echo, out=out, arm=name, resume=started)
+        else:
+            train_stage(mine, echo, out=out, arm=name, resume=started, redo=redo, session=session)
+            session = None  # it has been trained
+        bar(i, len(jobs))
     paths = write_report(root, echo=echo.result)
     for path in paths:
         echo(f"wrote {path}")
     return paths
 
 
-def _state(config: Config, out: Path) -> tuple[bool, bool]:
+def confounded(base: Config, arm: Config, overrides: list[str]) -> dict[str, tuple[Any, Any]]:
+    """Settings of plan and train in which ``arm`` differs from ``base``, not named by ``overrides``.
+
+    Key -> (value in ``base``, value in ``arm``). The quality filter is compared as it takes effect: where the
+    pool has labels for it, every schedule but vanilla filters unless plan.filter says otherwise.
+    """
+    named = {item.partition("=")[0] for item in overrides}
+    one, two = (dict(flat(to_dict(cfg))) | {"plan.filter": _filters(cfg)} for cfg in (base, arm))
+    about = [key for key in one if key.startswith(("plan.", "train.")) and key not in named]
+    return {key: (one[key], two[key]) for key in about if one[key] != two[key]}
+
+
+def _filters(config: Config) -> bool:
+    if config.quality.head == "none" or config.quality.label_column not in load_pools(config)[0].columns:
+        return False
+    static = get_schedule(config.plan.schedule)
+    return config.plan.filter if config.plan.filter is not None else static is None or static.filtered
+
+
+def _note(base: str, name: str, more: dict[str, tuple[Any, Any]]) -> str:
+    shown = ", ".join(f"{key} ({_plain(two)}, {base}: {_plain(one)})" for key, (one, two) in more.items())
+    equal = ";".join(f"{key}={_plain(one)}" for key, (one, _) in more.items())
+    return (
+        f"{name} differs from {base} in more than it names: {shown}. What is found may be due to either; "
+        f"an arm with {equal} differs in the rest alone."
+    )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+def _check_plans(arms: list[Config], echo: Echo) -> Session:
+    """Lay out the plan of every arm, so that none fails after another's training; the session used."""
+    scored = [mine for mine in arms if needs_scores(mine)]
+    if scored:
+        refuse_other(scored[0])
+    session = open_session(scored[0], echo) if scored else Session.open(arms[0], echo)
+    if scored:
+        find_scores(scored[0], echo, session)
+    for mine in arms:
+        check_targets(session.model, mine.train.lora)
+        make_plan(mine, Echo(quiet=True), session)
+    return session
+
+
+def _state(config: Config, out: Path, redo: bool) -> tuple[bool, bool]:
     """Whether a run with exactly these settings has started in ``out``, and whether it has finished."""
     described = out / "run.json"
     if not described.is_file():
         return False, False
     record = read_json(described, "saerl compare")
-    if record.get("fingerprint") != fingerprint(config, RUN_SECTIONS):
-        why = changes(record.get("config"), config, RUN_SECTIONS)
+    if record.get("fingerprint") != fingerprint(config, run_sections(config)):
+        if redo:
+            return False, False
+        why = changes(record.get("config"), config, run_sections(config))
         raise SaerlError(
-            f"{out} holds a run with other settings ({why}); remove it or choose another run_dir"
+            f"{out} holds a run with other settings ({why}); add --redo to replace it, remove it, or choose "
+            "another run_dir"
         )
     return True, (out / "summary.json").is_file()

@@ -1,11 +1,15 @@
-"""Where the commands speak: lines on stdout, progress bars on stderr."""
+"""Where the commands speak: lines on stdout, progress bars on stderr (in a notebook, as widgets)."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+# tqdm's own, with whole numbers for work that is part done
+FORMAT = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 @dataclass
@@ -13,6 +17,7 @@ class Echo:
     """Called with a line of text; ``quiet`` leaves nothing but results."""
 
     quiet: bool = False
+    bars: ClassVar[list[Any]] = []  # those on the screen
 
     def __call__(self, line: str) -> None:
         if not self.quiet:
@@ -20,21 +25,55 @@ class Echo:
 
     def result(self, line: str) -> None:
         """A line that is shown even when quiet."""
-        sys.stdout.write(line + "\n")
+        if self.bars and sys.stdout.isatty():
+            from tqdm import tqdm
+
+            tqdm.write(line, file=sys.stdout)  # above the bars
+        else:
+            sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
-    def bar(self, label: str) -> Callable[[int, int], None]:
-        """A callback ``(done, total)`` that keeps a progress bar up to date."""
-        from tqdm import tqdm
+    def bar(self, label: str, unit: str = "it") -> Callable[[float, int], None]:
+        """A callback ``(done, total)`` that keeps a progress bar up to date.
 
+        Call it with 0 before the work starts: the rate and the time left are reckoned from the first call.
+        """
         shown: list[Any] = []
 
-        def update(done: int, total: int) -> None:
+        def update(done: float, total: int) -> None:
             if not shown:
+                from tqdm.auto import tqdm
+
                 interval = 0.2 if sys.stderr.isatty() else 10.0
-                shown.append(tqdm(total=total, desc=label, disable=self.quiet, mininterval=interval))
+                options = {"desc": label, "unit": unit, "disable": self.quiet, "mininterval": interval}
+                shown.append(tqdm(total=total, initial=done, bar_format=FORMAT, **options))
+                self.bars.append(shown[0])
             shown[0].update(done - shown[0].n)
-            if done >= total:
+            if done >= total and shown[0] in self.bars:
+                self.bars.remove(shown[0])
                 shown[0].close()
 
         return update
+
+
+def close_bars() -> None:
+    """Leave bars that an error has interrupted as they are; what follows has a line of its own."""
+    while Echo.bars:
+        Echo.bars.pop().close()
+
+
+@contextmanager
+def within_calls(model: Any, expected: int, tell: Callable[[float], None]) -> Iterator[None]:
+    """``tell`` the share done, below 1, of ``expected`` forward passes while the block makes them."""
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        tell(min(calls / max(expected, 1), 0.99))
+
+    hook = model.register_forward_pre_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()

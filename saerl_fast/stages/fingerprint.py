@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from saerl_fast.config import Config, Section, to_dict
-from saerl_fast.errors import SaerlError
 from saerl_fast.plugins import is_function, source_digest
 from saerl_fast.session import load_pools
 
@@ -69,15 +68,16 @@ def fingerprint(config: Config, sections: tuple[str, ...], *, without: tuple[str
     if "train" in tree:
         tree["train"]["seed"] = training_seed(config)
     if "labels" in sections and config.difficulty.label_column is None and config.difficulty.n_labels:
-        flat = dict(_flat(to_dict(config)))
-        tree["labels"] = {key.rpartition(".")[2]: flat[key] for key in LABELS} | {"seed": config.seed}
+        plain = dict(flat(to_dict(config)))
+        tree["labels"] = {key.rpartition(".")[2]: plain[key] for key in LABELS} | {"seed": config.seed}
     if "score" in sections:
         tree["seed"] = config.seed
     functions = _functions(config, sections)
     if functions:
         tree["functions"] = functions
     tree["prompts"] = load_pools(config)[0].digest
-    tree["files"] = [_files_digest(Path(name)) for name in (config.model.path, config.sae.path) if name]
+    names = (config.model.path, config.sae.path if "sae" in sections else None)
+    tree["files"] = [_files_digest(Path(name)) for name in names if name]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -114,32 +114,21 @@ def changes(before: Any, config: Config, sections: tuple[str, ...], without: tup
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(full key, value) of every setting in a config as plain values."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
 def _covered(tree: dict[str, Any], sections: tuple[str, ...], without: tuple[str, ...]) -> dict[str, Any]:
     """What a fingerprint covers of the config ``tree``, by full key."""
-    flat = dict(_flat(settings(tree, sections, without)))
+    plain = dict(flat(settings(tree, sections, without)))
     if "labels" in sections:
-        flat |= {key: value for key, value in _flat({"train": tree["train"]}) if key in LABELS}
-    flat["seed"] = tree.get("seed")
-    if flat.get("train.seed", 0) is None:
-        flat["train.seed"] = flat["seed"]
-    return flat
-
-
-def check_same(
-    record: dict[str, Any], config: Config, sections: tuple[str, ...], what: Path, command: str
-) -> None:
-    """SaerlError when ``what``, described by ``record``, was made with other settings than these."""
-    if record.get("fingerprint") != fingerprint(config, sections):
-        why = changes(record.get("config"), config, sections)
-        raise SaerlError(
-            f"{what} was made with other settings ({why}); run `{command}` again with this "
-            "config, or choose another run_dir"
-        )
+        plain |= {key: value for key, value in flat({"train": tree["train"]}) if key in LABELS}
+    plain["seed"] = tree.get("seed")
+    if plain.get("train.seed", 0) is None:
+        plain["train.seed"] = plain["seed"]
+    return plain

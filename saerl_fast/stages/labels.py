@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from saerl_fast.config import Config
-from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_json
 from saerl_fast.session import Session
-from saerl_fast.stages.console import Echo
+from saerl_fast.signals.scores import label_columns
+from saerl_fast.stages.console import Echo, within_calls
 from saerl_fast.stages.fingerprint import LABEL_SECTIONS, fingerprint
 
 LABEL_CHUNK = 16  # prompts rolled out for labels before they are saved
@@ -29,14 +31,7 @@ def difficulty_labels(
     """
     pool, settings = session.train, config.difficulty
     if settings.label_column is not None:
-        values = pool.column(settings.label_column)
-        try:
-            rates = np.array([np.nan if value is None else float(value) for value in values])
-        except (TypeError, ValueError):
-            name = settings.label_column
-            raise SaerlError(
-                f"difficulty.label_column={name!r} must hold pass rates in [0, 1] or null"
-            ) from None
+        _, rates = label_columns(pool, config)
         return rates, {"labelled": float(np.isfinite(rates).sum()), "rollouts": 0.0}
     if settings.n_labels < 1:
         return None, {"labelled": 0.0, "rollouts": 0.0}
@@ -57,14 +52,18 @@ def difficulty_labels(
     warned = False
     ids = pool.column("prompt_id")
     rollout = Sampling.of(config.train.rollout, group_size=settings.rollouts)
-    bar, width = echo.bar("difficulty labels"), LABEL_CHUNK
+    bar, width = echo.bar("difficulty labels", "prompt"), LABEL_CHUNK
+    bar(0, len(chosen))
     for start in range(0, len(chosen), width):
         part = [int(i) for i in chosen[start : start + width]]
         if not all(ids[i] in record["rates"] for i in part):
             began = time.perf_counter()
             rows = pool.select(part)
             seed = int(np.random.SeedSequence([config.seed, 2, start]).generate_state(1)[0])
-            made = generate(session.model, session.tokenizer, rows.ids, rollout, seed=seed)
+            count = len(part) * settings.rollouts
+            passes = rollout.max_new_tokens * -(-count // (rollout.batch_size or count))
+            with within_calls(session.model, passes, partial(_tell, bar, start, len(part), len(chosen))):
+                made = generate(session.model, session.tokenizer, rows.ids, rollout, seed=seed)
             cut = train.reward_truncated
             paid = score_rollouts(made, rows.columns, rows.texts, reward, pay_truncated=cut)
             warned = warned or warn_of_range(paid, train.pass_threshold)
@@ -78,3 +77,7 @@ def difficulty_labels(
     rates[chosen] = np.array([record["rates"][ids[i]] for i in chosen], dtype=float)  # None: not judged
     costs = {"labelled": len(chosen), "rollouts": len(chosen) * settings.rollouts, "tokens": record["tokens"]}
     return rates, {key: float(value) for key, value in costs.items()} | {"seconds": record["seconds"]}
+
+
+def _tell(bar: Callable[[float, int], None], start: int, width: int, total: int, share: float) -> None:
+    bar(start + share * width, total)

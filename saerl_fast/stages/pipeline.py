@@ -19,18 +19,25 @@ from typing import TYPE_CHECKING, Any
 from saerl_fast.config import Config, to_dict
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_json
+from saerl_fast.hub import hub_access, is_local
 from saerl_fast.session import Session
+from saerl_fast.stages.about import about, runs_of
 from saerl_fast.stages.console import Echo
 from saerl_fast.stages.fingerprint import (
-    RUN_SECTIONS,
     SAE_SECTIONS,
     SCORE_SECTIONS,
-    check_same,
     fingerprint,
     training_seed,
 )
 from saerl_fast.stages.labels import difficulty_labels
-from saerl_fast.stages.preflight import check_functions, check_packages, check_target
+from saerl_fast.stages.made import needs_scores, refuse_other, run_sections, set_aside
+from saerl_fast.stages.preflight import (
+    check_functions,
+    check_packages,
+    check_sae,
+    check_target,
+    redo_target,
+)
 
 if TYPE_CHECKING:
     from saerl_fast.plan import Plan
@@ -42,16 +49,30 @@ if TYPE_CHECKING:
 # --- SAE -------------------------------------------------------------------------------------------
 
 
-def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> SAE:
-    """Train a TopK SAE on the training prompts' (and answers') activations into ``<run_dir>/sae``."""
+def open_session(config: Config, echo: Echo) -> Session:
+    """The model and its prompts; an SAE that cannot be read or does not fit is refused before that."""
+    if config.sae.path is not None:
+        check_sae(config)
+    return Session.open(config, echo)
+
+
+def sae_stage(config: Config, echo: Echo, session: Session | None = None, *, redo: bool = False) -> SAE:
+    """Train a TopK SAE on the training prompts' (and answers') activations into ``<run_dir>/sae``.
+
+    With ``redo`` one that these settings have made is kept.
+    """
     from saerl_fast.sae.capture import resolve_layer
-    from saerl_fast.sae.files import save_sae
+    from saerl_fast.sae.files import load_sae, save_sae
     from saerl_fast.sae.train import collect_activations, train_sae
 
     if config.sae.path is not None:
         raise SaerlError(f"sae.path={config.sae.path} names an SAE already; leave it out to train one")
     folder = Path(config.run_dir) / "sae"
-    session = session or Session.open(config, echo)
+    if redo:
+        set_aside(config, echo, scores=False)
+        if folder.is_dir():
+            return load_sae(folder)
+    session = session or open_session(config, echo)
     layer = resolve_layer(session.model, None, config.sae.layer)
     rows = session.train.ids
     if config.score.include_answer:
@@ -63,10 +84,11 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> SAE
         layer,
         config.sae.max_tokens,
         seed=config.sae.seed,
-        on_progress=echo.bar("activations"),
+        on_progress=echo.bar("activations", "text"),
     )
     captured = time.perf_counter()
-    bar = echo.bar("sae")
+    bar = echo.bar("SAE", "step")
+    bar(0, config.sae.steps)
     sae, metrics = train_sae(
         activations,
         replace(config.sae, layer=layer),
@@ -92,25 +114,34 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None) -> SAE
 
 
 def find_sae(config: Config, echo: Echo, session: Session) -> SAE:
-    """The SAE that the config names, the one trained for this run, or a newly trained one."""
+    """The SAE that the config names, the one trained for this run, or a newly trained one.
+
+    SaerlError when it does not fit the model.
+    """
+    from saerl_fast.sae.capture import check_width, resolve_layer
     from saerl_fast.sae.files import load_sae
 
+    path = Path(config.run_dir) / "sae"
     if config.sae.path is not None:
-        return load_sae(config.sae.path).to(session.model.device)
-    folder = Path(config.run_dir) / "sae"
-    if not folder.is_dir():
-        _refuse_together(folder, "saerl sae train")
-        return sae_stage(config, echo, session)
-    record = read_json(folder / "train.json", "saerl sae train")
-    check_same(record, config, SAE_SECTIONS, folder, "saerl sae train")
-    return load_sae(folder).to(session.model.device)
+        with hub_access(not is_local(config.sae.path)):
+            sae = load_sae(config.sae.path)
+    elif path.is_dir():
+        refuse_other(config, scores=False)
+        sae = load_sae(path)
+    else:
+        _refuse_together(path, "saerl sae train")
+        sae = sae_stage(config, echo, session)
+    check_width(session.model, sae)
+    resolve_layer(session.model, sae, config.sae.layer)
+    return sae.to(session.model.device)
 
 
 def describe_sae(path: str) -> str:
     """What ``saerl sae info`` prints: the shape and flags of a checkpoint, and how it was trained here."""
     from saerl_fast.sae.files import load_sae
 
-    sae = load_sae(path)
+    with hub_access(not is_local(path)):
+        sae = load_sae(path)
     lines = [f"{path}: {sae}"]
     lines += [f"  {key}: {value}" for key, value in sorted(vars(sae.cfg).items()) if value is not None]
     trained = Path(path) / "train.json"
@@ -123,19 +154,32 @@ def describe_sae(path: str) -> str:
 # --- scores ----------------------------------------------------------------------------------------
 
 
-def score_stage(config: Config, echo: Echo, session: Session | None = None) -> Scores:
-    """Score every training prompt; writes scores.parquet, scores.json and features.safetensors."""
-    from saerl_fast.rl.rewards.dry import try_reward
-    from saerl_fast.signals.scores import score
+def score_stage(config: Config, echo: Echo, session: Session | None = None, *, redo: bool = False) -> Scores:
+    """Score every training prompt; writes scores.parquet, scores.json and features.safetensors.
 
+    With ``redo`` those that these settings have made are kept.
+    """
+    from saerl_fast.rl.rewards.dry import try_reward
+    from saerl_fast.signals.scores import Scores, label_columns, score
+
+    if redo:
+        set_aside(config, echo)
+        if (Path(config.run_dir) / "scores.parquet").is_file():
+            return Scores.load(config.run_dir)
+    refuse_other(config, scores=False)
     if config.difficulty.label_column is None and config.difficulty.n_labels:
         try_reward(config)
-    session = session or Session.open(config, echo)
+    session = session or open_session(config, echo)
+    label_columns(session.train, config)  # before an SAE is trained
     sae = find_sae(config, echo, session)
     labels, label_costs = difficulty_labels(config, echo, session)
-    shards = score_shards(config, sae)
-    scores = score(session, sae, config, pass_rates=labels, on_progress=echo.bar("features"), shards=shards)
+    shards, bar = score_shards(config, sae), echo.bar("features", "prompt")
+    scores = score(session, sae, config, pass_rates=labels, on_progress=bar, shards=shards)
     scores.metadata["difficulty_labels"] = label_costs
+    trained = Path(config.run_dir) / "sae" / "train.json"
+    if config.sae.path is None and trained.is_file():
+        record = read_json(trained, "saerl sae train")
+        scores.metadata["sae"] = {key: v for key, v in record.items() if key not in ("config", "fingerprint")}
     scores.metadata |= {"fingerprint": fingerprint(config, SCORE_SECTIONS), "config": to_dict(config)}
     folder = scores.save(config.run_dir)
     shards.clear()
@@ -162,9 +206,8 @@ def find_scores(config: Config, echo: Echo, session: Session | None = None) -> S
     if not file.is_file():
         _refuse_together(file, "saerl score")
         return score_stage(config, echo, session)
-    scores = Scores.load(config.run_dir)
-    check_same(scores.metadata, config, SCORE_SECTIONS, file, "saerl score")
-    return scores
+    refuse_other(config)
+    return Scores.load(config.run_dir)
 
 
 def _refuse_together(missing: Path, command: str) -> None:
@@ -182,16 +225,13 @@ def _refuse_together(missing: Path, command: str) -> None:
 def make_plan(config: Config, echo: Echo, session: Session | None = None) -> Plan:
     """The plan that the config asks for; without a filter, ``vanilla`` needs no SAE and no scores."""
     from saerl_fast.plan import build_plan
-    from saerl_fast.plan.static import get_schedule
     from saerl_fast.signals.scores import Scores
 
-    static, wanted = get_schedule(config.plan.schedule), config.plan.filter
-    filtered = wanted or (wanted is None and static is not None and static.filtered)
-    if static and not (static.needs or static.keep or filtered):
+    if needs_scores(config):
+        scores = find_scores(config, echo, session)
+    else:
         session = session or Session.open(config, echo)
         scores = Scores({"prompt_id": session.train.column("prompt_id")})
-    else:
-        scores = find_scores(config, echo, session)
     plan = build_plan(
         scores,
         config.plan,
@@ -200,14 +240,22 @@ def make_plan(config: Config, echo: Echo, session: Session | None = None) -> Pla
         seed=training_seed(config),
         quality=config.quality,
     )
-    echo(f"plan: {config.plan.schedule}, {len(plan.prompt_ids)} prompts kept, {len(plan.dropped)} dropped")
+    kept, size = len(plan.prompt_ids), plan.batch_size
+    echo(f"plan: {config.plan.schedule}, {kept} prompts kept, {len(plan.dropped)} dropped")
+    if size > kept:
+        echo(f"plan: train.rollout.prompts_per_step={size} is more than that; a batch repeats prompts")
     return plan
 
 
-def plan_stage(config: Config, echo: Echo) -> Path:
+def plan_stage(config: Config, echo: Echo, *, redo: bool = False) -> Path:
     """Write ``<run_dir>/plan.json``: the order for this loop, TRL or verl."""
     from saerl_fast.plan import save_plan
 
+    check_functions(config)
+    if needs_scores(config):
+        if redo:
+            set_aside(config, echo)
+        refuse_other(config)
     path = Path(config.run_dir) / "plan.json"
     save_plan(make_plan(config, echo), path)
     echo(f"wrote {path}")
@@ -226,11 +274,17 @@ def train_stage(
     plan_file: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    redo: bool = False,
     out: Path | None = None,
     arm: str | None = None,
     with_report: bool = False,
+    session: Session | None = None,
 ) -> dict[str, Any]:
-    """One GRPO run into ``<run_dir>/<schedule>`` (see `folder_name`); returns its summary."""
+    """One GRPO run into ``<run_dir>/<schedule>`` (see `folder_name`); returns its summary.
+
+    ``redo`` makes again what was made with other settings, and only that. ``session``: of the model as it is
+    loaded; it is trained in place.
+    """
     import shutil
 
     from saerl_fast.models import check_targets
@@ -245,11 +299,12 @@ def train_stage(
     given = load_plan(plan_file) if plan_file else None
     arm = arm or folder_name(given.schedule if given else config.plan.schedule)
     out = out or Path(config.run_dir) / arm
+    sections = run_sections(config, planned=given is not None)
     described = {
         "arm": arm,
         "seed": training_seed(config),
-        "fingerprint": fingerprint(config, RUN_SECTIONS),
-        "resumable": fingerprint(config, RUN_SECTIONS, without=("steps",)),
+        "fingerprint": fingerprint(config, sections),
+        "resumable": fingerprint(config, sections, without=("steps",)),
         "plan": hashlib.sha256(Path(plan_file).read_bytes()).hexdigest() if plan_file else None,
         "config": to_dict(config),
     }
@@ -257,10 +312,21 @@ def train_stage(
         raise SaerlError(f"model.device={config.model.device} is one device for all processes; set auto")
     check_packages(config)
     check_functions(config, planned=given is not None)
-    distributed.on_first(lambda: check_target(out, described, config, resume=resume, overwrite=overwrite))
     reward = get_reward(config.train.reward, config.train.reward_weights)
     try_reward(config)
-    session = Session.open(config, echo)
+    if redo:
+        state = distributed.gather(lambda: redo_target(out, described, config, echo))[0]
+        if state == "kept":
+            return dict(read_json(out / "summary.json", "saerl train"))
+        resume, overwrite = state == "resume", state == "overwrite"
+    distributed.on_first(lambda: check_target(out, described, config, resume=resume, overwrite=overwrite))
+    if given is None and needs_scores(config):
+        if redo and distributed.size() == 1:
+            set_aside(config, echo)
+        refuse_other(config)
+    if session is None:
+        scored = given is None and needs_scores(config)
+        session = open_session(config, echo) if scored else Session.open(config, echo)
     check_think(config.train.reward, session.tokenizer)
     plan = given or make_plan(config, echo, session)
     if plan.batch_size != config.train.rollout.prompts_per_step or plan.total_steps < config.train.steps:
@@ -277,11 +343,12 @@ def train_stage(
         capture.warm_up()
     engine = {} if config.train.rollout.engine == "transformers" else {"engine": _vllm(config, echo, session)}
     check_targets(session.model, config.train.lora)
+    machine = about(session.model.device)
 
     def prepare() -> None:
         if overwrite and out.exists():
             shutil.rmtree(out)
-        write_json(out / "run.json", described)
+        write_json(out / "run.json", described | runs_of(out, machine))
         save_plan(plan, out / "plan.json")
 
     distributed.on_first(prepare)
@@ -297,6 +364,7 @@ def train_stage(
         resume=resume,
         seed=training_seed(config),
         echo=echo,
+        progress=echo.bar("training", "step"),
     )
     echo(f"wrote {out}")
     if with_report and distributed.rank() == 0:

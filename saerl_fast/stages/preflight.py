@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,26 @@ from typing import Any
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import check_writable, read_json
-from saerl_fast.stages.fingerprint import RUN_SECTIONS, changes
+from saerl_fast.stages.fingerprint import changes
+from saerl_fast.stages.made import run_sections
 
 
-def set_up(config: Config) -> None:
-    """CPU threads, a quiet transformers, engines that exist and a folder to write to, before any work."""
+def set_up(config: Config, *, new_sae: bool = False) -> None:
+    """CPU threads, a quiet transformers, and what must exist before any work: engines, a folder to write to
+    and, unless the command trains a ``new_sae``, the SAE that the config names.
+    """
+    from saerl_fast.sae.files import check_source
+
     check_scoring(config)
+    if config.sae.path is not None and not new_sae:
+        check_source(config.sae.path)
     check_writable(config.run_dir)
     try:
         from transformers.utils import logging
     except ImportError:
-        raise SaerlError("transformers is not installed; run `pip install saerl-fast[all]`") from None
+        raise SaerlError(
+            'transformers is not installed; run `pip install -e ".[all]"` in the clone of saerl-fast'
+        ) from None
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's, not the user's
@@ -33,6 +43,8 @@ def set_up(config: Config) -> None:
 
 def check_packages(config: Config) -> None:
     """SaerlError for a setting of training whose package is missing, before anything takes long."""
+    if fault := config.train.conflict():  # of settings that were assigned one by one
+        raise SaerlError(fault)
     needs: dict[str, str] = {name: f"train.trackers={name}" for name in config.train.trackers}
     if config.train.lora.rank:
         needs["peft"] = f"train.lora.rank={config.train.lora.rank}"
@@ -57,13 +69,45 @@ def check_scoring(config: Config) -> None:
 
 
 def check_functions(config: Config, *, planned: bool = False) -> None:
-    """SaerlError for a loss or, unless the plan is a file (``planned``), a schedule that cannot be loaded."""
+    """SaerlError for a loss, a reward or, unless the plan is a file (``planned``), a schedule that cannot be.
+
+    A schedule cannot be followed where it needs pass rates that nobody is asked to find out.
+    """
     from saerl_fast.plan.static import get_schedule
     from saerl_fast.rl.loss import get_loss
+    from saerl_fast.rl.rewards import get_reward
 
     get_loss(config.train.loss.kind)
-    if not planned:
-        get_schedule(config.plan.schedule)
+    get_reward(config.train.reward, config.train.reward_weights)
+    if planned:
+        return
+    static = get_schedule(config.plan.schedule)
+    asked = config.difficulty.label_column is not None or config.difficulty.n_labels > 0
+    wanted = {"difficulty", "pass_rate"} & set(static.needs) if static else set()
+    if not asked and (wanted or (static and static.keep)):
+        raise SaerlError(
+            f"plan.schedule={config.plan.schedule} needs pass rates of some prompts, and "
+            "difficulty.n_labels=0 finds out none; raise it, or name known ones in difficulty.label_column"
+        )
+    if config.plan.filter and config.quality.head == "none":
+        raise SaerlError("plan.filter=true needs quality scores, and quality.head=none makes none; unset one")
+
+
+def check_sae(config: Config) -> None:
+    """SaerlError for an SAE that cannot be read, or is of another width than the model names."""
+    from saerl_fast.hub import hub_access, is_local
+    from saerl_fast.models import named_width
+    from saerl_fast.sae.files import load_sae
+
+    path = config.sae.path
+    assert path is not None
+    with hub_access(not is_local(path)):
+        width, found = named_width(config.model), load_sae(path).d_in
+    if width not in (None, found):
+        raise SaerlError(
+            f"the SAE {path} reads activations of width {found} but the hidden size of model "
+            f"{config.model.path} is {width}; use an SAE trained on this model"
+        )
 
 
 def check_target(
@@ -79,19 +123,43 @@ def check_target(
     if overwrite:
         return
     if not resume:
-        raise SaerlError(f"{out} holds a run already; add --resume to go on, or --overwrite to replace it")
+        raise SaerlError(
+            f"{out} holds a run already; add --resume to go on, --redo to make it again where settings have "
+            "changed, or --overwrite to replace it"
+        )
     before = read_json(out / "run.json", "saerl train")
     if any(before.get(key) != described[key] for key in ("resumable", "plan")):
         raise SaerlError(
             f"{out} was started with other settings ({_why(before, described, config)}); resume with the "
-            "same ones (train.steps may grow), or choose another run_dir"
+            "same ones (train.steps may grow), add --redo instead to replace it, or choose another run_dir"
         )
     steps, planned = described["config"]["train"]["steps"], before["config"]["train"]["steps"]
     if steps < planned:
         raise SaerlError(f"train.steps={steps} is less than the {planned} this run was started with")
 
 
+def redo_target(out: Path, described: dict[str, Any], config: Config, say: Callable[[str], None]) -> str:
+    """What ``--redo`` does about the run in ``out``: fresh, kept, resume or overwrite; said aloud."""
+    if not (out / "run.json").is_file():
+        return "fresh"
+    before = read_json(out / "run.json", "saerl train")
+    if all(before.get(key) == described[key] for key in ("resumable", "plan")):
+        steps = described["config"]["train"]["steps"], before["config"]["train"]["steps"]
+        if steps[0] == steps[1] and (out / "summary.json").is_file():
+            say(f"--redo: {out} is kept, for nothing that it depends on has changed")
+            return "kept"
+        if steps[0] >= steps[1]:
+            say(f"--redo: {out} goes on from where it stopped")
+            return "resume"
+    why = _why(before, described, config)
+    if before.get("resumable") == described["resumable"] and before.get("plan") == described["plan"]:
+        why = f"train.steps was {before['config']['train']['steps']}"
+    say(f"--redo: {out} is made again ({why})")
+    return "overwrite"
+
+
 def _why(before: dict[str, Any], described: dict[str, Any], config: Config) -> str:
     if before.get("plan") != described["plan"]:
         return "another --plan"
-    return changes(before.get("config"), config, RUN_SECTIONS, ("steps",))
+    sections = run_sections(config, planned=described["plan"] is not None)
+    return changes(before.get("config"), config, sections, ("steps",))

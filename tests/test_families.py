@@ -1,0 +1,43 @@
+"""A few families of those that ``make families`` sweeps: hybrids, states, odd caches, odd masks, classics."""
+
+import logging
+
+import pytest
+
+from tests.families import judge, tiny_family, verdict
+
+PADDED, READY = "on a cache of padded prompts", "on a cache with ready-made masks"
+EXPECTED = {
+    "gpt2": READY,
+    "mamba2": PADDED,
+    "qwen3_5_text": PADDED,
+    "falcon_h1": PADDED,
+    "granitemoehybrid": PADDED,
+    "lfm2": PADDED,
+    "llama4_text": PADDED,
+    "falcon-alibi": PADDED,  # refuses ready-made masks
+    "minimax": "on the model's own cache of padded prompts",
+    "recurrent_gemma": "without a cache (slow)",  # keeps states in its modules
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_family_is_right_in_the_way_that_suits_it(name: str) -> None:
+    pytest.importorskip(f"transformers.models.{name.partition('-')[0].removesuffix('_text')}")
+    report = judge(tiny_family(name))
+    assert verdict(report) == "right", report
+    assert report["decoding"] == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", ["gpt_neo", "mpt"])
+def test_families_whose_prompts_cannot_be_shared_say_so(name: str, caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        report = judge(tiny_family(name))
+    assert verdict(report) == "right", report
+    assert "sharing a prompt's forward pass is off by" in caplog.text
+
+
+def test_a_model_without_one_residual_stream_trains_but_is_not_captured() -> None:
+    pytest.importorskip("transformers.models.gemma3n")
+    report = judge(tiny_family("gemma3n_text"))
+    assert verdict(report) == "right" and "not one residual stream of width 32" in report["capture"]
