@@ -180,6 +180,8 @@ def _ours(job: Job, pipe: Any) -> None:
     with tempfile.TemporaryDirectory() as out:
 
         def ended(step: int, steps: int) -> None:
+            if not step:  # told before the first one
+                return
             seconds = turn.seconds()
             row = json.loads((Path(out) / "metrics.jsonl").read_text().splitlines()[-1])
             result = [row[key] for key in ("reward", "loss", "grad_norm", "tokens")]

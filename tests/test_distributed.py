@@ -152,7 +152,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess:
 def test_torchrun_trains_and_refuses_what_one_process_should_make(tmp_path: Path) -> None:
     done = torchrun("train", "--schedule", "vanilla", f"run_dir={tmp_path}", "train.steps=1")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step     1 train") == 1 and (tmp_path / "vanilla" / "report.md").is_file()
+    assert done.stdout.count("step     1/1 train") == 1 and (tmp_path / "vanilla" / "report.md").is_file()
     refused = torchrun("train", "--schedule", "adaptive", f"run_dir={tmp_path}", "train.steps=1")
     assert refused.returncode != 0 and not (tmp_path / "adaptive").exists()
     assert refused.stderr.count("saerl: ") == 1 and "make it with `saerl score`" in refused.stderr

@@ -17,7 +17,7 @@ def test_many_may_set_up_in_one_folder_at_once(tmp_path):
 def test_a_missing_sae_is_said_before_the_model_is_loaded(tmp_path):
     config = Config(run_dir=str(tmp_path / "run"))
     config.sae.path = tmp_path / "nowhere"
-    with pytest.raises(SaerlError, match="SAE folder .*nowhere does not exist"):
+    with pytest.raises(SaerlError, match="SAE .*nowhere does not exist"):
         set_up(config)
     assert not list(tmp_path.iterdir())
 

@@ -117,7 +117,7 @@ def changes(before: Any, config: Config, sections: tuple[str, ...], without: tup
 def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(full key, value) of every setting in a config as plain values."""
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
