@@ -97,7 +97,7 @@ def test_a_batch_holds_as_many_rows_as_it_may_in_whole_groups() -> None:
     generate(model, TOKENIZER, PROMPTS, cfg)
     handle.remove()
     width = max(map(len, PROMPTS))
-    assert [size for size in sizes if size[0] > 1] == [(2, width), (6, 1)] * 2  # the proof takes rows one by one
+    assert [size for size in sizes if size[0] > 1] == [(2, width), (6, 1)] * 2  # a proof takes one row
 
 
 def test_a_prompt_may_fill_the_context_to_its_end() -> None:
