@@ -25,6 +25,7 @@ def about(device: Any) -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             continue
+    packages["torch"] = str(torch.__version__)  # with the build, as +cu126
     device = torch.device(device)
     shown = str(device)
     if device.type == "cuda":
