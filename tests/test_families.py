@@ -3,8 +3,18 @@
 import logging
 
 import pytest
+import torch
 
 from tests.families import judge, tiny_family, verdict
+
+
+@pytest.fixture(autouse=True)
+def one_thread():  # many small operations: threads would mostly wait for each other
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 PADDED, READY = "on a cache of padded prompts", "on a cache with ready-made masks"
 EXPECTED = {
