@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +45,11 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         ) from None
     if gguf_file is not None:
         try:
-            import gguf  # noqa: F401
+            import gguf
         except ImportError:
             raise SaerlError(f"reading {gguf_file} needs the gguf package; run `pip install gguf`") from None
+        if not hasattr(gguf, "__version__"):  # transformers asks; Python 3.10 has no other record
+            gguf.__version__ = version("gguf")  # type: ignore[attr-defined]
 
     common: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
     if gguf_file is not None:

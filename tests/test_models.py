@@ -60,12 +60,12 @@ def write_gguf(file: Path) -> None:
     writer.add_head_count_kv(1)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-5)
-    tokens = ["<|endoftext|>", "</s>", *"abcdefgh", "ab"]
+    tokens = ["<|endoftext|>", "</s>", *"abcdefgh", "ab", "cd"]
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
 

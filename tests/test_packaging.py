@@ -170,7 +170,8 @@ def test_local_hub_layout_loads():
 
 def test_loads_as_a_local_hub_kernel(tmp_path):
     """Through Hugging Face's loader, beside the installed package: op names must not collide."""
-    pytest.importorskip("kernels")
+    if not hasattr(pytest.importorskip("kernels"), "get_local_kernel"):
+        pytest.skip("kernels is not installed; what was found is the folder of that name")
     if shutil.which("make") is None:
         pytest.skip("no make")
     where = f"KERNEL={tmp_path}/build/torch-universal"

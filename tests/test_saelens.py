@@ -250,8 +250,8 @@ def test_a_scale_of_a_training_checkpoint_is_folded(tmp_path: Path) -> None:
 
 def test_an_old_jumprelu_checkpoint_has_a_logarithm(tmp_path: Path) -> None:
     save_sae(make("jumprelu", k=None), tmp_path)
-    weights = load_file(tmp_path / "sae_weights.safetensors")
-    limit = weights.pop("threshold")
+    weights = {name: w.clone() for name, w in load_file(tmp_path / "sae_weights.safetensors").items()}
+    limit = weights.pop("threshold")  # copies: older safetensors map the file that is written below
     save_file(weights | {"log_threshold": limit.log()}, tmp_path / "sae_weights.safetensors")
     loaded = load_sae(tmp_path).threshold
     assert loaded is not None

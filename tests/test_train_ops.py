@@ -208,6 +208,10 @@ def test_no_dense_temporary(backend, device, monkeypatch):
     assert seen.size == 4 * d_sae * d_in < 4 * min(n * k * d_in, n * d_sae)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10),
+    reason="torch.compile refuses them before 2.10",
+)
 def test_compiles(device):
     x, W, b, c = problem(6, 8, 32, device)
 
