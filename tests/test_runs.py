@@ -3,6 +3,7 @@ import json
 import pytest
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.records.rows import parse
 from saerl_fast.records.runs import RunRecord, eval_modes, load_runs
 
 
@@ -19,15 +20,20 @@ def names(root):
 def test_phases_and_overhead_leave_the_evaluation_out():
     time = {"generate": 2.0, "update": 2.0, "capture": 0.1, "encode": 0.2, "plan": 0.1, "eval": 50.0}
     steps = [{"time": time, "rollouts": 8}, {"time": {"generate": 4.0}, "rollouts": 9}, {}]
-    run = RunRecord("a", 0, None, {}, train=steps)
+    run = RunRecord("a", 0, None, {})
+    run.add(
+        parse(
+            "\n".join(json.dumps({"step": i, "kind": "train", **row}) for i, row in enumerate(steps)).encode()
+        )
+    )
     phases = run.phase_seconds()
     assert phases["generate"] == 6.0 and phases["encode"] == 0.2 and phases["eval"] == 50.0
     assert run.overhead() == pytest.approx(0.4 / 8.0)
-    assert run.total("rollouts") == 17
+    assert run.rollouts() == 17
 
 
 def test_no_overhead_without_times():
-    assert RunRecord("a", 0, None, {}, train=[{"step": 1}]).overhead() is None
+    assert RunRecord("a", 0, None, {}).overhead() is None
 
 
 def test_rows_are_told_apart_and_the_mode_is_read(tmp_path):

@@ -256,6 +256,12 @@ class TrainConfig(Section):
     reward_weights: list[float] | None = setting(None, "of several rewards, in their order; null: 1 each")
     reward_truncated: bool = setting(False, "the built-in rewards also pay completions that were cut off")
     pass_threshold: float | None = setting(None, "the reward of a pass, at least; null: clip to [0, 1]")
+    warn_after: int = setting(
+        5,
+        "steps in a row in which something is wrong before it is said; 0: no warnings",
+        at_least=0,
+        result=False,
+    )
     reward_timeout: float = setting(
         0.0, "seconds one call of the reward may take; 0: no limit", at_least=0, at_most=10**9, result=False
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ MODE_LABELS = {
     "greedy": "held-out accuracy (greedy)",
     "prob": "P(reference answer), held out",
 }
+POINTS = 2000  # of a curve, at most
 PALETTE = ("#4a5568", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d6a9f", "#2e4057", "#b56576")
 
 
@@ -63,19 +64,18 @@ def learning_curves(runs: list[RunRecord], targets: dict[str, float], path: Path
 
     def draw(figure: Any, axes: Any) -> None:
         for arm, shade in colour.items():
-            mine = [run for run in runs if run.arm == arm and run.eval]
+            mine = [run for run in runs if run.arm == arm and run.eval_steps]
             for run in mine:
-                axes[0].plot(
-                    run.eval_steps, run.accuracy, color=shade, lw=0.8, alpha=0.4 if len(mine) > 1 else 0
-                )
-                rollouts = np.cumsum([0] + [row.get("rollouts", 0) for row in run.train])
-                at = [rollouts[min(step, len(rollouts) - 1)] for step in run.eval_steps]
-                axes[1].plot(at, run.accuracy, color=shade, lw=1.6, alpha=0.9 if len(mine) == 1 else 0.5)
-            steps = [run.eval_steps for run in mine]
-            if mine and all(s == steps[0] for s in steps):
-                mean = np.mean([run.accuracy for run in mine], axis=0)
+                steps, values = _curve(run)
+                axes[0].plot(steps, values, color=shade, lw=0.8, alpha=0.4 if len(mine) > 1 else 0)
+                rollouts = np.append(0, np.cumsum(np.nan_to_num(run.train["rollouts"])))
+                at = rollouts[np.searchsorted(run.train["step"], steps, side="right")]
+                axes[1].plot(at, values, color=shade, lw=1.6, alpha=0.9 if len(mine) == 1 else 0.5)
+            curves = [_curve(run) for run in mine]
+            if mine and all(np.array_equal(steps, curves[0][0]) for steps, _ in curves):
+                mean = np.mean([values for _, values in curves], axis=0)
                 label = arm if len(mine) == 1 else f"{arm} (mean of {len(mine)})"
-                axes[0].plot(steps[0], mean, color=shade, lw=2.2, label=label)
+                axes[0].plot(curves[0][0], mean, color=shade, lw=2.2, label=label)
         for name, value in targets.items():
             axes[0].axhline(value, color="#999999", lw=0.8, ls="--")
             axes[0].annotate(name, (0, value), fontsize=8, color="#777777", va="bottom")
@@ -93,14 +93,14 @@ def live(runs: list[RunRecord], path: Path) -> Path:
     def draw(figure: Any, axes: Any) -> None:
         for run in runs:
             label = f"{run.arm}, seed {run.seed}"
-            axes[0].plot(run.eval_steps, run.accuracy, color=colour[run.arm], marker=".", label=label)
-            rewards = [(row["step"], row["reward"]) for row in run.train if row.get("reward") is not None]
-            axes[1].plot(*zip(*rewards, strict=True) if rewards else ((), ()), color=colour[run.arm], lw=1)
+            axes[0].plot(*_curve(run), color=colour[run.arm], marker=".", label=label)
+            rewards = broken(run.train["step"], run.train["reward"])
+            axes[1].plot(*thinned(*rewards), color=colour[run.arm], lw=1)
         axes[0].set(xlabel="GRPO steps", ylabel=accuracy_label(runs))
         axes[1].set(xlabel="GRPO steps", ylabel="mean reward of the batch")
-        if not any(run.eval for run in runs):
+        if not any(run.eval_steps for run in runs):
             _nothing(axes[0], "no evaluation yet")
-        if not any(row.get("reward") is not None for run in runs for row in run.train):
+        if not any(np.isfinite(run.train["reward"]).any() for run in runs):
             _nothing(axes[1], "no step yet")
         axes[0].legend(frameon=False, fontsize=8)
 
@@ -143,17 +143,15 @@ def batches(runs: list[RunRecord], path: Path) -> Path:
 
     def draw(figure: Any, axes: Any) -> None:
         for arm, shade in colour.items():
-            rows = [row for run in runs if run.arm == arm for row in run.train]
-            steps = sorted({row["step"] for row in rows})
-            by_step: dict[int, list[Any]] = {step: [] for step in steps}
-            for row in rows:
-                by_step[row["step"]].append(row)
-            rates = [_mean(row.get("pass_rate") for row in by_step[step]) for step in steps]
-            used = [
-                _mean(r.get("groups_used", 0) / max(r.get("groups", 0), 1) for r in by_step[s]) for s in steps
-            ]
-            axes[0].plot(steps, _smooth(rates), color=shade, label=arm)
-            axes[1].plot(steps, _smooth(used), color=shade)
+            mine = [run.train for run in runs if run.arm == arm]
+            steps, at = np.unique(np.concatenate([train["step"] for train in mine]), return_inverse=True)
+            for axis, name in zip(axes, ("pass_rate", "used"), strict=True):
+                values = np.concatenate([train[name] for train in mine])
+                known = np.isfinite(values)
+                count = np.bincount(at[known], minlength=len(steps))
+                with np.errstate(invalid="ignore"):  # 0 / 0: nothing known of this step
+                    means = np.bincount(at[known], values[known], len(steps)) / count
+                axis.plot(*thinned(*_smooth(*broken(steps, means))), color=shade, label=arm)
         axes[0].axhline(0.5, color="#999999", lw=0.8, ls="--")
         axes[0].set(xlabel="GRPO steps", ylabel="pass rate of the batch", ylim=(0, 1))
         axes[1].set(xlabel="GRPO steps", ylabel="groups with mixed rewards", ylim=(0, 1))
@@ -162,15 +160,37 @@ def batches(runs: list[RunRecord], path: Path) -> Path:
     return _figure(path, (10, 3.4), draw, columns=2)
 
 
-def _mean(values: Iterable[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else float("nan")
+def _curve(run: RunRecord) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and accuracies of the evaluations, with an unknown one where some were lost."""
+    steps, values = np.array(run.eval_steps, np.float64), np.array(run.accuracy)
+    for lost in run.evals_lost():
+        steps, values = np.append(steps, lost), np.append(values, np.nan)
+    order = np.argsort(steps, kind="stable")
+    return steps[order], values[order]
 
 
-def _smooth(values: list[float], width: int = 9) -> list[float]:
-    """Running mean over up to ``width`` neighbours, fewer at the ends."""
-    half = width // 2
-    return [_mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+def broken(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A curve with an unknown value where steps are missing, so that no line crosses the gap."""
+    after = np.flatnonzero(np.diff(steps) > 1) + 1
+    return np.insert(steps, after, steps[after] - 1), np.insert(values, after, np.nan)
+
+
+def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most `POINTS` points of a long curve: means of neighbours, unknown where one of them is."""
+    width = -(-len(steps) // POINTS)
+    if width < 2:
+        return steps, values
+    starts = np.arange(0, len(steps), width)
+    counts = np.diff(np.append(starts, len(steps)))
+    return np.add.reduceat(steps, starts) / counts, np.add.reduceat(values, starts) / counts
+
+
+def _smooth(steps: np.ndarray, values: np.ndarray, width: int = 9) -> tuple[np.ndarray, np.ndarray]:
+    """Running mean over up to ``width`` neighbours, fewer at the ends; what is unknown stays so."""
+    known, window = np.isfinite(values), np.ones(width)
+    middle = slice(width // 2, width // 2 + len(values))
+    sums, counts = (np.convolve(x, window)[middle] for x in (np.where(known, values, 0.0), known))
+    return steps, np.where(known, sums / np.maximum(counts, 1), np.nan)
 
 
 def signals(columns: dict[str, list[Any]], path: Path) -> Path:

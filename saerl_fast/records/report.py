@@ -47,8 +47,10 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
     ``root`` is a run_dir or the folder of a single run in one, whose scores and SAE lie a level above.
     Raises SaerlError when ``root`` holds no run.
     """
-    root = Path(root)
-    runs = [run for run in load_runs(root) if run.train or run.eval]
+    root, said = Path(root), list[str]()
+    runs = [run for run in load_runs(root, said.append) if run.last]
+    for line in said:
+        echo(line)
     if not runs:
         raise SaerlError(f"the runs in {root} recorded no step yet; let `saerl train` finish one first")
     settings = _settings(root)
@@ -57,7 +59,8 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
     paired = paired_table(runs, targets, settings)
     paired = (*paired[:3], f"{paired[3]} {label_cost(runs, scores)}".strip())
     results = [main_table(runs, targets, settings), paired, samples.merged_table(runs)]
-    opening = [samples.about_table(runs), samples.settings_table(runs), samples.arms_table(root)]
+    opening = [samples.damage_table(said), samples.about_table(runs), samples.settings_table(runs)]
+    opening += [samples.arms_table(root), samples.warnings_table(runs)]
     sae = read_object(_shared(root, "sae/train.json")) or scores.pop("sae", {})
     closing = [*samples.samples_tables(runs), phase_table(runs), *signal_tables(scores, sae)]
     shown = [table for table in [*opening, *results, *closing] if table[2]]
@@ -84,7 +87,7 @@ def find_targets(runs: list[RunRecord], settings: CompareConfig) -> dict[str, fl
     """Accuracies to reach: registered values, else shares of the first arm's mean gain."""
     if settings.target_values:
         return {f"{value:.3f}": value for value in settings.target_values}
-    first = [run for run in runs if run.arm == runs[0].arm and len(run.eval) > 1]
+    first = [run for run in runs if run.arm == runs[0].arm and len(run.accuracy) > 1]
     if not first:
         return {}
     start = float(np.mean([run.accuracy[0] for run in first]))
@@ -103,8 +106,9 @@ def main_table(runs: list[RunRecord], targets: dict[str, float], settings: Compa
     rows = []
     for arm in dict.fromkeys(run.arm for run in runs):
         mine = [run for run in runs if run.arm == arm]
-        known = [run for run in mine if run.eval]
-        row = [arm, str(len(mine))]
+        known = [run for run in mine if run.accuracy]
+        holed = sum(bool(run.holes()) for run in mine)
+        row = [arm, str(len(mine)) + (f" ({holed} with lost rows)" if holed else "")]
         row.append(_mean([run.accuracy[0] for run in known if run.eval_steps[0] == 0]))
         row.append(_mean([run.accuracy[-1] for run in known]))
         row += [_mean([area_under_curve(run.eval_steps, run.accuracy) for run in known])]
@@ -115,8 +119,8 @@ def main_table(runs: list[RunRecord], targets: dict[str, float], settings: Compa
             row.append(
                 text + (f" ({len(found)} of {len(known)} runs)" if 0 < len(found) < len(known) else "")
             )
-        row.append(_mean([run.total("rollouts") for run in mine], 0))
-        row.append(_mean([_step_seconds(run) for run in mine if run.train], 2))
+        row.append(_mean([run.rollouts() for run in mine], 0))
+        row.append(_mean([_step_seconds(run) for run in mine if len(run.train)], 2))
         overheads = [share for share in (run.overhead() for run in mine) if share is not None]
         row.append(f"{np.mean(overheads):.1%}" if overheads else "-")
         rows.append(row)
@@ -143,7 +147,7 @@ def _mode_note(runs: list[RunRecord]) -> str:
 def paired_table(runs: list[RunRecord], targets: dict[str, float], settings: CompareConfig) -> Table:
     """Steps to target relative to the first arm, paired by seed, with a t interval."""
     arms = list(dict.fromkeys(run.arm for run in runs))
-    by_key = {(run.arm, run.seed): run for run in runs if run.eval}
+    by_key = {(run.arm, run.seed): run for run in runs if run.accuracy}
     seeds = sorted({run.seed for run in runs})
     rows = []
     for arm in arms[1:]:
@@ -182,7 +186,7 @@ def paired_table(runs: list[RunRecord], targets: dict[str, float], settings: Com
 def label_cost(runs: list[RunRecord], scores: dict[str, Any]) -> str:
     """What the difficulty labels cost before the first step, in steps of these runs."""
     spent = scores.get("difficulty_labels", {}).get("rollouts", 0)
-    steps = [(run.total("rollouts"), len(run.train)) for run in runs if run.train]
+    steps = [(run.rollouts(), len(run.train)) for run in runs if len(run.train)]
     if not spent or not steps or not steps[0][0]:
         return ""
     worth = spent * steps[0][1] / steps[0][0]
@@ -235,9 +239,9 @@ def _draw(runs: list[RunRecord], targets: dict[str, float], root: Path) -> list[
     except ImportError:
         return []
     figures = []
-    if any(run.eval for run in runs):
+    if any(run.accuracy for run in runs):
         figures.append(plots.learning_curves(runs, targets, root / "learning_curves.png"))
-    if any(run.train for run in runs):
+    if any(len(run.train) for run in runs):
         figures.append(plots.batches(runs, root / "batches.png"))
         figures.append(plots.phases(runs, root / "phases.png"))
     scores = _shared(root, "scores.parquet")

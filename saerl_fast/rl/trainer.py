@@ -6,7 +6,8 @@ policy-gradient step is made from micro-batches. As there is exactly one step pe
 log-probabilities are those of the policy being updated, so they serve as the old ones and no forward
 pass is spent on recomputing them. What the two engines (cached decoding, full forward) disagree by is
 logged as ``mismatch``, the mean absolute difference per token; steps where it is more than rounding explains
-are warned of and counted in the summary (``mismatch_steps``). gspo's clip range is narrower than that
+are counted in the summary (``mismatch_steps``), and warned of, as is all that goes wrong in training
+(``saerl_fast.rl.health``). gspo's clip range is narrower than that
 difference in half precision, so it alone takes the full forward's values, detached, as the old ones.
 
 Groups whose rewards are all equal have zero advantages: they are left out of the forward and backward
@@ -39,12 +40,13 @@ from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import write_json, write_text
 from saerl_fast.models import add_adapters
-from saerl_fast.records.log import JsonlLog, MetricsLog
+from saerl_fast.records.log import JsonlLog, MetricsLog, write_logs
 from saerl_fast.rl import checkpoint as ckpt
 from saerl_fast.rl import distributed, lora, seeds
 from saerl_fast.rl.clock import Clock
 from saerl_fast.rl.evaluate import evaluate, known_mean, pass_rates, score_rollouts, warn_of_range
 from saerl_fast.rl.generate import generate
+from saerl_fast.rl.health import Health
 from saerl_fast.rl.interrupt import graceful_interrupt
 from saerl_fast.rl.loss import advantages, overlong_penalty
 from saerl_fast.rl.rewards import Notes, State, with_timeout
@@ -165,7 +167,7 @@ class _Run:
         self.warned = False  # of rewards outside [0, 1]
         self.writes = distributed.rank() == 0
         self.counters: dict[str, Any] = dict.fromkeys(("rollouts", "tokens", "groups", "groups_used"), 0)
-        self.counters |= {"mismatch_steps": 0, "seconds": {}}
+        self.counters |= {"seconds": {}}
 
     def say(self, line: str) -> None:
         if self.writes:
@@ -179,6 +181,8 @@ class _Run:
     def open(self, resume: bool) -> int | None:
         """Restore the latest checkpoint when resuming, open the logs; its step, or None for a fresh start."""
         found = ckpt.load_latest(self.out_dir) if resume else None
+        written: dict[str, Any] = {}
+        health = None
         self.model = add_adapters(self.model, self.cfg.lora, derived_seed(self.seed, seeds.ADAPTER, 0))
         if found is not None:
             ckpt.load_model_tensors(self.model, found.model)
@@ -189,6 +193,7 @@ class _Run:
             self.plan.load_state_dict(found.plan)
             self.counters = found.counters
             fitted = self.counters.pop("micro_tokens")
+            written, health = self.counters.pop("logs", {}), self.counters.pop("health", None)
             self.learner.optimizer.micro_tokens = min(self.cfg.micro_tokens, fitted)
             self.say(f"resuming after step {found.step} from {found.path}")
         elif resume:
@@ -196,6 +201,7 @@ class _Run:
         at = found.step if found is not None else None
         if len(set(distributed.gather(lambda: at))) > 1:
             raise SaerlError(f"the processes find different checkpoints in {self.out_dir}; share the folder")
+        self.health = Health(self.cfg, tolerance(self.model, self.cfg.rollout.temperature), health)
         distributed.broadcast(list(ckpt.model_tensors(self.model).values()))
         if not self.writes:
             return at
@@ -203,11 +209,28 @@ class _Run:
             ckpt.set_aside(self.out_dir)
             self._write_held_out()
         (self.out_dir / "summary.json").unlink(missing_ok=True)  # until the run has ended again
+        write_logs(self.out_dir, written, self.counters)  # before they are cut
         told: dict[str, Any] = {"echo": self.echo, "trackers": self.cfg.trackers, "steps": self.cfg.steps}
-        self.metrics = MetricsLog(self.out_dir, at, **told)
-        self.eval_items = JsonlLog(self.out_dir / "eval_items.jsonl", at)
-        self.rollout_log = JsonlLog(self.out_dir / "rollouts.jsonl", at)
+        self.metrics = MetricsLog(self.out_dir, at, written=written.get("metrics.jsonl"), **told)
+        names = ("eval_items.jsonl", "rollouts.jsonl")
+        items, rollouts = (JsonlLog(self.out_dir / name, at, written.get(name)) for name in names)
+        self.eval_items, self.rollout_log = items, rollouts
+        if damage := [line for line in (file.damage for file in self.logs) if line]:
+            self.counters["damage"] = [
+                *self.counters.get("damage", []),
+                *(f"{d} (step {at})" for d in damage),
+            ]
+            for line in damage:
+                log.warning("%s: %s; the run goes on, its record has a hole", self.out_dir, line)
+            write_logs(self.out_dir, self._written(), self.counters)
         return at
+
+    @property
+    def logs(self) -> tuple[JsonlLog, ...]:
+        return self.metrics.lines, self.eval_items, self.rollout_log
+
+    def _written(self) -> dict[str, Any]:
+        return {file.path.name: file.digest() for file in self.logs} if self.writes else {}
 
     def _write_held_out(self) -> None:
         """The held-out prompts, to which eval_items.jsonl refers by id."""
@@ -237,12 +260,15 @@ class _Run:
 
     def save(self, step: int) -> None:
         learner = self.learner
+        written = self._written()
         counters = self.counters | {"micro_tokens": learner.optimizer.micro_tokens}
+        counters |= {"logs": written, "health": self.health.state}
         state: dict[str, Any] = {"model": self.model, "reference": learner.reference, "counters": counters}
         state |= {"optimizer": learner.optimizer.state_dict(), "plan": self.plan.state_dict()}
         state["keep"] = self.cfg.keep
         with self.clock()("save"):
             distributed.on_first(lambda: ckpt.save_checkpoint(self.out_dir, step, **state))
+            distributed.on_first(lambda: write_logs(self.out_dir, written, self.counters))
 
     def stop(self, step: int) -> None:
         """End an interrupted run with everything saved."""
@@ -253,7 +279,9 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Write the final model and the summary."""
         summary = {"schedule": self.plan.schedule, "seed": self.seed, "steps": self.cfg.steps}
-        summary |= {"mode": self.cfg.eval.mode, **self.counters, "figures_of": "model/"}
+        warnings = self.health.warnings
+        summary |= {"mode": self.cfg.eval.mode, **self.counters, "figures_of": "model/", "warnings": warnings}
+        summary["mismatch_steps"] = warnings.get("mismatch", {}).get("steps", 0)
         state = None
         if self.cfg.lora.rank:
             save = partial(self.model.save_pretrained, save_embedding_layers=False)
@@ -311,9 +339,13 @@ class _Run:
 
         set_seed(derived_seed(self.seed, seeds.GLOBAL, step, distributed.rank()))
 
-    def _record(self, row: dict[str, Any]) -> None:
-        if self.writes:
-            self.metrics.log(row)
+    def _record(self, row: dict[str, Any], *, blind: bool = False) -> None:
+        if not self.writes:
+            return
+        begun = self.health.see(row, blind=blind) if row["kind"] in ("train", "eval") else {}
+        self.metrics.log(row)
+        for name, sentence in begun.items():
+            log.warning("step %d: %s: %s", row["step"], name, sentence)
 
     # --- one step ----------------------------------------------------------------------------------
 
@@ -328,7 +360,6 @@ class _Run:
         rollouts, advantage, used = join(draws, wanted)
         lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
         update = self.learner.update(rollouts, advantage, used, lr, clock)
-        self._watch_mismatch(step, update["mismatch"])
         lengths = torch.cat([draw.rollouts.lengths for draw in draws])
         counts = {
             "rollouts": len(lengths),
@@ -360,7 +391,9 @@ class _Run:
             **notes.means(),
             "time": clock.seconds,
         }
-        self._record(row | ({"draws": len(draws)} if cfg.dynamic_sampling else {}))
+        active = [getattr(draw.rollouts.features, "nnz", None) for draw in draws]
+        blind = self.plan.wants_features and active == [0] * len(draws)
+        self._record(row | ({"draws": len(draws)} if cfg.dynamic_sampling else {}), blind=blind)
 
     def _draw(self, step: int, number: int, clock: Clock) -> Draw:
         """The plan's next batch: sampled, rewarded, told to the plan."""
@@ -416,20 +449,6 @@ class _Run:
         elif len(known):
             some = None if features is None else features.select_rows(torch.from_numpy(known))
             self.plan.observe([ids[i] for i in known], rates[known], some)
-
-    def _watch_mismatch(self, step: int, found: float | None) -> None:
-        """Count a step whose sampled log-probabilities are not the model's; say so, ever less often."""
-        bound = tolerance(self.model, self.cfg.rollout.temperature)
-        if found is None or found <= bound:
-            return
-        count = self.counters["mismatch_steps"] = self.counters.get("mismatch_steps", 0) + 1
-        if count & (count - 1) == 0:  # a power of two
-            log.warning(
-                "step %d: sampled and trained log-probabilities differ by %.2g per token (mismatch), and "
-                "rounding explains %.2g (steps so far: %d); compare with train.rollout.engine=transformers, "
-                "train.rollout.decode=dynamic and model.dtype=float32",
-                *(step, found, bound, count),
-            )
 
     # --- around the steps --------------------------------------------------------------------------
 
