@@ -94,8 +94,7 @@ def live(runs: list[RunRecord], path: Path) -> Path:
         for run in runs:
             label = f"{run.arm}, seed {run.seed}"
             axes[0].plot(*_curve(run), color=colour[run.arm], marker=".", label=label)
-            rewards = broken(run.train["step"], run.train["reward"])
-            axes[1].plot(*thinned(*rewards), color=colour[run.arm], lw=1)
+            axes[1].plot(*course([run], "reward"), color=colour[run.arm], lw=1)
         axes[0].set(xlabel="GRPO steps", ylabel=accuracy_label(runs))
         axes[1].set(xlabel="GRPO steps", ylabel="mean reward of the batch")
         if not any(run.eval_steps for run in runs):
@@ -143,15 +142,9 @@ def batches(runs: list[RunRecord], path: Path) -> Path:
 
     def draw(figure: Any, axes: Any) -> None:
         for arm, shade in colour.items():
-            mine = [run.train for run in runs if run.arm == arm]
-            steps, at = np.unique(np.concatenate([train["step"] for train in mine]), return_inverse=True)
+            mine = [run for run in runs if run.arm == arm]
             for axis, name in zip(axes, ("pass_rate", "used"), strict=True):
-                values = np.concatenate([train[name] for train in mine])
-                known = np.isfinite(values)
-                count = np.bincount(at[known], minlength=len(steps))
-                with np.errstate(invalid="ignore"):  # 0 / 0: nothing known of this step
-                    means = np.bincount(at[known], values[known], len(steps)) / count
-                axis.plot(*thinned(*_smooth(*broken(steps, means))), color=shade, label=arm)
+                axis.plot(*_smooth(*course(mine, name)), color=shade, label=arm)
         axes[0].axhline(0.5, color="#999999", lw=0.8, ls="--")
         axes[0].set(xlabel="GRPO steps", ylabel="pass rate of the batch", ylim=(0, 1))
         axes[1].set(xlabel="GRPO steps", ylabel="groups with mixed rewards", ylim=(0, 1))
@@ -161,28 +154,34 @@ def batches(runs: list[RunRecord], path: Path) -> Path:
 
 
 def _curve(run: RunRecord) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and accuracies of the evaluations, with an unknown one where some were lost."""
-    steps, values = np.array(run.eval_steps, np.float64), np.array(run.accuracy)
-    for lost in run.evals_lost():
-        steps, values = np.append(steps, lost), np.append(values, np.nan)
+    """Steps and accuracies of the evaluations, unknown where some were lost; of many, means of neighbours."""
+    lost = run.evals_lost()
+    steps = np.append(np.array(run.eval_steps, np.float64), lost)
+    values = np.append(run.accuracy, np.full(len(lost), np.nan))
     order = np.argsort(steps, kind="stable")
-    return steps[order], values[order]
-
-
-def broken(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A curve with an unknown value where steps are missing, so that no line crosses the gap."""
-    after = np.flatnonzero(np.diff(steps) > 1) + 1
-    return np.insert(steps, after, steps[after] - 1), np.insert(values, after, np.nan)
-
-
-def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most `POINTS` points of a long curve: means of neighbours, unknown where one of them is."""
-    width = -(-len(steps) // POINTS)
-    if width < 2:
-        return steps, values
-    starts = np.arange(0, len(steps), width)
+    starts = np.arange(0, len(steps), -(-len(steps) // POINTS) or 1)
+    if len(starts) == len(steps):
+        return steps[order], values[order]
     counts = np.diff(np.append(starts, len(steps)))
-    return np.add.reduceat(steps, starts) / counts, np.add.reduceat(values, starts) / counts
+    means = (np.add.reduceat(column[order], starts) / counts for column in (steps, values))
+    return next(means), next(means)
+
+
+def course(runs: list[RunRecord], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and means of a column of the training rows of ``runs``, unknown where no row is, so that no line
+    crosses a gap. Of many steps, `POINTS` stretches of equal length."""
+    last = max((int(run.train["step"].max(initial=0)) for run in runs), default=0)
+    width = max(1, -(-last // POINTS))
+    size = -(-last // width)
+    sums, counts = np.zeros(size), np.zeros(size)
+    for run in runs:
+        values = run.train[name]
+        known = np.isfinite(values) & (run.train["step"] > 0)
+        at = (run.train["step"][known].astype(np.int64) - 1) // width
+        sums += np.bincount(at, values[known], size)
+        counts += np.bincount(at, minlength=size)
+    means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return np.arange(size) * width + (width + 1) / 2, means
 
 
 def _smooth(steps: np.ndarray, values: np.ndarray, width: int = 9) -> tuple[np.ndarray, np.ndarray]:
