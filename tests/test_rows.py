@@ -58,7 +58,8 @@ def test_both_readers_find_the_same() -> None:
 
 
 DAMAGED = [b'{"step"', b"[1]", b"3", b'{"kind": "train"}', b'{"step": "1", "kind": "train"}', b"\xff\xfe",
-           b'{"step": -1, "kind": "eval"}', b'{"step": true, "kind": "train"}', b'{"step": 1e3, "kind": "train"}',
+           b'{"step": -1, "kind": "eval"}', b'{"step": true, "kind": "train"}',
+           b'{"step": 1e3, "kind": "train"}',
            b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b', "kind": "train"}', b"\0\0\0"]  # fmt: skip
 
 

@@ -138,8 +138,8 @@ class Health:
         if _above(row["mismatch"], self.bound):
             held["mismatch"] = (
                 f"sampled and trained log-probabilities differ by {_short(row['mismatch'])} per token "
-                f"(mismatch), and rounding explains {self.bound:.2g}; compare with train.rollout.engine=transformers, "
-                "train.rollout.decode=dynamic and model.dtype=float32"
+                f"(mismatch), and rounding explains {self.bound:.2g}; compare with "
+                "train.rollout.engine=transformers, train.rollout.decode=dynamic and model.dtype=float32"
             )
         wanted, draws = cfg.rollout.prompts_per_step, row.get("draws", 0)
         if cfg.dynamic_sampling and draws > cfg.dynamic_sampling and used < wanted:

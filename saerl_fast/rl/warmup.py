@@ -100,8 +100,8 @@ def warm_up(
     losses = [learn(step) for step in range(1, settings.steps + 1)]
     if skipped:
         log.warning(
-            "%d of the %d updates of the warm-up were skipped, from step %d on, since their gradients are not "
-            "finite; lower train.warmup.lr",
+            "%d of the %d updates of the warm-up were skipped, from step %d on, since their gradients are "
+            "not finite; lower train.warmup.lr",
             *(len(skipped), settings.steps, skipped[0]),
         )
     return {"loss_first": losses[0], "loss": losses[-1], "steps": float(settings.steps)}
