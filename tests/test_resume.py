@@ -113,8 +113,14 @@ LOST = {
 }
 
 
-@pytest.mark.parametrize("harm", LOST)
-@pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl", "eval_items.jsonl"])
+CASES = [
+    *(("metrics.jsonl", harm) for harm in LOST),
+    ("rollouts.jsonl", "truncated"),
+    ("eval_items.jsonl", "deleted"),
+]
+
+
+@pytest.mark.parametrize(("name", "harm"), CASES)
 def test_rows_lost_before_a_resume_are_said(tmp_path: Path, caplog, name: str, harm: str) -> None:
     calls: list[int] = []
 
