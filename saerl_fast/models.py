@@ -75,6 +75,7 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.to(device)  # type: ignore[arg-type]  # the stub of this method is wrong
+    _check_finite(model, cfg.path)
     return model.eval(), tokenizer
 
 
@@ -271,6 +272,19 @@ def _check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if tied and output is not None and output.weight is not embeddings:
         model.tie_weights()
+
+
+def _check_finite(model: nn.Module, path: str) -> None:
+    """One NaN makes every logit NaN. Sums are looked at first: they cost one pass and no memory."""
+    named = [(name, p.data) for name, p in model.named_parameters() if p.is_floating_point()]
+    for name, weight in named:
+        exact = weight if weight.element_size() > 1 else weight.float()  # float8 cannot be summed
+        if not exact.sum(dtype=torch.float32).isfinite() and not exact.isfinite().all():
+            count = int((~exact.isfinite()).sum())
+            raise SaerlError(
+                f"model {path}: {count} of {weight.numel()} values of {name} are NaN or infinite; copy it "
+                "again, or use another checkpoint"
+            )
 
 
 def add_adapters(model: Any, cfg: LoRAConfig, seed: int) -> Any:

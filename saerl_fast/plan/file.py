@@ -15,15 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from saerl_fast.config import PlanConfig, from_dict, to_dict
+from saerl_fast.config import SCHEDULES, PlanConfig, from_dict, to_dict
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path, read_json, write_text
+from saerl_fast.fileio import first_line, mismatch, read_json, read_tensors, write_tensors, write_text
 from saerl_fast.plan.adaptive import AdaptivePlan, Embedding
 from saerl_fast.plan.base import Plan
 from saerl_fast.plan.static import StaticPlan
+from saerl_fast.plugins import check_name
 
 FORMAT, VERSION = "saerl-plan", 1
 COLUMNS = {"cluster": np.int32, "difficulty": np.float32, "quality": np.float32, "pass_rate": np.float32}
+FORM = {
+    **dict.fromkeys(("seed", "batch_size", "total_steps"), int),
+    **{"schedule": str, "config": dict, "notes": [str], "prompts": [dict], "dropped": [{"reason": str}]},
+    **{"batches": (None, [list]), "tensors": (None, {"file": str, "sha256": str})},
+}
+LARGEST = 1e30  # of a score
 AGAIN = "make it again with `saerl plan`"
 
 
@@ -62,34 +69,50 @@ def load_plan(path: str | Path) -> Plan:
     """
     path = Path(path)
     body = read_json(path, "saerl plan")
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
+    if body.get("format") != FORMAT:
         raise SaerlError(f"{path} is not a plan file; {AGAIN}")
     if body.get("version") != VERSION:
         raise SaerlError(f"{path} has version {body.get('version')!r}, this release reads {VERSION}; {AGAIN}")
     if body.get("sha256") != _content_hash(body):
         raise SaerlError(f"{path} was changed or damaged: its content does not match its sha256; {AGAIN}")
-    cfg = from_dict(PlanConfig, body["config"])
+    try:
+        return _plan(body, path)
+    except (LookupError, TypeError, ValueError, OverflowError) as err:  # a crafted one fits its hash
+        why = f"{err} is missing or unknown" if isinstance(err, KeyError) else first_line(err)
+        raise SaerlError(f"{path} cannot be followed ({why.removesuffix(f'; {AGAIN}')}); {AGAIN}") from err
+
+
+def _plan(body: dict[str, Any], path: Path) -> Plan:
+    """The plan that ``body`` describes; ValueError, LookupError and their like where it does not."""
+    if fault := mismatch(body, FORM):
+        raise ValueError(fault)
+    check_name(body["schedule"], SCHEDULES, "its schedule")
     ids, table = _columns(body["prompts"])
     out, dropped_table = _columns(body["dropped"])
+    reasons = [record["reason"] for record in body["dropped"]]
+    if len({*ids, *out}) < len(ids) + len(out):
+        raise ValueError("a prompt stands in it twice")
     common: dict[str, Any] = {
-        "batch_size": body["batch_size"],
-        "total_steps": body["total_steps"],
-        "seed": body["seed"],
+        **{name: body[name] for name in ("batch_size", "total_steps", "seed", "notes")},
         "table": table,
-        "dropped": dict(zip(out, (record["reason"] for record in body["dropped"]), strict=True)),
+        "dropped": dict(zip(out, reasons, strict=True)),
         "dropped_table": dropped_table,
-        "notes": body["notes"],
     }
+    cfg = from_dict(PlanConfig, body["config"])
     if body["schedule"] != "adaptive":
         row = {name: i for i, name in enumerate(ids)}
         batches = [[row[name] for name in batch] for batch in body["batches"]]
+        if len(batches) != body["total_steps"] or any(len(batch) != body["batch_size"] for batch in batches):
+            raise ValueError("its batches are not total_steps of batch_size prompts")
+        if len(ids) >= body["batch_size"] and any(len(set(batch)) < len(batch) for batch in batches):
+            raise ValueError("a batch holds a prompt twice")
         return StaticPlan(body["schedule"], ids, cfg, batches=batches, **common)
-    file = path.parent / body["tensors"]["file"]
+    file = path.parent / Path(body["tensors"]["file"]).name
     if not file.is_file():
-        raise SaerlError(f"{file} is missing: it belongs beside {path}; {AGAIN}")
+        raise ValueError(f"{file} is missing: it belongs beside the plan")
     if _file_hash(file) != body["tensors"]["sha256"]:
-        raise SaerlError(f"{file} was changed or damaged: it does not match the hash in {path}; {AGAIN}")
-    return AdaptivePlan(ids, cfg, embedding=_read_embedding(file), **common)
+        raise ValueError(f"{file} was changed or damaged: it does not match the hash in the plan")
+    return AdaptivePlan(ids, cfg, embedding=_read_embedding(file, len(ids)), **common)
 
 
 def _records(ids: list[str], table: dict[str, np.ndarray], reasons: list[str] | None = None) -> list[dict]:
@@ -109,12 +132,21 @@ def _records(ids: list[str], table: dict[str, np.ndarray], reasons: list[str] | 
 
 
 def _columns(records: list[dict]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Ids and score columns; ValueError and its like for what is no id and no score."""
     table = {}
     for name, dtype in COLUMNS.items():
         if records and name in records[0]:
             values = [np.nan if record[name] is None else record[name] for record in records]
+            if not set(map(type, values)) <= ({int} if dtype == np.int32 else {int, float}):
+                raise ValueError(f"{name} of some prompt is no number")
             table[name] = np.array(values, dtype=dtype)
-    return [record["id"] for record in records], table
+            least, most = {"cluster": (0, 2**31), "pass_rate": (0, 1)}.get(name, (-LARGEST, LARGEST))
+            if not np.all(np.isnan(table[name]) | ((table[name] >= least) & (table[name] <= most))):
+                raise ValueError(f"{name} of some prompt is not from {least:g} to {most:g}")
+    ids = [record["id"] for record in records]
+    if not set(map(type, ids)) <= {str}:
+        raise ValueError("the id of some prompt is no text")
+    return ids, table
 
 
 def _layout(body: dict[str, Any]) -> str:
@@ -144,21 +176,25 @@ def _file_hash(path: Path) -> str:
 
 
 def _write_embedding(embedding: Embedding, path: Path, with_projection: bool) -> None:
-    from safetensors.numpy import save_file
-
     tensors = {"rows": np.ascontiguousarray(embedding.rows), "mean": embedding.mean}
     tensors["scale"] = np.array([embedding.scale], dtype=np.float64)
     if with_projection:  # large, and needed only to embed features seen during the run
         tensors |= {"idf": embedding.idf, "components": np.ascontiguousarray(embedding.components)}
-    with atomic_path(path) as temporary:
-        save_file(tensors, str(temporary), metadata={"format": "saerl-plan-tensors-1"})
+    write_tensors(path, tensors, {"format": "saerl-plan-tensors-1"})
 
 
-def _read_embedding(path: Path) -> Embedding:
-    from safetensors.numpy import load_file
-
-    tensors = load_file(str(path))
-    rows, mean = tensors["rows"], tensors["mean"]
+def _read_embedding(path: Path, n_rows: int) -> Embedding:
+    tensors = {name: tensor.numpy() for name, tensor in read_tensors(path, AGAIN)[0].items()}
+    rows, mean, scale = tensors["rows"], tensors["mean"], tensors["scale"]
     idf = tensors.get("idf", np.zeros(0, dtype=np.float32))
     components = tensors.get("components", np.zeros((len(mean), 0), dtype=np.float32))
-    return Embedding(rows, idf, components, mean, float(tensors["scale"][0]))
+    width = len(mean)
+    shapes = {"rows": (n_rows, width), "mean": (width,), "components": (width, len(idf)), "scale": (1,)}
+    for name, array in (("rows", rows), ("mean", mean), ("components", components), ("scale", scale)):
+        if array.shape != shapes[name] or array.dtype != (np.float64 if name == "scale" else np.float32):
+            raise ValueError(f"{path.name} holds {name} {list(array.shape)}, not {list(shapes[name])}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{path.name} holds {name} that are NaN or infinite")
+    if scale[0] <= 0:
+        raise ValueError(f"{path.name} holds the scale {scale[0]}")
+    return Embedding(rows, idf, components, mean, float(scale[0]))

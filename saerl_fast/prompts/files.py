@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import parse_json
 from saerl_fast.prompts import jsontext
 
 _TEXTUAL = (".jsonl", ".json", ".csv", ".tsv")
@@ -139,7 +140,7 @@ def _rows(path: Path, lines: Any) -> Iterator[dict[str, Any]]:
         line = _text(raw, path, number)
         if not line.strip():
             continue
-        row = jsontext.parse(line, f"{path} line {number}")
+        row = parse_json(line, f"{path} line {number}")
         if not isinstance(row, dict):
             raise SaerlError(f"{path} line {number} must be a JSON object, not a {type(row).__name__}")
         yield row
@@ -156,7 +157,7 @@ def _read_json(path: Path, _: set[str]) -> Columns:
     elif text.lstrip()[:1] == "{" and _one_a_line(text):
         return columns_of(list(_rows(path, raw.splitlines())))
     else:
-        value = jsontext.parse(text, str(path))
+        value = parse_json(text, str(path))
         if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
             if len({len(column) for column in value.values()}) <= 1:
                 return value

@@ -8,11 +8,12 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path
+from saerl_fast.fileio import atomic_path, writing
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class JsonlLog:
 
     def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
         self.path = Path(path)
-        try:
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 if resume_step is None:
@@ -38,22 +39,17 @@ class JsonlLog:
                 else:
                     keep_until(self.path, resume_step)
             self._file = self.path.open("a", encoding="utf-8")
-        except OSError as err:
-            raise SaerlError(f"cannot write {self.path}: {err.strerror}; choose another run_dir") from None
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows. NumPy and torch scalars become numbers, NaN and infinity null."""
         text = "".join(json.dumps(_json_value(row), allow_nan=False) + "\n" for row in rows)
-        try:
+        with writing(self.path):
             self._file.write(text)
             self._file.flush()
-        except OSError as err:
-            raise SaerlError(
-                f"cannot write {self.path}: {err.strerror}; free some space and resume"
-            ) from None
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what a full disk did not take was said when it was written
+            self._file.close()
 
 
 class MetricsLog:
@@ -132,7 +128,7 @@ def read_jsonl(path: str | Path) -> list[Row]:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError("not an object")
-        except ValueError as err:
+        except (ValueError, RecursionError) as err:
             if number == len(lines):
                 break
             raise SaerlError(f"{path} line {number} is damaged ({err}); remove that line") from None

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from saerl_fast.errors import printable
 from saerl_fast.fileio import atomic_path
 from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes
 
@@ -33,7 +34,7 @@ def _figure(
         "axes.grid": True,
         "grid.alpha": 0.25,
     }
-    style |= {"font.size": 10, "axes.axisbelow": True}
+    style |= {"font.size": 10, "axes.axisbelow": True, "text.parse_math": False}  # an arm may hold a $
     with plt.rc_context(style):
         figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained")
         draw(figure, axes)
@@ -41,6 +42,12 @@ def _figure(
             figure.savefig(temporary, dpi=130, format="png")
         plt.close(figure)
     return path
+
+
+def _cut(name: str) -> str:
+    """``name`` as a label: printable, and of a length that leaves room for the figure."""
+    name = printable(name).replace("\n", " ")
+    return name if len(name) <= 40 else f"{name[:24]}...{name[-13:]}"
 
 
 def colours(runs: list[RunRecord]) -> dict[str, str]:
@@ -74,11 +81,11 @@ def learning_curves(runs: list[RunRecord], targets: dict[str, float], path: Path
             steps = [run.eval_steps for run in mine]
             if mine and all(s == steps[0] for s in steps):
                 mean = np.mean([run.accuracy for run in mine], axis=0)
-                label = arm if len(mine) == 1 else f"{arm} (mean of {len(mine)})"
+                label = _cut(arm) if len(mine) == 1 else f"{_cut(arm)} (mean of {len(mine)})"
                 axes[0].plot(steps[0], mean, color=shade, lw=2.2, label=label)
         for name, value in targets.items():
             axes[0].axhline(value, color="#999999", lw=0.8, ls="--")
-            axes[0].annotate(name, (0, value), fontsize=8, color="#777777", va="bottom")
+            axes[0].annotate(_cut(name), (0, value), fontsize=8, color="#777777", va="bottom")
         axes[0].set(xlabel="GRPO steps", ylabel=accuracy_label(runs))
         axes[1].set(xlabel="rollouts spent")
         axes[0].legend(frameon=False)
@@ -92,7 +99,7 @@ def live(runs: list[RunRecord], path: Path) -> Path:
 
     def draw(figure: Any, axes: Any) -> None:
         for run in runs:
-            label = f"{run.arm}, seed {run.seed}"
+            label = f"{_cut(run.arm)}, seed {run.seed}"
             axes[0].plot(run.eval_steps, run.accuracy, color=colour[run.arm], marker=".", label=label)
             rewards = [(row["step"], row["reward"]) for row in run.train if row.get("reward") is not None]
             axes[1].plot(*zip(*rewards, strict=True) if rewards else ((), ()), color=colour[run.arm], lw=1)
@@ -128,8 +135,10 @@ def phases(runs: list[RunRecord], path: Path) -> Path:
         greys = iter(np.linspace(0.35, 0.85, max(len(names), 1)))
         for name in names:
             width = np.array([sum(s.get(name, 0) for s in seconds[a]) / max(steps[a], 1) for a in arms])
-            axis.barh(arms, width, left=left, label=name, color=colour.get(name, str(next(greys))))
+            shade = colour.get(name, str(next(greys)))
+            axis.barh(range(len(arms)), width, left=left, label=_cut(name), color=shade)
             left += width
+        axis.set_yticks(range(len(arms)), [_cut(arm) for arm in arms])
         axis.invert_yaxis()
         axis.set(xlabel="seconds per step (without evaluation)")
         axis.legend(frameon=False, ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.35))
@@ -152,7 +161,7 @@ def batches(runs: list[RunRecord], path: Path) -> Path:
             used = [
                 _mean(r.get("groups_used", 0) / max(r.get("groups", 0), 1) for r in by_step[s]) for s in steps
             ]
-            axes[0].plot(steps, _smooth(rates), color=shade, label=arm)
+            axes[0].plot(steps, _smooth(rates), color=shade, label=_cut(arm))
             axes[1].plot(steps, _smooth(used), color=shade)
         axes[0].axhline(0.5, color="#999999", lw=0.8, ls="--")
         axes[0].set(xlabel="GRPO steps", ylabel="pass rate of the batch", ylim=(0, 1))

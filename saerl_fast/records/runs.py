@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import difflib
-import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saerl_fast.errors import SaerlError
+from saerl_fast.errors import SaerlError, printable
+from saerl_fast.fileio import mismatch, read_json
 from saerl_fast.records.log import read_metrics
 
+_NUMBER = (None, float)
+_COUNTS, _FIGURES = ("rollouts", "groups", "groups_used"), ("reward", "pass_rate", "accuracy")
+ROW = {"step": int, "kind": str, "mode?": (None, str), "time?": {str: float}}
+ROW |= {f"{name}?": float for name in _COUNTS} | {f"{name}?": _NUMBER for name in _FIGURES}
+ROWS: dict[str, Any] = {  # what a line of these files must hold
+    "metrics.jsonl": ROW,
+    "rollouts.jsonl": {"step": int, "rewards?": (None, [_NUMBER]), "completions?": (None, [str])},
+    "eval_items.jsonl": {"step": int, "prompt_id": str, "score?": _NUMBER},
+    "eval_prompts.jsonl": {"prompt_id": str},
+}
+RUN = {"arm?": str, "seed?": int, "made?": {str: Any}, "resumed?": [dict], "plan?": (None, str)}
+RUN |= {"config?": {"train?": {"steps?": int}}}
+MERGED = {"change_kept": float, "accuracy": float, "rounded_to": str, "saved_as": str}
+COMPARED = {"arms?": [str], "seeds?": [int], "notes?": list}
+COMPARED |= {"targets?": [float], "target_values?": (None, [float]), "smooth?": int}
+SCORED = {"metadata?": {"difficulty_labels?": {"rollouts?": float}, "sae?": dict}}
+FORMS: dict[str, tuple[str, Any]] = {  # name -> the command that writes it, and what it must hold
+    "run.json": ("saerl train", RUN),
+    "summary.json": ("saerl train", {"merged?": MERGED, "accuracy?": _NUMBER}),
+    "compare.json": ("saerl compare", COMPARED),
+    "scores.json": ("saerl score", SCORED),
+    "train.json": ("saerl sae train", {}),
+}
 SAERL_PHASES = ("capture", "encode", "plan")  # what this project adds to a vanilla step
 
 
@@ -43,7 +67,9 @@ class RunRecord:
 
     @property
     def accuracy(self) -> list[float]:
-        return [row["accuracy"] for row in self.eval]
+        """NaN where no completion was judged."""
+        found = (row.get("accuracy") for row in self.eval)
+        return [math.nan if value is None else value for value in found]
 
     def phase_seconds(self) -> dict[str, float]:
         """Seconds per phase over all training steps."""
@@ -107,19 +133,23 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``, {} when there is no such file; SaerlError when it is damaged."""
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # no JSON, or no text
-        value = None
-    if not isinstance(value, dict):
-        raise SaerlError(f"{path} is damaged (not a JSON object); make it again or remove it")
-    return value
+    return read_json(path, *FORMS.get(path.name, ("saerl score", {})))
+
+
+def checked(rows: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
+    """``rows`` themselves; SaerlError where one is not what lines of ``file`` hold."""
+    for number, row in enumerate(rows, 1):
+        if fault := mismatch(row, ROWS[file.name]):
+            raise SaerlError(f"{file} row {number} is damaged ({fault}); remove that line")
+    return rows
 
 
 def _load_run(folder: Path) -> RunRecord:
-    rows = read_metrics(folder / "metrics.jsonl")
+    file = folder / "metrics.jsonl"
+    rows = checked(read_metrics(file), file)
     config = read_object(folder / "run.json")
-    record = RunRecord(config.get("arm", folder.name), int(config.get("seed", 0)), folder, config)
+    arm = printable(config.get("arm", folder.name)).replace("\n", " ")
+    record = RunRecord(arm, config.get("seed", 0), folder, config)
     record.summary = read_object(folder / "summary.json")
     record.train = [row for row in rows if row.get("kind") == "train"]
     record.eval = [row for row in rows if row.get("kind") == "eval"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from saerl_fast.config import Config, to_dict
 from saerl_fast.records.log import read_jsonl
-from saerl_fast.records.runs import RunRecord, read_object
+from saerl_fast.records.runs import RunRecord, checked, read_object
 
 Table = tuple[str, list[str], list[list[str]], str]  # title, header, rows, note
 CUT = 400  # characters of a text that are shown
@@ -122,6 +122,7 @@ def _items(run: RunRecord) -> list[list[str]]:
     first, last = ({row["prompt_id"]: row for row in rows if row.get("step") == at} for at in _ends(rows))
     if not last:
         return []
+    first = {name: first.get(name, {}) for name in last}
     change = {
         name: abs((row.get("score") or 0) - (first[name].get("score") or 0)) for name, row in last.items()
     }
@@ -142,7 +143,7 @@ def _ends(rows: list[dict[str, Any]]) -> tuple[Any, Any]:
 
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
-    return read_jsonl(path) if path.is_file() else []
+    return checked(read_jsonl(path), path) if path.is_file() else []
 
 
 def _cut(text: Any) -> str:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import first_line, writing
 
 log = logging.getLogger(__name__)
 FORMAT = "2"
 FOLDER = "checkpoints"
+_NAME = re.compile(r"step-\d+-[0-9a-f]{16}\.safetensors")  # nothing else in the folder is one
 PARTS = ("model", "optimizer", "reference")
 
 
@@ -95,7 +98,7 @@ def save_checkpoint(
     values = {name: value for name, value in plan.items() if name not in arrays}
     state = {"step": step, "plan": values, "numpy": numpy, "counters": dict(counters)}
     temporary = root / f"step-{step:06d}.tmp"
-    try:
+    with writing(f"a checkpoint to {root}"):
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob("*.tmp"):
             leftover.unlink()
@@ -108,8 +111,6 @@ def save_checkpoint(
         older = [file for file in files if _step(file) < step]
         for file in set(files) - {final, *older[: keep - 1]}:
             file.unlink()
-    except OSError as err:
-        raise SaerlError(f"cannot write a checkpoint to {root}: {err.strerror or err}; free space") from err
     return final
 
 
@@ -118,8 +119,9 @@ def set_aside(out_dir: str | Path) -> None:
     root = Path(out_dir) / FOLDER
     if root.is_dir():
         previous = root.with_name(f"{FOLDER}.previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        os.replace(root, previous)
+        with writing(previous):
+            shutil.rmtree(previous, ignore_errors=True)
+            os.replace(root, previous)
 
 
 def load_latest(out_dir: str | Path) -> Checkpoint | None:
@@ -131,8 +133,8 @@ def load_latest(out_dir: str | Path) -> Checkpoint | None:
     for file in files:
         try:
             return _load(file)
-        except (OSError, ValueError) as err:
-            log.warning("checkpoint %s is damaged (%s); trying the one before it", file, err)
+        except Exception as err:  # whatever a crafted file raises; safetensors has a type of its own
+            log.warning("checkpoint %s is damaged (%s); trying the one before it", file, first_line(err))
     if files:
         raise SaerlError(f"every checkpoint in {out_dir} is damaged; start the run again without --resume")
     return None
@@ -159,7 +161,8 @@ def _load(file: Path) -> Checkpoint:
 
 def _files(root: Path) -> list[Path]:
     """Complete checkpoints, latest first."""
-    return sorted(root.glob("step-*-*.safetensors"), key=_step, reverse=True)
+    found = (file for file in root.glob("step-*.safetensors") if _NAME.fullmatch(file.name))
+    return sorted(found, key=_step, reverse=True)
 
 
 def _step(file: Path) -> int:

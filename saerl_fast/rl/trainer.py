@@ -37,7 +37,7 @@ from torch import Tensor
 
 from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import write_json, write_text
+from saerl_fast.fileio import write_json, write_text, writing
 from saerl_fast.models import add_adapters
 from saerl_fast.records.log import JsonlLog, MetricsLog
 from saerl_fast.rl import checkpoint as ckpt
@@ -292,11 +292,8 @@ class _Run:
 
     def _export(self, name: str, write: Callable[[Path], Any]) -> None:
         if self.cfg.save_model:
-            target = self.out_dir / name
-            try:
+            with writing(target := self.out_dir / name):
                 write(target)
-            except OSError as err:
-                raise SaerlError(f"cannot write {target}: {err.strerror or err}; free some space") from err
 
     def close(self) -> None:
         if self.writes:

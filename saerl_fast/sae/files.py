@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path, write_json
+from saerl_fast.fileio import first_line, write_json, write_tensors
 from saerl_fast.sae import formats, hub, saelens
 from saerl_fast.sae.formats import SAELENS_WEIGHTS
 from saerl_fast.sae.model import SAE
@@ -44,11 +44,18 @@ def load_sae(source: str | Path, said: dict[str, Any] | None = None) -> SAE:
     """
     path = Path(source).expanduser()
     where = f"SAE {path if path.exists() else source}"
-    if path.exists():
-        config, weights, scale = formats.read(path)
-    else:
-        config, weights, scale = hub.read(str(source))
-    for name, value in (said or {}).items():
+    try:
+        return _load(source, path, where, said or {})
+    except SaerlError:
+        raise
+    except Exception as err:  # values of another type than a layout has can stumble anywhere
+        why = f"{type(err).__name__}: {first_line(err)}"
+        raise SaerlError(f"{where} is not understood ({why}); copy its files again, or correct them") from err
+
+
+def _load(source: str | Path, path: Path, where: str, said: dict[str, Any]) -> SAE:
+    config, weights, scale = formats.read(path) if path.exists() else hub.read(str(source))
+    for name, value in said.items():
         if name in ("hook_name", "model_name"):
             config["metadata"] = dict(config.get("metadata") or {}) | {name: value}
         config = config | {name: value}
@@ -95,8 +102,6 @@ def save_sae(sae: SAE, folder: str | Path) -> Path:
 
     BatchTopK is written as the JumpReLU SAE it is at inference, as SAELens itself does; so is a gated SAE.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     architecture = "jumprelu" if sae.threshold is not None else sae.architecture
     weights = {name: getattr(sae, name).detach() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
@@ -116,8 +121,7 @@ def save_sae(sae: SAE, folder: str | Path) -> Path:
     }
     if architecture == "topk":
         config |= {"k": sae.k, "rescale_acts_by_decoder_norm": sae.cfg.rescale_acts_by_decoder_norm}
-    with atomic_path(folder / SAELENS_WEIGHTS) as temporary:
-        save_file({name: w.float().cpu().contiguous() for name, w in weights.items()}, temporary)
+    write_tensors(folder / SAELENS_WEIGHTS, {name: w.float() for name, w in weights.items()})
     write_json(folder / "cfg.json", config)
     return folder
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from saerl_fast.config import Config, QualityConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path, read_json, write_json
+from saerl_fast.fileio import atomic_path, read_json, read_table, write_json
 from saerl_fast.signals.clusters import cluster_prompts
 from saerl_fast.signals.difficulty import fit_difficulty
 from saerl_fast.signals.features import checked, load_features, probe_matrix, save_features
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from saerl_kernels import CSR
 
 FORMAT = "saerl-scores-1"
+SUMMARY = {"format": str, "n_prompts": int, "features": (None, str), "metadata": dict}  # of scores.json
 # The columns this package adds. A float is NaN (null on disk) where the signal is not known.
 SCORE_COLUMNS = {
     "saerl_cluster": np.int32,
@@ -107,33 +108,29 @@ class Scores:
     @classmethod
     def load(cls, run_dir: str | Path) -> Scores:
         """What ``save`` wrote. Raises SaerlError when a file is missing, damaged or of other prompts."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         folder = Path(run_dir)
-        summary = read_json(folder / "scores.json", "saerl score")
-        if not isinstance(summary, dict) or summary.get("format") != FORMAT:
+        summary = read_json(folder / "scores.json", "saerl score", SUMMARY)
+        if summary["format"] != FORMAT:
             raise SaerlError(f"{folder / 'scores.json'} is not of format {FORMAT}; run `saerl score` again")
         file = folder / "scores.parquet"
         if not file.is_file():
             raise SaerlError(f"{file} does not exist; make it with `saerl score`")
-        try:
-            table = pq.read_table(file)
-        except (pa.ArrowException, OSError) as err:
-            reason = " ".join(str(err).split())
-            raise SaerlError(f"{file} is damaged ({reason}); make it again with `saerl score`") from None
-        if table.num_rows != summary["n_prompts"]:
+        again = "make it again with `saerl score`"
+        columns: dict[str, Any] = read_table(file, again)
+        rows = len(next(iter(columns.values()), []))
+        if rows != summary["n_prompts"]:
             raise SaerlError(
-                f"{file} has {table.num_rows} rows but scores.json {summary['n_prompts']}; "
-                "run `saerl score` again"
+                f"{file} has {rows} rows but scores.json {summary['n_prompts']}; run `saerl score` again"
             )
-        columns: dict[str, Any] = table.to_pydict()
         for name in SCORE_COLUMNS.keys() & columns.keys():
             values = [np.nan if value is None else value for value in columns[name]]
-            columns[name] = np.array(values, dtype=SCORE_COLUMNS[name])
+            try:
+                columns[name] = np.array(values, dtype=SCORE_COLUMNS[name])
+            except (TypeError, ValueError, OverflowError) as err:
+                raise SaerlError(f"{file} is damaged (column {name}: {err}); {again}") from None
         features = None
         if summary["features"] is not None:
-            features = load_features(folder / summary["features"], columns["prompt_id"])
+            features = load_features(folder / "features.safetensors", columns.get("prompt_id"))
         return cls(columns, summary["metadata"], features)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from saerl_fast import __version__
 from saerl_fast.fileio import read_json
+from saerl_fast.records.runs import RUN
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "peft", "vllm", "numpy")
 
@@ -44,7 +45,7 @@ def about(device: Any) -> dict[str, Any]:
 
 def runs_of(out: Path, made: dict[str, Any]) -> dict[str, Any]:
     """For run.json in ``out``: ``made`` by the process that began, and ``resumed`` by those that went on."""
-    before = read_json(out / "run.json", "saerl train") if (out / "run.json").is_file() else {}
+    before = read_json(out / "run.json", "saerl train", RUN) if (out / "run.json").is_file() else {}
     if "made" not in before:
         return {"made": made}
     return {"made": before["made"], "resumed": [*before.get("resumed", []), made]}

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from saerl_fast.errors import printable
+
 # tqdm's own, with whole numbers for work that is part done
 FORMAT = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
@@ -25,6 +27,7 @@ class Echo:
 
     def result(self, line: str) -> None:
         """A line that is shown even when quiet."""
+        line = printable(line)
         if self.bars and sys.stdout.isatty():
             from tqdm import tqdm
 

@@ -45,7 +45,8 @@ def difficulty_labels(
     mark = fingerprint(config, LABEL_SECTIONS)
     record: dict[str, Any] = {"fingerprint": mark, "rates": {}, "tokens": 0, "seconds": 0.0}
     if file.is_file():
-        saved = read_json(file, "saerl score")
+        form = {"fingerprint": str, "rates": {str: (None, float)}, "tokens": int, "seconds": float}
+        saved = read_json(file, "saerl score", form)
         record = saved if saved.get("fingerprint") == mark else record
     train = config.train
     reward = with_timeout(get_reward(train.reward, train.reward_weights), train.reward_timeout)

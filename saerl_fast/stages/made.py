@@ -10,7 +10,7 @@ from typing import Any
 
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import read_json
+from saerl_fast.fileio import read_json, writing
 from saerl_fast.stages.fingerprint import (
     LABEL_SECTIONS,
     RUN_SECTIONS,
@@ -58,7 +58,7 @@ def differences(config: Config, *, scores: bool = True) -> dict[str, str]:
         records.append(("labels.json", LABEL_SECTIONS, lambda: read_json(labels, "saerl score")))
     if scores and (root / "scores.json").is_file():
         table = root / "scores.json"
-        read = lambda: (read_json(table, "saerl score") or {}).get("metadata", {})  # noqa: E731
+        read = lambda: read_json(table, "saerl score", {"metadata": dict})["metadata"]  # noqa: E731
         records.append(("scores.parquet", SCORE_SECTIONS, read))
     found = {}
     for name, sections, read in records:
@@ -99,6 +99,7 @@ def set_aside(config: Config, say: Callable[[str], None], *, scores: bool = True
         say(f"--redo: {root / name} is made again ({other[name]}); the one before is {name}.{PREVIOUS}")
         for file in SCORE_FILES if name == "scores.parquet" else (name,):
             old, aside = root / file, root / f"{file}.{PREVIOUS}"
-            if old.exists():
-                shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
-                os.replace(old, aside)
+            with writing(aside):
+                if old.exists():
+                    (shutil.rmtree if aside.is_dir() else Path.unlink)(aside, True)
+                    os.replace(old, aside)

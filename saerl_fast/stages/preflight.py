@@ -12,6 +12,7 @@ from typing import Any
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import check_writable, read_json
+from saerl_fast.records.runs import RUN
 from saerl_fast.stages.fingerprint import changes
 from saerl_fast.stages.made import run_sections
 
@@ -127,7 +128,7 @@ def check_target(
             f"{out} holds a run already; add --resume to go on, --redo to make it again where settings have "
             "changed, or --overwrite to replace it"
         )
-    before = read_json(out / "run.json", "saerl train")
+    before = _begun(out)
     if any(before.get(key) != described[key] for key in ("resumable", "plan")):
         raise SaerlError(
             f"{out} was started with other settings ({_why(before, described, config)}); resume with the "
@@ -142,7 +143,7 @@ def redo_target(out: Path, described: dict[str, Any], config: Config, say: Calla
     """What ``--redo`` does about the run in ``out``: fresh, kept, resume or overwrite; said aloud."""
     if not (out / "run.json").is_file():
         return "fresh"
-    before = read_json(out / "run.json", "saerl train")
+    before = _begun(out)
     if all(before.get(key) == described[key] for key in ("resumable", "plan")):
         steps = described["config"]["train"]["steps"], before["config"]["train"]["steps"]
         if steps[0] == steps[1] and (out / "summary.json").is_file():
@@ -156,6 +157,11 @@ def redo_target(out: Path, described: dict[str, Any], config: Config, say: Calla
         why = f"train.steps was {before['config']['train']['steps']}"
     say(f"--redo: {out} is made again ({why})")
     return "overwrite"
+
+
+def _begun(out: Path) -> dict[str, Any]:
+    """What run.json says of the run in ``out``."""
+    return read_json(out / "run.json", "saerl train", RUN | {"config": {"train": {"steps": int}}})
 
 
 def _why(before: dict[str, Any], described: dict[str, Any], config: Config) -> str:
