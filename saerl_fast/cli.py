@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -223,7 +224,8 @@ def _unexpected(err: Exception, args: argparse.Namespace) -> int:
     ours = [frame for frame in frames if Path(__file__).parent.name in Path(frame.filename).parts]
     place = f"{(ours or frames)[-1].filename}:{(ours or frames)[-1].lineno}" if frames else "?"
     what = f"{type(err).__name__}: {first_line(err)}" if str(err) else type(err).__name__
-    if "OutOfMemory" in type(err).__name__ or isinstance(err, MemoryError):
+    full = "out of memory|allocate memory|[Ss]torage size"  # torch has several ways to say so
+    if isinstance(err, MemoryError) or "OutOfMemory" in type(err).__name__ or re.search(full, what):
         fix = "lower train.micro_tokens, train.rollout.batch_size or score.batch_tokens, or limit data.train"
         _complain(SaerlError(f"there is not enough memory ({what}, at {place}); {fix}"), args, err)
         return 2

@@ -16,6 +16,15 @@ def printable(text: str) -> str:
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def halved(text: str) -> bool:
+    """Whether ``text`` holds half of a surrogate pair, which is no character and no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 class SaerlError(ValueError):
     """Bad input. The command line prints the message alone, one line, and exits with code 2."""
 

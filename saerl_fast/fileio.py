@@ -164,7 +164,8 @@ def mismatch(value: Any, form: Any, at: str = "it") -> str | None:
                 return fault
         return None
     wanted, fits = _KINDS[form if isinstance(form, type) else type(form)]
-    shown = repr(value) if not isinstance(value, int) or _whole(value) else "a huge number"
+    huge = type(value) is int and not _whole(value)
+    shown = "a huge number" if huge else repr(value)
     return None if fits(value) else f"{at} is {shown[:40]}{'...' * (len(shown) > 40)}, not {wanted}"
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from saerl_fast.config import LoRAConfig, ModelConfig
-from saerl_fast.errors import SaerlError
-from saerl_fast.hub import hub_access, is_local
+from saerl_fast.errors import SaerlError, halved
+from saerl_fast.hub import at_home, hub_access, is_local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -170,6 +170,9 @@ def token_ids(
     """
     if not texts:
         return []
+    if halved("".join(texts)):
+        text = next(text for text in texts if halved(text))
+        raise SaerlError(f"the text {text[:60]!r} holds half of a surrogate pair, no character; mend it")
     if not special:
         return [list(row) for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
     *ids, probe = (list(row) for row in tokenizer([*texts, "a"], add_special_tokens=True)["input_ids"])
@@ -202,7 +205,7 @@ def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
     """(folder or hub id, GGUF file name or None), checked as far as the local disk allows."""
     if not cfg.path:
         raise SaerlError("model.path is empty; set it to a hub id, a folder or a .gguf file")
-    path = Path(cfg.path).expanduser()
+    path = at_home(cfg.path)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise SaerlError(

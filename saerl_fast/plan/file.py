@@ -139,7 +139,8 @@ def _columns(records: list[dict]) -> tuple[list[str], dict[str, np.ndarray]]:
             values = [np.nan if record[name] is None else record[name] for record in records]
             if not set(map(type, values)) <= ({int} if dtype == np.int32 else {int, float}):
                 raise ValueError(f"{name} of some prompt is no number")
-            table[name] = np.array(values, dtype=dtype)
+            with np.errstate(over="ignore"):  # infinite then, and refused
+                table[name] = np.array(values, dtype=dtype)
             least, most = {"cluster": (0, 2**31), "pass_rate": (0, 1)}.get(name, (-LARGEST, LARGEST))
             if not np.all(np.isnan(table[name]) | ((table[name] >= least) & (table[name] <= most))):
                 raise ValueError(f"{name} of some prompt is not from {least:g} to {most:g}")

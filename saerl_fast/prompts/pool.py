@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from saerl_fast.config import DataConfig
-from saerl_fast.errors import SaerlError
+from saerl_fast.errors import SaerlError, halved
 from saerl_fast.prompts import chats, files, layouts, sources
 from saerl_fast.prompts.chats import Messages
 
@@ -93,6 +93,7 @@ def load_prompts(spec: str, cfg: DataConfig, *, split_role: Role = "train", seed
         )
     columns = _canonical(files.without_nan(columns), spec, cfg, split_role)
     columns["prompt"] = [chats.wrap(prompt, cfg.template) for prompt in columns["prompt"]]
+    _check_texts(columns, spec)
     return Pool(columns)
 
 
@@ -164,6 +165,17 @@ def _canonical(columns: files.Columns, spec: str, cfg: DataConfig, role: Role) -
             row = prompts.index(prompt)
             raise SaerlError(f"{spec} row {row}: the prompt {fault}; mend or remove the row") from None
     return columns | {"prompt": read}
+
+
+def _check_texts(columns: dict[str, list[Any]], spec: str) -> None:
+    """SaerlError for text that no file and no tokenizer takes."""
+    for name, column in columns.items():
+        cells = [cell if isinstance(cell, str) else "" for cell in column]
+        if halved(name + "".join(cells)):
+            row = next((f" row {i}" for i, cell in enumerate(cells) if halved(cell)), "'s name")
+            raise SaerlError(
+                f"{spec} column {name!r}{row} holds half of a surrogate pair, which is no character; mend it"
+            )
 
 
 def _texts(cells: list[Any], name: str, spec: str, what: str) -> list[str | None]:

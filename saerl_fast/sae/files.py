@@ -12,6 +12,7 @@ from typing import Any
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import first_line, write_json, write_tensors
+from saerl_fast.hub import at_home
 from saerl_fast.sae import formats, hub, saelens
 from saerl_fast.sae.formats import SAELENS_WEIGHTS
 from saerl_fast.sae.model import SAE
@@ -31,7 +32,7 @@ _SAID = {  # what a user may say about a checkpoint that does not say it, and ho
 
 def check_source(source: str | Path) -> None:
     """SaerlError where ``source`` is neither a path that exists nor the form of a name."""
-    if not Path(source).expanduser().exists():
+    if not at_home(source).exists():
         hub.find(str(source))
 
 
@@ -42,7 +43,7 @@ def load_sae(source: str | Path, said: dict[str, Any] | None = None) -> SAE:
     missing or incomplete checkpoint, wrong shapes, pickles of anything but tensors, and on architectures,
     settings or tensors whose encoding would not be reproduced exactly.
     """
-    path = Path(source).expanduser()
+    path = at_home(source)
     where = f"SAE {path if path.exists() else source}"
     try:
         return _load(source, path, where, said or {})

@@ -66,7 +66,8 @@ def fit_quality(
         "filter_ratio": cfg.filter_ratio,
         "reads_answers": answers is not None,
     }
-    metrics["note"] = _why_not(cfg, known)
+    widths = X.shape[1] + (0 if answers is None else answers.shape[1])
+    metrics["note"] = _why_not(cfg, known) if widths else "no feature is active: quality was not scored"
     if metrics["note"]:
         if len(rows):
             log.warning(metrics["note"])

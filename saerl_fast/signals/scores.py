@@ -91,9 +91,12 @@ class Scores:
                     arrays[name] = pa.array(np.asarray(column, SCORE_COLUMNS[name]), from_pandas=True)
                 else:
                     arrays[name] = pa.array(column)
-            except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError, TypeError) as err:
+            except Exception as err:  # Arrow's own, and OverflowError for an integer beyond 64 bits
                 reason = " ".join(str(err).split())
-                raise SaerlError(f"column {name!r} cannot be written to Parquet: {reason}") from None
+                raise SaerlError(
+                    f"column {name!r} cannot be written to Parquet ({reason}); leave it out of the pool, or "
+                    "write it as text"
+                ) from err
         text = json.dumps(self.metadata, allow_nan=False)
         table = pa.table(arrays).replace_schema_metadata({"saerl": text, "saerl_format": FORMAT})
         if self.features is not None:
