@@ -209,19 +209,19 @@ def _read_cells(path: Path, text: str, text_columns: set[str], dialect: str) -> 
 def _read_parquet(path: Path, _: set[str]) -> Columns:
     """All columns of one Parquet file as Python values."""
     try:
-        import pyarrow as pa
         import pyarrow.parquet as parquet
     except ImportError:
         raise SaerlError(f"reading {path} needs pyarrow; pip install pyarrow") from None
     try:
         table = parquet.read_table(path)
-    except (pa.ArrowException, OSError) as err:
+        columns = [column.to_pylist() for column in table.columns]
+    except Exception as err:  # Arrow's own, and what values raise: no UTF-8, a date beyond year 9999
         raise SaerlError(f"{path} is not a Parquet file ({_first_line(err)}); write it again") from None
     names = table.column_names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise SaerlError(f"{path} has the column {twice!r} twice; rename one of them")
-    return {name: table.column(name).to_pylist() for name in names}
+    return dict(zip(names, columns, strict=True))
 
 
 _READERS: dict[str, Callable[[Path, set[str]], Columns]] = {

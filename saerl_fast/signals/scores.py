@@ -84,19 +84,7 @@ class Scores:
         import pyarrow.parquet as pq
 
         folder = Path(run_dir)
-        arrays = {}
-        for name, column in self.columns.items():
-            try:
-                if name in SCORE_COLUMNS:
-                    arrays[name] = pa.array(np.asarray(column, SCORE_COLUMNS[name]), from_pandas=True)
-                else:
-                    arrays[name] = pa.array(column)
-            except Exception as err:  # Arrow's own, and OverflowError for an integer beyond 64 bits
-                reason = " ".join(str(err).split())
-                raise SaerlError(
-                    f"column {name!r} cannot be written to Parquet ({reason}); leave it out of the pool, or "
-                    "write it as text"
-                ) from err
+        arrays = {name: to_arrow(name, column) for name, column in self.columns.items()}
         text = json.dumps(self.metadata, allow_nan=False)
         table = pa.table(arrays).replace_schema_metadata({"saerl": text, "saerl_format": FORMAT})
         if self.features is not None:
@@ -135,6 +123,25 @@ class Scores:
         if summary["features"] is not None:
             features = load_features(folder / "features.safetensors", columns.get("prompt_id"))
         return cls(columns, summary["metadata"], features)
+
+
+def to_arrow(name: str, column: Any) -> Any:
+    """A column as an Arrow array; SaerlError for one that Parquet cannot hold."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if name in SCORE_COLUMNS:
+            return pa.array(np.asarray(column, SCORE_COLUMNS[name]), from_pandas=True)
+        array = pa.array(column)
+        pq.write_table(pa.table({name: array[:1]}), pa.BufferOutputStream())  # not every type can be
+        return array
+    except Exception as err:  # Arrow's own, and OverflowError for an integer beyond 64 bits
+        reason = " ".join(str(err).split())
+        raise SaerlError(
+            f"column {name!r} cannot be written to Parquet ({reason}); leave it out of the pool, or write it "
+            "as text"
+        ) from err
 
 
 def score_features(
@@ -275,6 +282,6 @@ def _numbers(column: Sequence[Any], setting: str) -> np.ndarray:
     for i, value in enumerate(column):
         try:
             numbers[i] = np.nan if value is None else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise SaerlError(f"{setting} names a column that holds {value!r}; use numbers or null") from None
     return numbers

@@ -160,7 +160,7 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
     With ``redo`` those that these settings have made are kept.
     """
     from saerl_fast.rl.rewards.dry import try_reward
-    from saerl_fast.signals.scores import Scores, label_columns, score
+    from saerl_fast.signals.scores import Scores, label_columns, score, to_arrow
 
     if redo:
         set_aside(config, echo)
@@ -171,6 +171,8 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
         try_reward(config)
     session = session or open_session(config, echo)
     label_columns(session.train, config)  # before an SAE is trained
+    for name, column in session.train.columns.items():
+        to_arrow(name, column)
     sae = find_sae(config, echo, session)
     labels, label_costs = difficulty_labels(config, echo, session)
     shards, bar = score_shards(config, sae), echo.bar("features", "prompt")
