@@ -1,4 +1,4 @@
-"""Damaged records, full disks and what no border catches: one sentence each, no traceback, no control character.
+"""Damaged records, full disks and what no border catches: one sentence each and no traceback.
 
 Tables of inputs and of what reads them; a new input is a line. The judges are in ``tests/borders.py``.
 """

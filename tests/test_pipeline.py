@@ -330,7 +330,7 @@ def test_nan_activations(tmp_path, capsys):
     weights[name] = torch.full_like(weights[name], float("nan"))
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     assert saerl("sae train", tmp_path / "r", f"model.path={model}") == 2
-    one_sentence(capsys, "not finite")
+    one_sentence(capsys, "NaN or infinite")
 
 
 def test_unwritable_output(tmp_path, capsys):

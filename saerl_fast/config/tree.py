@@ -220,7 +220,7 @@ class LoRAConfig(Section):
 class WarmupConfig(Section):
     steps: int = setting(0, "supervised steps on `prompt -> answer` before GRPO", at_least=0)
     batch_size: int = setting(16, "rows a step", at_least=1)
-    lr: float = setting(1e-5, "after the first tenth of the steps", at_least=0, at_most=1e30)
+    lr: float = setting(1e-5, "after the first tenth of the steps", at_least=0, at_most=1e6)
     rows: int | None = setting(None, "how many training rows it may see", at_least=1)
 
 
@@ -238,7 +238,7 @@ class EvalConfig(Section):
 class TrainConfig(Section):
     steps: int = setting(100, "optimizer steps, one for each batch of rollouts", at_least=0)
     seed: int | None = setting(None, "of sampling and order, not of the data split; null: the run's", **SEED)
-    lr: float = setting(1e-6, "about ten times as much with train.lora", at_least=0, at_most=1e30)
+    lr: float = setting(1e-6, "about ten times as much with train.lora", at_least=0, at_most=1e6)
     warmup_steps: int = setting(10, "of the learning rate", at_least=0)
     weight_decay: float = setting(0.0, "of AdamW", at_least=0)
     betas: tuple[float, float] = setting((0.9, 0.999), "of AdamW", at_least=0, below=1)

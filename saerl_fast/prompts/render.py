@@ -166,7 +166,10 @@ def _check_powers(template: str) -> None:
 
     with suppress(TemplateError):  # said when it is rendered
         if any(token[1:] == ("operator", "**") for token in Environment().lex(template)):
-            raise SaerlError("the chat template computes powers (**), which may never end; use another one")
+            raise SaerlError(
+                "the chat template computes powers (**), which may never end; use another one, or set "
+                "data.chat=never"
+            )
 
 
 def _check_arguments(template: str, arguments: dict[str, Any]) -> None:
