@@ -29,7 +29,7 @@ from saerl_fast.plan.static import StaticPlan
 from saerl_fast.plan.tensors import Blocks, read_tensors, write_tensors
 
 FORMAT, VERSIONS = "saerl-plan", (1, 2)
-COLUMNAR = 100_000
+COLUMNAR = 20_000
 BLOCK = 1 << 14  # rows written at a time
 COLUMNS = {"cluster": np.int32, "difficulty": np.float32, "quality": np.float32, "pass_rate": np.float32}
 AGAIN = "make it again with `saerl plan`"
