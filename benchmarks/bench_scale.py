@@ -7,7 +7,7 @@ known skill. "next batch" is a pool of which the learner solves half, "next batc
 which it solves few, so that few lie near the target; "scan" is the plain rule, which looks at every row.
 "slowest batch": when weights jump, all bounds are loose and every row is looked at. held_ratio and
 peak_ratio: what is resident after a hundred steps with the loaded plan, and at most while a plan is built,
-saved, loaded and followed, over rows x d x 4 bytes. Pages of mapped files count, though they can be given back.
+saved, loaded and followed, over rows x d x 4 bytes. Pages of mapped files count; they can be given back.
 ``test_scoring``: probes, clusters and files of as many prompts, by their sparse features. ``test_runs``:
 reading the records of a long run. Rows that the machine has no room for are skipped.
 
@@ -35,7 +35,7 @@ from saerl_fast.plan.packed import Packed
 from saerl_fast.records.runs import load_runs
 from saerl_fast.signals.clusters import cluster_prompts
 from saerl_fast.signals.difficulty import fit_difficulty
-from saerl_fast.signals.features import probe_matrix
+from saerl_fast.signals.features import ProbeMatrix
 from saerl_fast.signals.scores import Scores
 from saerl_kernels import CSR
 
@@ -191,7 +191,7 @@ def test_scoring(benchmark: Any, shape: Sparse, tmp_path: Path) -> None:
         rates = np.full(shape.rows, np.nan)
         rates[rng.permutation(shape.rows)[:512]] = rng.integers(0, 9, 512) / 8
         cfg, once = Config(), Once()
-        matrix = once("probe matrix", probe_matrix, features)
+        matrix = once("probe matrix", ProbeMatrix, features)
         difficulty = once("difficulty", fit_difficulty, matrix, rates, cfg.difficulty).scores
         del matrix
         labels = once("clusters", cluster_prompts, features, cfg.diversity).labels

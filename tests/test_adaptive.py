@@ -7,7 +7,8 @@ import torch
 from saerl_fast.config import AdaptiveConfig, PlanConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan import adaptive as module
-from saerl_fast.plan import base, build_plan, load_plan, save_plan
+from saerl_fast.plan import base, build, build_plan, load_plan, save_plan
+from saerl_fast.signals import features
 from saerl_fast.signals.scores import Scores
 from saerl_kernels import CSR
 
@@ -270,3 +271,23 @@ def test_a_state_that_lists_every_row_is_still_read():
     del state["gram"]
     with pytest.raises(SaerlError, match="seen of shape|gram of shape"):
         again.load_state_dict(state)
+
+
+def test_components_of_a_large_pool_are_those_of_a_sample(monkeypatch):
+    """Every row lies where ``project`` puts it, and next to nothing of the variance is lost."""
+    X = make_pool(900)[0].features
+    rows = np.setdiff1d(np.arange(900), np.arange(5, 900, 7))
+    whole = module.embed(X, rows, AdaptiveConfig(svd=8), seed=0)
+    monkeypatch.setattr(module, "SAMPLE", 400)
+    monkeypatch.setattr(features, "BLOCK", 100)
+    sampled = module.embed(X, rows, AdaptiveConfig(svd=8), seed=0)
+    expected = sampled.project(X.select_rows(torch.from_numpy(rows)))
+    np.testing.assert_allclose(sampled.rows, expected, atol=1e-5)
+    for embedding in (whole, sampled):
+        assert np.square(embedding.rows).sum(axis=1).mean() == pytest.approx(1, abs=1e-5)
+        np.testing.assert_allclose(embedding.rows.mean(axis=0), 0, atol=1e-5)
+    kept = [np.square(found.rows / found.scale).sum() for found in (whole, sampled)]
+    assert 0.9 < kept[1] / kept[0] < 1.01 and np.abs(sampled.idf - whole.idf).max() < 0.5
+    assert not make_plan(make_pool(900)[0]).notes[1:]
+    monkeypatch.setattr(build, "SAMPLE", 400)
+    assert any("of a sample of 400 of 900 prompts" in note for note in make_plan(make_pool(900)[0]).notes)

@@ -20,7 +20,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.plan import base
 from saerl_fast.plan.base import Plan
 from saerl_fast.plan.wide import Noise, Wide
-from saerl_fast.signals.features import checked, svd_reduce, weighted
+from saerl_fast.signals.features import SAMPLE, block, blocks, checked, svd_reduce, weighted
 from saerl_kernels import CSR, csr
 
 BLOCK = 1 << 14  # rows worked on at a time where all are
@@ -48,10 +48,23 @@ class Embedding(NamedTuple):
 
 
 def embed(X: CSR, rows: np.ndarray, cfg: AdaptiveConfig, *, seed: int) -> Embedding:
-    """The embedding of the given rows of ``X``, fitted to them."""
-    X = checked(X).select_rows(torch.from_numpy(rows))
-    idf = csr.idf(X, floor=1.0)
-    dense, components = svd_reduce(weighted(X, idf), cfg.svd, seed)
+    """The embedding of the given rows of ``X``, in ascending order, fitted to them.
+
+    With more than ``SAMPLE`` rows, frequencies and components are those of a sample of as many.
+    """
+    X, fitted = checked(X), rows
+    if len(rows) > SAMPLE:
+        fitted = np.sort(np.random.default_rng(seed).choice(rows, SAMPLE, replace=False))
+    near = X.select_rows(torch.from_numpy(fitted))
+    idf = csr.idf(near, floor=1.0)
+    dense, components = svd_reduce(weighted(near, idf), cfg.svd, seed)
+    if len(rows) > SAMPLE:
+        del near
+        dense = np.empty((len(rows), len(components)), dtype=np.float32)
+        for at in blocks(len(rows)):
+            first, last = int(rows[at][0]), int(rows[at][-1]) + 1
+            part = block(X, slice(first, last)).select_rows(torch.from_numpy(rows[at] - first))
+            dense[at] = weighted(part, idf).to_scipy() @ components.T
     mean = dense.mean(axis=0)
     dense -= mean
     parts = (dense[at : at + BLOCK] for at in range(0, len(dense), BLOCK))
