@@ -5,9 +5,10 @@
 ``test_plan``: an adaptive plan over synthetic features [rows, d] that lie in a file, followed by a learner of
 known skill. "next batch" is a pool of which the learner solves half, "next batch, hard pool" one of
 which it solves few, so that few lie near the target; "scan" is the plain rule, which looks at every row.
-"slowest batch": when weights jump, all bounds are loose and every row is looked at. held_ratio and
-peak_ratio: what is resident after a hundred steps with the loaded plan, and at most while a plan is built,
-saved, loaded and followed, over rows x d x 4 bytes. Pages of mapped files count; they can be given back.
+"slowest batch" is the slowest of a hundred: after a jump of the weights all rows may have to be looked at.
+held_ratio and peak_ratio: what is resident after a hundred steps with the loaded plan, and at most while a plan
+is built, saved, loaded and followed, over rows x d x 4 bytes; in pools of some MB most of it is not the plan's.
+Pages of mapped files count, though they can be given back.
 ``test_scoring``: probes, clusters and files of as many prompts, by their sparse features. ``test_runs``:
 reading the records of a long run. Rows that the machine has no room for are skipped.
 
@@ -161,7 +162,8 @@ def test_plan(benchmark: Any, shape: Shape, tmp_path: Path, monkeypatch: pytest.
         hard = load_plan(tmp_path / "plan.json")
         slow, _ = pool.follow(hard, -3.0, STEPS)
         del hard
-        table |= {"next batch, hard pool": figures(slow), "slowest batch": figures([max(taken), max(slow)])}
+        table |= {"next batch, hard pool": figures(slow), "slowest batch": figures([max(taken)])}
+        table["slowest batch, hard pool"] = figures([max(slow)])
         if shape.rows < 10**7:
             monkeypatch.setattr(base, "LARGE", shape.rows)
             plain = load_plan(tmp_path / "plan.json")

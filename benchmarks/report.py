@@ -170,7 +170,11 @@ def time_table(table: Table) -> list[str]:
             else:
                 cells.append(f"{number(found['p50_ms'])} ms")
         lines.append(cells)
-    if len(lines) > 1 and keys:
+    if (
+        len(lines) > 1
+        and keys
+        and any("ratio" in found for row in table.rows for found in row.contenders.values())
+    ):
         middle = ["median", *[""] * (len(keys) - 1)]
         for name in table.names:
             ratios = [row.contenders.get(name, {}).get("ratio") for row in table.rows]
