@@ -6,9 +6,9 @@
 known skill. "next batch" is a pool of which the learner solves half, "next batch, hard pool" one of
 which it solves few, so that few lie near the target; "scan" is the plain rule, which looks at every row.
 "slowest batch" is the slowest of a hundred: after a jump of the weights all rows may have to be looked at.
-held_ratio and peak_ratio: what is resident after a hundred steps with the loaded plan, and at most while a plan
-is built, saved, loaded and followed, over rows x d x 4 bytes; in pools of some MB most of it is not the plan's.
-Pages of mapped files count, though they can be given back.
+held_ratio and peak_ratio: what is resident after a hundred steps with the loaded plan, and at most while a
+plan is built, saved, loaded and followed, over rows x d x 4 bytes; in pools of some MB most of it is not the
+plan's. Pages of mapped files count, though they can be given back.
 ``test_scoring``: probes, clusters and files of as many prompts, by their sparse features. ``test_runs``:
 reading the records of a long run. Rows that the machine has no room for are skipped.
 
