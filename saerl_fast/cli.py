@@ -237,7 +237,7 @@ def _kept() -> str:
         names = [name for name in names if name not in steps[:-1]]
         more = f" and {len(names) - 4} more" if len(names) > 5 else ""
         shown.append(f"{folder} ({', '.join(names if not more else names[-4:])}{more})")
-    return f"kept: {', '.join(shown)}" if shown else "nothing was written"
+    return f"{', '.join(shown)} kept; to go on" if shown else "nothing was written; to start again"
 
 
 def _again(args: argparse.Namespace, words: Sequence[str]) -> str:
@@ -306,8 +306,7 @@ def _main(argv: Sequence[str]) -> int:
         with suppress(OSError):  # of a terminal that has gone
             _close_bars()
             if RANK == 0 and args.command != "watch":
-                again = f"to go on: {_again(args, argv)}"
-                print(f"saerl: interrupted; {_kept()}; {again}", file=sys.stderr, flush=True)
+                print(f"saerl: interrupted; {_kept()}: {_again(args, argv)}", file=sys.stderr, flush=True)
         return 0 if (args.command, number) == ("watch", 2) else 128 + number
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

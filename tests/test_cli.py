@@ -166,7 +166,7 @@ def ended(monkeypatch, capsys, tmp_path):
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
 def test_a_signal_ends_every_command_in_a_sentence(command, number, code, ended, tmp_path):
-    again = f"to go on: `saerl {' '.join(command[2])} run_dir={tmp_path}`"
+    again = f"to start again: `saerl {' '.join(command[2])} run_dir={tmp_path}`"
     assert ended(*command, number) == (code, f"saerl: interrupted; nothing was written; {again}")
 
 
@@ -176,7 +176,7 @@ def test_what_is_kept_and_how_to_go_on(ended, tmp_path):
     module, stage, argv = COMMANDS[3]
     code, said = ended(module, stage, [*argv, "--over", "a.b='x y'"][:3], signal.SIGTERM, files)
     assert said == (
-        f"saerl: interrupted; kept: {tmp_path} (labels.json), {tmp_path}/arm (run.json, plan.json, step 2); "
+        f"saerl: interrupted; {tmp_path} (labels.json), {tmp_path}/arm (run.json, plan.json, step 2) kept; "
         f"to go on: `saerl train train.steps=2 run_dir={tmp_path} --resume`"
     )
     for flag in ("--resume", "--redo"):

@@ -559,6 +559,7 @@ def test_the_demo_runs_from_anywhere(tmp_path, capsys, monkeypatch):
 
 def test_what_is_left_of_a_killed_run_is_taken_and_a_signal_saves(tmp_path, monkeypatch, capsys):
     """The folder of the arm is a link to another disk throughout."""
+    monkeypatch.setattr("saerl_fast.records.report.write_report", lambda *_, **__: [])
     disk = tmp_path / "disk"
     disk.mkdir()
     (tmp_path / "r").mkdir()
@@ -587,7 +588,7 @@ def test_what_is_left_of_a_killed_run_is_taken_and_a_signal_saves(tmp_path, monk
     capsys.readouterr()
     assert kill(signal.SIGTERM) == 128 + signal.SIGTERM
     said = capsys.readouterr().err
-    assert "/vanilla (run.json, plan.json, eval_prompts.jsonl, step 1); to go on: `saerl train" in said
+    assert "/vanilla (run.json, plan.json, eval_prompts.jsonl, step 1) kept; to go on: `saerl train" in said
     command = shlex.split(said.rpartition("`saerl ")[2].rstrip("`\n"))
     assert cli.main(command) == 0
     assert not [path for path in disk.rglob("*") if path.name.startswith(".")]

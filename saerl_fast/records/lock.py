@@ -42,11 +42,11 @@ _held: dict[Path, Lock] = {}
 
 
 class Held(SaerlError):
-    """Another process writes to ``folder``; ``said``: which, since when, and what to do."""
+    """Another process, ``who``, writes to ``folder``."""
 
-    def __init__(self, folder: Path, said: str) -> None:
-        super().__init__(f"{folder} is written by {said}")
-        self.folder, self.said = folder, said
+    def __init__(self, folder: Path, who: str, fix: str = "wait for it, or choose another run_dir") -> None:
+        super().__init__(f"{folder} is written by {who}; {fix}")
+        self.folder, self.who, self.fix = folder, who, fix
 
 
 class Lock:
@@ -159,8 +159,8 @@ def _wait(held: Lock, tell: Callable[[str], None] | None) -> None:
             raise SaerlError(f"cannot write to {held.folder}: {reason(err)}") from None
         except Held as err:
             if tell is None:
-                raise Held(held.folder, err.said) from None
-            tell(f"waiting for {held.folder}, which is written by {err.said}")
+                raise Held(held.folder, err.who, err.fix) from None
+            tell(f"waiting for {held.folder}, which is written by {err.who}")
             while holder(held.folder):
                 time.sleep(0.2)
             tell = lambda line: None  # noqa: E731
@@ -189,11 +189,11 @@ def _acquire(at: Path, text: str) -> None:
                     log.info("%s was left by %s, which has ended", at.parent, _who(found))
             finally:
                 _drop(warrant, text)
-    end = "wait for it, or choose another run_dir"
     if found is not None and has_ended(_about(found).get("mark", "")) is None:
         silent = f"it has shown no sign of life for {_silence(at):.0f} s"
-        end = f"{silent} and counts as dead after {SILENT:.0f}; if it has ended, remove {at}"
-    raise Held(at.parent, f"{_who(found or '')}; {end}")
+        fix = f"{silent} and counts as dead after {SILENT:.0f}; if it has ended, remove {at}"
+        raise Held(at.parent, _who(found), fix)
+    raise Held(at.parent, _who(found or ""))
 
 
 def _create(at: Path, text: str) -> bool:

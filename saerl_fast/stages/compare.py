@@ -111,7 +111,7 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
             except Held as err:
                 if err.folder != out:
                     raise
-                held[i] = f"{out} is written by {err.said}"
+                held[i] = f"{out} is written by {err.who}"
             done += i not in held
             bar(done, len(jobs))
         left = [job for job in todo if job[0] in held]
@@ -131,7 +131,7 @@ def refuse_beside(root: Path, record: dict[str, Any]) -> None:
     if file.is_file() and read_json(file, "saerl compare") != json.loads(json.dumps(record)):
         for out in sorted(path for path in root.iterdir() if path.is_dir()):
             if who := holder(out):
-                raise Held(out, f"{who}, of another comparison; wait for it, or choose another run_dir")
+                raise Held(out, f"{who}, of another comparison")
 
 
 def confounded(base: Config, arm: Config, overrides: list[str]) -> dict[str, tuple[Any, Any]]:

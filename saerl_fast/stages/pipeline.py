@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from saerl_fast.config import Config, to_dict
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import read_json, write_json
+from saerl_fast.fileio import read_json, remove, write_json
 from saerl_fast.hub import hub_access, is_local
 from saerl_fast.records.lock import lock
 from saerl_fast.session import Session
@@ -186,6 +186,8 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
     if redo:
         set_aside(config, echo)
         if (Path(config.run_dir) / "scores.parquet").is_file():
+            for old in Path(config.run_dir).glob("features.partial-*"):
+                remove(old)  # of a command that was killed after it had written the scores
             return Scores.load(config.run_dir)
     refuse_other(config, scores=False)
     if config.difficulty.label_column is None and config.difficulty.n_labels:
