@@ -203,3 +203,10 @@ def test_runs_that_another_process_makes_are_named(tmp_path, recorded, monkeypat
             other.submit(compare, config, Echo(quiet=True)).result()
     compare(config, Echo(quiet=True))
     assert [call[0] for call in recorded] == ["literal", "vanilla", "medium"]
+
+
+def test_with_every_run_elsewhere_and_none_begun_there_is_no_report_yet(tmp_path, recorded, capsys):
+    config = settings(tmp_path, "compare.arms=vanilla", "compare.seeds=0")
+    with lock(tmp_path / "vanilla"), ThreadPoolExecutor(1) as other:
+        assert other.submit(compare, config, Echo(quiet=True)).result() == []
+    assert not recorded and "it writes the report of all runs" in capsys.readouterr().out

@@ -109,7 +109,7 @@ def train(
         echo=echo,
     )
     with ExitStack() as stack:
-        distributed.on_first(lambda: run.hold(stack.enter_context(lock(out_dir))))
+        distributed.on_first(lambda: setattr(run, "held", stack.enter_context(lock(out_dir))))
         start = run.open(resume)
         stack.callback(run.close)
         run.interrupted = stack.enter_context(graceful_interrupt())
@@ -254,9 +254,6 @@ class _Run:
             distributed.on_first(self.check)
             distributed.on_first(lambda: ckpt.save_checkpoint(self.out_dir, step, **state))
         self.saved = step
-
-    def hold(self, held: Lock) -> None:
-        self.held = held
 
     def check(self) -> int:
         """The signal that has come, 0 for none; SaerlError when ``out_dir`` was removed or taken over."""

@@ -77,7 +77,8 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
                 try_reward(mine)
             folder = name if seed == seeds[0] else f"{name}.seed-{seed}"
             jobs.append((name, mine, root / folder))
-    states = [_state(mine, out, redo) for _, mine, out in jobs]  # all of them before the first one runs
+    for _, mine, out in jobs:  # all of them before the first one runs
+        _state(mine, out, redo)
     first = [mine for _, mine, _ in jobs[: len(arms)]]
     notes = []
     for (name, overrides), mine in zip(arms, first, strict=True):
@@ -88,7 +89,7 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
     with lock(root, wait=echo.result):
         record = to_dict(config.compare) | {"notes": notes}
         refuse_beside(root, record)
-        unfinished = [mine for (_, mine, out), (_, ended) in zip(jobs, states, strict=True) if not ended]
+        unfinished = [mine for _, mine, out in jobs if not _state(mine, out, redo)[1]]
         if redo and any(map(needs_scores, unfinished)):
             set_aside(config, echo)
         session = _check_plans(first, echo) if unfinished else None
@@ -117,7 +118,8 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
         left = [job for job in todo if job[0] in held]
         todo = left if len(left) < len(todo) else []  # once more, for others may have ended or been killed
     with lock(root, wait=echo.result):  # the last to come reads what all have written
-        paths = write_report(root, echo=echo.result)
+        begun = not held or any(root.rglob("metrics.jsonl"))
+        paths = write_report(root, echo=echo.result) if begun else []
     for path in paths:
         echo(f"wrote {path}")
     for line in held.values():
