@@ -121,7 +121,7 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     stays; what it points to is replaced.
     """
     given, target = Path(target), Path(os.path.realpath(target))
-    temporary = target.with_name(f".{target.name}.{process_mark()}.{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f".{target.name[:180]}.{process_mark()}.{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(exist_ok=False)
