@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,8 @@ def save_plan(plan: Plan, path: str | Path) -> Path:
     rows = [plan.batch_rows(i) for i in range(plan.total_steps)] if isinstance(plan, StaticPlan) else []
     tensors: dict[str, np.ndarray | Blocks] = {}
     if len(plan.prompt_ids) + len(out) > COLUMNAR:
-        tensors |= _packed("", plan.prompt_ids) | plan.table
-        tensors |= _packed("dropped.", out) | _packed("reason.", reasons)
-        tensors |= {f"dropped.{name}": column for name, column in plan.dropped_table.items()}
+        tensors |= _packed("", plan.prompt_ids, plan.table) | _packed("dropped.", out, plan.dropped_table)
+        tensors |= _packed("reason.", reasons, {})
         body |= {"version": 2, "prompts": len(plan.prompt_ids), "dropped": len(out)}
         if rows:
             tensors["batches"], body["batches"] = np.array(rows, dtype=np.int32), len(rows)
@@ -90,6 +90,9 @@ def load_plan(path: str | Path) -> Plan:
         raise SaerlError(f"{path} has version {body.get('version')!r}, this release reads 1 and 2; {AGAIN}")
     if body.get("sha256") != _content_hash(body):
         raise SaerlError(f"{path} was changed or damaged: its content does not match its sha256; {AGAIN}")
+    schedule = body.get("schedule")
+    if not isinstance(schedule, str) or not re.fullmatch(r"\w[\w.:-]{0,199}", schedule) or ".." in schedule:
+        raise SaerlError(f"{path} has no schedule's name but {schedule!r:.60}; {AGAIN}")
     cfg = from_dict(PlanConfig, body["config"])
     tensors = _tensors(path, body["tensors"]) if body["tensors"] else {}
     ids: Sequence[str]
@@ -124,7 +127,10 @@ def load_plan(path: str | Path) -> Plan:
 
 
 def _tensors(path: Path, entry: dict[str, str]) -> dict[str, np.ndarray]:
-    file = path.parent / entry["file"]
+    name = entry["file"]
+    if not isinstance(name, str) or not name or Path(name).name != name or not name.isprintable():
+        raise SaerlError(f"{path} names no file beside it but {name!r:.60}; {AGAIN}")
+    file = path.parent / name
     if not file.is_file():
         raise SaerlError(f"{file} is missing: it belongs beside {path}; {AGAIN}")
     if _file_hash(file) != entry["sha256"]:
@@ -132,9 +138,10 @@ def _tensors(path: Path, entry: dict[str, str]) -> dict[str, np.ndarray]:
     return read_tensors(file, AGAIN)
 
 
-def _packed(prefix: str, strings: Sequence[str]) -> dict[str, np.ndarray | Blocks]:
+def _packed(prefix: str, strings: Sequence[str], table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     packed = strings if isinstance(strings, Packed) else Packed.of(strings)
-    return {f"{prefix}text": packed.text, f"{prefix}ends": packed.ends}
+    columns = {f"{prefix}{name}": table[name].astype(COLUMNS[name]) for name in COLUMNS if name in table}
+    return {f"{prefix}text": packed.text, f"{prefix}ends": packed.ends, **columns}
 
 
 def _unpacked(
