@@ -140,7 +140,9 @@ def _tensors(path: Path, entry: dict[str, str]) -> dict[str, np.ndarray]:
 
 def _packed(prefix: str, strings: Sequence[str], table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     packed = strings if isinstance(strings, Packed) else Packed.of(strings)
-    columns = {f"{prefix}{name}": table[name].astype(COLUMNS[name]) for name in COLUMNS if name in table}
+    columns = {
+        f"{prefix}{name}": table[name].astype(COLUMNS[name], copy=False) for name in COLUMNS if name in table
+    }
     return {f"{prefix}text": packed.text, f"{prefix}ends": packed.ends, **columns}
 
 
