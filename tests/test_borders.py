@@ -249,7 +249,7 @@ def test_a_full_disk(write, sizes, tmp_path, limited):
     """One sentence that says what to do, nothing half written, and then the same as without."""
     for size in sizes:
         folder = tmp_path / str(size)
-        refused(lambda folder=folder, size=size: limited(size, lambda: write(folder)), "free some space")
+        refused(lambda folder=folder, size=size: limited(size, lambda: write(folder)), "raise the limit")
         assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp") and path.name[0] == "."]
         write(folder)
         assert not list(folder.rglob("*.tmp"))
@@ -266,6 +266,8 @@ ERRORS = [
     (OSError(122, os.strerror(122)), "free some space"),
     (OSError(24, os.strerror(24)), "ulimit -n"),
     (OSError(30, os.strerror(30)), "choose another run_dir"),
+    (OSError(27, os.strerror(27)), "ulimit -f"),
+    (OSError(36, os.strerror(36)), "choose another run_dir"),
     (PermissionError(13, "denied"), "choose another run_dir"),
     (type("SafetensorError", (Exception,), {})("I/O error: No space (os error 28)"), "free some space"),
     (KeyError("x"), None),

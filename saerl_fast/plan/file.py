@@ -4,12 +4,17 @@ One object: format, version, schedule, seed, batch_size, total_steps, config (pl
 prompts (id and scores of every prompt in the plan), dropped (the others, with the reason), batches
 (ids, all ``total_steps`` of a static schedule; null for adaptive), tensors (name and SHA-256 of the
 safetensors file beside it, which holds the adaptive schedule's features) and sha256 of the rest.
+
+Of more than ``COLUMNAR`` prompts (version 2) the object tells only the numbers; ids, scores, reasons and
+batches (rows of ids) are in the safetensors file too, a tensor a column; there ``load_plan`` leaves them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +22,23 @@ import numpy as np
 
 from saerl_fast.config import SCHEDULES, PlanConfig, from_dict, to_dict
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import first_line, mismatch, read_json, read_tensors, write_tensors, write_text
+from saerl_fast.fileio import first_line, mismatch, read_json, write_text
 from saerl_fast.plan.adaptive import AdaptivePlan, Embedding
 from saerl_fast.plan.base import Plan
+from saerl_fast.plan.packed import Packed
 from saerl_fast.plan.static import StaticPlan
+from saerl_fast.plan.tensors import Blocks, read_tensors, write_tensors
 from saerl_fast.plugins import check_name
 
-FORMAT, VERSION = "saerl-plan", 1
+FORMAT, VERSIONS = "saerl-plan", (1, 2)
+COLUMNAR = 20_000
+BLOCK = 1 << 14  # rows written at a time
 COLUMNS = {"cluster": np.int32, "difficulty": np.float32, "quality": np.float32, "pass_rate": np.float32}
 FORM = {
     **dict.fromkeys(("seed", "batch_size", "total_steps"), int),
-    **{"schedule": str, "config": dict, "notes": [str], "prompts": [dict], "dropped": [{"reason": str}]},
-    **{"batches": (None, [list]), "tensors": (None, {"file": str, "sha256": str})},
+    **{"schedule": str, "config": dict, "notes": [str], "prompts": (int, [dict])},
+    **{"dropped": (int, [{"reason": str}]), "batches": (None, int, [list])},
+    **{"tensors": (None, {"file": str, "sha256": str})},
 }
 LARGEST = 1e30  # of a score
 AGAIN = "make it again with `saerl plan`"
@@ -39,24 +49,37 @@ def save_plan(plan: Plan, path: str | Path) -> Path:
     path = Path(path)
     body: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": 1,
         "schedule": plan.schedule,
         "seed": plan.seed,
         "batch_size": plan.batch_size,
         "total_steps": plan.total_steps,
         "config": to_dict(plan.cfg),
         "notes": plan.notes,
-        "prompts": _records(plan.prompt_ids, plan.table),
-        "dropped": _records(list(plan.dropped), plan.dropped_table, list(plan.dropped.values())),
+        "prompts": None,
+        "dropped": None,
         "batches": None,
         "tensors": None,
     }
-    if isinstance(plan, StaticPlan):
-        rows = [plan.batch_rows(i) for i in range(plan.total_steps)]
-        body["batches"] = [[plan.prompt_ids[i] for i in batch] for batch in rows]
-    elif isinstance(plan, AdaptivePlan):
+    out, reasons = list(plan.dropped), list(plan.dropped.values())
+    rows = [plan.batch_rows(i) for i in range(plan.total_steps)] if isinstance(plan, StaticPlan) else []
+    tensors: dict[str, np.ndarray | Blocks] = {}
+    if len(plan.prompt_ids) + len(out) > COLUMNAR:
+        tensors |= _packed("", plan.prompt_ids, plan.table) | _packed("dropped.", out, plan.dropped_table)
+        tensors |= _packed("reason.", reasons, {})
+        body |= {"version": 2, "prompts": len(plan.prompt_ids), "dropped": len(out)}
+        if rows:
+            tensors["batches"], body["batches"] = np.array(rows, dtype=np.int32), len(rows)
+    else:
+        body["prompts"] = _records(plan.prompt_ids, plan.table)
+        body["dropped"] = _records(out, plan.dropped_table, reasons)
+        if rows:
+            body["batches"] = [[plan.prompt_ids[i] for i in batch] for batch in rows]
+    if isinstance(plan, AdaptivePlan):
+        tensors |= _embedding(plan)
+    if tensors:
         file = path.with_suffix(".safetensors")
-        _write_embedding(plan.embedding, file, with_projection=plan.cfg.adaptive.refresh_features)
+        write_tensors(file, tensors, "saerl-plan-tensors-1")
         body["tensors"] = {"file": file.name, "sha256": _file_hash(file)}
     body["sha256"] = _content_hash(body)
     return write_text(path, _layout(body))
@@ -71,8 +94,8 @@ def load_plan(path: str | Path) -> Plan:
     body = read_json(path, "saerl plan")
     if body.get("format") != FORMAT:
         raise SaerlError(f"{path} is not a plan file; {AGAIN}")
-    if body.get("version") != VERSION:
-        raise SaerlError(f"{path} has version {body.get('version')!r}, this release reads {VERSION}; {AGAIN}")
+    if body.get("version") not in VERSIONS:
+        raise SaerlError(f"{path} has version {body.get('version')!r}, this release reads 1 and 2; {AGAIN}")
     if body.get("sha256") != _content_hash(body):
         raise SaerlError(f"{path} was changed or damaged: its content does not match its sha256; {AGAIN}")
     try:
@@ -87,35 +110,81 @@ def _plan(body: dict[str, Any], path: Path) -> Plan:
     if fault := mismatch(body, FORM):
         raise ValueError(fault)
     check_name(body["schedule"], SCHEDULES, "its schedule")
-    ids, table = _columns(body["prompts"])
-    out, dropped_table = _columns(body["dropped"])
-    reasons = [record["reason"] for record in body["dropped"]]
-    if len({*ids, *out}) < len(ids) + len(out):
-        raise ValueError("a prompt stands in it twice")
+    schedule, steps, size = body["schedule"], body["total_steps"], body["batch_size"]
+    if not re.fullmatch(r"\w[\w.:-]{0,199}", schedule) or ".." in schedule:
+        raise ValueError(f"its schedule {schedule!r:.60} is no name")
+    cfg = from_dict(PlanConfig, body["config"])
+    tensors = _tensors(path, body["tensors"]) if body["tensors"] else {}
+    ids: Sequence[str]
+    out: Sequence[str]
+    reasons: Sequence[str]
+    if body["version"] == 2:
+        ids, table = _unpacked("", tensors, body["prompts"])
+        out, dropped_table = _unpacked("dropped.", tensors, body["dropped"])
+        reasons, _ = _unpacked("reason.", tensors, body["dropped"])
+    else:
+        ids, table = _columns(body["prompts"])
+        out, dropped_table = _columns(body["dropped"])
+        reasons = [record["reason"] for record in body["dropped"]]
+        if len({*ids, *out}) < len(ids) + len(out):
+            raise ValueError("a prompt stands in it twice")
     common: dict[str, Any] = {
         **{name: body[name] for name in ("batch_size", "total_steps", "seed", "notes")},
         "table": table,
         "dropped": dict(zip(out, reasons, strict=True)),
         "dropped_table": dropped_table,
     }
-    cfg = from_dict(PlanConfig, body["config"])
-    if body["schedule"] != "adaptive":
+    if schedule == "adaptive":
+        return AdaptivePlan(ids, cfg, embedding=_read_embedding(tensors, len(ids)), **common)
+    if body["version"] == 2:
+        batches = tensors["batches"]
+        if batches.dtype != np.int32 or batches.size and not 0 <= batches.min() <= batches.max() < len(ids):
+            raise ValueError("its batches name rows that it does not have")
+    else:
         row = {name: i for i, name in enumerate(ids)}
-        batches = [[row[name] for name in batch] for batch in body["batches"]]
-        if len(batches) != body["total_steps"] or any(len(batch) != body["batch_size"] for batch in batches):
-            raise ValueError("its batches are not total_steps of batch_size prompts")
-        if len(ids) >= body["batch_size"] and any(len(set(batch)) < len(batch) for batch in batches):
-            raise ValueError("a batch holds a prompt twice")
-        return StaticPlan(body["schedule"], ids, cfg, batches=batches, **common)
-    file = path.parent / Path(body["tensors"]["file"]).name
+        batches = np.array([[row[name] for name in batch] for batch in body["batches"]])
+    if batches.shape != (steps, size):
+        raise ValueError("its batches are not total_steps of batch_size prompts")
+    if len(ids) >= size and (np.diff(np.sort(batches, axis=1)) == 0).any():
+        raise ValueError("a batch holds a prompt twice")
+    return StaticPlan(schedule, ids, cfg, batches=batches, **common)
+
+
+def _tensors(path: Path, entry: dict[str, str]) -> dict[str, np.ndarray]:
+    name = entry["file"]
+    if not isinstance(name, str) or not name or Path(name).name != name or not name.isprintable():
+        raise SaerlError(f"{path} names no file beside it but {name!r:.60}; {AGAIN}")
+    file = path.parent / name
     if not file.is_file():
-        raise ValueError(f"{file} is missing: it belongs beside the plan")
-    if _file_hash(file) != body["tensors"]["sha256"]:
-        raise ValueError(f"{file} was changed or damaged: it does not match the hash in the plan")
-    return AdaptivePlan(ids, cfg, embedding=_read_embedding(file, len(ids)), **common)
+        raise SaerlError(f"{file} is missing: it belongs beside {path}; {AGAIN}")
+    if _file_hash(file) != entry["sha256"]:
+        raise SaerlError(f"{file} was changed or damaged: it does not match the hash in {path}; {AGAIN}")
+    return read_tensors(file, AGAIN)
 
 
-def _records(ids: list[str], table: dict[str, np.ndarray], reasons: list[str] | None = None) -> list[dict]:
+def _packed(prefix: str, strings: Sequence[str], table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    packed = strings if isinstance(strings, Packed) else Packed.of(strings)
+    columns = {
+        f"{prefix}{name}": table[name].astype(COLUMNS[name], copy=False) for name in COLUMNS if name in table
+    }
+    return {f"{prefix}text": packed.text, f"{prefix}ends": packed.ends, **columns}
+
+
+def _unpacked(
+    prefix: str, tensors: dict[str, np.ndarray], count: int
+) -> tuple[Packed, dict[str, np.ndarray]]:
+    text, ends = tensors[f"{prefix}text"], tensors[f"{prefix}ends"]
+    table = {name: tensors[f"{prefix}{name}"] for name in COLUMNS if f"{prefix}{name}" in tensors}
+    lengths = {len(ends) - 1, *map(len, table.values())}
+    if lengths != {count} or ends[0] != 0 or ends[-1] != len(text) or (np.diff(ends) < 0).any():
+        raise SaerlError(f"the plan's tensors do not hold its {count} prompts; {AGAIN}")
+    _check_table(table)
+    return Packed(text, ends), table
+
+
+def _records(
+    ids: Sequence[str], table: dict[str, np.ndarray], reasons: list[str] | None = None
+) -> list[dict]:
     records: list[dict[str, Any]] = []
     for i, name in enumerate(ids):
         record: dict[str, Any] = {"id": name}
@@ -141,20 +210,26 @@ def _columns(records: list[dict]) -> tuple[list[str], dict[str, np.ndarray]]:
                 raise ValueError(f"{name} of some prompt is no number")
             with np.errstate(over="ignore"):  # infinite then, and refused
                 table[name] = np.array(values, dtype=dtype)
-            least, most = {"cluster": (0, 2**31), "pass_rate": (0, 1)}.get(name, (-LARGEST, LARGEST))
-            if not np.all(np.isnan(table[name]) | ((table[name] >= least) & (table[name] <= most))):
-                raise ValueError(f"{name} of some prompt is not from {least:g} to {most:g}")
+    _check_table(table)
     ids = [record["id"] for record in records]
     if not set(map(type, ids)) <= {str}:
         raise ValueError("the id of some prompt is no text")
     return ids, table
 
 
+def _check_table(table: dict[str, np.ndarray]) -> None:
+    for name, values in table.items():
+        least, most = {"cluster": (0, 2**31), "pass_rate": (0, 1)}.get(name, (-LARGEST, LARGEST))
+        known = values[~np.isnan(values)]
+        if values.dtype != COLUMNS[name] or (len(known) and not least <= known.min() <= known.max() <= most):
+            raise ValueError(f"{name} of some prompt is not from {least:g} to {most:g}")
+
+
 def _layout(body: dict[str, Any]) -> str:
     """JSON with one prompt or one batch a line: made to be read, searched and compared."""
     lines = []
     for key, value in body.items():
-        if key in ("prompts", "dropped", "batches") and value:
+        if key in ("prompts", "dropped", "batches") and isinstance(value, list) and value:
             rows = ",\n  ".join(json.dumps(row, allow_nan=False) for row in value)
             lines.append(f' "{key}": [\n  {rows}\n ]')
         else:
@@ -176,16 +251,17 @@ def _file_hash(path: Path) -> str:
         return digest.hexdigest()
 
 
-def _write_embedding(embedding: Embedding, path: Path, with_projection: bool) -> None:
-    tensors = {"rows": np.ascontiguousarray(embedding.rows), "mean": embedding.mean}
-    tensors["scale"] = np.array([embedding.scale], dtype=np.float64)
-    if with_projection:  # large, and needed only to embed features seen during the run
-        tensors |= {"idf": embedding.idf, "components": np.ascontiguousarray(embedding.components)}
-    write_tensors(path, tensors, {"format": "saerl-plan-tensors-1"})
+def _embedding(plan: AdaptivePlan) -> dict[str, np.ndarray | Blocks]:
+    embedding, shape = plan.embedding, plan.embedding.rows.shape
+    blocks = (plan.first_rows(at, min(at + BLOCK, shape[0])) for at in range(0, shape[0], BLOCK))
+    tensors: dict[str, np.ndarray | Blocks] = {"rows": Blocks(np.float32, shape, blocks)}
+    tensors |= {"mean": embedding.mean, "scale": np.array([embedding.scale], dtype=np.float64)}
+    if plan.cfg.adaptive.refresh_features:  # large, and needed only to embed features seen during the run
+        tensors |= {"idf": embedding.idf, "components": embedding.components}
+    return tensors
 
 
-def _read_embedding(path: Path, n_rows: int) -> Embedding:
-    tensors = {name: tensor.numpy() for name, tensor in read_tensors(path, AGAIN)[0].items()}
+def _read_embedding(tensors: dict[str, np.ndarray], n_rows: int) -> Embedding:
     rows, mean, scale = tensors["rows"], tensors["mean"], tensors["scale"]
     idf = tensors.get("idf", np.zeros(0, dtype=np.float32))
     components = tensors.get("components", np.zeros((len(mean), 0), dtype=np.float32))
@@ -193,9 +269,9 @@ def _read_embedding(path: Path, n_rows: int) -> Embedding:
     shapes = {"rows": (n_rows, width), "mean": (width,), "components": (width, len(idf)), "scale": (1,)}
     for name, array in (("rows", rows), ("mean", mean), ("components", components), ("scale", scale)):
         if array.shape != shapes[name] or array.dtype != (np.float64 if name == "scale" else np.float32):
-            raise ValueError(f"{path.name} holds {name} {list(array.shape)}, not {list(shapes[name])}")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{path.name} holds {name} that are NaN or infinite")
+            raise ValueError(f"it holds {name} {list(array.shape)}, not {list(shapes[name])}")
+        if not all(np.isfinite(array[at : at + BLOCK]).all() for at in range(0, len(array), BLOCK)):
+            raise ValueError(f"it holds {name} that are NaN or infinite")
     if scale[0] <= 0:
-        raise ValueError(f"{path.name} holds the scale {scale[0]}")
+        raise ValueError(f"it holds the scale {scale[0]}")
     return Embedding(rows, idf, components, mean, float(scale[0]))

@@ -12,8 +12,8 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import first_line, writing
+from saerl_fast.fileio import first_line, remove, use_umask, writing, written
 
 log = logging.getLogger(__name__)
 FORMAT = "2"
@@ -99,29 +99,39 @@ def save_checkpoint(
     state = {"step": step, "plan": values, "numpy": numpy, "counters": dict(counters)}
     temporary = root / f"step-{step:06d}.tmp"
     with writing(f"a checkpoint to {root}"):
-        root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob("*.tmp"):
-            leftover.unlink()
-        _write(temporary, tensors, {"format": FORMAT, "state": json.dumps(state, default=float)})
-        final = root / f"{temporary.stem}-{_digest(temporary)}.safetensors"
-        _sync(temporary)
-        os.replace(temporary, final)
-        _sync(root)
-        files = _files(root)
-        older = [file for file in files if _step(file) < step]
-        for file in set(files) - {final, *older[: keep - 1]}:
-            file.unlink()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            for leftover in root.glob("*.tmp"):
+                leftover.unlink()
+            _write(temporary, tensors, {"format": FORMAT, "state": json.dumps(state, default=float)})
+            final = root / f"{temporary.stem}-{_digest(temporary)}.safetensors"
+            use_umask(temporary)
+            _sync(temporary)
+            os.replace(temporary, final)
+            _sync(root)
+            files = _files(root)
+            older = [file for file in files if _step(file) < step]
+            for file in set(files) - {final, *older[: keep - 1]}:
+                file.unlink()
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    written[final] = None
     return final
 
 
 def set_aside(out_dir: str | Path) -> None:
-    """Move the checkpoints of an earlier run to ``checkpoints.previous``, out of a fresh run's way."""
-    root = Path(out_dir) / FOLDER
+    """Move the checkpoints of an earlier run to ``checkpoints.previous``, out of a fresh run's way.
+
+    Where ``checkpoints`` is a link to another disk, it stays and so does the disk that they are on.
+    """
+    root = Path(os.path.realpath(Path(out_dir) / FOLDER))
     if root.is_dir():
-        previous = root.with_name(f"{FOLDER}.previous")
+        previous = root.with_name(f"{root.name}.previous")
         with writing(previous):
-            shutil.rmtree(previous, ignore_errors=True)
+            remove(previous)
             os.replace(root, previous)
+            root.mkdir()
 
 
 def load_latest(out_dir: str | Path) -> Checkpoint | None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import read_json, writing
+from saerl_fast.fileio import move_aside, read_json, writing
 from saerl_fast.stages.fingerprint import (
     LABEL_SECTIONS,
     RUN_SECTIONS,
@@ -20,7 +18,6 @@ from saerl_fast.stages.fingerprint import (
     fingerprint,
 )
 
-PREVIOUS = "previous"
 SCORE_FILES = ("scores.parquet", "scores.json", "features.safetensors")
 
 
@@ -96,10 +93,8 @@ def set_aside(config: Config, say: Callable[[str], None], *, scores: bool = True
         if name not in other:
             say(f"--redo: {root / name} is kept")
             continue
-        say(f"--redo: {root / name} is made again ({other[name]}); the one before is {name}.{PREVIOUS}")
+        say(f"--redo: {root / name} is made again ({other[name]}); the one before is {name}.previous")
         for file in SCORE_FILES if name == "scores.parquet" else (name,):
-            old, aside = root / file, root / f"{file}.{PREVIOUS}"
-            with writing(aside):
-                if old.exists():
-                    (shutil.rmtree if aside.is_dir() else Path.unlink)(aside, True)
-                    os.replace(old, aside)
+            if (root / file).exists():
+                with writing(root / file):
+                    move_aside(root / file)
