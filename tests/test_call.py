@@ -58,7 +58,7 @@ def test_an_exception_names_function_kind_and_first_line():
 
     assert "my_reward raised KeyError: 'key'" in message_of(score_rewards, my_reward, ["p"], ["a"], {})
     said = message_of(score_rewards, long, ["p"], ["a"], {})
-    assert "RuntimeError: first (" in said and said.endswith("; mend it")
+    assert "RuntimeError: first for completion 0 ('a') (" in said and said.endswith("; mend it")
 
 
 @pytest.mark.parametrize(
