@@ -47,6 +47,7 @@ from saerl_fast.rl.evaluate import evaluate, known_mean, pass_rates, score_rollo
 from saerl_fast.rl.generate import generate
 from saerl_fast.rl.interrupt import graceful_interrupt
 from saerl_fast.rl.loss import advantages, overlong_penalty
+from saerl_fast.rl.rescue import DUE, Rescue
 from saerl_fast.rl.rewards import Notes, State, with_timeout
 from saerl_fast.rl.rewards.dry import read_answers
 from saerl_fast.rl.rollouts import Draw, Rollouts, concat, join
@@ -91,7 +92,7 @@ def train(
 
     With ``resume`` the run goes on from its latest intact checkpoint, bit for bit on a CPU; without any
     checkpoint it starts afresh. The first interrupt (Ctrl-C) finishes the step, saves and raises
-    KeyboardInterrupt; a second one stops at once.
+    KeyboardInterrupt; a second one stops at once. An error (of a reward, say) saves what came before it.
     """
     run = _Run(
         session.model,
@@ -112,6 +113,9 @@ def train(
                 run.begin()
                 if any(distributed.gather(interrupted)):
                     run.stop(0)
+            elif run.counters.pop(DUE, False):
+                run.evaluate(start)
+                run.save(start)
             if progress is not None:
                 progress(start or 0, cfg.steps)
             for step in range((start or 0) + 1, cfg.steps + 1):
@@ -126,6 +130,10 @@ def train(
                 if any(distributed.gather(interrupted)) and not last:
                     run.stop(step)
         return run.finish()
+    except Exception:
+        if run.writes:
+            run.rescue.save(run.say)
+        raise
     finally:
         run.close()
 
@@ -166,6 +174,7 @@ class _Run:
         self.writes = distributed.rank() == 0
         self.counters: dict[str, Any] = dict.fromkeys(("rollouts", "tokens", "groups", "groups_used"), 0)
         self.counters |= {"mismatch_steps": 0, "seconds": {}}
+        self.rescue = Rescue(lambda: {"plan": self.plan.state_dict(), "counters": self.counters}, self._save)
 
     def say(self, line: str) -> None:
         if self.writes:
@@ -194,6 +203,7 @@ class _Run:
         elif resume:
             self.say(f"no checkpoint in {self.out_dir}: starting at step 0")
         at = found.step if found is not None else None
+        self.rescue.saved = -1 if at is None else at
         if len(set(distributed.gather(lambda: at))) > 1:
             raise SaerlError(f"the processes find different checkpoints in {self.out_dir}; share the folder")
         distributed.broadcast(list(ckpt.model_tensors(self.model).values()))
@@ -236,13 +246,16 @@ class _Run:
             self.save(0)
 
     def save(self, step: int) -> None:
-        learner = self.learner
-        counters = self.counters | {"micro_tokens": learner.optimizer.micro_tokens}
-        state: dict[str, Any] = {"model": self.model, "reference": learner.reference, "counters": counters}
-        state |= {"optimizer": learner.optimizer.state_dict(), "plan": self.plan.state_dict()}
-        state["keep"] = self.cfg.keep
+        state = {"plan": self.plan.state_dict(), "counters": self.counters}
         with self.clock()("save"):
-            distributed.on_first(lambda: ckpt.save_checkpoint(self.out_dir, step, **state))
+            distributed.on_first(lambda: self._save(step, state))
+        self.rescue.saved = step
+
+    def _save(self, step: int, state: dict[str, Any]) -> None:
+        learner, counters = self.learner, state["counters"]
+        state |= {"counters": counters | {"micro_tokens": learner.optimizer.micro_tokens}}
+        state |= {"model": self.model, "reference": learner.reference, "keep": self.cfg.keep}
+        ckpt.save_checkpoint(self.out_dir, step, optimizer=learner.optimizer.state_dict(), **state)
 
     def stop(self, step: int) -> None:
         """End an interrupted run with everything saved."""
@@ -319,6 +332,7 @@ class _Run:
 
     def step(self, step: int) -> None:
         cfg, clock = self.cfg, self.clock()
+        self.rescue.keep(step - 1)
         self._seed_globals(step)
         self.state.global_step = step - 1  # steps made, as transformers counts them
         draws = [self._draw(step, 0, clock)]
@@ -327,6 +341,7 @@ class _Run:
             draws.append(self._draw(step, len(draws), clock))
         rollouts, advantage, used = join(draws, wanted)
         lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
+        self.rescue.drop()
         update = self.learner.update(rollouts, advantage, used, lr, clock)
         self._watch_mismatch(step, update["mismatch"])
         lengths = torch.cat([draw.rollouts.lengths for draw in draws])
@@ -435,6 +450,7 @@ class _Run:
 
     def evaluate(self, step: int) -> None:
         clock = self.clock()
+        self.rescue.keep(step, due=True)
         with clock("eval"):
             pool, seed = self.session.eval, derived_seed(self.seed, seeds.EVAL, 0)
             self.state.global_step = step

@@ -118,8 +118,10 @@ def _named(fn: Reward, rows: Rows, notes: Notes) -> np.ndarray:
     try:
         return _ask(fn, rows, notes)
     except Failed as err:
-        end = time.monotonic() + SEARCH
-        for i in range(len(rows.completions) if err.search else 0):
+        end, n = time.monotonic() + SEARCH, len(rows.completions)
+        if err.search and n == 1:
+            err.at = at(rows, 0)
+        for i in range(n if err.search and n > 1 else 0):
             try:
                 if time.monotonic() < end:
                     _ask(fn, rows.only(i), Notes())
