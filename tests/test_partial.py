@@ -131,16 +131,8 @@ def test_captured_activations_are_not_captured_again(tmp_path: Path, monkeypatch
 
 def test_the_command_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(partial, "EVERY", 1e9)
-    words = [
-        "sae",
-        "train",
-        "--config",
-        "examples/demo.yaml",
-        "--quiet",
-        "data.limit=40",
-        "data.eval_limit=4",
-    ]
-    words += ["sae.steps=12", "sae.d_sae=64", "sae.k=4", "sae.max_tokens=600"]
+    words = ["sae", "train", "--config", "examples/demo.yaml", "--quiet", "data.limit=40"]
+    words += ["data.eval_limit=4", "sae.steps=12", "sae.d_sae=64", "sae.k=4", "sae.max_tokens=600"]
     assert main([*words, f"run_dir={tmp_path / 'one'}"]) == 0
     real, steps = _Trainer.step, []
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.worker import Died, Late, Worker
+from saerl_fast.rl.worker import Died, Late, Worker
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,7 +98,7 @@ def test_calls_and_their_ends(tmp_path) -> None:
 def test_the_child_dies_with_its_parent(tmp_path) -> None:
     """Killed at once, in the middle of a call that lets no thread run: nothing stays."""
     code = (
-        f"from saerl_fast.worker import Worker; w = Worker(('{__name__}:opening', ('x',))); "
+        f"from saerl_fast.rl.worker import Worker; w = Worker(('{__name__}:opening', ('x',))); "
         f"print(w.call('{__name__}:word', seconds=60)[1], flush=True); "
         f"w.call('{__name__}:hang', {str(tmp_path / 'pid')!r}, seconds=60)"
     )

@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import cache, lru_cache
 from typing import Any
 
-from saerl_fast.worker import Died, Late, Worker
+from saerl_fast.rl.worker import Died, Late, Worker
 
 SECONDS = 3  # for reading an expression, and for comparing two
 MOST = 10.0  # seconds for all of it, after which the child is killed

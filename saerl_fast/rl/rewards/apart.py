@@ -21,7 +21,7 @@ import torch
 from saerl_fast.plugins import source_digest
 from saerl_fast.rl.interrupt import TimeUp, call_within
 from saerl_fast.rl.rewards.ask import Failed, Notes, Reward, Rows, ask, name_of, place
-from saerl_fast.worker import Died, Late, Worker
+from saerl_fast.rl.worker import Died, Late, Worker
 
 log = logging.getLogger(__name__)
 Key = tuple[str, str, "str | None"]  # working folder, name, a hash of the file

@@ -22,7 +22,7 @@ from saerl_fast.rl.interrupt import TimeUp
 from saerl_fast.rl.rewards.contain import contained
 
 Reward = Callable[..., Any]
-LARGEST = 1e30  # of a reward: the loss is computed in float32
+LARGEST = 1e12  # of a reward: squares of the gradient's entries are summed up in float32
 
 
 @dataclass

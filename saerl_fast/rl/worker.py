@@ -32,7 +32,7 @@ from saerl_fast.plugins import first_line
 PATIENCE = 600.0  # seconds for the child's imports
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from saerl_fast.worker import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
+    "from saerl_fast.rl.worker import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
 )
 _GUARD = 'read -r _; kill -s KILL -- "-$0"'  # its input ends with the process that holds the other end
 _FRAME = re.compile(r'File "(.*)", line (\d+)')
