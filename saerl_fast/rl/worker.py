@@ -77,7 +77,11 @@ class Worker:
             if self._owner != os.getpid():
                 self._start()
             if not self._ready:
-                self._receive(PATIENCE)
+                try:
+                    self._receive(PATIENCE)
+                except SaerlError:
+                    self._restart()
+                    raise
                 self._ready = True
             try:
                 self._link.send_bytes(pickle.dumps((function, args)))

@@ -14,7 +14,7 @@ from fractions import Fraction
 from functools import cache
 from importlib.util import find_spec
 
-from saerl_fast.rl.expressions import same_expression
+from saerl_fast.rl.judges import same_expression
 from saerl_fast.rl.rewards.notation import balanced, squeeze, tidy
 from saerl_fast.rl.rewards.numbers import equal, only_number
 
