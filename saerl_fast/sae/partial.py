@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +26,18 @@ class Partial:
     """A folder ``<folder>/sae.partial-<mark>``; those of another mark are removed.
 
     ``mark`` stands for every setting that the SAE depends on. ``interrupted`` tells whether to save at once
-    and stop. Each file's name has the start of its content's SHA-256: what is damaged is not used.
+    and ``stop``. Each file's name has the start of its content's SHA-256: what is damaged is not used.
     """
 
     def __init__(
-        self, folder: str | Path, mark: str, interrupted: Callable[[], object] = lambda: False
+        self,
+        folder: str | Path,
+        mark: str,
+        interrupted: Callable[[], Any] = lambda: 0,
+        stop: Callable[[Any], BaseException] = KeyboardInterrupt,
     ) -> None:
         self.folder, self._interrupted = Path(folder) / f"sae.partial-{mark}", interrupted
+        self._stop = stop
         self._last, self._pause = time.monotonic(), EVERY
         for old in Path(folder).glob("sae.partial-*"):
             if old != self.folder:
@@ -44,7 +50,7 @@ class Partial:
         return bool(self._interrupted()) or time.monotonic() - self._last > self._pause
 
     def save(self, kind: str, number: int, tensors: dict[str, Tensor]) -> None:
-        """Write ``<kind>-<number>``; KeyboardInterrupt when that was due to an interrupt.
+        """Write ``<kind>-<number>``; raises ``stop`` when that was due to an interrupt.
 
         When it cannot be written, that is logged, and not tried again: the training is worth more.
         """
@@ -61,8 +67,8 @@ class Partial:
             log.warning("an interruption would lose this SAE: %s", err)
             self._pause = float("inf")
         self._last = time.monotonic()
-        if self._interrupted():
-            raise KeyboardInterrupt
+        if said := self._interrupted():
+            raise self._stop(said)
 
     def saved(self, kind: str) -> list[dict[str, Tensor]]:
         """The intact files of a kind by rising number, on the CPU."""
