@@ -150,3 +150,6 @@ def test_the_command_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatc
     one, two = (tmp_path / name / "sae" / "sae_weights.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
     assert not list((tmp_path / "two").glob("sae.partial-*"))
+    (tmp_path / "two" / "sae.partial-old").mkdir()
+    assert main([*words, "--redo", f"run_dir={tmp_path / 'two'}"]) == 0
+    assert not list((tmp_path / "two").glob("sae.partial-*"))

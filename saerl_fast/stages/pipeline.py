@@ -94,6 +94,8 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None, *, red
     if redo:
         set_aside(config, echo, scores=False)
         if folder.is_dir():
+            for old in Path(config.run_dir).glob("sae.partial-*"):
+                remove(old)  # of a command that was killed after it had written the SAE
             return load_sae(folder)
     session = session or open_session(config, echo)
     layer = resolve_layer(session.model, None, config.sae.layer)
