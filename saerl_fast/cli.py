@@ -251,7 +251,7 @@ def _complain(err: SaerlError, args: argparse.Namespace, cause: BaseException | 
             shown.__suppress_context__ = False
             shown = shown.__cause__ or shown.__context__
         traceback.print_exception(cause or err)
-    print(f"saerl: {err}", file=sys.stderr, flush=True)
+    print(f"saerl: {SaerlError(err)}", file=sys.stderr, flush=True)  # some make their sentence late
 
 
 def _kept() -> str:

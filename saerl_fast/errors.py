@@ -28,7 +28,7 @@ def halved(text: str) -> bool:
 class SaerlError(ValueError):
     """Bad input. The command line prints the message alone, one line, and exits with code 2."""
 
-    def __init__(self, message: object = "") -> None:
+    def __init__(self, message: object = "", *more: object) -> None:
         line = printable(str(message)).replace("\n", r"\n")
         cut = len(line) > _LONGEST
-        super().__init__(f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}" if cut else line)
+        super().__init__(f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}" if cut else line, *more)
