@@ -440,10 +440,15 @@ def test_one_command_changes_one_setting(scored, tmp_path, capsys):
     assert "adaptive is made again (train.lr was 0.0005)" in said
     made, said = redo("train.lr=0.01", "diversity.n_clusters=3")
     assert made == {"adaptive/metrics.jsonl", "scores.parquet"} and "sae is kept" in said
-    assert "scores.parquet is made again (diversity.n_clusters was 4)" in said
+    assert (
+        "scores.parquet is made again: it was made with other settings (diversity.n_clusters was 4)" in said
+    )
     made, said = redo("train.lr=0.01", "diversity.n_clusters=3", "sae.k=4")
     assert made == {"adaptive/metrics.jsonl", "scores.parquet", "sae/train.json"}
-    assert "sae is made again (sae.k was 8); the one before is sae.previous" in said
+    assert (
+        "sae is made again: it was made with other settings (sae.k was 8); the one before is sae.previous"
+        in said
+    )
     assert "labels.json is kept" in said and (folder / "sae.previous" / "train.json").is_file()
     made, said = redo("train.lr=0.01", "diversity.n_clusters=3", "sae.k=4", "train.steps=3")
     assert made == {"adaptive/metrics.jsonl"} and "goes on from where it stopped" in said

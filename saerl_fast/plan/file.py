@@ -8,7 +8,6 @@ safetensors file beside it, which holds the adaptive schedule's features) and sh
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from saerl_fast.fileio import atomic_path, read_json, write_text
 from saerl_fast.plan.adaptive import AdaptivePlan, Embedding
 from saerl_fast.plan.base import Plan
 from saerl_fast.plan.static import StaticPlan
+from saerl_fast.records.manifest import digest, json_digest
 
 FORMAT, VERSION = "saerl-plan", 1
 COLUMNS = {"cluster": np.int32, "difficulty": np.float32, "quality": np.float32, "pass_rate": np.float32}
@@ -50,7 +50,7 @@ def save_plan(plan: Plan, path: str | Path) -> Path:
     elif isinstance(plan, AdaptivePlan):
         file = path.with_suffix(".safetensors")
         _write_embedding(plan.embedding, file, with_projection=plan.cfg.adaptive.refresh_features)
-        body["tensors"] = {"file": file.name, "sha256": _file_hash(file)}
+        body["tensors"] = {"file": file.name, "sha256": digest(file)}
     body["sha256"] = _content_hash(body)
     return write_text(path, _layout(body))
 
@@ -87,7 +87,7 @@ def load_plan(path: str | Path) -> Plan:
     file = path.parent / body["tensors"]["file"]
     if not file.is_file():
         raise SaerlError(f"{file} is missing: it belongs beside {path}; {AGAIN}")
-    if _file_hash(file) != body["tensors"]["sha256"]:
+    if digest(file) != body["tensors"]["sha256"]:
         raise SaerlError(f"{file} was changed or damaged: it does not match the hash in {path}; {AGAIN}")
     return AdaptivePlan(ids, cfg, embedding=_read_embedding(file), **common)
 
@@ -130,17 +130,7 @@ def _layout(body: dict[str, Any]) -> str:
 
 
 def _content_hash(body: dict[str, Any]) -> str:
-    rest = {key: value for key, value in body.items() if key != "sha256"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
+    return json_digest({key: value for key, value in body.items() if key != "sha256"})
 
 
 def _write_embedding(embedding: Embedding, path: Path, with_projection: bool) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.records import manifest
 from saerl_fast.records.log import read_metrics
 
 SAERL_PHASES = ("capture", "encode", "plan")  # what this project adds to a vanilla step
@@ -117,6 +118,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _load_run(folder: Path) -> RunRecord:
+    for part in ("run", "result"):
+        if fault := manifest.look(folder, part).fault:
+            raise SaerlError(f"{fault}; make the run again with `saerl train --overwrite`")
     rows = read_metrics(folder / "metrics.jsonl")
     config = read_object(folder / "run.json")
     record = RunRecord(config.get("arm", folder.name), int(config.get("seed", 0)), folder, config)

@@ -7,7 +7,6 @@ the file's metadata. Nothing is pickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.records.manifest import digest
 
 log = logging.getLogger(__name__)
 FORMAT = "2"
@@ -100,7 +100,7 @@ def save_checkpoint(
         for leftover in root.glob("*.tmp"):
             leftover.unlink()
         _write(temporary, tensors, {"format": FORMAT, "state": json.dumps(state, default=float)})
-        final = root / f"{temporary.stem}-{_digest(temporary)}.safetensors"
+        final = root / f"{temporary.stem}-{digest(temporary)[:16]}.safetensors"
         _sync(temporary)
         os.replace(temporary, final)
         _sync(root)
@@ -141,7 +141,7 @@ def load_latest(out_dir: str | Path) -> Checkpoint | None:
 def _load(file: Path) -> Checkpoint:
     from safetensors import safe_open
 
-    if _digest(file) != file.stem.rpartition("-")[2]:
+    if digest(file)[:16] != file.stem.rpartition("-")[2]:
         raise ValueError("the content does not match the checksum in its name")
     with safe_open(file, "pt") as opened:
         about = opened.metadata() or {}
@@ -173,14 +173,6 @@ def _write(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> 
     save_file(
         {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, path, about
     )
-
-
-def _digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()[:16]
 
 
 def _sync(path: Path) -> None:

@@ -8,6 +8,7 @@ once, where they come in (``checked``); what follows takes them as they are and 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,12 @@ import numpy as np
 import torch
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path
 from saerl_kernels import CSR, csr
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-FORMAT = "saerl-features-1"
+FORMAT = "saerl-features-2"
 
 
 def checked(X: CSR) -> CSR:
@@ -89,15 +89,17 @@ def ids_hash(prompt_ids: Sequence[str]) -> str:
 
 
 def save_features(path: str | Path, X: CSR, prompt_ids: Sequence[str]) -> Path:
-    """Write ``X`` [n, n_cols] to a safetensors file that also records which prompts its rows are."""
+    """Write ``X`` [n, n_cols] to a safetensors file that also records which prompts its rows are.
+
+    Equal features make equal files: safetensors orders the tensors, but not more than one metadata key.
+    """
     from safetensors.torch import save_file
 
     if len(X.indptr) - 1 != len(prompt_ids):
         raise SaerlError(f"{len(X.indptr) - 1} feature rows cannot belong to {len(prompt_ids)} prompts")
     tensors = {name: getattr(X, name).detach().cpu().contiguous() for name in ("indptr", "indices", "values")}
-    metadata = {"format": FORMAT, "n_cols": str(int(X.n_cols)), "prompt_ids_sha256": ids_hash(prompt_ids)}
-    with atomic_path(path) as temporary:
-        save_file(tensors, str(temporary), metadata=metadata)
+    about = {"format": FORMAT, "n_cols": int(X.n_cols), "prompt_ids_sha256": ids_hash(prompt_ids)}
+    save_file(tensors, str(path), metadata={"saerl": json.dumps(about)})
     return Path(path)
 
 
@@ -112,7 +114,7 @@ def load_features(path: str | Path, prompt_ids: Sequence[str] | None = None) -> 
     metadata: dict[str, Any] = {}
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get("saerl", "{}"))
             tensors = {name: file.get_tensor(name) for name in ("indptr", "indices", "values")}
     except Exception as err:  # safetensors raises its own type, built in Rust
         raise SaerlError(f"{path} is damaged ({err}); make it again with `saerl score`") from None
