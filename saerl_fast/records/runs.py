@@ -119,8 +119,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def _load_run(folder: Path) -> RunRecord:
     for part in ("run", "result"):
-        if fault := manifest.look(folder, part).fault:
-            raise SaerlError(f"{fault}; make the run again with `saerl train --overwrite`")
+        kept = manifest.look(folder, part)
+        if kept.entry and kept.fault:
+            raise SaerlError(f"{kept.fault}; make the run again with `saerl train --overwrite`")
     rows = read_metrics(folder / "metrics.jsonl")
     config = read_object(folder / "run.json")
     record = RunRecord(config.get("arm", folder.name), int(config.get("seed", 0)), folder, config)

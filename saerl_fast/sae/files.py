@@ -104,8 +104,8 @@ def save_sae(
     """Write a folder that SAELens' ``SAE.load_from_disk`` loads with equal encodings, and return it.
 
     BatchTopK is written as the JumpReLU SAE it is at inference, as SAELens itself does; so is a gated SAE.
-    ``train``: figures of its training, for train.json. ``made``: what a ``manifest.json`` is to say of the SAE
-    beside the hashes of its files; without it there is none, and the files may be edited.
+    ``train``: figures of its training, for train.json. ``made``: what a ``manifest.json`` is to say of the
+    SAE beside the hashes of its files; without it there is none, and the files may be edited.
     """
     from safetensors.torch import save_file
 

@@ -124,8 +124,8 @@ def score_hashes(config: Config) -> dict[str, str | None]:
 
 
 def _recorded(made: Artefact, file: str) -> str | None:
-    entry = manifest.look(made.place, made.name).entry or {"files": {}}
-    return entry["files"].get(file, {}).get("sha256")
+    found = manifest.look(made.place, made.name)
+    return found.entry["files"].get(file, {}).get("sha256") if found.entry and not found.fault else None
 
 
 def other_inputs(entry: dict[str, Any], now: dict[str, str | None]) -> list[str]:
@@ -169,13 +169,12 @@ def set_aside(config: Config, say: Callable[[str], None], *, scores: bool = True
         if name not in other:
             say(f"--redo: {root / moved[0]} is kept")
             continue
-        say(
-            f"--redo: {root / moved[0]} is made again: it {other[name]}; the one before is {moved[0]}.{PREVIOUS}"
-        )
+        aside = f"{moved[0]}.{PREVIOUS}"
+        say(f"--redo: {root / moved[0]} is made again: it {other[name]}; the one before is {aside}")
         if place == root:
             manifest.forget(root, name)
         for file in moved:
-            old, aside = root / file, root / f"{file}.{PREVIOUS}"
+            old, new = root / file, root / f"{file}.{PREVIOUS}"
             if old.exists():
-                shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
-                os.replace(old, aside)
+                shutil.rmtree(new, ignore_errors=True) if new.is_dir() else new.unlink(missing_ok=True)
+                os.replace(old, new)
