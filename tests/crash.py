@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from saerl_fast.records.lock import NAME
+
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 _state: dict[str, Any] = {"root": None, "seen": 0, "last": 0}
 
@@ -19,6 +21,8 @@ class Crashed(BaseException):
 def _hook(event: str, args: tuple[Any, ...]) -> None:
     root = _state["root"]
     if root is None or event not in EVENTS or not str(args[0]).startswith(root):
+        return
+    if NAME in str(args[0]):  # a lock goes with the process, which here lives on
         return
     if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR):
         return

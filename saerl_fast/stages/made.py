@@ -5,14 +5,13 @@ Every answer comes from the manifests: settings by their fingerprint, files and 
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import move_aside
 from saerl_fast.records import manifest
 from saerl_fast.sae.formats import SAELENS_WEIGHTS
 from saerl_fast.stages.fingerprint import (
@@ -24,7 +23,6 @@ from saerl_fast.stages.fingerprint import (
     fingerprint,
 )
 
-PREVIOUS = "previous"
 SCORE_FILES = ("scores.parquet", "scores.json", "features.safetensors")
 
 
@@ -169,12 +167,10 @@ def set_aside(config: Config, say: Callable[[str], None], *, scores: bool = True
         if name not in other:
             say(f"--redo: {root / moved[0]} is kept")
             continue
-        aside = f"{moved[0]}.{PREVIOUS}"
+        aside = f"{moved[0]}.previous"
         say(f"--redo: {root / moved[0]} is made again: it {other[name]}; the one before is {aside}")
         if place == root:
             manifest.forget(root, name)
         for file in moved:
-            old, new = root / file, root / f"{file}.{PREVIOUS}"
-            if old.exists():
-                shutil.rmtree(new, ignore_errors=True) if new.is_dir() else new.unlink(missing_ok=True)
-                os.replace(old, new)
+            if (root / file).exists():
+                move_aside(root / file)
