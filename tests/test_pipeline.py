@@ -589,7 +589,7 @@ def test_what_is_left_of_a_killed_run_is_taken_and_a_signal_saves(tmp_path, monk
         patch.setattr(os, "replace", die)
         child = fork(lambda: saerl("train", tmp_path / "r", *vanilla))
         assert status(child) == -signal.SIGKILL
-    assert {path.name[:10] for path in disk.iterdir()} == {".run.json.", NAME[:10]}
+    assert {path.name[:10] for path in disk.iterdir()} == {".run.json.", ".manifest.", NAME[:10]}
     capsys.readouterr()
     assert kill(signal.SIGTERM) == 128 + signal.SIGTERM
     said = capsys.readouterr().err

@@ -27,6 +27,7 @@ from typing import Any
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import atomic_path, write_json
+from saerl_fast.fileio import written as completed
 
 FILE = "manifest.json"
 FORMAT = "saerl-manifest-1"
@@ -190,6 +191,7 @@ def _put(folder: Path, name: str, entries: list[Entry]) -> None:
     if artefacts is None and (folder / FILE).exists():
         raise SaerlError(f"{folder / FILE} is a file of something else; choose another folder")
     write_json(folder / FILE, {"format": FORMAT, "artefacts": (artefacts or {}) | {name: entries}})
+    completed.pop(folder / FILE, None)  # nothing that a user asked for
 
 
 def _is_entries(value: Any) -> bool:

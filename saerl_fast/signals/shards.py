@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path
+from saerl_fast.fileio import atomic_path, written
 from saerl_fast.records.manifest import digest
 from saerl_fast.signals.features import load_features, save_features
 
@@ -98,6 +98,7 @@ class Shards:
                 save_features(temporary, rows, ids)
                 name = f"{start:09d}.{part}-{digest(temporary)[:16]}.safetensors"
             os.replace(self.folder / f"{start:09d}.{part}", self.folder / name)
+            written[self.folder / name] = None
 
     def _shifted(
         self, on_progress: Callable[[int, int], None] | None, start: int, total: int
