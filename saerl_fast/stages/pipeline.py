@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from saerl_fast import __version__
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, remove
@@ -89,10 +90,13 @@ def open_session(config: Config, echo: Echo) -> Session:
 def sae_stage(config: Config, echo: Echo, session: Session | None = None, *, redo: bool = False) -> SAE:
     """Train a TopK SAE on the training prompts' (and answers') activations into ``<run_dir>/sae``.
 
-    With ``redo`` one that these settings have made is kept.
+    With ``redo`` one that these settings have made is kept. Until it is written, what an interruption would
+    lose is kept in ``<run_dir>/sae.partial-*``.
     """
+    from saerl_fast.rl.interrupt import Stopped, graceful_interrupt
     from saerl_fast.sae.capture import resolve_layer
     from saerl_fast.sae.files import load_sae, save_sae
+    from saerl_fast.sae.partial import Partial
     from saerl_fast.sae.train import collect_activations, train_sae
 
     if config.sae.path is not None:
@@ -101,38 +105,49 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None, *, red
     if redo:
         set_aside(config, echo, scores=False)
         if is_there(config, "sae", echo):
+            for old in Path(config.run_dir).glob("sae.partial-*"):
+                remove(old)  # of a command that was killed after it had written the SAE
             return load_sae(folder)
     session = session or open_session(config, echo)
     layer = resolve_layer(session.model, None, config.sae.layer)
     rows = session.train.ids
     if config.score.include_answer:
         rows = [prompt + answer for prompt, answer in zip(rows, session.train.answer_ids, strict=True)]
-    started = time.perf_counter()
-    activations = collect_activations(
-        session.model,
-        rows,
-        layer,
-        config.sae.max_tokens,
-        seed=config.sae.seed,
-        on_progress=echo.bar("activations", "text"),
-    )
-    captured = time.perf_counter()
-    bar = echo.bar("SAE", "step")
-    bar(0, config.sae.steps)
-    sae, metrics = train_sae(
-        activations,
-        replace(config.sae, layer=layer),
-        on_step=lambda step, shown: bar(step, int(shown["steps"])),
-        model_name=config.model.path,
-        device=session.model.device,
-    )
+    mark = fingerprint(config, SAE_SECTIONS)
+    with graceful_interrupt() as interrupted:
+        made = f"{mark}-{int(config.score.include_answer)}-{__version__}"
+        keep = Partial(config.run_dir, made, interrupted, Stopped)
+        started = time.perf_counter()
+        activations = collect_activations(
+            session.model,
+            rows,
+            layer,
+            config.sae.max_tokens,
+            seed=config.sae.seed,
+            on_progress=echo.bar("activations", "text"),
+            keep=keep,
+        )
+        captured = time.perf_counter()
+        bar = echo.bar("SAE", "step")
+        bar(0, config.sae.steps)
+        sae, metrics = train_sae(
+            activations,
+            replace(config.sae, layer=layer),
+            on_step=lambda step, shown: bar(step, int(shown["steps"])),
+            model_name=config.model.path,
+            device=session.model.device,
+            keep=keep,
+        )
     record = {"layer": layer, **metrics, "seconds_capture": captured - started}
     save_sae(sae, folder, train=record, made=made_from(config, SAE_SECTIONS))
+    keep.clear()
     echo(
         f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.cfg.k}, unexplained variance "
         f"{metrics['fvu']:.3f} on held-out tokens, {metrics['dead_fraction']:.1%} dead features"
     )
     echo(f"wrote {folder}")
+    if number := interrupted():  # at the very end
+        raise Stopped(number)
     return sae
 
 
@@ -302,8 +317,8 @@ def _record_plan(plan: Plan, folder: Path, entry: dict[str, Any]) -> None:
 
     manifest.forget(folder, "plan")
     file = save_plan(plan, folder / "plan.json")
-    tensors = [file.with_suffix(".safetensors").name] * (plan.schedule == "adaptive")
-    manifest.record(folder, "plan", [file.name, *tensors], entry)
+    files = [part.name for part in (file, file.with_suffix(".safetensors")) if part.is_file()]
+    manifest.record(folder, "plan", files, entry)
 
 
 def folder_name(schedule: str) -> str:
