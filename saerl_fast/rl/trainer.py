@@ -388,6 +388,7 @@ class _Run:
                     part,
                     prompts[here],
                     self.reward,
+                    prefill=self.pool.prefill,
                     pay_truncated=cfg.reward_truncated,
                     state=self.state,
                     notes=notes,
