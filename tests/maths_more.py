@@ -315,4 +315,10 @@ MORE: list[tuple[str, str, int]] = [
     ("\\boxed{(B) 12}", "12", 1),
     ("\\boxed{(B) 12}", "13", 0),
     ("\\boxed{y=6}", "y=5", 0),
+    ("\\boxed{(A) or (B)}", "A", 0),
+    ("\\boxed{(A) 12 or (B) 13}", "A", 0),
+    ("\\boxed{(A) 12 (B) 13}", "A", 0),
+    ("\\boxed{A. B}", "A", 0),
+    ("\\boxed{(A) A cat}", "A", 1),
+    ("\\boxed{5 \\cdot m}", "5", 0),
 ]

@@ -37,9 +37,10 @@ _HEAVY = re.compile(
 _LETTER = re.compile(r"\(?\s*([A-Z])\s*[).]?(?:\s.*)?")
 _UNIT = re.compile(
     r"(?P<value>.*[\d})])\s*(?P<unit>\\?%|"
-    r"(?:(?:\^\s*\{?-?\d\}?|/|\\cdot|[()]|[.\u00b5'\"-]|[a-zA-Z]+(?![a-zA-Z]))\s*)+)"
+    r"(?!\\cdot)(?:(?:\^\s*\{?-?\d\}?|/|\\cdot|[()]|[.\u00b5'\"-]|[a-zA-Z]+(?![a-zA-Z]))\s*)+)"
 )
-_LABEL = re.compile(r"\(?([A-J])[).:]\s+(?=\S)")  # of a choice, before what it says
+# The label of one choice, before what it says; not of several.
+_LABEL = re.compile(r"\(?([A-J])[).:]\s+(?=\S)(?!or\b|and\b|(?:.*\s)?\(?[A-J](?:[).:](?:\s|$)|$))")
 _SIDE = re.compile(
     r"[a-zA-Z]\w*(?:_\{?\w+\}?)?(?:\([a-zA-Z]\w*(?:,\s*[a-zA-Z])*\)|\^\{-1\}\(x\))?'?|\|?[A-Z]{2,3}\|?"
 )
