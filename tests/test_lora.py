@@ -15,10 +15,10 @@ from saerl_fast.config import (
     WarmupConfig,
 )
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import check_targets
 from saerl_fast.records.log import read_metrics
 from saerl_fast.rl import update as module
 from saerl_fast.rl.checkpoint import load_latest, model_tensors
+from saerl_fast.rl.lora import check_targets
 from tests.tiny_lm import tiny_model
 from tests.training import (
     PHASES,

@@ -32,6 +32,10 @@ class Optimizer:
     def __init__(self, model: nn.Module, cfg: TrainConfig) -> None:
         self.model, self.micro_tokens = model, cfg.micro_tokens
         self.gradient_checkpointing = cfg.gradient_checkpointing
+        if cfg.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
+            raise SaerlError(
+                f"train.gradient_checkpointing=true: {type(model).__name__} has none; set it to false"
+            )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise SaerlError("the model has no trainable parameters; unfreeze some")
@@ -140,18 +144,36 @@ class Optimizer:
 def training_mode(model: Any, gradient_checkpointing: bool = False) -> Iterator[None]:
     """Settings of an update: no dropout (log-probabilities must match the sampled ones), checkpointing.
 
-    transformers recomputes the activations only of blocks in training mode, so just these are set to it, and
-    not the modules inside them, which would drop out.
+    transformers recomputes the activations only of blocks that are in training mode when they are called. So
+    their modules stay out of it, and each block is in it only until its own forward pass begins: what drops
+    out asks in there.
     """
     was_training = model.training
     model.eval()
+    handles: list[Any] = []
     if gradient_checkpointing:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in model.modules():
-            module.training = getattr(module, "gradient_checkpointing", False)
+        marked = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+        blocks = [module for module in marked if isinstance(module, GradientCheckpointingLayer)]
+        for module in blocks or marked:  # a model of the older kind asks in its own forward pass
+            module.training = True
+        for block in blocks:
+            handles.append(block.register_forward_pre_hook(lambda module, _: _set_training(module, False)))
+            back = block.register_forward_hook(
+                lambda module, *_: _set_training(module, True), always_call=True
+            )
+            handles.append(back)
     try:
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         if gradient_checkpointing:
             model.gradient_checkpointing_disable()
         model.train(was_training)
+
+
+def _set_training(module: nn.Module, training: bool) -> None:
+    module.training = training
