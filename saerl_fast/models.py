@@ -69,12 +69,13 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
             if gguf_file is None:
                 _check_kind(cfg.path, AutoConfig.from_pretrained(source, **common))
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
-            model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **extra)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **extra)
         except SaerlError:
             raise
         except Exception as err:  # OSError, ValueError, KeyError, ImportError, hub errors ...
             raise SaerlError(_load_failure(cfg.path, source, err, reached)) from err
 
+    model, found = loaded
     if gguf_file is not None:  # the weights are ordinary tensors now; the mark would forbid saving them
         for name, value in (("hf_quantizer", None), ("is_quantized", False)):
             setattr(model, name, value)
@@ -90,8 +91,8 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     _check_embeddings(model, tokenizer, cfg.path)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.to(device)  # type: ignore[arg-type]  # the stub of this method is wrong
-    _check_causal(cfg.path, model.eval())
+    model.to(device)
+    check_causal(model.eval(), cfg.path)
     return model, tokenizer
 
 
@@ -119,7 +120,8 @@ def decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     Hidden state L is the output of block L - 1.
     """
     n_layers = n_blocks(model)
-    embeds = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    of = getattr(model, "get_input_embeddings", None)
+    embeds = of() if callable(of) else None
     path = next((name for name, module in model.named_modules() if module is embeds), "").split(".")
     for depth in range(len(path), -1, -1):  # outwards from the embeddings, which no encoder of pictures has
         body = model.get_submodule(".".join(path[:depth]))
@@ -172,7 +174,7 @@ def max_positions(model: nn.Module) -> int | None:
         if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
             first = rope.get("original_max_position_embeddings")
             limit = min(filter(None, (limit, first)), default=None)
-    return int(limit) if limit else None
+    return int(limit) if limit and limit > 0 else None
 
 
 def check_fit(model: nn.Module, rows: Sequence[Sequence[int]], room: int = 0, what: str = "prompt") -> None:
@@ -322,9 +324,9 @@ def _check_weights(path: str, found: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _check_causal(path: str, model: PreTrainedModel) -> None:
-    """SaerlError when the model cannot read a row of ids, or a token changes what is said before it."""
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, operator, index]
+def check_causal(model: Any, path: str) -> None:
+    """SaerlError when the model ``path`` cannot read ids, or a token changes the predictions before it."""
+    rows = model.get_input_embeddings().weight.shape[0]
     ids = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]], device=model.device) % rows
     try:
         logits = model(input_ids=ids, use_cache=False).logits.float()

@@ -80,6 +80,8 @@ def _bypassed(model: Any) -> list[str]:
     def untouched(tensors: dict[str, Any]) -> list[str]:
         with torch.enable_grad():
             loss = model(input_ids=ids, use_cache=False).logits.float().square().mean()
+            if not (tensors and loss.requires_grad):
+                return list(tensors)
             grads = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
         return [name for name, grad in zip(tensors, grads, strict=True) if grad is None]
 
@@ -87,7 +89,7 @@ def _bypassed(model: Any) -> list[str]:
     if not silent:  # experts that no token went to, towers for pictures: their weights are silent, too
         return shared
     with_grad = {name: weights[name].requires_grad_() for name in silent}
-    idle = untouched(with_grad | {"": next(p for p in model.parameters() if p.requires_grad)})
+    idle = untouched(with_grad)
     for weight in with_grad.values():
         weight.requires_grad_(False)
     return shared + [name for name in silent if name not in idle]

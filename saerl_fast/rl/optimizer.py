@@ -145,35 +145,41 @@ def training_mode(model: Any, gradient_checkpointing: bool = False) -> Iterator[
     """Settings of an update: no dropout (log-probabilities must match the sampled ones), checkpointing.
 
     transformers recomputes the activations only of blocks that are in training mode when they are called. So
-    their modules stay out of it, and each block is in it only until its own forward pass begins: what drops
-    out asks in there.
+    their modules stay out of it, and the blocks themselves leave it while they compute, or they would drop
+    out.
     """
     was_training = model.training
     model.eval()
-    handles: list[Any] = []
     if gradient_checkpointing:
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        marked = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+        marked: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
         blocks = [module for module in marked if isinstance(module, GradientCheckpointingLayer)]
-        for module in blocks or marked:  # a model of the older kind asks in its own forward pass
+        for module in blocks or marked:  # the older kind: the whole model calls its blocks through it
             module.training = True
-        for block in blocks:
-            handles.append(block.register_forward_pre_hook(lambda module, _: _set_training(module, False)))
-            back = block.register_forward_hook(
-                lambda module, *_: _set_training(module, True), always_call=True
+            module._gradient_checkpointing_func = _outside_training(
+                module, module._gradient_checkpointing_func
             )
-            handles.append(back)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
         if gradient_checkpointing:
             model.gradient_checkpointing_disable()
         model.train(was_training)
 
 
-def _set_training(module: nn.Module, training: bool) -> None:
-    module.training = training
+def _outside_training(module: nn.Module, checkpoint: Any) -> Callable[..., Any]:
+    """``checkpoint`` for functions that must find ``module`` out of training mode."""
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            before, module.training = module.training, False
+            try:
+                return function(*args, **kwargs)
+            finally:
+                module.training = before
+
+        return checkpoint(compute, *args, **kwargs)
+
+    return call
