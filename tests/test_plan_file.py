@@ -9,6 +9,7 @@ import torch
 from saerl_fast.config import AdaptiveConfig, PlanConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan import SCHEDULES, build_plan, load_plan, save_plan
+from saerl_fast.plan.file import _content_hash
 from saerl_fast.signals.scores import Scores
 from saerl_kernels import CSR
 
@@ -145,4 +146,42 @@ def test_missing_and_damaged_tensors_are_refused(tmp_path):
         load_plan(path)
     tensors.unlink()
     with pytest.raises(SaerlError, match="missing"):
+        load_plan(path)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "../../x",
+        "",
+        "/tmp/x",
+        "..",
+        ".",
+        "a/b",
+        "a\\b",
+        "a\0b",
+        "x\n",
+        "x" * 300,
+        "~",
+        None,
+        3,
+        ["x"],
+        "a:..b",
+    ],
+)
+def test_a_schedule_that_is_a_path_is_refused(tmp_path, schedule):
+    path = save_plan(make_plan("global"), tmp_path / "plan.json")
+    body = json.loads(path.read_text()) | {"schedule": schedule}
+    path.write_text(json.dumps(body | {"sha256": _content_hash(body)}))
+    with pytest.raises(SaerlError, match="no schedule's name"):
+        load_plan(path)
+
+
+@pytest.mark.parametrize("name", ["../plan.safetensors", "/etc/passwd", "", "a\0b", None, 3])
+def test_tensors_are_beside_the_plan(tmp_path, name):
+    path = save_plan(make_plan("adaptive"), tmp_path / "plan.json")
+    body = json.loads(path.read_text())
+    body["tensors"]["file"] = name
+    path.write_text(json.dumps(body | {"sha256": _content_hash(body)}))
+    with pytest.raises(SaerlError, match="names no file beside it"):
         load_plan(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,9 @@ def load_plan(path: str | Path) -> Plan:
         raise SaerlError(f"{path} has version {body.get('version')!r}, this release reads {VERSION}; {AGAIN}")
     if body.get("sha256") != _content_hash(body):
         raise SaerlError(f"{path} was changed or damaged: its content does not match its sha256; {AGAIN}")
+    schedule = body.get("schedule")
+    if not isinstance(schedule, str) or not re.fullmatch(r"\w[\w.:-]{0,199}", schedule) or ".." in schedule:
+        raise SaerlError(f"{path} has no schedule's name but {schedule!r:.60}; {AGAIN}")
     cfg = from_dict(PlanConfig, body["config"])
     ids, table = _columns(body["prompts"])
     out, dropped_table = _columns(body["dropped"])
@@ -84,7 +88,10 @@ def load_plan(path: str | Path) -> Plan:
         row = {name: i for i, name in enumerate(ids)}
         batches = [[row[name] for name in batch] for batch in body["batches"]]
         return StaticPlan(body["schedule"], ids, cfg, batches=batches, **common)
-    file = path.parent / body["tensors"]["file"]
+    name = body["tensors"]["file"]
+    if not isinstance(name, str) or not name or Path(name).name != name or not name.isprintable():
+        raise SaerlError(f"{path} names no file beside it but {name!r:.60}; {AGAIN}")
+    file = path.parent / name
     if not file.is_file():
         raise SaerlError(f"{file} is missing: it belongs beside {path}; {AGAIN}")
     if _file_hash(file) != body["tensors"]["sha256"]:

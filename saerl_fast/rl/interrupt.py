@@ -1,4 +1,4 @@
-"""The two-stage interrupt, and a time limit for calls into users' code."""
+"""Signals that end a program, at once or after a step, and a time limit for calls into users' code."""
 
 from __future__ import annotations
 
@@ -12,25 +12,65 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_received: list[int] | None = None  # inside graceful_interrupt
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal (``number``) ends the program, as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise Stopped(number)
+
+
 @contextmanager
-def graceful_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a flag; a second one raises KeyboardInterrupt where the program is."""
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set  # only the main thread may handle signals
+def handled(handle: Callable[[int, Any], None] = _stop) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP go to ``handle``, by default raise `Stopped`; ignored ones (nohup) stay so.
+
+    Only the main thread may handle signals; in another this does nothing.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in ENDING if main}
+    before = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+    try:
+        for number in before:
+            signal.signal(number, handle)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def graceful_interrupt() -> Iterator[Callable[[], int]]:
+    """Keeps the number of the first SIGINT, SIGTERM or SIGHUP, which what it yields tells (0: none so far).
+
+    A second one raises `Stopped` where the program is. Inside another such block it tells that one's.
+    """
+    global _received
+    if _received is not None or threading.current_thread() is not threading.main_thread():
+        outer = _received if threading.current_thread() is threading.main_thread() else None
+        yield lambda: outer[0] if outer else 0
         return
+    received: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-        log.warning("interrupted: finishing this step and saving; press again to stop at once")
+        if received:
+            raise Stopped(number)
+        received.append(number)
+        log.warning("interrupted: finishing this step and saving; once more stops at once")
 
-    before = signal.signal(signal.SIGINT, handle)
+    _received = received
     try:
-        yield pressed.is_set
+        with handled(handle):
+            yield lambda: received[0] if received else 0
     finally:
-        signal.signal(signal.SIGINT, before)
+        _received = None
 
 
 class TimeUp(BaseException):

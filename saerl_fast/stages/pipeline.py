@@ -8,18 +8,21 @@ others waiting for as long as that takes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from saerl_fast.config import Config, to_dict
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import read_json, write_json
+from saerl_fast.fileio import read_json, remove, write_json
 from saerl_fast.hub import hub_access, is_local
+from saerl_fast.records.lock import lock
 from saerl_fast.session import Session
 from saerl_fast.stages.about import about, runs_of
 from saerl_fast.stages.console import Echo
@@ -36,6 +39,7 @@ from saerl_fast.stages.preflight import (
     check_packages,
     check_sae,
     check_target,
+    clear,
     redo_target,
 )
 
@@ -44,6 +48,20 @@ if TYPE_CHECKING:
     from saerl_fast.sae.model import SAE
     from saerl_fast.signals.scores import Scores
     from saerl_fast.signals.shards import Shards
+
+
+Stage = TypeVar("Stage", bound=Callable[..., Any])
+
+
+def alone(stage: Stage) -> Stage:
+    """The stage, holding the config's run folder (see `lock`) while it works."""
+
+    @functools.wraps(stage)
+    def held(config: Config, *args: Any, **options: Any) -> Any:
+        with lock(config.run_dir):
+            return stage(config, *args, **options)
+
+    return cast(Stage, held)
 
 
 # --- SAE -------------------------------------------------------------------------------------------
@@ -56,6 +74,7 @@ def open_session(config: Config, echo: Echo) -> Session:
     return Session.open(config, echo)
 
 
+@alone
 def sae_stage(config: Config, echo: Echo, session: Session | None = None, *, redo: bool = False) -> SAE:
     """Train a TopK SAE on the training prompts' (and answers') activations into ``<run_dir>/sae``.
 
@@ -130,7 +149,8 @@ def find_sae(config: Config, echo: Echo, session: Session) -> SAE:
         sae = load_sae(path)
     else:
         _refuse_together(path, "saerl sae train")
-        sae = sae_stage(config, echo, session)
+        with lock(config.run_dir):
+            sae = load_sae(path) if path.is_dir() else sae_stage(config, echo, session)
     check_width(session.model, sae)
     resolve_layer(session.model, sae, config.sae.layer)
     return sae.to(session.model.device)
@@ -154,6 +174,7 @@ def describe_sae(path: str) -> str:
 # --- scores ----------------------------------------------------------------------------------------
 
 
+@alone
 def score_stage(config: Config, echo: Echo, session: Session | None = None, *, redo: bool = False) -> Scores:
     """Score every training prompt; writes scores.parquet, scores.json and features.safetensors.
 
@@ -166,6 +187,8 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
     if redo:
         set_aside(config, echo)
         if (Path(config.run_dir) / "scores.parquet").is_file():
+            for old in Path(config.run_dir).glob("features.partial-*"):
+                remove(old)  # of a command that was killed after it had written the scores
             return Scores.load(config.run_dir)
     refuse_other(config, scores=False)
     rolled_out = config.difficulty.label_column is None and config.difficulty.n_labels > 0
@@ -209,7 +232,9 @@ def find_scores(config: Config, echo: Echo, session: Session | None = None) -> S
     file = Path(config.run_dir) / "scores.parquet"
     if not file.is_file():
         _refuse_together(file, "saerl score")
-        return score_stage(config, echo, session)
+        with lock(config.run_dir):
+            if not file.is_file():  # another process may have made them meanwhile
+                return score_stage(config, echo, session)
     refuse_other(config)
     return Scores.load(config.run_dir)
 
@@ -251,6 +276,7 @@ def make_plan(config: Config, echo: Echo, session: Session | None = None) -> Pla
     return plan
 
 
+@alone
 def plan_stage(config: Config, echo: Echo, *, redo: bool = False) -> Path:
     """Write ``<run_dir>/plan.json``: the order for this loop, TRL or verl."""
     from saerl_fast.plan import save_plan
@@ -267,8 +293,13 @@ def plan_stage(config: Config, echo: Echo, *, redo: bool = False) -> Path:
 
 
 def folder_name(schedule: str) -> str:
-    """What a run under this schedule is called; pkg.mod:fn becomes pkg-mod-fn."""
-    return re.sub(r"\W+", "-", schedule).strip("-")
+    """What a run under this schedule is called, a folder's name; pkg.mod:fn becomes pkg-mod-fn."""
+    name = re.sub(r"\W+", "-", schedule).strip("-")
+    if not name or name == "sae" or len(name.encode()) > 200:
+        raise SaerlError(
+            f"a run cannot be called {name!r:.60}, after its schedule; name the schedule otherwise"
+        )
+    return name
 
 
 def train_stage(
@@ -287,11 +318,47 @@ def train_stage(
     """One GRPO run into ``<run_dir>/<schedule>`` (see `folder_name`); returns its summary.
 
     ``redo`` makes again what was made with other settings, and only that. ``session``: of the model as it is
-    loaded; it is trained in place.
+    loaded; it is trained in place. Holds the folder of the run (see `lock`), and the run folder only while an
+    SAE or scores are made.
     """
-    import shutil
+    from saerl_fast.plan import load_plan
+    from saerl_fast.rl import distributed
 
-    from saerl_fast.plan import load_plan, save_plan
+    given = load_plan(plan_file) if plan_file else None
+    arm = arm or folder_name(given.schedule if given else config.plan.schedule)
+    out = out or Path(config.run_dir) / arm
+    with ExitStack() as stack:
+        distributed.on_first(lambda: stack.enter_context(lock(out)))
+        return _train(
+            config,
+            echo,
+            given,
+            plan_file=plan_file,
+            resume=resume,
+            overwrite=overwrite,
+            redo=redo,
+            out=out,
+            arm=arm,
+            with_report=with_report,
+            session=session,
+        )
+
+
+def _train(
+    config: Config,
+    echo: Echo,
+    given: Plan | None,
+    *,
+    plan_file: str | None,
+    resume: bool,
+    overwrite: bool,
+    redo: bool,
+    out: Path,
+    arm: str,
+    with_report: bool,
+    session: Session | None,
+) -> dict[str, Any]:
+    from saerl_fast.plan import save_plan
     from saerl_fast.records.report import write_report
     from saerl_fast.rl import distributed
     from saerl_fast.rl.generate import prove
@@ -301,9 +368,6 @@ def train_stage(
     from saerl_fast.rl.trainer import train
     from saerl_fast.sae.capture import FeatureCapture
 
-    given = load_plan(plan_file) if plan_file else None
-    arm = arm or folder_name(given.schedule if given else config.plan.schedule)
-    out = out or Path(config.run_dir) / arm
     sections = run_sections(config, planned=given is not None)
     described = {
         "arm": arm,
@@ -327,7 +391,8 @@ def train_stage(
     distributed.on_first(lambda: check_target(out, described, config, resume=resume, overwrite=overwrite))
     if given is None and needs_scores(config):
         if redo and distributed.size() == 1:
-            set_aside(config, echo)
+            with lock(config.run_dir):
+                set_aside(config, echo)
         refuse_other(config)
     if session is None:
         scored = given is None and needs_scores(config)
@@ -353,8 +418,8 @@ def train_stage(
     machine = about(session.model.device)
 
     def prepare() -> None:
-        if overwrite and out.exists():
-            shutil.rmtree(out)
+        if overwrite:
+            clear(out)
         write_json(out / "run.json", described | runs_of(out, machine))
         save_plan(plan, out / "plan.json")
 
