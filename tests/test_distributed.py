@@ -103,7 +103,7 @@ def test_one_process_and_two_take_turns(both) -> None:
     folder, found = both
     assert_alike(folder / "alone", folder / "alone-then-together")
     stopped = folder / "together-then-alone"
-    assert load_latest(stopped).step == 2 and not (stopped / "summary.json").exists()
+    assert load_latest(stopped).step == 4 and not (stopped / "summary.json").exists()
     threads = torch.get_num_threads()
     whole_run(stopped, resume=True)
     torch.set_num_threads(threads)

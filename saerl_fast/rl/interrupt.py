@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,10 +81,11 @@ class TimeUp(BaseException):
 def call_within(seconds: float, call: Callable[[], Any]) -> Any:
     """``call()``, or TimeUp after so many seconds.
 
-    In the main thread a signal (SIGUSR2) ends the call wherever it is: in Python code, or waiting for a lock,
-    a socket or ``time.sleep``, though not inside C code that never looks at signals. SIGALRM is left alone,
-    since rewards use it themselves (math-verify does). Other threads get no signals: there the call runs in
-    a daemon thread, which is left behind.
+    In the main thread a signal (SIGVTALRM) ends the call wherever it is: in Python code, waiting for a lock,
+    a socket or ``time.sleep``, or in C code that looks at signals, as regular expressions do. It comes from
+    a thread, and from the kernel's timer for C code that lets no thread run. SIGALRM is left alone, since
+    rewards use it themselves (math-verify does). Other threads get no signals: there the call runs in a
+    daemon thread, which is left behind.
     """
     done = threading.Event()
     main = threading.main_thread()
@@ -104,23 +106,22 @@ def call_within(seconds: float, call: Callable[[], Any]) -> Any:
             raise outcome[1]
         return outcome[0]
 
+    end = time.monotonic() + seconds
+
     def watch() -> None:
         wait = seconds
         while not done.wait(wait):  # again and again, should the call swallow it
-            late.set()
-            signal.pthread_kill(main.ident or 0, signal.SIGUSR2)
+            signal.pthread_kill(main.ident or 0, signal.SIGVTALRM)
             wait = 1.0
 
     def handle(number: int, frame: Any) -> None:
-        if late.is_set() and not done.is_set():
+        if time.monotonic() >= end and not done.is_set():
             raise TimeUp
-        if callable(before):
-            before(number, frame)
 
-    late = threading.Event()
-    before = signal.signal(signal.SIGUSR2, handle)
+    before = signal.signal(signal.SIGVTALRM, handle)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1.0)  # of all threads' time: perhaps early, so again
     try:
         try:
             return call()
@@ -128,5 +129,6 @@ def call_within(seconds: float, call: Callable[[], Any]) -> Any:
             done.set()
     finally:  # even if the signal came between the two
         done.set()
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         watcher.join()
-        signal.signal(signal.SIGUSR2, signal.SIG_DFL if before is None else before)
+        signal.signal(signal.SIGVTALRM, signal.SIG_DFL if before is None else before)

@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ from saerl_fast.rl.evaluate import evaluate, known_mean, pass_rates, score_rollo
 from saerl_fast.rl.generate import generate
 from saerl_fast.rl.interrupt import Stopped, graceful_interrupt
 from saerl_fast.rl.loss import advantages, overlong_penalty
+from saerl_fast.rl.rescue import DUE, Rescue
 from saerl_fast.rl.rewards import Notes, State, with_timeout
 from saerl_fast.rl.rewards.dry import read_answers
 from saerl_fast.rl.rollouts import Draw, Rollouts, concat, join
@@ -92,8 +93,9 @@ def train(
 
     With ``resume`` the run goes on from its latest intact checkpoint, bit for bit on a CPU; without any
     checkpoint it starts afresh. The first interrupt (Ctrl-C, SIGTERM, SIGHUP) of any of the processes
-    finishes the step, saves and raises Stopped, a KeyboardInterrupt, in all; a second one stops at once.
-    ``out_dir`` is held as long (see `saerl_fast.records.lock`).
+    finishes the step, saves and raises Stopped, a KeyboardInterrupt, in all; a second one stops at once. An
+    error (of a reward, say) saves what came before it. ``out_dir`` is held as long (see
+    `saerl_fast.records.lock`).
     """
     run = _Run(
         session.model,
@@ -111,10 +113,14 @@ def train(
         distributed.on_first(lambda: setattr(run, "held", stack.enter_context(lock(out_dir))))
         start = run.open(resume)
         stack.callback(run.close)
+        stack.push(run.rescued)
         run.interrupted = stack.enter_context(graceful_interrupt())
         if start is None:
             run.begin()
             run.heed("step 0 is saved", 0)
+        elif run.counters.pop(DUE, False):
+            run.evaluate(start)
+            run.save(start)
         if progress is not None:
             progress(start or 0, cfg.steps)
         for step in range((start or 0) + 1, cfg.steps + 1):
@@ -169,9 +175,9 @@ class _Run:
         self.writes = distributed.rank() == 0
         self.held: Lock | None = None  # by the process that writes
         self.interrupted: Callable[[], int] = lambda: 0
-        self.saved: int | None = None  # the step of the newest checkpoint
         self.counters: dict[str, Any] = dict.fromkeys(("rollouts", "tokens", "groups", "groups_used"), 0)
         self.counters |= {"mismatch_steps": 0, "seconds": {}}
+        self.rescue = Rescue(lambda: {"plan": self.plan.state_dict(), "counters": self.counters}, self._save)
 
     def say(self, line: str) -> None:
         if self.writes:
@@ -197,10 +203,11 @@ class _Run:
             fitted = self.counters.pop("micro_tokens")
             self.learner.optimizer.micro_tokens = min(self.cfg.micro_tokens, fitted)
             self.say(f"resuming after step {found.step} from {found.path}")
-            self.saved, written[found.path] = found.step, None
+            written[found.path] = None
         elif resume:
             self.say(f"no checkpoint in {self.out_dir}: starting at step 0")
         at = found.step if found is not None else None
+        self.rescue.saved = -1 if at is None else at
         if len(set(distributed.gather(lambda: at))) > 1:
             raise SaerlError(f"the processes find different checkpoints in {self.out_dir}; share the folder")
         distributed.broadcast(list(ckpt.model_tensors(self.model).values()))
@@ -244,15 +251,24 @@ class _Run:
             self.save(0)
 
     def save(self, step: int) -> None:
-        learner = self.learner
-        counters = self.counters | {"micro_tokens": learner.optimizer.micro_tokens}
-        state: dict[str, Any] = {"model": self.model, "reference": learner.reference, "counters": counters}
-        state |= {"optimizer": learner.optimizer.state_dict(), "plan": self.plan.state_dict()}
-        state["keep"] = self.cfg.keep
+        state = {"plan": self.plan.state_dict(), "counters": self.counters}
         with self.clock()("save"):
             distributed.on_first(self.check)
-            distributed.on_first(lambda: ckpt.save_checkpoint(self.out_dir, step, **state))
-        self.saved = step
+            distributed.on_first(lambda: self._save(step, state))
+        self.rescue.saved = step
+
+    def _save(self, step: int, state: dict[str, Any]) -> None:
+        learner, counters = self.learner, state["counters"]
+        state |= {"counters": counters | {"micro_tokens": learner.optimizer.micro_tokens}}
+        state |= {"model": self.model, "reference": learner.reference, "keep": self.cfg.keep}
+        ckpt.save_checkpoint(self.out_dir, step, optimizer=learner.optimizer.state_dict(), **state)
+
+    def rescued(self, kind: type[BaseException] | None, *_: object) -> None:
+        """At an error: save what came before it, unless ``out_dir`` is held no longer."""
+        if self.writes and kind is not None and issubclass(kind, Exception):
+            with suppress(SaerlError):
+                self.check()
+                self.rescue.save(self.say)
 
     def check(self) -> int:
         """The signal that has come, 0 for none; SaerlError when ``out_dir`` was removed or taken over."""
@@ -264,7 +280,7 @@ class _Run:
         """End the run if a signal has come to any of the processes, with ``step`` saved."""
         number = max(distributed.gather(self.check))
         if number:
-            if step is not None and step != self.saved:
+            if step is not None and step != self.rescue.saved:
                 self.save(step)
             self.say(f"interrupted: {said} in {self.out_dir}")
             raise Stopped(number)
@@ -341,6 +357,7 @@ class _Run:
 
     def step(self, step: int) -> None:
         cfg, clock = self.cfg, self.clock()
+        self.rescue.keep(step - 1)
         self._seed_globals(step)
         self.state.global_step = step - 1  # steps made, as transformers counts them
         draws = [self._draw(step, 0, clock)]
@@ -349,6 +366,7 @@ class _Run:
             draws.append(self._draw(step, len(draws), clock))
         rollouts, advantage, used = join(draws, wanted)
         lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
+        self.rescue.drop()
         update = self.learner.update(rollouts, advantage, used, lr, clock)
         self._watch_mismatch(step, update["mismatch"])
         lengths = torch.cat([draw.rollouts.lengths for draw in draws])
@@ -457,6 +475,7 @@ class _Run:
 
     def evaluate(self, step: int) -> None:
         clock = self.clock()
+        self.rescue.keep(step, due=True)
         with clock("eval"):
             pool, seed = self.session.eval, derived_seed(self.seed, seeds.EVAL, 0)
             self.state.global_step = step

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from saerl_fast import __version__
 from saerl_fast.config import Config, to_dict
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, remove, write_json
@@ -78,10 +79,13 @@ def open_session(config: Config, echo: Echo) -> Session:
 def sae_stage(config: Config, echo: Echo, session: Session | None = None, *, redo: bool = False) -> SAE:
     """Train a TopK SAE on the training prompts' (and answers') activations into ``<run_dir>/sae``.
 
-    With ``redo`` one that these settings have made is kept.
+    With ``redo`` one that these settings have made is kept. Until it is written, what an interruption would
+    lose is kept in ``<run_dir>/sae.partial-*``.
     """
+    from saerl_fast.rl.interrupt import Stopped, graceful_interrupt
     from saerl_fast.sae.capture import resolve_layer
     from saerl_fast.sae.files import load_sae, save_sae
+    from saerl_fast.sae.partial import Partial
     from saerl_fast.sae.train import collect_activations, train_sae
 
     if config.sae.path is not None:
@@ -90,45 +94,56 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None, *, red
     if redo:
         set_aside(config, echo, scores=False)
         if folder.is_dir():
+            for old in Path(config.run_dir).glob("sae.partial-*"):
+                remove(old)  # of a command that was killed after it had written the SAE
             return load_sae(folder)
     session = session or open_session(config, echo)
     layer = resolve_layer(session.model, None, config.sae.layer)
     rows = session.train.ids
     if config.score.include_answer:
         rows = [prompt + answer for prompt, answer in zip(rows, session.train.answer_ids, strict=True)]
-    started = time.perf_counter()
-    activations = collect_activations(
-        session.model,
-        rows,
-        layer,
-        config.sae.max_tokens,
-        seed=config.sae.seed,
-        on_progress=echo.bar("activations", "text"),
-    )
-    captured = time.perf_counter()
-    bar = echo.bar("SAE", "step")
-    bar(0, config.sae.steps)
-    sae, metrics = train_sae(
-        activations,
-        replace(config.sae, layer=layer),
-        on_step=lambda step, shown: bar(step, int(shown["steps"])),
-        model_name=config.model.path,
-        device=session.model.device,
-    )
+    mark = fingerprint(config, SAE_SECTIONS)
+    with graceful_interrupt() as interrupted:
+        made = f"{mark}-{int(config.score.include_answer)}-{__version__}"
+        keep = Partial(config.run_dir, made, interrupted, Stopped)
+        started = time.perf_counter()
+        activations = collect_activations(
+            session.model,
+            rows,
+            layer,
+            config.sae.max_tokens,
+            seed=config.sae.seed,
+            on_progress=echo.bar("activations", "text"),
+            keep=keep,
+        )
+        captured = time.perf_counter()
+        bar = echo.bar("SAE", "step")
+        bar(0, config.sae.steps)
+        sae, metrics = train_sae(
+            activations,
+            replace(config.sae, layer=layer),
+            on_step=lambda step, shown: bar(step, int(shown["steps"])),
+            model_name=config.model.path,
+            device=session.model.device,
+            keep=keep,
+        )
     save_sae(sae, folder)
     record = {
         "layer": layer,
         **metrics,
         "seconds_capture": captured - started,
-        "fingerprint": fingerprint(config, SAE_SECTIONS),
+        "fingerprint": mark,
         "config": to_dict(config),
     }
     write_json(folder / "train.json", record)
+    keep.clear()
     echo(
         f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.cfg.k}, unexplained variance "
         f"{metrics['fvu']:.3f} on held-out tokens, {metrics['dead_fraction']:.1%} dead features"
     )
     echo(f"wrote {folder}")
+    if number := interrupted():  # at the very end
+        raise Stopped(number)
     return sae
 
 
