@@ -30,7 +30,7 @@ from saerl_fast.records.report import write_report
 from saerl_fast.rl.checkpoint import load_latest
 from saerl_fast.sae.files import save_sae
 from saerl_fast.sae.model import SAE, SAESpec
-from saerl_fast.signals.features import load_features, save_features
+from saerl_fast.signals.features import FORMAT, load_features, save_features
 from saerl_fast.signals.scores import Scores
 from saerl_kernels import CSR
 from tests.borders import IDS, RAW, UNSEEN, altered, refused, said
@@ -168,7 +168,7 @@ def test_damaged_scores(name, damage, runs):
     elif damage == "NaN":
         return
     else:
-        save_file({"a": torch.ones(2)}, file, {"format": "saerl-features-1"})
+        save_file({"a": torch.ones(2)}, file, {"format": FORMAT})
     refused(lambda: Scores.load(runs))
     if name == "scores.parquet":
         refused(lambda: write_report(runs), "scores.parquet is damaged", "saerl score")
@@ -178,7 +178,7 @@ FEATURES = {
     "indptr": [torch.tensor([0, 1]), torch.tensor([0, 2, 1, 3]), torch.tensor([1, 2, 3, 4]), torch.zeros(4)],
     "indices": [torch.tensor([0, 1, 99], dtype=torch.int32), torch.tensor([0, -1, 1], dtype=torch.int32)],
     "values": [torch.ones(2), torch.ones(3, 1), torch.ones(3, dtype=torch.float64)],
-    "n_cols": ["", "-1", "1e9", "9" * 400, "0"],
+    "n_cols": ["", -1, 1e9, 10**400, 0, None, [4]],
 }
 
 
@@ -186,11 +186,12 @@ def test_features_that_are_no_csr(tmp_path):
     file = tmp_path / "features.safetensors"
     X = CSR(torch.arange(4), torch.tensor([0, 1, 2], dtype=torch.int32), torch.ones(3), 4)
     save_features(file, X, ["a", "b", "c"])
-    good, about = load_file(file), {"format": "saerl-features-1", "n_cols": "4"}
+    good, about = load_file(file), {"format": FORMAT, "n_cols": 4}
     for name, wrong in FEATURES.items():
         for value in wrong:
             tensors = good if name == "n_cols" else good | {name: value}
-            save_file(tensors, file, about | ({name: value} if name == "n_cols" else {}))
+            told = about | ({name: value} if name == "n_cols" else {})
+            save_file(tensors, file, {"saerl": json.dumps(told)})
             refused(lambda: load_features(file), "features.safetensors is damaged")
 
 

@@ -11,7 +11,6 @@ batches (rows of ids) are in the safetensors file too, a tensor a column; there 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from saerl_fast.plan.packed import Packed
 from saerl_fast.plan.static import StaticPlan
 from saerl_fast.plan.tensors import Blocks, read_tensors, write_tensors
 from saerl_fast.plugins import check_name
+from saerl_fast.records.manifest import digest, json_digest
 
 FORMAT, VERSIONS = "saerl-plan", (1, 2)
 COLUMNAR = 20_000
@@ -80,7 +80,7 @@ def save_plan(plan: Plan, path: str | Path) -> Path:
     if tensors:
         file = path.with_suffix(".safetensors")
         write_tensors(file, tensors, "saerl-plan-tensors-1")
-        body["tensors"] = {"file": file.name, "sha256": _file_hash(file)}
+        body["tensors"] = {"file": file.name, "sha256": digest(file)}
     body["sha256"] = _content_hash(body)
     return write_text(path, _layout(body))
 
@@ -157,7 +157,7 @@ def _tensors(path: Path, entry: dict[str, str]) -> dict[str, np.ndarray]:
     file = path.parent / name
     if not file.is_file():
         raise SaerlError(f"{file} is missing: it belongs beside {path}; {AGAIN}")
-    if _file_hash(file) != entry["sha256"]:
+    if digest(file) != entry["sha256"]:
         raise SaerlError(f"{file} was changed or damaged: it does not match the hash in {path}; {AGAIN}")
     return read_tensors(file, AGAIN)
 
@@ -238,17 +238,7 @@ def _layout(body: dict[str, Any]) -> str:
 
 
 def _content_hash(body: dict[str, Any]) -> str:
-    rest = {key: value for key, value in body.items() if key != "sha256"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
+    return json_digest({key: value for key, value in body.items() if key != "sha256"})
 
 
 def _embedding(plan: AdaptivePlan) -> dict[str, np.ndarray | Blocks]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,9 +54,12 @@ class Pool:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of ids, prompts and answers: what a stage's output depends on."""
-        rows = [self.columns[name] for name in ("prompt_id", "prompt", "answer")]
-        return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+        """Hash of all columns: what a stage's output depends on, labels and a reward's columns too."""
+
+        def plain(value: Any) -> str:  # an object without a text of its own shows its address
+            return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+        return hashlib.sha256(json.dumps(self.columns, default=plain, skipkeys=True).encode()).hexdigest()
 
     def column(self, name: str) -> list[Any]:
         """One column, or the values at a path such as ``extra_info.level``; SaerlError when there is none."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from saerl_fast.errors import SaerlError, printable
 from saerl_fast.fileio import mismatch, read_json
+from saerl_fast.records import manifest
 from saerl_fast.records.log import read_metrics
 
 _NUMBER = (None, float)
@@ -145,6 +146,10 @@ def checked(rows: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
 
 
 def _load_run(folder: Path) -> RunRecord:
+    for part in ("run", "result"):
+        kept = manifest.look(folder, part)
+        if kept.entry and kept.fault:
+            raise SaerlError(f"{kept.fault}; make the run again with `saerl train --overwrite`")
     file = folder / "metrics.jsonl"
     rows = checked(read_metrics(file), file)
     config = read_object(folder / "run.json")

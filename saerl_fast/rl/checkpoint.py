@@ -7,7 +7,6 @@ the file's metadata. Nothing is pickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import first_line, remove, use_umask, writing, written
+from saerl_fast.records.manifest import digest
 
 log = logging.getLogger(__name__)
 FORMAT = "2"
@@ -104,7 +104,7 @@ def save_checkpoint(
             for leftover in root.glob("*.tmp"):
                 leftover.unlink()
             _write(temporary, tensors, {"format": FORMAT, "state": json.dumps(state, default=float)})
-            final = root / f"{temporary.stem}-{_digest(temporary)}.safetensors"
+            final = root / f"{temporary.stem}-{digest(temporary)[:16]}.safetensors"
             use_umask(temporary)
             _sync(temporary)
             os.replace(temporary, final)
@@ -153,7 +153,7 @@ def load_latest(out_dir: str | Path) -> Checkpoint | None:
 def _load(file: Path) -> Checkpoint:
     from safetensors import safe_open
 
-    if _digest(file) != file.stem.rpartition("-")[2]:
+    if digest(file)[:16] != file.stem.rpartition("-")[2]:
         raise ValueError("the content does not match the checksum in its name")
     with safe_open(file, "pt") as opened:
         about = opened.metadata() or {}
@@ -186,14 +186,6 @@ def _write(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> 
     save_file(
         {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, path, about
     )
-
-
-def _digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()[:16]
 
 
 def _sync(path: Path) -> None:

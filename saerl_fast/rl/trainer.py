@@ -39,7 +39,7 @@ from torch import Tensor
 from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import use_umask, write_json, write_text, writing, written
-from saerl_fast.models import add_adapters
+from saerl_fast.records import manifest
 from saerl_fast.records.lock import Lock, lock
 from saerl_fast.records.log import JsonlLog, MetricsLog
 from saerl_fast.rl import checkpoint as ckpt
@@ -192,7 +192,7 @@ class _Run:
     def open(self, resume: bool) -> int | None:
         """Restore the latest checkpoint when resuming, open the logs; its step, or None for a fresh start."""
         found = ckpt.load_latest(self.out_dir) if resume else None
-        self.model = add_adapters(self.model, self.cfg.lora, derived_seed(self.seed, seeds.ADAPTER, 0))
+        self.model = lora.add_adapters(self.model, self.cfg.lora, derived_seed(self.seed, seeds.ADAPTER, 0))
         if found is not None:
             ckpt.load_model_tensors(self.model, found.model)
             self.learner = Learner(self.model, self.cfg)
@@ -217,7 +217,8 @@ class _Run:
         if found is None:
             ckpt.set_aside(self.out_dir)
             self._write_held_out()
-        (self.out_dir / "summary.json").unlink(missing_ok=True)  # until the run has ended again
+        manifest.forget(self.out_dir, "result")  # until the run has ended again
+        (self.out_dir / "summary.json").unlink(missing_ok=True)
         told: dict[str, Any] = {"echo": self.echo, "trackers": self.cfg.trackers, "steps": self.cfg.steps}
         self.metrics = MetricsLog(self.out_dir, at, **told)
         self.eval_items = JsonlLog(self.out_dir / "eval_items.jsonl", at)
@@ -305,7 +306,13 @@ class _Run:
             else:
                 self._export("model", partial(lora.save_float32, self.model, state))
             self._export("model", self.tokenizer.save_pretrained)
+            for name in ("model", "adapter"):
+                if (self.out_dir / name).is_dir():
+                    manifest.record(self.out_dir / name, "model")
             write_json(self.out_dir / "summary.json", summary)
+            logs = (log.path.name for log in (self.metrics, self.eval_items, self.rollout_log))
+            files = (*logs, "eval_prompts.jsonl", "summary.json")
+            manifest.record(self.out_dir, "result", files)
 
         distributed.on_first(write)
         return summary
@@ -426,6 +433,7 @@ class _Run:
                     part,
                     prompts[here],
                     self.reward,
+                    prefill=self.pool.prefill,
                     pay_truncated=cfg.reward_truncated,
                     state=self.state,
                     notes=notes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ import numpy as np
 
 from saerl_fast.config import Config, QualityConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path, read_json, read_table, write_json
+from saerl_fast.fileio import read_json, read_table
+from saerl_fast.records import manifest
 from saerl_fast.signals.clusters import cluster_prompts
 from saerl_fast.signals.difficulty import fit_difficulty
 from saerl_fast.signals.features import ProbeMatrix, checked, load_features, save_features
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 FORMAT = "saerl-scores-1"
 SUMMARY = {"format": str, "n_prompts": int, "features": (None, str), "metadata": dict}  # of scores.json
+TIMED = ("seconds", "difficulty_labels", "sae")  # metadata that a second time differ; in scores.json alone
 # The columns this package adds. A float is NaN (null on disk) where the signal is not known.
 SCORE_COLUMNS = {
     "saerl_cluster": np.int32,
@@ -78,28 +80,37 @@ class Scores:
         array = np.array(values, dtype=dtype)
         return array if np.isfinite(array).any() else None
 
-    def save(self, run_dir: str | Path) -> Path:
-        """Write scores.parquet, scores.json and, with features, features.safetensors; the folder."""
+    def save(self, run_dir: str | Path, made: Mapping[str, Any] | None = None) -> Path:
+        """Write scores.parquet, scores.json and, with features, features.safetensors; the folder.
+
+        ``made``: what ``manifest.json`` says of them beside their hashes.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         folder = Path(run_dir)
         arrays = {name: to_arrow(name, column) for name, column in self.columns.items()}
-        text = json.dumps(self.metadata, allow_nan=False)
-        table = pa.table(arrays).replace_schema_metadata({"saerl": text, "saerl_format": FORMAT})
-        if self.features is not None:
-            save_features(folder / "features.safetensors", self.features, self.prompt_ids)
-        with atomic_path(folder / "scores.parquet") as temporary:
-            pq.write_table(table, temporary)
+        told = {key: value for key, value in self.metadata.items() if key not in TIMED}
+        told_text = json.dumps(told, allow_nan=False)
+        table = pa.table(arrays).replace_schema_metadata({"saerl": told_text, "saerl_format": FORMAT})
         summary = {"format": FORMAT, "n_prompts": len(self), "columns": list(self.columns)}
         summary["features"] = None if self.features is None else "features.safetensors"
-        write_json(folder / "scores.json", {**summary, "metadata": self.metadata})
+        text = json.dumps({**summary, "metadata": self.metadata}, indent=1, allow_nan=False) + "\n"
+        with manifest.publish(folder, "scores", made or {}) as new:
+            if self.features is not None:
+                save_features(new("features.safetensors"), self.features, self.prompt_ids)
+            pq.write_table(table, new("scores.parquet"))
+            new("scores.json").write_text(text)
         return folder
 
     @classmethod
     def load(cls, run_dir: str | Path) -> Scores:
-        """What ``save`` wrote. Raises SaerlError when a file is missing, damaged or of other prompts."""
+        """What ``save`` wrote; checked against its hashes in a folder that has a ``manifest.json``.
+
+        Raises SaerlError when a file is missing, damaged, of other prompts, or not of one writing.
+        """
         folder = Path(run_dir)
+        manifest.check(folder, "scores", "saerl score")
         summary = read_json(folder / "scores.json", "saerl score", SUMMARY)
         if summary["format"] != FORMAT:
             raise SaerlError(f"{folder / 'scores.json'} is not of format {FORMAT}; run `saerl score` again")
