@@ -5,14 +5,20 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
+import re
+import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from saerl_fast import __version__
 from saerl_fast.config import SCHEDULES, Config, describe, load_config
-from saerl_fast.errors import SaerlError
+from saerl_fast.errors import SaerlError, printable
+from saerl_fast.fileio import written
+from saerl_fast.rl.interrupt import graceful_interrupt, handled
 
 SHORTCUTS = {  # flag -> config key: what most people set on the command line
     "model": "model.path",
@@ -129,13 +135,13 @@ def demo_config(args: argparse.Namespace) -> Config:
 def run(args: argparse.Namespace) -> None:
     """Dispatch to the pipeline; imports happen here."""
     if args.command == "settings":
-        print(describe(args.section))
+        _say(describe(args.section))
         return
     if args.command == "report":
         from saerl_fast.records.report import write_report
 
-        for path in write_report(Path(args.run), echo=print):
-            print(f"wrote {path}")
+        for path in write_report(Path(args.run), echo=_say):
+            _say(f"wrote {path}")
         return
     if args.command == "watch":
         from saerl_fast.records.watch import watch
@@ -146,12 +152,12 @@ def run(args: argparse.Namespace) -> None:
     if args.command == "sae" and args.sae_command == "info":
         from saerl_fast.stages.pipeline import describe_sae
 
-        print(describe_sae(args.path))
+        _say(describe_sae(args.path))
         return
     if args.command == "sae" and args.sae_command == "convert":
         from saerl_fast.sae.files import convert_sae
 
-        print(f"wrote {args.folder}: {convert_sae(args.path, args.folder, args.said)}")
+        _say(f"wrote {args.folder}: {convert_sae(args.path, args.folder, args.said)}")
         return
 
     config = demo_config(args) if args.command == "demo" else read_config(args)
@@ -192,7 +198,8 @@ def _run_together(args: argparse.Namespace) -> int:
     try:
         if args.command != "train":
             raise SaerlError(f"`saerl {args.command}` is the work of one process; start it without torchrun")
-        run(args)
+        with graceful_interrupt():  # one process that left at once would keep the others waiting
+            run(args)
         distributed.gather(lambda: None)  # the others may still fail
     except SaerlError as err:
         distributed.broadcast_error(err)
@@ -203,18 +210,78 @@ def _run_together(args: argparse.Namespace) -> int:
     return code
 
 
+def _say(text: str) -> None:
+    print(printable(text))
+
+
+class _Plain(logging.Formatter):
+    """Lines of the log without characters that a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _unexpected(err: Exception, args: argparse.Namespace) -> int:
+    """What no border has caught, in a sentence: 2 where the machine is to blame, 1 for a bug, ours or not."""
+    from saerl_fast.fileio import cannot_write, first_line
+
+    frames = traceback.extract_tb(err.__traceback__)
+    ours = [frame for frame in frames if Path(__file__).parent.name in Path(frame.filename).parts]
+    place = f"{(ours or frames)[-1].filename}:{(ours or frames)[-1].lineno}" if frames else "?"
+    what = f"{type(err).__name__}: {first_line(err)}" if str(err) else type(err).__name__
+    full = "out of memory|allocate memory|[Ss]torage size"  # torch has several ways to say so
+    if isinstance(err, MemoryError) or "OutOfMemory" in type(err).__name__ or re.search(full, what):
+        fix = "lower train.micro_tokens, train.rollout.batch_size or score.batch_tokens, or limit data.train"
+        _complain(SaerlError(f"there is not enough memory ({what}, at {place}); {fix}"), args, err)
+        return 2
+    if fault := cannot_write(getattr(err, "filename", None) or "a file", err):
+        said = str(fault).removeprefix("cannot write ")
+        _complain(SaerlError(f"cannot use {said} (at {place})"), args, err)
+        return 2
+    fix = "run the command again with --debug, and report what it shows with this line"
+    _complain(SaerlError(f"unexpected {what} (at {place}); what was written stays; {fix}"), args, err)
+    return 1
+
+
 def _complain(err: SaerlError, args: argparse.Namespace, cause: BaseException | None = None) -> None:
     """One sentence on stderr; with --debug the traceback before it, from the first error on."""
     _close_bars()
     if getattr(args, "debug", False):
-        import traceback
-
         shown: BaseException | None = cause or err
         while shown is not None:
             shown.__suppress_context__ = False
             shown = shown.__cause__ or shown.__context__
         traceback.print_exception(cause or err)
-    print(f"saerl: {err}", file=sys.stderr, flush=True)
+    print(f"saerl: {SaerlError(err)}", file=sys.stderr, flush=True)  # some make their sentence late
+
+
+def _kept() -> str:
+    """What this process has completed, by folder, and is still there."""
+    found: dict[Path, list[str]] = {}
+    for path in written:
+        if path.exists():
+            is_step = path.parent.name == "checkpoints"
+            folder = path.parent.parent if is_step else path.parent
+            found.setdefault(folder, []).append(
+                f"step {int(path.name.split('-')[1])}" if is_step else path.name
+            )
+    shown = []
+    for folder, names in found.items():
+        steps = [name for name in names if name.startswith("step ")]
+        names = [name for name in names if name not in steps[:-1]]
+        more = f" and {len(names) - 4} more" if len(names) > 5 else ""
+        shown.append(f"{folder} ({', '.join(names if not more else names[-4:])}{more})")
+    return f"{', '.join(shown)} kept; to go on" if shown else "nothing was written; to start again"
+
+
+def _again(args: argparse.Namespace, words: Sequence[str]) -> str:
+    """The command that goes on where this one was interrupted."""
+    begun = args.command == "train" and any(path.name == "run.json" and path.exists() for path in written)
+    if begun and not (args.resume or args.redo):
+        words = [*(word for word in words if not "--overwrite".startswith(word) or len(word) < 3), "--resume"]
+    return (
+        f"`{shlex.join(['saerl', *words])}`" if PROCESSES == 1 else f"`... {shlex.join(words)}` by torchrun"
+    )
 
 
 def _close_bars() -> None:
@@ -225,11 +292,29 @@ def _close_bars() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: 0 when done, 2 for bad input (one sentence, no traceback), 130 when interrupted."""
+    """Entry point: 0 when done, 2 for bad input (one sentence, no traceback), 130 when interrupted.
+
+    After SIGTERM 143 and after SIGHUP 129, as a shell counts.
+    """
+    try:
+        with handled():
+            return _main(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt as err:  # before the arguments are read, or when all is done
+        return 128 + int(getattr(err, "number", signal.SIGINT))
+
+
+def _main(argv: Sequence[str]) -> int:
     first = RANK == 0
-    logging.basicConfig(level=logging.WARNING, format="%(message)s" if first else f"[{RANK}] %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Plain("%(message)s" if first else f"[{RANK}] %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("saerl_fast").setLevel(logging.INFO if first else logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        if hasattr(getattr(sys, name), "reconfigure"):  # a terminal without UTF-8 gets escapes
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     top = parser()
     args, extra = top.parse_known_args(argv)  # argparse takes settings in one place only; users mix them
     if any(item.startswith("-") or "=" not in item for item in extra):
@@ -238,32 +323,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         top.error(f"`saerl {args.command}` takes no settings, got {' '.join(extra)}")
     if extra:
         args.overrides += extra
+    written.clear()
     try:
+        for name, value in vars(args).items():
+            if value == "" and name != "section":
+                raise SaerlError(
+                    f"{name.replace('_', '-')} is empty; give a value (is a shell variable unset?)"
+                )
         if PROCESSES > 1:
             return _run_together(args)
         run(args)
+        sys.stdout.flush()
     except SaerlError as err:
         _complain(err, args)
         return 2
     except ModuleNotFoundError as err:
         missing = (err.name or "").partition(".")[0]
         if missing not in OPTIONAL:
-            raise
+            return _unexpected(err, args)
         fix = (
             f'run `pip install -e ".[all]"` in the clone of saerl-fast, or `pip install {OPTIONAL[missing]}`'
         )
         _complain(SaerlError(f"{missing} is not installed; {fix}"), args, err)
         return 2
-    except KeyboardInterrupt:
-        _close_bars()
-        if args.command == "watch":
-            return 0
-        again = "add --resume" if args.command == "train" else "run the same command again"
-        print(f"saerl: interrupted; what was written stays; {again} to go on", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as err:
+        number = getattr(err, "number", 2)
+        with suppress(OSError):  # of a terminal that has gone
+            _close_bars()
+            if RANK == 0 and args.command != "watch":
+                print(f"saerl: interrupted; {_kept()}: {_again(args, argv)}", file=sys.stderr, flush=True)
+        return 0 if (args.command, number) == ("watch", 2) else 128 + number
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as err:
+        return _unexpected(err, args)
     return 0
 
 

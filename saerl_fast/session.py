@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from saerl_fast.config import Config, DataConfig, to_dict
+from saerl_fast.errors import SaerlError
 from saerl_fast.hub import hub_access, is_local
 from saerl_fast.models import load_model, max_positions
 from saerl_fast.prompts.pool import Pool, load_split
 from saerl_fast.prompts.render import Prompts, prepare
 from saerl_fast.prompts.sources import is_source
+from saerl_fast.records import manifest
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Session:
     def open(cls, config: Config, echo: Callable[[str], None] | None = None) -> Session:
         """Load what the config names. ``echo`` is told what was loaded, in two lines."""
         train, evaluation = load_pools(config)
+        manifest.check(config.model.path, "model", "saerl train")
         model, tokenizer = load_model(config.model)
         new = config.train.rollout.max_new_tokens
         session = cls.of(model, tokenizer, train, evaluation, config.data, max_new_tokens=new)
@@ -51,6 +54,12 @@ class Session:
         max_new_tokens: int = 0,
     ) -> Session:
         """A session of a loaded model and pools; prompts that leave no room for new tokens are dropped."""
+        for pool, name in ((train, "train"), (evaluation, "evaluation")):
+            if not isinstance(pool, Pool):
+                raise SaerlError(
+                    f"{name} must be a Pool, not a {type(pool).__name__}; make one with load_prompts, "
+                    "or with Pool of a dictionary of columns"
+                )
         positions = max_positions(model)
         limit = None if positions is None else positions - max_new_tokens
         pools = (prepare(pool, tokenizer, data, limit=limit) for pool in (train, evaluation))

@@ -289,3 +289,11 @@ def test_the_ends_of_a_log_are_read_without_the_rest(tmp_path, long):
     assert [(row["step"], row["i"]) for row in end_rows(path, last=True)] == [(3, 0), (3, 1)]
     assert [(row["step"], row["i"]) for row in end_rows(path, last=False)] == [(1, 0), (1, 1)]
     assert end_rows(tmp_path / "none", last=True) == []
+
+
+def test_a_log_that_is_removed_is_noticed(tmp_path):
+    log = JsonlLog(tmp_path / "log.jsonl")
+    log.write([{"step": 1}])
+    (tmp_path / "log.jsonl").unlink()
+    with pytest.raises(SaerlError, match="log.jsonl was removed while it was being written"):
+        log.write([{"step": 2}])

@@ -2,7 +2,10 @@
 
 import json
 import os
+import shlex
+import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,6 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saerl_fast import cli
+from saerl_fast.records.lock import NAME, lock
+from saerl_fast.rl.trainer import _Run
+from tests.test_lock import fork, status
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
@@ -150,7 +156,7 @@ def test_a_reward_that_cannot_work_is_found_before_the_model_is_loaded(
     monkeypatch.setattr("saerl_fast.session.load_model", load)
     (tmp_path / "bad.py").write_text("def score(completions, **columns):\n    return columns['solution']\n")
     assert saerl(command, tmp_path / "r", f"train.reward={tmp_path}/bad.py:score") == 2
-    one_sentence(capsys, "KeyError: 'solution' (" + str(tmp_path / "bad.py line 2)"))
+    one_sentence(capsys, "raised KeyError: 'solution' for completion 0")
     assert saerl(command, tmp_path / "r", f"train.reward=exact,{tmp_path}/bad.py:score") == 2
     one_sentence(capsys, "bad.py line 2")
     assert saerl(command, tmp_path / "r", "train.reward_weights=1,2") == 2
@@ -330,7 +336,7 @@ def test_nan_activations(tmp_path, capsys):
     weights[name] = torch.full_like(weights[name], float("nan"))
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     assert saerl("sae train", tmp_path / "r", f"model.path={model}") == 2
-    one_sentence(capsys, "not finite")
+    one_sentence(capsys, "NaN or infinite")
 
 
 def test_unwritable_output(tmp_path, capsys):
@@ -440,10 +446,15 @@ def test_one_command_changes_one_setting(scored, tmp_path, capsys):
     assert "adaptive is made again (train.lr was 0.0005)" in said
     made, said = redo("train.lr=0.01", "diversity.n_clusters=3")
     assert made == {"adaptive/metrics.jsonl", "scores.parquet"} and "sae is kept" in said
-    assert "scores.parquet is made again (diversity.n_clusters was 4)" in said
+    assert (
+        "scores.parquet is made again: it was made with other settings (diversity.n_clusters was 4)" in said
+    )
     made, said = redo("train.lr=0.01", "diversity.n_clusters=3", "sae.k=4")
     assert made == {"adaptive/metrics.jsonl", "scores.parquet", "sae/train.json"}
-    assert "sae is made again (sae.k was 8); the one before is sae.previous" in said
+    assert (
+        "sae is made again: it was made with other settings (sae.k was 8); the one before is sae.previous"
+        in said
+    )
     assert "labels.json is kept" in said and (folder / "sae.previous" / "train.json").is_file()
     made, said = redo("train.lr=0.01", "diversity.n_clusters=3", "sae.k=4", "train.steps=3")
     assert made == {"adaptive/metrics.jsonl"} and "goes on from where it stopped" in said
@@ -500,7 +511,8 @@ def test_an_sae_of_another_width_is_refused_before_labels(scored, tmp_path, caps
     sae = SAE(encoder, torch.zeros(32), encoder.T.clone(), torch.zeros(24), cfg=SAESpec(k=4))
     save_sae(sae, tmp_path / "sae")
     monkeypatch.setattr("saerl_fast.models.named_width", lambda *_: None)
-    monkeypatch.setattr("saerl_fast.rl.generate.generate", lambda *_, **__: pytest.fail("rolls out labels"))
+    labels = "saerl_fast.stages.pipeline.difficulty_labels"
+    monkeypatch.setattr(labels, lambda *_, **__: pytest.fail("rolls out labels"))
     assert saerl("score", tmp_path / "r", f"sae.path={tmp_path / 'sae'}") == 2
     one_sentence(capsys, "width 24")
 
@@ -549,3 +561,65 @@ def test_the_demo_runs_from_anywhere(tmp_path, capsys, monkeypatch):
     assert cli.main(["demo", "--quiet", *SMALL, "sae.steps=5"]) == 0
     assert (tmp_path / "runs" / "demo" / "report.html").is_file()
     assert (tmp_path / "runs" / "demo" / "plan.json").is_file()
+
+
+def test_what_is_left_of_a_killed_run_is_taken_and_a_signal_saves(tmp_path, monkeypatch, capsys):
+    """The folder of the arm is a link to another disk throughout."""
+    monkeypatch.setattr("saerl_fast.records.report.write_report", lambda *_, **__: [])
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "vanilla").symlink_to(disk)
+    vanilla = ["plan.schedule=vanilla", "train.save_every=100"]
+
+    def kill(number):
+        def step(self, at, real=_Run.step):
+            real(self, at)
+            if at == 1:
+                os.kill(os.getpid(), number)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_Run, "step", step)
+            return saerl("train", tmp_path / "r", *vanilla)
+
+    with monkeypatch.context() as patch:  # SIGKILL while the first file is being written
+
+        def die(*_):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        patch.setattr(os, "replace", die)
+        child = fork(lambda: saerl("train", tmp_path / "r", *vanilla))
+        assert status(child) == -signal.SIGKILL
+    assert {path.name[:10] for path in disk.iterdir()} == {".run.json.", ".manifest.", NAME[:10]}
+    capsys.readouterr()
+    assert kill(signal.SIGTERM) == 128 + signal.SIGTERM
+    said = capsys.readouterr().err
+    assert "step 1) kept; to go on: `saerl train" in said
+    command = shlex.split(said.rpartition("`saerl ")[2].rstrip("`\n"))
+    assert cli.main(command) == 0
+    assert not [path for path in disk.rglob("*") if path.name.startswith(".")]
+    rows = [json.loads(line) for line in (disk / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2]
+    again = json.loads((disk / "run.json").read_text())
+    assert "resumed" in again
+    assert saerl("train", tmp_path / "r", *vanilla, "--overwrite") == 0
+    assert "resumed" not in json.loads((disk / "run.json").read_text())
+    assert saerl("train", tmp_path / "r", *vanilla, "--redo", "train.seed=3") == 0
+    assert json.loads((disk / "run.json").read_text())["seed"] == 3
+    assert (tmp_path / "r" / "vanilla").is_symlink()
+
+
+def test_one_command_at_a_time(scored, tmp_path, capsys):
+    """Writers are refused in a sentence; readers are not."""
+    folder = copy_of(scored, tmp_path / "demo")
+    before = state(folder)
+    with lock(folder), ThreadPoolExecutor(1) as other:
+        for command in ("sae train", "score", "plan"):
+            assert other.submit(saerl, command, folder).result() == 2
+            one_sentence(capsys, f"{folder} is written by")
+        assert other.submit(cli.main, ["sae", "info", str(folder / "sae")]).result() == 0
+    with lock(folder / "adaptive"), ThreadPoolExecutor(1) as other:
+        for flag in ("--overwrite", "--resume", "--redo"):
+            assert other.submit(saerl, "train", folder, flag).result() == 2
+            one_sentence(capsys, f"{folder / 'adaptive'} is written by")
+    assert state(folder) == before

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.run_all import heed_interrupts
 from saerl_fast.errors import SaerlError
+from saerl_fast.records.lock import lock
 from saerl_fast.records.log import MetricsLog
 from saerl_fast.records.report import write_report
 from saerl_fast.records.watch import watch
@@ -182,3 +183,14 @@ def test_a_copy_does_not_end_a_comparison(tmp_path: Path, monkeypatch) -> None:
     said: list[str] = []
     watch(tmp_path, said.append, every=0.01)
     assert len(looks) == 2 and sum("is a copy of" in line for line in said) == 1
+
+
+def test_a_run_that_loads_its_model_is_waited_for(tmp_path, monkeypatch):
+    def wait(seconds):
+        raise KeyboardInterrupt
+
+    said: list[str] = []
+    with lock(tmp_path / "arm"), pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(time, "sleep", wait)
+        watch(tmp_path, said.append)
+    assert said == [f"waiting for {tmp_path}/metrics.jsonl"]

@@ -125,7 +125,7 @@ class QualityConfig(Section):
 class DifficultyConfig(Section):
     label_column: str | None = setting(None, "pass rate in [0, 1], null: unknown; null rolls out a subset")
     n_labels: int = setting(128, "prompts rolled out for labels, before any warm-up; 0: none", at_least=0)
-    rollouts: int = setting(4, "per labelled prompt", at_least=1)
+    rollouts: int = setting(4, "per labelled prompt", at_least=1, at_most=1 << 20)
     alpha: float = setting(0.05, "ElasticNet penalty, as a share of what leaves no coefficient", above=0)
     l1_ratio: float = setting(0.2, "share of the absolute values in the penalty", above=0, at_most=1)
     folds: int = setting(5, "of the held-out figures", at_least=2)
@@ -178,7 +178,7 @@ class PlanConfig(Section):
 @dataclass
 class RolloutConfig(Section):
     prompts_per_step: int = setting(16, "a batch of the plan", at_least=1)
-    group_size: int = setting(8, "rollouts per prompt", at_least=2)
+    group_size: int = setting(8, "rollouts per prompt", at_least=2, at_most=1 << 20)
     max_new_tokens: int = setting(64, "tokens of a completion at most", at_least=1)
     temperature: float = setting(1.0, "of sampling; the loss uses the same", above=0)
     top_p: float = setting(1.0, "nucleus sampling; 1 samples from everything", above=0, at_most=1)
@@ -220,7 +220,7 @@ class LoRAConfig(Section):
 class WarmupConfig(Section):
     steps: int = setting(0, "supervised steps on `prompt -> answer` before GRPO", at_least=0)
     batch_size: int = setting(16, "rows a step", at_least=1)
-    lr: float = setting(1e-5, "after the first tenth of the steps", at_least=0)
+    lr: float = setting(1e-5, "after the first tenth of the steps", at_least=0, at_most=1e6)
     rows: int | None = setting(None, "how many training rows it may see", at_least=1)
 
 
@@ -230,7 +230,7 @@ class EvalConfig(Section):
     mode: Literal["sample", "greedy", "prob"] = setting(
         "sample", "sample: avg@k; prob: teacher-forced probability of the reference answer"
     )
-    samples: int = setting(4, "k of avg@k", at_least=1)
+    samples: int = setting(4, "k of avg@k", at_least=1, at_most=1 << 20)
     temperature: float = setting(1.0, "of sample and prob", above=0)
 
 
@@ -238,7 +238,7 @@ class EvalConfig(Section):
 class TrainConfig(Section):
     steps: int = setting(100, "optimizer steps, one for each batch of rollouts", at_least=0)
     seed: int | None = setting(None, "of sampling and order, not of the data split; null: the run's", **SEED)
-    lr: float = setting(1e-6, "about ten times as much with train.lora", at_least=0)
+    lr: float = setting(1e-6, "about ten times as much with train.lora", at_least=0, at_most=1e6)
     warmup_steps: int = setting(10, "of the learning rate", at_least=0)
     weight_decay: float = setting(0.0, "of AdamW", at_least=0)
     betas: tuple[float, float] = setting((0.9, 0.999), "of AdamW", at_least=0, below=1)
@@ -263,7 +263,11 @@ class TrainConfig(Section):
         result=False,
     )
     reward_timeout: float = setting(
-        0.0, "seconds one call of the reward may take; 0: no limit", at_least=0, at_most=10**9, result=False
+        0.0,
+        "seconds for one call of the reward, in a child process; 0: no limit",
+        at_least=0,
+        at_most=10**9,
+        result=False,
     )
     capture: bool = setting(True, "read features off the rollouts' own prefill, when the plan uses them")
     save_every: int = setting(20, "steps between checkpoints; 0: only at the end", at_least=0, result=False)

@@ -9,11 +9,12 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path, write_json
+from saerl_fast.fileio import atomic_path, write_json, writing
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class JsonlLog:
         self, path: str | Path, resume_step: int | None = None, written: Mapping[str, Any] | None = None
     ) -> None:
         self.path, self.damage = Path(path), ""
-        try:
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if resume_step is not None:
                 self.damage = _cut(self.path, resume_step, written)
@@ -44,20 +45,16 @@ class JsonlLog:
                 self.path.replace(self.path.with_name(self.path.name + ".previous"))
             self._file = self.path.open("ab")
             self._rows, self._bytes, self._sha = _hashed(self.path)
-        except OSError as err:
-            raise SaerlError(f"cannot write {self.path}: {err.strerror}; choose another run_dir") from None
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows. NumPy and torch scalars become numbers, NaN and infinity null."""
         lines = [json.dumps(_json_value(row), allow_nan=False) + "\n" for row in rows]
         data = "".join(lines).encode()
-        try:
+        if not os.fstat(self._file.fileno()).st_nlink:
+            raise SaerlError(f"{self.path} was removed while it was being written; resume, or start again")
+        with writing(self.path):
             self._file.write(data)
             self._file.flush()
-        except OSError as err:
-            raise SaerlError(
-                f"cannot write {self.path}: {err.strerror}; free some space and resume"
-            ) from None
         self._rows, self._bytes = self._rows + len(lines), self._bytes + len(data)
         self._sha.update(data)
 
@@ -66,7 +63,8 @@ class JsonlLog:
         return {"rows": self._rows, "bytes": self._bytes, "sha256": self._sha.hexdigest()}
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what a full disk did not take was said when it was written
+            self._file.close()
 
 
 def _hashed(path: Path, size: int | None = None) -> tuple[int, int, Any]:
@@ -200,7 +198,7 @@ def read_jsonl(path: str | Path) -> list[Row]:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError("not an object")
-        except ValueError as err:
+        except (ValueError, RecursionError) as err:
             if number == len(lines):
                 break
             raise SaerlError(f"{path} line {number} is damaged ({err}); remove that line") from None

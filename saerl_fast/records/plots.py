@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from saerl_fast.errors import printable
 from saerl_fast.fileio import atomic_path
 from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes
 
@@ -34,7 +35,7 @@ def _figure(
         "axes.grid": True,
         "grid.alpha": 0.25,
     }
-    style |= {"font.size": 10, "axes.axisbelow": True}
+    style |= {"font.size": 10, "axes.axisbelow": True, "text.parse_math": False}  # an arm may hold a $
     with plt.rc_context(style):
         figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained")
         draw(figure, axes)
@@ -42,6 +43,12 @@ def _figure(
             figure.savefig(temporary, dpi=130, format="png")
         plt.close(figure)
     return path
+
+
+def _cut(name: str) -> str:
+    """``name`` as a label: printable, and of a length that leaves room for the figure."""
+    name = printable(name).replace("\n", " ")
+    return name if len(name) <= 40 else f"{name[:24]}...{name[-13:]}"
 
 
 def colours(runs: list[RunRecord]) -> dict[str, str]:
@@ -74,11 +81,11 @@ def learning_curves(runs: list[RunRecord], targets: dict[str, float], path: Path
             curves = [_curve(run) for run in mine]
             if mine and all(np.array_equal(steps, curves[0][0]) for steps, _ in curves):
                 mean = np.mean([values for _, values in curves], axis=0)
-                label = arm if len(mine) == 1 else f"{arm} (mean of {len(mine)})"
+                label = _cut(arm) if len(mine) == 1 else f"{_cut(arm)} (mean of {len(mine)})"
                 axes[0].plot(curves[0][0], mean, color=shade, lw=2.2, label=label)
         for name, value in targets.items():
             axes[0].axhline(value, color="#999999", lw=0.8, ls="--")
-            axes[0].annotate(name, (0, value), fontsize=8, color="#777777", va="bottom")
+            axes[0].annotate(_cut(name), (0, value), fontsize=8, color="#777777", va="bottom")
         axes[0].set(xlabel="GRPO steps", ylabel=accuracy_label(runs))
         axes[1].set(xlabel="rollouts spent")
         axes[0].legend(frameon=False)
@@ -92,7 +99,7 @@ def live(runs: list[RunRecord], path: Path) -> Path:
 
     def draw(figure: Any, axes: Any) -> None:
         for run in runs:
-            label = f"{run.arm}, seed {run.seed}"
+            label = f"{_cut(run.arm)}, seed {run.seed}"
             axes[0].plot(*_curve(run), color=colour[run.arm], marker=".", label=label)
             axes[1].plot(*course([run], "reward"), color=colour[run.arm], lw=1)
         axes[0].set(xlabel="GRPO steps", ylabel=accuracy_label(runs))
@@ -127,8 +134,10 @@ def phases(runs: list[RunRecord], path: Path) -> Path:
         greys = iter(np.linspace(0.35, 0.85, max(len(names), 1)))
         for name in names:
             width = np.array([sum(s.get(name, 0) for s in seconds[a]) / max(steps[a], 1) for a in arms])
-            axis.barh(arms, width, left=left, label=name, color=colour.get(name, str(next(greys))))
+            shade = colour.get(name, str(next(greys)))
+            axis.barh(range(len(arms)), width, left=left, label=_cut(name), color=shade)
             left += width
+        axis.set_yticks(range(len(arms)), [_cut(arm) for arm in arms])
         axis.invert_yaxis()
         axis.set(xlabel="seconds per step (without evaluation)")
         axis.legend(frameon=False, ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.35))
@@ -144,7 +153,7 @@ def batches(runs: list[RunRecord], path: Path) -> Path:
         for arm, shade in colour.items():
             mine = [run for run in runs if run.arm == arm]
             for axis, name in zip(axes, ("pass_rate", "used"), strict=True):
-                axis.plot(*_smooth(*course(mine, name)), color=shade, label=arm)
+                axis.plot(*_smooth(*course(mine, name)), color=shade, label=_cut(arm))
         axes[0].axhline(0.5, color="#999999", lw=0.8, ls="--")
         axes[0].set(xlabel="GRPO steps", ylabel="pass rate of the batch", ylim=(0, 1))
         axes[1].set(xlabel="GRPO steps", ylabel="groups with mixed rewards", ylim=(0, 1))

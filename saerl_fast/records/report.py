@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from saerl_fast.config import CompareConfig
-from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import write_text
+from saerl_fast.errors import SaerlError, printable
+from saerl_fast.fileio import first_line, read_table, write_text
 from saerl_fast.records import plots, samples
 from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes, load_runs, read_object
 from saerl_fast.records.stats import area_under_curve, paired_ratio, smooth, steps_to_target
@@ -63,9 +63,10 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
     opening += [samples.arms_table(root), samples.warnings_table(runs)]
     sae = read_object(_shared(root, "sae/train.json")) or scores.pop("sae", {})
     closing = [*samples.samples_tables(runs), phase_table(runs), *signal_tables(scores, sae)]
-    shown = [table for table in [*opening, *results, *closing] if table[2]]
+    results = [_shown(table) for table in results]
+    shown = [table for table in [*map(_shown, opening), *results, *map(_shown, closing)] if table[2]]
     figures = _draw(runs, targets, root)
-    title = f"{root.name}: {', '.join(dict.fromkeys(run.arm for run in runs))}"
+    title = printable(f"{root.name}: {', '.join(dict.fromkeys(run.arm for run in runs))}")
     for table in results:
         if table[2]:
             echo(_text(table))
@@ -74,6 +75,12 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
         write_text(root / "report.html", _html(title, shown, figures)),
         *figures,
     ]
+
+
+def _shown(table: Table) -> Table:
+    """``table`` without characters that a terminal would obey."""
+    name, header, rows, note = table
+    return name, [*map(printable, header)], [[*map(printable, row)] for row in rows], printable(note)
 
 
 def _shared(root: Path, name: str) -> Path:
@@ -92,7 +99,7 @@ def find_targets(runs: list[RunRecord], settings: CompareConfig) -> dict[str, fl
         return {}
     start = float(np.mean([run.accuracy[0] for run in first]))
     gain = float(np.mean([smooth(run.accuracy, settings.smooth)[-1] for run in first])) - start
-    if gain <= 0:
+    if not gain > 0:
         return {}
     return {f"{share:.0%} of {runs[0].arm}'s gain": start + share * gain for share in settings.targets}
 
@@ -246,10 +253,13 @@ def _draw(runs: list[RunRecord], targets: dict[str, float], root: Path) -> list[
         figures.append(plots.phases(runs, root / "phases.png"))
     scores = _shared(root, "scores.parquet")
     if scores.is_file():
-        import pyarrow.parquet as pq
-
-        columns = pq.read_table(scores).to_pydict()
-        figures.append(plots.signals(columns, root / "signals.png"))
+        again = "make it again with `saerl score`"
+        try:
+            figures.append(plots.signals(read_table(scores, again), root / "signals.png"))
+        except SaerlError:
+            raise
+        except (LookupError, TypeError, ValueError, OverflowError) as err:
+            raise SaerlError(f"{scores} is damaged ({first_line(err)}); {again}") from err
     return figures
 
 
@@ -283,11 +293,11 @@ def _cell(value: Any) -> str:
 
 
 def _markdown(title: str, tables: list[Table], figures: list[Path]) -> str:
-    parts = [f"# {title}", ""]
+    parts = [f"# {_markdown_cell(title)}", ""]
     for name, header, rows, note in tables:
-        parts += [f"## {name}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        parts += ["| " + " | ".join(map(_markdown_cell, row)) + " |" for row in rows]
-        parts += ["", note, ""] if note else [""]
+        lines = ["| " + " | ".join(map(_markdown_cell, row)) + " |" for row in [header, *rows]]
+        parts += [f"## {name}", "", lines[0], "|" + "---|" * len(header), *lines[1:]]
+        parts += ["", _markdown_cell(note), ""] if note else [""]
     parts += ["## Figures\n"] if figures else []
     parts += [f"![{figure.stem}]({figure.name})\n\n*{CAPTIONS[figure.stem]}*\n" for figure in figures]
     return "\n".join(parts) + "\n"
@@ -296,12 +306,15 @@ def _markdown(title: str, tables: list[Table], figures: list[Path]) -> str:
 def _markdown_cell(text: str) -> str:
     """``text`` as one line that a table may hold: no markup, no HTML, no column ends."""
     lines = html.escape(text, quote=False).replace("\\", "\\\\").splitlines() or [""]
-    return re.sub(r"([|`*_\[\]$])", r"\\\1", "<br>".join(lines)) if not PLAIN.fullmatch(text) else text
+    if PLAIN.fullmatch(text) and "](" not in text:  # no link
+        return text
+    return re.sub(r"([|`*_\[\]$])", r"\\\1", "<br>".join(lines))
 
 
 def _text(table: Table) -> str:
     """The table for a terminal: one block an arm would be too long, so columns are padded."""
-    name, header, rows, note = table
+    name, header, rows, _ = table
+    header, *rows = [[" ".join(cell.splitlines()) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -13,11 +12,34 @@ from typing import Any
 
 import numpy as np
 
-from saerl_fast.errors import SaerlError
+from saerl_fast.errors import SaerlError, printable
+from saerl_fast.fileio import mismatch, read_json
+from saerl_fast.records import manifest
 from saerl_fast.records.log import LOGS, damage
 from saerl_fast.records.rows import Block, as_row, blocks
 
 log = logging.getLogger(__name__)
+_NUMBER = (None, float)
+ROWS: dict[str, Any] = {  # what a line of these files must hold
+    "rollouts.jsonl": {"step": int, "rewards?": (None, [_NUMBER]), "completions?": (None, [str])},
+    "eval_items.jsonl": {"step": int, "prompt_id": str, "score?": _NUMBER},
+    "eval_prompts.jsonl": {"prompt_id": str},
+}
+RUN = {"arm?": str, "seed?": int, "id?": str, "made?": {str: Any}, "resumed?": [dict], "plan?": (None, str)}
+RUN |= {"config?": {"train?": {"steps?": int}}}
+MERGED = {"change_kept": float, "accuracy": float, "rounded_to": str, "saved_as": str}
+COMPARED = {"arms?": [str], "seeds?": [int], "notes?": list}
+COMPARED |= {"targets?": [float], "target_values?": (None, [float]), "smooth?": int}
+SCORED = {"metadata?": {"difficulty_labels?": {"rollouts?": float}, "sae?": dict}}
+WRITTEN = {"logs": {str: {"rows": int, "bytes": int, "sha256": str}}, "damage": [str]}
+FORMS: dict[str, tuple[str, Any]] = {  # name -> the command that writes it, and what it must hold
+    "run.json": ("saerl train", RUN),
+    "summary.json": ("saerl train", {"merged?": MERGED, "accuracy?": _NUMBER, "damage?": [str]}),
+    "compare.json": ("saerl compare", COMPARED),
+    "scores.json": ("saerl score", SCORED),
+    "train.json": ("saerl sae train", {}),
+    LOGS: ("saerl train", WRITTEN),
+}
 SAERL_PHASES = ("capture", "encode", "plan")  # what this project adds to a vanilla step
 
 
@@ -303,19 +325,23 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``, {} when there is no such file; SaerlError when it is damaged."""
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # no JSON, or no text
-        value = None
-    if not isinstance(value, dict):
-        raise SaerlError(f"{path} is damaged (not a JSON object); make it again or remove it")
-    return value
+    return read_json(path, *FORMS.get(path.name, ("saerl score", {})))
+
+
+def checked(rows: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
+    """``rows`` themselves; SaerlError where one is not what lines of ``file`` hold."""
+    for number, row in enumerate(rows, 1):
+        if fault := mismatch(row, ROWS[file.name]):
+            raise SaerlError(f"{file} row {number} is damaged ({fault}); remove that line")
+    return rows
 
 
 def open_run(folder: Path) -> RunRecord:
-    """The run in ``folder``, no row read yet. SaerlError when run.json or summary.json is damaged."""
+    """The run in ``folder``, no row read yet. SaerlError where a file that describes it is damaged."""
+    for part in ("run", "result"):
+        kept = manifest.look(folder, part)
+        if kept.entry and kept.fault:
+            raise SaerlError(f"{kept.fault}; make the run again with `saerl train --overwrite`")
     config = read_object(folder / "run.json")
-    arm, seed = config.get("arm", folder.name), config.get("seed", 0)
-    if not isinstance(arm, str) or not isinstance(seed, int):
-        raise SaerlError(f"{folder / 'run.json'} is damaged (arm or seed); make it again or remove it")
-    return RunRecord(arm, seed, folder, config, read_object(folder / "summary.json"))
+    arm = printable(config.get("arm", folder.name)).replace("\n", " ")
+    return RunRecord(arm, config.get("seed", 0), folder, config, read_object(folder / "summary.json"))

@@ -8,7 +8,7 @@ from typing import Any
 
 from saerl_fast.config import Config, to_dict
 from saerl_fast.records.log import end_rows, read_jsonl
-from saerl_fast.records.runs import RunRecord, read_object
+from saerl_fast.records.runs import RunRecord, checked, read_object
 
 Table = tuple[str, list[str], list[list[str]], str]  # title, header, rows, note
 CUT = 400  # characters of a text that are shown
@@ -122,7 +122,8 @@ def samples_tables(runs: list[RunRecord]) -> list[Table]:
 
 
 def _rollouts(run: RunRecord) -> list[list[str]]:
-    last = end_rows(run.folder / "rollouts.jsonl", last=True)[:SHOWN]
+    path = run.folder / "rollouts.jsonl"
+    last = checked(end_rows(path, last=True)[:SHOWN], path)
     found = []
     for row in last:
         rewards, texts = row.get("rewards") or [], row.get("completions") or []
@@ -135,8 +136,9 @@ def _rollouts(run: RunRecord) -> list[list[str]]:
 
 def _items(run: RunRecord) -> list[list[str]]:
     path, asked_of = run.folder / "eval_items.jsonl", run.folder / "eval_prompts.jsonl"
-    prompts = {row.get("prompt_id"): row for row in (read_jsonl(asked_of) if asked_of.is_file() else [])}
-    first, last = ({row.get("prompt_id"): row for row in end_rows(path, last=end)} for end in (False, True))
+    prompts = {row["prompt_id"]: row for row in _jsonl(asked_of)}
+    ends = (checked(end_rows(path, last=end), path) for end in (False, True))
+    first, last = ({row["prompt_id"]: row for row in rows} for rows in ends)
     change = {
         name: abs((row.get("score") or 0) - (first[name].get("score") or 0))
         for name, row in last.items()
@@ -152,6 +154,10 @@ def _items(run: RunRecord) -> list[list[str]]:
         ]
         found.append([run.arm, *text, _plain(first[name].get("score")), _plain(last[name].get("score"))])
     return found
+
+
+def _jsonl(path: Path) -> list[dict[str, Any]]:
+    return checked(read_jsonl(path), path) if path.is_file() else []
 
 
 def _cut(text: Any) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.records.lock import NAME
 from saerl_fast.records.log import format_row
 from saerl_fast.records.plots import live
 from saerl_fast.records.runs import RunRecord, find_runs, listed, no_folder, one_of_each, open_run
@@ -21,6 +22,7 @@ BEGINNINGS = (
     "compare.json",
     "sae",
     "features.partial-*",
+    NAME,
 )
 BARS = "▁▂▃▄▅▆▇█"
 

@@ -27,6 +27,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,17 +39,19 @@ from torch import Tensor
 
 from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import write_json, write_text
-from saerl_fast.models import add_adapters
-from saerl_fast.records.log import JsonlLog, MetricsLog, write_logs
+from saerl_fast.fileio import use_umask, write_json, write_text, writing, written
+from saerl_fast.records import manifest
+from saerl_fast.records.lock import Lock, lock
+from saerl_fast.records.log import LOGS, JsonlLog, MetricsLog, write_logs
 from saerl_fast.rl import checkpoint as ckpt
 from saerl_fast.rl import distributed, lora, seeds
 from saerl_fast.rl.clock import Clock
 from saerl_fast.rl.evaluate import evaluate, known_mean, pass_rates, score_rollouts, warn_of_range
 from saerl_fast.rl.generate import generate
 from saerl_fast.rl.health import Health
-from saerl_fast.rl.interrupt import graceful_interrupt
+from saerl_fast.rl.interrupt import Stopped, graceful_interrupt
 from saerl_fast.rl.loss import advantages, overlong_penalty
+from saerl_fast.rl.rescue import DUE, Rescue
 from saerl_fast.rl.rewards import Notes, State, with_timeout
 from saerl_fast.rl.rewards.dry import read_answers
 from saerl_fast.rl.rollouts import Draw, Rollouts, concat, join
@@ -92,8 +95,10 @@ def train(
     too, and the summary has both figures (``rl/lora.py``).
 
     With ``resume`` the run goes on from its latest intact checkpoint, bit for bit on a CPU; without any
-    checkpoint it starts afresh. The first interrupt (Ctrl-C) finishes the step, saves and raises
-    KeyboardInterrupt; a second one stops at once.
+    checkpoint it starts afresh. The first interrupt (Ctrl-C, SIGTERM, SIGHUP) of any of the processes
+    finishes the step, saves and raises Stopped, a KeyboardInterrupt, in all; a second one stops at once. An
+    error (of a reward, say) saves what came before it. ``out_dir`` is held as long (see
+    `saerl_fast.records.lock`).
     """
     run = _Run(
         session.model,
@@ -107,29 +112,34 @@ def train(
         seed=seed,
         echo=echo,
     )
-    start = run.open(resume)
-    try:
-        with graceful_interrupt() as interrupted:
-            if start is None:
-                run.begin()
-                if any(distributed.gather(interrupted)):
-                    run.stop(0)
+    with ExitStack() as stack:
+        distributed.on_first(lambda: setattr(run, "held", stack.enter_context(lock(out_dir))))
+        start = run.open(resume)
+        stack.callback(run.close)
+        stack.push(run.rescued)
+        run.interrupted = stack.enter_context(graceful_interrupt())
+        if start is None:
+            run.begin()
+            run.heed("step 0 is saved", 0)
+        elif run.counters.pop(DUE, False):
+            run.evaluate(start)
+            run.save(start)
+        if progress is not None:
+            progress(start or 0, cfg.steps)
+        for step in range((start or 0) + 1, cfg.steps + 1):
+            run.step(step)
+            last = step == cfg.steps
+            if last or (cfg.eval.every and step % cfg.eval.every == 0):
+                run.evaluate(step)
+            if last or (cfg.save_every and step % cfg.save_every == 0):
+                run.save(step)
             if progress is not None:
-                progress(start or 0, cfg.steps)
-            for step in range((start or 0) + 1, cfg.steps + 1):
-                run.step(step)
-                last = step == cfg.steps
-                if last or (cfg.eval.every and step % cfg.eval.every == 0):
-                    run.evaluate(step)
-                if last or (cfg.save_every and step % cfg.save_every == 0):
-                    run.save(step)
-                if progress is not None:
-                    progress(step, cfg.steps)
-                if any(distributed.gather(interrupted)) and not last:
-                    run.stop(step)
-        return run.finish()
-    finally:
-        run.close()
+                progress(step, cfg.steps)
+            if not last:
+                run.heed(f"step {step} is saved", step)
+        summary = run.finish()
+        run.heed("the run was at its end and is complete")
+    return summary
 
 
 @dataclass
@@ -166,8 +176,11 @@ class _Run:
         self.state = State(max_steps=cfg.steps)
         self.warned = False  # of rewards outside [0, 1]
         self.writes = distributed.rank() == 0
+        self.held: Lock | None = None  # by the process that writes
+        self.interrupted: Callable[[], int] = lambda: 0
         self.counters: dict[str, Any] = dict.fromkeys(("rollouts", "tokens", "groups", "groups_used"), 0)
         self.counters |= {"seconds": {}}
+        self.rescue = Rescue(self._state, self._save)
 
     def say(self, line: str) -> None:
         if self.writes:
@@ -181,9 +194,9 @@ class _Run:
     def open(self, resume: bool) -> int | None:
         """Restore the latest checkpoint when resuming, open the logs; its step, or None for a fresh start."""
         found = ckpt.load_latest(self.out_dir) if resume else None
-        written: dict[str, Any] = {}
+        logs: dict[str, Any] = {}
         health = None
-        self.model = add_adapters(self.model, self.cfg.lora, derived_seed(self.seed, seeds.ADAPTER, 0))
+        self.model = lora.add_adapters(self.model, self.cfg.lora, derived_seed(self.seed, seeds.ADAPTER, 0))
         if found is not None:
             ckpt.load_model_tensors(self.model, found.model)
             self.learner = Learner(self.model, self.cfg)
@@ -193,12 +206,14 @@ class _Run:
             self.plan.load_state_dict(found.plan)
             self.counters = found.counters
             fitted = self.counters.pop("micro_tokens")
-            written, health = self.counters.pop("logs", {}), self.counters.pop("health", None)
+            logs, health = self.counters.pop("logs", {}), self.counters.pop("health", None)
             self.learner.optimizer.micro_tokens = min(self.cfg.micro_tokens, fitted)
             self.say(f"resuming after step {found.step} from {found.path}")
+            written[found.path] = None
         elif resume:
             self.say(f"no checkpoint in {self.out_dir}: starting at step 0")
         at = found.step if found is not None else None
+        self.rescue.saved = -1 if at is None else at
         if len(set(distributed.gather(lambda: at))) > 1:
             raise SaerlError(f"the processes find different checkpoints in {self.out_dir}; share the folder")
         self.health = Health(self.cfg, tolerance(self.model, self.cfg.rollout.temperature), health)
@@ -208,12 +223,13 @@ class _Run:
         if found is None:
             ckpt.set_aside(self.out_dir)
             self._write_held_out()
-        (self.out_dir / "summary.json").unlink(missing_ok=True)  # until the run has ended again
-        write_logs(self.out_dir, written, self.counters)  # before they are cut
+        manifest.forget(self.out_dir, "result")  # until the run has ended again
+        (self.out_dir / "summary.json").unlink(missing_ok=True)
+        write_logs(self.out_dir, logs, self.counters)  # before they are cut
         told: dict[str, Any] = {"echo": self.echo, "trackers": self.cfg.trackers, "steps": self.cfg.steps}
-        self.metrics = MetricsLog(self.out_dir, at, written=written.get("metrics.jsonl"), **told)
+        self.metrics = MetricsLog(self.out_dir, at, written=logs.get("metrics.jsonl"), **told)
         names = ("eval_items.jsonl", "rollouts.jsonl")
-        items, rollouts = (JsonlLog(self.out_dir / name, at, written.get(name)) for name in names)
+        items, rollouts = (JsonlLog(self.out_dir / name, at, logs.get(name)) for name in names)
         self.eval_items, self.rollout_log = items, rollouts
         if damage := [line for line in (file.damage for file in self.logs) if line]:
             self.counters["damage"] = [
@@ -250,7 +266,8 @@ class _Run:
         if cfg.warmup.steps > 0:
             clock = self.clock()
             with clock("warmup"):
-                row = warm_up(self.model, self.tokenizer, self.pool, cfg, self.seed)
+                stop = partial(self.heed, "nothing is saved before the warm-up has ended")
+                row = warm_up(self.model, self.tokenizer, self.pool, cfg, self.seed, after_step=stop)
             self._record({"step": 0, "kind": "warmup", **row, "time": clock.seconds})
         self.learner = Learner(self.model, cfg)
         if cfg.eval.every > 0 or cfg.steps == 0:
@@ -259,22 +276,45 @@ class _Run:
             self.save(0)
 
     def save(self, step: int) -> None:
-        learner = self.learner
-        written = self._written()
-        counters = self.counters | {"micro_tokens": learner.optimizer.micro_tokens}
-        counters |= {"logs": written, "health": self.health.state}
-        state: dict[str, Any] = {"model": self.model, "reference": learner.reference, "counters": counters}
-        state |= {"optimizer": learner.optimizer.state_dict(), "plan": self.plan.state_dict()}
-        state["keep"] = self.cfg.keep
+        state = self._state()
         with self.clock()("save"):
-            distributed.on_first(lambda: ckpt.save_checkpoint(self.out_dir, step, **state))
-            distributed.on_first(lambda: write_logs(self.out_dir, written, self.counters))
+            distributed.on_first(self.check)
+            distributed.on_first(lambda: self._save(step, state))
+        self.rescue.saved = step
 
-    def stop(self, step: int) -> None:
-        """End an interrupted run with everything saved."""
-        self.save(step)
-        self.say(f"interrupted: step {step} is saved in {self.out_dir}; go on with --resume")
-        raise KeyboardInterrupt
+    def _state(self) -> dict[str, Any]:
+        """Of plan, counters, alarms and logs, as they are after a whole step."""
+        counters = self.counters | {"logs": self._written(), "health": self.health.state}
+        return {"plan": self.plan.state_dict(), "counters": counters}
+
+    def _save(self, step: int, state: dict[str, Any]) -> None:
+        learner, counters = self.learner, state["counters"]
+        state |= {"counters": counters | {"micro_tokens": learner.optimizer.micro_tokens}}
+        state |= {"model": self.model, "reference": learner.reference, "keep": self.cfg.keep}
+        ckpt.save_checkpoint(self.out_dir, step, optimizer=learner.optimizer.state_dict(), **state)
+        write_logs(self.out_dir, counters["logs"], counters)
+
+    def rescued(self, kind: type[BaseException] | None, *_: object) -> None:
+        """At an error: save what came before it, unless ``out_dir`` is held no longer."""
+        if self.writes and kind is not None and issubclass(kind, Exception):
+            with suppress(SaerlError):
+                self.check()
+                self.rescue.save(self.say)
+
+    def check(self) -> int:
+        """The signal that has come, 0 for none; SaerlError when ``out_dir`` was removed or taken over."""
+        if self.held is not None:
+            self.held.check()
+        return self.interrupted()
+
+    def heed(self, said: str, step: int | None = None) -> None:
+        """End the run if a signal has come to any of the processes, with ``step`` saved."""
+        number = max(distributed.gather(self.check))
+        if number:
+            if step is not None and step != self.rescue.saved:
+                self.save(step)
+            self.say(f"interrupted: {said} in {self.out_dir}")
+            raise Stopped(number)
 
     def finish(self) -> dict[str, Any]:
         """Write the final model and the summary."""
@@ -291,12 +331,18 @@ class _Run:
             summary |= {"merged": merged} if merged else {}
 
         def write() -> None:
+            self.check()
             if state is None:
                 self._export("model", self.model.save_pretrained)
             else:
                 self._export("model", partial(lora.save_float32, self.model, state))
             self._export("model", self.tokenizer.save_pretrained)
+            for name in ("model", "adapter"):
+                if (self.out_dir / name).is_dir():
+                    manifest.record(self.out_dir / name, "model")
             write_json(self.out_dir / "summary.json", summary)
+            write_logs(self.out_dir, self._written(), self.counters)
+            manifest.record(self.out_dir, "result", (LOGS, "eval_prompts.jsonl", "summary.json"))
 
         distributed.on_first(write)
         return summary
@@ -320,11 +366,10 @@ class _Run:
 
     def _export(self, name: str, write: Callable[[Path], Any]) -> None:
         if self.cfg.save_model:
-            target = self.out_dir / name
-            try:
+            with writing(target := self.out_dir / name):
                 write(target)
-            except OSError as err:
-                raise SaerlError(f"cannot write {target}: {err.strerror or err}; free some space") from err
+                for file in target.glob("*.safetensors"):
+                    use_umask(file)
 
     def close(self) -> None:
         if self.writes:
@@ -351,6 +396,7 @@ class _Run:
 
     def step(self, step: int) -> None:
         cfg, clock = self.cfg, self.clock()
+        self.rescue.keep(step - 1)
         self._seed_globals(step)
         self.state.global_step = step - 1  # steps made, as transformers counts them
         draws = [self._draw(step, 0, clock)]
@@ -359,6 +405,7 @@ class _Run:
             draws.append(self._draw(step, len(draws), clock))
         rollouts, advantage, used = join(draws, wanted)
         lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
+        self.rescue.drop()
         update = self.learner.update(rollouts, advantage, used, lr, clock)
         lengths = torch.cat([draw.rollouts.lengths for draw in draws])
         counts = {
@@ -421,6 +468,7 @@ class _Run:
                     part,
                     prompts[here],
                     self.reward,
+                    prefill=self.pool.prefill,
                     pay_truncated=cfg.reward_truncated,
                     state=self.state,
                     notes=notes,
@@ -454,6 +502,7 @@ class _Run:
 
     def evaluate(self, step: int) -> None:
         clock = self.clock()
+        self.rescue.keep(step, due=True)
         with clock("eval"):
             pool, seed = self.session.eval, derived_seed(self.seed, seeds.EVAL, 0)
             self.state.global_step = step

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,8 @@ def warm_up(
     pool: Prompts,
     cfg: TrainConfig,
     seed: int = 0,
+    *,
+    after_step: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """``cfg.warmup.steps`` (at least 1) steps on the mean negative log-likelihood of answer and end token.
 
@@ -95,6 +97,7 @@ def warm_up(
         lr = settings.lr * min(1.0, step / max(1, settings.steps // 10))
         if not math.isfinite(optimizer.step(lr, max_norm=1.0)):
             skipped.append(step)
+        after_step()
         return float(loss)
 
     losses = [learn(step) for step in range(1, settings.steps + 1)]

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
-from collections.abc import Callable
 from fractions import Fraction
-from functools import cache, lru_cache
-from typing import Any
+from functools import cache
+from importlib.util import find_spec
 
+from saerl_fast.rl.judges import same_expression
 from saerl_fast.rl.rewards.notation import balanced, squeeze, tidy
 from saerl_fast.rl.rewards.numbers import equal, only_number
 
@@ -23,21 +22,18 @@ log = logging.getLogger(__name__)
 
 MOST_CHARACTERS = 2000  # of an answer that is compared as an expression
 
-# Algebra without end: towers of numbers, huge powers, factorials and binomials ...
+# Algebra without end: towers of numbers, huge powers, factorials and binomials.
 _ENDLESS = re.compile(
     r"(\^|\*\*)[\s{(]*-?\d+[\s})]*(\^|\*\*)|(\^|\*\*)[\s{(]*-?\d{5}|\d{4}\s*!|!\s*!|\d{400}"
     r"|binom\s*\{?\s*\d{5}|\^\s*\{?\s*\\[dt]?binom"
 )
-# ... and what may be, where nothing can stop it.
-_HEAVY = re.compile(
-    r"(\^|\*\*).*(\^|\*\*).*(\^|\*\*)|!|\d{30}|binom\s*\{?\s*\d{3}|\)\s*(\^|\*\*)[\s{(]*\d{2}"
-    r"|\\(?:sum|prod|int|lim)|C\s*[_(]",
-    re.DOTALL,
-)
 _LETTER = re.compile(r"\(?\s*([A-Z])\s*[).]?(?:\s.*)?")
 _UNIT = re.compile(
-    r"(?P<value>.*[\d})])\s*(?P<unit>\\?%|(?:(?:\^\s*\{?\d\}?|/|[.\u00b5'\"-]|[a-zA-Z]+(?![a-zA-Z]))\s*)+)"
+    r"(?P<value>.*[\d})])\s*(?P<unit>\\?%|"
+    r"(?!\\cdot)(?:(?:\^\s*\{?-?\d\}?|/|\\cdot|[()]|[.\u00b5'\"-]|[a-zA-Z]+(?![a-zA-Z]))\s*)+)"
 )
+# The label of one choice, before what it says; not of several.
+_LABEL = re.compile(r"\(?([A-J])[).:]\s+(?=\S)(?!or\b|and\b|(?:.*\s)?\(?[A-J](?:[).:](?:\s|$)|$))")
 _SIDE = re.compile(
     r"[a-zA-Z]\w*(?:_\{?\w+\}?)?(?:\([a-zA-Z]\w*(?:,\s*[a-zA-Z])*\)|\^\{-1\}\(x\))?'?|\|?[A-Z]{2,3}\|?"
 )
@@ -47,9 +43,20 @@ _NOT_UNITS = {
     "or", "pi", "pm", "pq", "sec", "sin", "sqrt", "st", "such", "tan", "th", "times", "to", "when", "xy",
     "xyz", "xz", "yz",
 }  # fmt: skip
+# Units of one kind, in the smallest: where both answers have one, its size counts.
+_SCALES = {
+    kind: {name: Fraction(size) for size, names in sizes.items() for name in names.split()}
+    for kind, sizes in {
+        "length": {"1": "mm", "10": "cm", "1000": "m meter meters", "1000000": "km kilometers"},
+        "imperial": {"1": "in inch inches", "12": "ft foot feet", "36": "yd yards", "63360": "mi mile miles"},
+        "mass": {"1": "mg", "1000": "g gram grams", "1000000": "kg kilograms"},
+        "time": {"1": "s sec second seconds", "60": "min minute minutes", "3600": "h hr hour hours",
+                 "86400": "day days"},
+        "volume": {"1": "mL ml", "1000": "L l liter liters"},
+        "money": {"1": "cent cents", "100": "dollar dollars"},
+    }.items()
+}  # fmt: skip
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
-
-Tools = tuple[Callable[..., Any], Callable[..., Any]]
 
 
 def same(candidate: str, gold: str) -> bool:
@@ -68,8 +75,13 @@ def _same(one: str, gold: str, depth: int = 0) -> bool:
         return True
     letter = _LETTER.fullmatch(gold)
     if letter and len(gold) <= 4:
-        given = re.fullmatch(r"\(?\s*([A-Z])\s*[).]?", one) or re.match(r"\(([A-Z])\)\s", one)
-        return given is not None and given[1] == letter[1]
+        given = re.fullmatch(r"\(?\s*([A-Z]|[a-e])\s*[).]?", one) or _LABEL.match(one)
+        return given is not None and given[1].upper() == letter[1]
+    if label := _LABEL.match(one):
+        one = one[label.end() :]
+    ours, wanted = _measure(one), _measure(gold)
+    if ours and wanted and ours[0] == wanted[0]:
+        return equal(ours[1], wanted[1])
     one, gold = _bare(one, gold, inside=depth > 0)
     numbers = _number(one), _number(gold)
     if None not in numbers:
@@ -110,6 +122,8 @@ def _bare(one: str, gold: str, inside: bool) -> tuple[str, str]:
     """Both without units and without ``x =``; ``inside`` a list, names must agree where both have one."""
     one, gold = _without_unit(one), _without_unit(gold)
     sides, wanted = _sides(one), _sides(gold)
+    if len(sides) == len(wanted) == 2 and sides[0] != wanted[0]:  # x = 5 is not y = 5
+        inside |= all(re.fullmatch("[a-z]", side[0]) for side in (sides, wanted))
     if inside and len(sides) > 1 and len(wanted) > 1 and sides[0] != wanted[0]:
         return one, gold
     named = all(map(_SIDE.fullmatch, (sides[0], wanted[0])))
@@ -145,14 +159,27 @@ def _sides(text: str) -> list[str]:
     return sides
 
 
+def _measure(text: str) -> tuple[str, Fraction] | None:
+    """(kind of unit, value in its smallest unit) of a number with one of the common units."""
+    match = re.fullmatch(r"(.*[\d}])\s*([a-zA-Z]{1,10})", text.strip().rstrip("."))
+    number = match and only_number(match[1])
+    if match is None or number is None:
+        return None
+    return next(
+        ((kind, number * names[match[2]]) for kind, names in _SCALES.items() if match[2] in names), None
+    )
+
+
 def _without_unit(text: str) -> str:
     """A number without its unit or currency; anything else as it is."""
     text = text.strip().strip("$ ").rstrip(" .,;:")
     match = _UNIT.fullmatch(text)
     if match is None or "\\%" in match["unit"] or "%" in match["unit"]:
         return text
-    words = re.findall(r"[a-zA-Z]+", match["unit"])
-    if not words or {w.lower() for w in words} & _NOT_UNITS or words == ["percent"]:
+    words = re.findall(r"[a-zA-Z]+", match["unit"].replace("\\cdot", " "))
+    if not words or {w.lower() for w in words} & (_NOT_UNITS - {"in"} if len(words) == 1 else _NOT_UNITS):
+        return text
+    if words == ["percent"]:
         return text
     single = len(words) == 1 and len(words[0]) == 1
     if single and (match.start("unit") == match.end("value") or words[0] not in "mgslhLKCFVWJN"):
@@ -213,11 +240,12 @@ def _parts(text: str) -> tuple[str, list[str]] | None:
     text = text.strip()
     text = re.sub(r"\\[{}]", lambda m: m[0][1], text)
     if text and text[0] in _PAIRS and _closing(text) == len(text) - 1 and not text.startswith("{}"):
-        inner = _split(text[1:-1], ",;")
+        inner = _split(_ungrouped(text[1:-1]), ",;")
         brackets = "{" if text[0] == "{" else text[0] + text[-1]
         if len(inner) > 1 or text[0] == "{":
             return brackets, [v for part in inner for v in _both(part)] if brackets == "{" else inner
         return None
+    text = _ungrouped(text)
     listed = re.sub(r",?\s*(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])\s*,?", ",", text)
     inner = [v for part in _split(listed, ",;") for v in _both(part) if part.strip()]
     if len(inner) < 2:
@@ -227,6 +255,13 @@ def _parts(text: str) -> tuple[str, list[str]] | None:
     if len(letters) == 1 and all(name or "=" not in part for name, part in zip(names, inner, strict=True)):
         inner = [_NAME.sub("", part) for part in inner]
     return "", inner
+
+
+def _ungrouped(text: str) -> str:
+    """A list without its thousands commas, which no blank follows where one follows what separates."""
+    if re.search(r"[(\[{]", text) or not re.search(r",\s|;|\b(?:and|or)\b", text):
+        return text
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
 
 
 def _both(part: str) -> list[str]:
@@ -265,37 +300,20 @@ def _is_words(text: str) -> bool:
 
 def _same_expression(one: str, gold: str) -> bool:
     """By Math-Verify; False without it, and for expressions that could take for ever."""
-    tools = math_verify()
-    if tools is None or not balanced(one):
+    if not math_verify() or not balanced(one) or _ENDLESS.search(one) or _ENDLESS.search(gold):
         return False
-    # Math-Verify stops long computations with SIGALRM, which only the main thread may use.
-    in_main = threading.current_thread() is threading.main_thread()
-    for text in (one, gold):
-        if _ENDLESS.search(text) or (not in_main and (_HEAVY.search(text) or len(text) > 200)):
-            return False
-    seconds = 3 if in_main else None
-    first, second = (_expression(text, seconds) for text in (one, gold))
-    if not first or not second:
-        return False
-    return bool(tools[1](list(second), list(first), timeout_seconds=seconds, allow_set_relation_comp=True))
-
-
-@lru_cache(maxsize=4096)
-def _expression(text: str, seconds: int | None) -> tuple[Any, ...]:
-    tools = math_verify()
-    assert tools is not None
-    return tuple(tools[0](f"\\boxed{{{text}}}", parsing_timeout=seconds, fallback_mode="no_fallback"))
+    return same_expression(one, gold)
 
 
 @cache
-def math_verify() -> Tools | None:
+def math_verify() -> bool:
+    """Whether it is installed; that it is not is said once."""
     try:
-        from math_verify import parse, verify
-    except ImportError:
+        found = find_spec("math_verify") is not None
+    except ValueError:  # as for a module that was made unavailable
+        found = False
+    if not found:
         log.warning(
             "math-verify is not installed: the maths reward compares numbers, lists and text, not expressions"
         )
-        return None
-    # Its notice about disabled time-outs, once per run, concerns what _same_expression already guards.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    return parse, verify
+    return found
