@@ -323,7 +323,9 @@ class _Run:
         summary |= {"mode": self.cfg.eval.mode, **self.counters, "figures_of": "model/", "warnings": warnings}
         summary["mismatch_steps"] = warnings.get("mismatch", {}).get("steps", 0)
         if warnings:
-            told = (f"{name} ({found['steps']} from step {found['first']})" for name, found in warnings.items())
+            told = (
+                f"{name} ({found['steps']} from step {found['first']})" for name, found in warnings.items()
+            )
             self.say(f"warnings of training: {', '.join(told)}")
         state = None
         if self.cfg.lora.rank:
