@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import re
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
