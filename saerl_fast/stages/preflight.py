@@ -62,8 +62,14 @@ def check_packages(config: Config) -> None:
         import wandb
 
         asks = "prompt" in inspect.signature(getattr(wandb, "login", print)).parameters  # older ones may ask
-        if asks and not wandb.login(prompt=False, verify=False):
-            raise SaerlError("train.trackers=wandb has no key; run `wandb login`, or set WANDB_MODE=offline")
+        try:
+            known = not asks or wandb.login(prompt=False, verify=False)
+        except Exception:  # a key of another form
+            known = False
+        if not known:
+            raise SaerlError(
+                "train.trackers=wandb has no key that it takes; run `wandb login`, or set WANDB_MODE=offline"
+            )
 
 
 def check_scoring(config: Config) -> None:
