@@ -19,8 +19,9 @@ def read_prompt(value: Any) -> str | Messages:
     """A prompt cell as text or chat messages with text contents.
 
     Read are: text; messages, also written as JSON text; messages whose content is a list of text parts
-    (joined by line breaks, as vLLM does); ShareGPT's ``from`` and ``value``; a dictionary of lists,
-    which `datasets` may make of a list of dictionaries. Raises ValueError with the end of a sentence on anything else.
+    (joined by line breaks, as vLLM does); ShareGPT's ``from`` and ``value``; a dictionary of lists, which
+    `datasets` may make of a list of dictionaries. Raises ValueError with the end of a sentence on anything
+    else.
     """
     if isinstance(value, str):
         if not value.strip():
