@@ -7,6 +7,7 @@ import pytest
 
 from saerl_fast.config import CompareConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import process_mark
 from saerl_fast.records.report import find_targets, write_report
 from saerl_fast.records.runs import load_runs
 
@@ -348,3 +349,15 @@ def test_a_run_whose_metrics_are_gone_is_said(tmp_path):
     (tmp_path / "b" / "metrics.jsonl").unlink()
     write_report(tmp_path)
     assert "b: metrics.jsonl lacks the training steps 1 to 10" in (tmp_path / "report.md").read_text()
+
+
+def test_what_a_killed_report_left_goes_with_the_next_one(comparison):
+    machine = process_mark().split("-")[0]
+    (comparison / "plots").mkdir(exist_ok=True)
+    dead = [comparison / name for name in ("", "plots")]
+    dead = [folder / f".report.md.{machine}-{2**22}-5.0123abcd.tmp" for folder in dead]
+    alive = comparison / f".report.md.{process_mark()}.0123abcd.tmp"
+    for file in (*dead, alive):
+        file.touch()
+    write_report(comparison)
+    assert alive.exists() and not any(file.exists() for file in dead)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +238,34 @@ def test_what_is_said_is_checked(tmp_path: Path, item: str, message: str) -> Non
     with pytest.raises(SaerlError, match=message):
         convert_sae(tmp_path / "raw.pt", tmp_path / "new", [item])
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_a_killed_conversion_left_is_taken(tmp_path: Path) -> None:
+    save_sae(make(), tmp_path / "from")
+    replace = os.replace
+    for number in (1, 2, 3, 4):  # the renames: the manifest, two files, the manifest
+        to, child = tmp_path / f"to{number}", os.fork()
+        if not child:
+            left = itertools.count(1)
+
+            def last(old: Any, new: Any, number: int = number, left: Any = left) -> None:
+                os.kill(os.getpid(), signal.SIGKILL) if next(left) == number else replace(old, new)
+
+            os.replace = last  # type: ignore[assignment]
+            convert_sae(tmp_path / "from", to)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert any(to.iterdir())
+        if number < 4:  # else it is complete
+            convert_sae(tmp_path / "from", to)
+        load_sae(to)
+        with pytest.raises(SaerlError, match="not empty"):
+            convert_sae(tmp_path / "from", to)
+        assert sorted(file.name for file in to.iterdir() if file.suffix == ".json") == [
+            "cfg.json",
+            "manifest.json",
+        ]
+    (to / "cfg.json").unlink()
+    (to / "notes.txt").touch()
+    with pytest.raises(SaerlError, match="not empty"):
+        convert_sae(tmp_path / "from", to)

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -131,10 +131,10 @@ def holder(folder: str | Path) -> str | None:
     return _who(found) if found is not None and not _dead(at, found) else None
 
 
-def vacant(folder: Path) -> bool:
-    """Whether there is nothing in ``folder`` but, perhaps, its lock and a manifest of files never written."""
+def vacant(folder: Path, but: Collection[str] = ()) -> bool:
+    """Whether there is nothing in ``folder`` but, perhaps, ``but``, its lock and a manifest."""
     names = (path.name for path in folder.iterdir()) if folder.exists() else ()
-    return all(name.startswith(NAME) or name == MANIFEST for name in names)
+    return all(name.startswith(NAME) or name == MANIFEST or name in but for name in names)
 
 
 def sweep(folder: Path) -> None:
@@ -142,15 +142,21 @@ def sweep(folder: Path) -> None:
 
     A folder below of which nothing else was written goes too.
     """
+    clean(folder)
+    with suppress(OSError):
+        for file in (*folder.glob(f"{NAME}.*"), *(folder / "checkpoints").glob("*.tmp")):
+            file.unlink(missing_ok=True)
+        if (folder / "sae").is_dir() and not any((folder / "sae").iterdir()):
+            (folder / "sae").rmdir()
+
+
+def clean(folder: Path) -> None:
+    """Remove temporary files of dead processes in ``folder`` and one level below; this needs no lock."""
     with suppress(OSError):
         for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
             for file in place.glob(".*.tmp"):
                 if (found := LEFTOVER.fullmatch(file.name)) and _is_left(file, found[1]):
                     file.unlink(missing_ok=True)
-            if place.name == "sae" and place != folder and not any(place.iterdir()):
-                place.rmdir()
-        for file in (*folder.glob(f"{NAME}.*"), *(folder / "checkpoints").glob("*.tmp")):
-            file.unlink(missing_ok=True)
 
 
 def _wait(held: Lock, tell: Callable[[str], None] | None) -> None:

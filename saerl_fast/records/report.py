@@ -15,6 +15,7 @@ from saerl_fast.config import CompareConfig
 from saerl_fast.errors import SaerlError, printable
 from saerl_fast.fileio import first_line, read_table, write_text
 from saerl_fast.records import plots, samples
+from saerl_fast.records.lock import clean
 from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes, load_runs, read_object
 from saerl_fast.records.stats import area_under_curve, paired_ratio, smooth, steps_to_target
 
@@ -49,6 +50,7 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
     """
     root, said = Path(root), list[str]()
     runs = [run for run in load_runs(root, said.append) if run.last]
+    clean(root)  # a report that was killed
     for line in said:
         echo(line)
     if not runs:

@@ -84,13 +84,15 @@ def convert_sae(source: str | Path, folder: str | Path, said: list[str] | tuple[
 
     ``said``: ``name=value`` items for what its files leave open, such as ``k=50`` or
     ``hook_name=blocks.12.hook_resid_post``; they win over the files. SaerlError on an unknown name, a wrong
-    value, and a folder that holds something.
+    value, and a folder that holds more than what a killed conversion has left.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise SaerlError(f"{folder} is a file; name a new folder")
     with lock(folder):
-        if not vacant(folder):
+        begun = manifest.look(folder, "sae")  # by a conversion that was killed
+        names = begun.entry["files"] if begun.entry and begun.partial else ()
+        if not vacant(folder, names):
             raise SaerlError(f"{folder} exists and is not empty; name a new folder")
         sae = load_sae(source, dict(_parsed(item) for item in said))
         save_sae(sae, folder, made={"inputs": {"source": str(source)}})
