@@ -271,3 +271,9 @@ def test_a_link_and_its_folder_are_one(tmp_path):
     with lock(tmp_path / "link"):
         assert status(fork(lambda: lock(tmp_path / "real").__enter__())) == 1
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").is_dir()
+
+
+def test_a_holder_that_was_last_seen_in_the_future_is_silent_for_no_time(tmp_path):
+    foreign(tmp_path, -1e6)
+    with pytest.raises(Held, match="no sign of life for 0 s"), lock(tmp_path):
+        pass

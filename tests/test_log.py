@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -297,3 +299,16 @@ def test_a_log_that_is_removed_is_noticed(tmp_path):
     (tmp_path / "log.jsonl").unlink()
     with pytest.raises(SaerlError, match="log.jsonl was removed while it was being written"):
         log.write([{"step": 2}])
+
+
+def test_a_resumed_log_leaves_a_copy_by_hard_link_alone(tmp_path):
+    with closing(JsonlLog(tmp_path / "a.jsonl")) as log:
+        log.write([{"step": step} for step in (1, 2)])
+        written = log.digest()
+        log.write([{"step": 3}])
+    before = (tmp_path / "a.jsonl").read_bytes()
+    os.link(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    with closing(JsonlLog(tmp_path / "b.jsonl", resume_step=2, written=written)) as log:
+        log.write([{"step": 7}])
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+    assert [row["step"] for row in read_jsonl(tmp_path / "b.jsonl")] == [1, 2, 7]

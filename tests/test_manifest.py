@@ -90,7 +90,8 @@ def test_damage_is_refused_with_the_command_that_mends_it(tmp_path):
     + [
         json.dumps({"format": manifest.FORMAT, "artefacts": {"thing": [{"files": {name: kept}}]}})
         for name, kept in [("a", 3), ("../a", {"sha256": "", "size": 0}), ("/a", {"sha256": "", "size": 0})]
-    ],
+    ]
+    + [json.dumps({"format": manifest.FORMAT, "artefacts": {"thing": [{"files": {}, "inputs": ["a"]}]}})],
 )
 def test_a_damaged_manifest_proves_nothing(tmp_path, text):
     write(tmp_path, "x")

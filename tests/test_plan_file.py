@@ -203,3 +203,12 @@ def test_tensors_are_beside_the_plan(tmp_path, name):
     path.write_text(json.dumps(body | {"sha256": _content_hash(body)}))
     with pytest.raises(SaerlError, match="names no file beside it|file is .*, not text"):
         load_plan(path)
+
+
+def test_missing_tensors_are_a_whole_sentence_under_a_long_path(tmp_path):
+    path = save_plan(make_plan("adaptive"), tmp_path / ("x" * 150) / "plan.json")
+    path.with_name(json.loads(path.read_text())["tensors"]["file"]).unlink()
+    with pytest.raises(SaerlError) as caught:
+        load_plan(path)
+    assert str(caught.value).count("make it again") == 1 and str(caught.value).endswith("`saerl plan`")
+    assert f"belongs beside {path}" in str(caught.value)

@@ -102,6 +102,7 @@ def load_plan(path: str | Path) -> Plan:
         return _plan(body, path)
     except (LookupError, TypeError, ValueError, OverflowError) as err:  # a crafted one fits its hash
         why = f"{err} is missing or unknown" if isinstance(err, KeyError) else first_line(err)
+        why = str(err) if isinstance(err, SaerlError) else why  # with paths as long as they are
         raise SaerlError(f"{path} cannot be followed ({why.removesuffix(f'; {AGAIN}')}); {AGAIN}") from err
 
 

@@ -267,6 +267,6 @@ def _silence(at: Path) -> float:
     """Seconds since the file was last touched, by the clock of the disk that it is on."""
     try:
         with tempfile.TemporaryFile(dir=at.parent) as now:
-            return os.fstat(now.fileno()).st_mtime - at.stat().st_mtime
+            return max(0.0, os.fstat(now.fileno()).st_mtime - at.stat().st_mtime)
     except OSError:
         return 0.0

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -40,6 +41,11 @@ class JsonlLog:
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if resume_step is not None:
+                if (
+                    self.path.is_file() and self.path.stat().st_nlink > 1
+                ):  # a copy by links (cp -l) keeps its own
+                    with atomic_path(self.path) as own:
+                        shutil.copyfile(self.path, own)
                 self.damage = _cut(self.path, resume_step, written)
             elif self.path.exists():
                 self.path.replace(self.path.with_name(self.path.name + ".previous"))

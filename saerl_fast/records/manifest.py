@@ -189,14 +189,16 @@ def _compare(folder: Path, entry: Entry) -> Found:
 def _put(folder: Path, name: str, entries: list[Entry]) -> None:
     artefacts = read(folder)
     if artefacts is None and (folder / FILE).exists():
-        raise SaerlError(f"{folder / FILE} is a file of something else; choose another folder")
+        raise SaerlError(f"{folder / FILE} is a file of something else; remove it, or choose another folder")
     write_json(folder / FILE, {"format": FORMAT, "artefacts": (artefacts or {}) | {name: entries}})
     completed.pop(folder / FILE, None)  # nothing that a user asked for
 
 
 def _is_entries(value: Any) -> bool:
     """Whether a manifest's list is one; it names no file outside its folder."""
-    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+    if not isinstance(value, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("inputs", {}), dict) for entry in value
+    ):
         return False
     listed = [entry.get("files") for entry in value]
     return all(isinstance(files, dict) for files in listed) and all(
