@@ -170,7 +170,11 @@ def time_table(table: Table) -> list[str]:
             else:
                 cells.append(f"{number(found['p50_ms'])} ms")
         lines.append(cells)
-    if len(lines) > 1 and keys:
+    if (
+        len(lines) > 1
+        and keys
+        and any("ratio" in found for row in table.rows for found in row.contenders.values())
+    ):
         middle = ["median", *[""] * (len(keys) - 1)]
         for name in table.names:
             ratios = [row.contenders.get(name, {}).get("ratio") for row in table.rows]
@@ -206,6 +210,14 @@ def is_product(table: Table) -> bool:
     return {"d_in", "d_sae", "batch"} <= set(table.rows[0].shape) and table.base == "linear"
 
 
+def is_growth(table: Table) -> bool:
+    """Are the rows of the table one pool that grows? Then milliseconds are drawn over its rows."""
+    return (
+        "rows" in table.rows[0].shape
+        and len({row.shape["rows"] for row in table.rows}) == len(table.rows) > 2
+    )
+
+
 def figure_name(table: Table) -> str:
     return f"{table.test[5:]}-{table.device}.png"
 
@@ -235,8 +247,9 @@ def render(tables: list[Table]) -> str:
             memory = memory_table(table)
             if memory:
                 lines += ["", "Peak memory beyond the inputs, MB:", "", *_folded(memory, "peak memory")]
-            if is_product(table):
-                lines += ["", f"![Achieved TFLOP/s, {title}](figures/{figure_name(table)})"]
+            if is_product(table) or is_growth(table):
+                what = "Achieved TFLOP/s" if is_product(table) else "Milliseconds"
+                lines += ["", f"![{what}, {title}](figures/{figure_name(table)})"]
         if any(t.on_gpu for t in tables) and not any(t.on_gpu for t in mine):
             lines += ["", NOT_MEASURED]
     return "\n".join([*lines, "", END])
@@ -291,6 +304,30 @@ def draw_roofline(table: Table, path: Path) -> None:
     plt.close(figure)
 
 
+def draw_growth(table: Table, path: Path) -> None:
+    """Milliseconds against rows, both logarithmic: a line of slope 1 grows with the pool."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for place, name in enumerate(table.names):
+        points = sorted(
+            (row.shape["rows"], row.contenders[name]["p50_ms"])
+            for row in table.rows
+            if name in row.contenders
+        )
+        axes.loglog(*zip(*points, strict=True), "o-", ms=4, color=f"C{place}", label=name)
+    axes.set(xlabel="rows of the pool", ylabel="ms", title=f"{table.test[5:]} on {table.device}")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
 def main() -> None:
     tables, complaints = load(ROOT / "results")
     for complaint in complaints:
@@ -300,6 +337,8 @@ def main() -> None:
     for table in tables:
         if is_product(table):
             draw_roofline(table, ROOT / "figures" / figure_name(table))
+        elif is_growth(table):
+            draw_growth(table, ROOT / "figures" / figure_name(table))
     print(f"{readme}: {len(tables)} tables")
 
 

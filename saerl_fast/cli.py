@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +14,8 @@ from pathlib import Path
 from saerl_fast import __version__
 from saerl_fast.config import SCHEDULES, Config, describe, load_config
 from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import written
+from saerl_fast.rl.interrupt import graceful_interrupt, handled
 
 SHORTCUTS = {  # flag -> config key: what most people set on the command line
     "model": "model.path",
@@ -192,7 +195,8 @@ def _run_together(args: argparse.Namespace) -> int:
     try:
         if args.command != "train":
             raise SaerlError(f"`saerl {args.command}` is the work of one process; start it without torchrun")
-        run(args)
+        with graceful_interrupt():  # one process that left at once would keep the others waiting
+            run(args)
         distributed.gather(lambda: None)  # the others may still fail
     except SaerlError as err:
         distributed.broadcast_error(err)
@@ -217,6 +221,35 @@ def _complain(err: SaerlError, args: argparse.Namespace, cause: BaseException | 
     print(f"saerl: {err}", file=sys.stderr, flush=True)
 
 
+def _kept() -> str:
+    """What this process has completed, by folder, and is still there."""
+    found: dict[Path, list[str]] = {}
+    for path in written:
+        if path.exists():
+            is_step = path.parent.name == "checkpoints"
+            folder = path.parent.parent if is_step else path.parent
+            found.setdefault(folder, []).append(
+                f"step {int(path.name.split('-')[1])}" if is_step else path.name
+            )
+    shown = []
+    for folder, names in found.items():
+        steps = [name for name in names if name.startswith("step ")]
+        names = [name for name in names if name not in steps[:-1]]
+        more = f" and {len(names) - 4} more" if len(names) > 5 else ""
+        shown.append(f"{folder} ({', '.join(names if not more else names[-4:])}{more})")
+    return f"{', '.join(shown)} kept; to go on" if shown else "nothing was written; to start again"
+
+
+def _again(args: argparse.Namespace, words: Sequence[str]) -> str:
+    """The command that goes on where this one was interrupted."""
+    begun = args.command == "train" and any(path.name == "run.json" and path.exists() for path in written)
+    if begun and not (args.resume or args.redo):
+        words = [*(word for word in words if not "--overwrite".startswith(word) or len(word) < 3), "--resume"]
+    return (
+        f"`{shlex.join(['saerl', *words])}`" if PROCESSES == 1 else f"`... {shlex.join(words)}` by torchrun"
+    )
+
+
 def _close_bars() -> None:
     if "saerl_fast.stages.console" in sys.modules:
         from saerl_fast.stages.console import close_bars
@@ -225,7 +258,15 @@ def _close_bars() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: 0 when done, 2 for bad input (one sentence, no traceback), 130 when interrupted."""
+    """Entry point: 0 when done, 2 for bad input (one sentence, no traceback), 130 when interrupted.
+
+    After SIGTERM 143 and after SIGHUP 129, as a shell counts.
+    """
+    with handled():
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     first = RANK == 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s" if first else f"[{RANK}] %(message)s")
     logging.getLogger("saerl_fast").setLevel(logging.INFO if first else logging.WARNING)
@@ -238,7 +279,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         top.error(f"`saerl {args.command}` takes no settings, got {' '.join(extra)}")
     if extra:
         args.overrides += extra
+    written.clear()
     try:
+        for name, value in vars(args).items():
+            if value == "" and name != "section":
+                raise SaerlError(
+                    f"{name.replace('_', '-')} is empty; give a value (is a shell variable unset?)"
+                )
         if PROCESSES > 1:
             return _run_together(args)
         run(args)
@@ -254,13 +301,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         _complain(SaerlError(f"{missing} is not installed; {fix}"), args, err)
         return 2
-    except KeyboardInterrupt:
-        _close_bars()
-        if args.command == "watch":
-            return 0
-        again = "add --resume" if args.command == "train" else "run the same command again"
-        print(f"saerl: interrupted; what was written stays; {again} to go on", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as err:
+        number = getattr(err, "number", 2)
+        with suppress(OSError):  # of a terminal that has gone
+            _close_bars()
+            if RANK == 0 and args.command != "watch":
+                print(f"saerl: interrupted; {_kept()}: {_again(args, argv)}", file=sys.stderr, flush=True)
+        return 0 if (args.command, number) == ("watch", 2) else 128 + number
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

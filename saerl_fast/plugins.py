@@ -103,5 +103,14 @@ def _look_here() -> None:
         sys.path.insert(0, here)
 
 
+def first_line(err: BaseException) -> str:
+    """An exception's message in one line that is safe to print."""
+    try:
+        line = (str(err).strip().splitlines() or ["no message"])[0]
+    except Exception:  # its class has a __str__ of its own
+        line = "no message"
+    return "".join(c if c.isprintable() else " " for c in line)[:300]
+
+
 def _said(err: BaseException) -> str:
-    return f"{type(err).__name__}: {(str(err).strip().splitlines() or ['no message'])[0]}"
+    return f"{type(err).__name__}: {first_line(err)}"

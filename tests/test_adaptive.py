@@ -7,7 +7,8 @@ import torch
 from saerl_fast.config import AdaptiveConfig, PlanConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan import adaptive as module
-from saerl_fast.plan import build_plan
+from saerl_fast.plan import base, build, build_plan, load_plan, save_plan
+from saerl_fast.signals import features
 from saerl_fast.signals.scores import Scores
 from saerl_kernels import CSR
 
@@ -210,3 +211,83 @@ def test_a_state_is_restored_into_a_plan_that_has_moved_on():
     again.observe(["9"], [1.0])
     assert (before == 0.5).all() and np.array_equal(plan.predicted(), again.predicted())
     assert "refreshed" not in plan.state_dict()
+
+
+def test_a_large_pool_is_trained_on_alike_and_resumes_to_the_same_batches(monkeypatch, tmp_path):
+    """Through a plan file, with refreshed features, from any point: its index need not be saved."""
+    monkeypatch.setattr(base, "LARGE", 300)
+    found, hidden = make_pool(800)
+    plain_gap = learn(make_plan(found, "vanilla"), hidden, 0)[20:].mean()
+    plan = make_plan(found, refresh_features=True)
+    assert any("800 prompts are more than 300" in note for note in plan.notes)
+    assert learn(plan, hidden, 0)[20:].mean() < 0.6 * plain_gap
+
+    plan = make_plan(found, refresh_features=True)
+    start = plan.embedding.rows.copy()
+    states, batches = [], []
+    for step in range(12):
+        states.append(plan.state_dict())
+        batches.append(plan.next_batch())
+        fresh = found.features.select_rows([(int(name) + step) % 800 for name in batches[-1]])
+        plan.observe(batches[-1], [int(name) % 5 / 4 for name in batches[-1]], fresh)
+    assert len(states[-1]["seen"]) == 5 * 16 == len(set(sum(batches[6:11], [])))
+    save_plan(plan, tmp_path / "plan.json")  # its start, though features were refreshed
+    for at in (0, 5, 11):
+        again = load_plan(tmp_path / "plan.json")
+        np.testing.assert_array_equal(again.embedding.rows, start)
+        again.load_state_dict(plan.state_dict())
+        again.load_state_dict(states[at])
+        for step in range(at, 12):
+            assert again.next_batch() == batches[step]
+            fresh = found.features.select_rows([(int(name) + step) % 800 for name in batches[step]])
+            again.observe(batches[step], [int(name) % 5 / 4 for name in batches[step]], fresh)
+        np.testing.assert_array_equal(again.predicted(), plan.predicted())
+
+
+@pytest.mark.parametrize("large", [300, 1000])
+def test_features_are_held_once(monkeypatch, large):
+    monkeypatch.setattr(base, "LARGE", large)
+    plan = make_plan(make_pool(800)[0])
+    held = plan.embedding.rows if plan._wide is not None else plan._z
+    assert np.shares_memory(held, plan.embedding.rows)
+    if plan._wide is not None:
+        assert plan._wide._rows is plan.embedding.rows and not hasattr(plan, "_z")
+
+
+def test_a_state_that_lists_every_row_is_still_read():
+    scores, _ = make_pool(200)
+    plan = make_plan(scores)
+    for _ in range(9):
+        plan.next_batch()
+    state = plan.state_dict()
+    last = np.full(200, -(10**9), dtype=np.int64)
+    for row, step in state.pop("seen").tolist():
+        last[row] = step
+    last[150] = 0  # long ago
+    again = make_plan(scores)
+    again.load_state_dict({**state, "last_seen": torch.from_numpy(last)})
+    assert again.state_dict()["seen"].sort(0)[0].equal(plan.state_dict()["seen"].sort(0)[0])
+    assert again.next_batch() == plan.next_batch()
+    del state["gram"]
+    with pytest.raises(SaerlError, match="seen of shape|gram of shape"):
+        again.load_state_dict(state)
+
+
+def test_components_of_a_large_pool_are_those_of_a_sample(monkeypatch):
+    """Every row lies where ``project`` puts it, and next to nothing of the variance is lost."""
+    X = make_pool(900)[0].features
+    rows = np.setdiff1d(np.arange(900), np.arange(5, 900, 7))
+    whole = module.embed(X, rows, AdaptiveConfig(svd=8), seed=0)
+    monkeypatch.setattr(module, "SAMPLE", 400)
+    monkeypatch.setattr(features, "BLOCK", 100)
+    sampled = module.embed(X, rows, AdaptiveConfig(svd=8), seed=0)
+    expected = sampled.project(X.select_rows(torch.from_numpy(rows)))
+    np.testing.assert_allclose(sampled.rows, expected, atol=1e-5)
+    for embedding in (whole, sampled):
+        assert np.square(embedding.rows).sum(axis=1).mean() == pytest.approx(1, abs=1e-5)
+        np.testing.assert_allclose(embedding.rows.mean(axis=0), 0, atol=1e-5)
+    kept = [np.square(found.rows / found.scale).sum() for found in (whole, sampled)]
+    assert 0.9 < kept[1] / kept[0] < 1.01 and np.abs(sampled.idf - whole.idf).max() < 0.5
+    assert not make_plan(make_pool(900)[0]).notes[1:]
+    monkeypatch.setattr(build, "SAMPLE", 400)
+    assert any("of a sample of 400 of 900 prompts" in note for note in make_plan(make_pool(900)[0]).notes)

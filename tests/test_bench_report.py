@@ -27,7 +27,7 @@ def test_committed_readme_is_current():
     assert complaints == [] and tables
     readme = (report.ROOT / "README.md").read_text()
     assert report.insert(readme, report.render(tables)) == readme
-    for table in filter(report.is_product, tables):
+    for table in (table for table in tables if report.is_product(table) or report.is_growth(table)):
         assert (report.ROOT / "figures" / report.figure_name(table)).is_file()
 
 
@@ -80,6 +80,18 @@ def test_gpu_results(tmp_path):
     write(tmp_path, entry({"linear": LINEAR}, k=1), name="pool.json")
     text = report.render(report.load(tmp_path)[0])
     assert text.count("not measured yet") == 1 and text.index("### pool") < text.index("not measured yet")
+
+
+def test_a_pool_that_grows_is_drawn(tmp_path):
+    write(
+        tmp_path,
+        *(entry({"all": {"p50_ms": 1.0 * rows}, "one": {"p50_ms": 2.0}}, rows=rows) for rows in (1, 9, 99)),
+    )
+    (table,), _ = report.load(tmp_path)
+    assert report.is_growth(table) and f"figures/{report.figure_name(table)}" in report.render([table])
+    report.draw_growth(table, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    assert not report.is_growth(table._replace(rows=table.rows[:2]))
 
 
 def test_long_tables_are_folded(tmp_path):

@@ -1,4 +1,7 @@
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,3 +149,26 @@ def test_the_reference_policy_is_kept_beside_the_model(tmp_path: Path) -> None:
     assert found is not None and found.reference.keys() == found.model.keys()
     for name, tensor in model_tensors(frozen).items():
         assert torch.equal(tensor, found.reference[name])
+
+
+def test_checkpoints_on_another_disk_stay_there(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        save(tmp_path, 1)
+        set_aside(tmp_path)
+        assert (tmp_path / "checkpoints").is_symlink() and load_latest(tmp_path) is None
+        assert len(list((tmp_path / "disk.previous").iterdir())) == 1
+
+
+def test_a_full_disk_is_told_from_other_faults(tmp_path: Path, monkeypatch) -> None:
+    for number, advice in ((errno.ENOSPC, "free some space"), (errno.EACCES, "allow writing there")):
+
+        def fail(path: Path, *_: Any, number: int = number) -> None:
+            path.write_bytes(b"half")
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("saerl_fast.rl.checkpoint._write", fail)
+        with pytest.raises(SaerlError, match=advice):
+            save(tmp_path, 1)
+        assert not list((tmp_path / "checkpoints").iterdir())

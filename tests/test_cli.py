@@ -1,11 +1,14 @@
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from saerl_fast import cli
+from saerl_fast.fileio import write_json
 
 
 def code_and_error(argv, capsys):
@@ -124,3 +127,75 @@ def test_a_package_that_is_not_installed_is_one_sentence(argv, missing, tmp_path
     monkeypatch.setattr(cli, "run", lambda args: __import__("nobodys_module"))
     with pytest.raises(ModuleNotFoundError):  # a fault of ours or of the user's own code
         cli.main(argv)
+
+
+COMMANDS = [
+    ("pipeline", "sae_stage", ["sae", "train"]),
+    ("pipeline", "score_stage", ["score"]),
+    ("pipeline", "plan_stage", ["plan"]),
+    ("pipeline", "train_stage", ["train", "train.steps=2"]),
+    ("compare", "compare", ["compare"]),
+]
+
+
+@pytest.fixture
+def ended(monkeypatch, capsys, tmp_path):
+    """Run a command in whose stage ``number`` comes, after files were written: its code and its last line."""
+    from saerl_fast.stages import preflight
+
+    monkeypatch.setattr(preflight, "set_up", lambda config, new_sae=False: None)
+
+    def run(module, stage, argv, number, files=()):
+        def work(*_, **__):
+            for file in files:
+                write_json(tmp_path / file, {})
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
+        monkeypatch.setattr(f"saerl_fast.stages.{module}.{stage}", work)
+        before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+        code = cli.main([*argv, f"run_dir={tmp_path}"])
+        assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+        return code, capsys.readouterr().err.splitlines()[-1]
+
+    return run
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[1])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_ends_every_command_in_a_sentence(command, number, code, ended, tmp_path):
+    again = f"to start again: `saerl {' '.join(command[2])} run_dir={tmp_path}`"
+    assert ended(*command, number) == (code, f"saerl: interrupted; nothing was written; {again}")
+
+
+def test_what_is_kept_and_how_to_go_on(ended, tmp_path):
+    files = ["labels.json", "arm/run.json", "arm/plan.json"]
+    files += [f"arm/checkpoints/step-{i:06d}-0123456789abcdef.safetensors" for i in (1, 2)]
+    module, stage, argv = COMMANDS[3]
+    code, said = ended(module, stage, [*argv, "--over", "a.b='x y'"][:3], signal.SIGTERM, files)
+    assert said == (
+        f"saerl: interrupted; {tmp_path} (labels.json), {tmp_path}/arm (run.json, plan.json, step 2) kept; "
+        f"to go on: `saerl train train.steps=2 run_dir={tmp_path} --resume`"
+    )
+    for flag in ("--resume", "--redo"):
+        assert ended(module, stage, [*argv, flag], signal.SIGTERM, files)[1].endswith(
+            f"{flag} run_dir={tmp_path}`"
+        )
+    said = ended("compare", "compare", ["compare", "--redo"], signal.SIGTERM, files)[1]
+    assert said.endswith(f"to go on: `saerl compare --redo run_dir={tmp_path}`")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["train", "--run-dir", ""], ["train", "--plan", ""], ["score", "--config", ""], ["plan", "--data", ""],
+     ["report", ""], ["watch", ""], ["sae", "info", ""], ["sae", "convert", "x", ""], ["train", "run_dir="],
+     ["train", "--schedule", ""], ["compare", "--arms", ""]],
+    ids=" ".join,
+)  # fmt: skip
+def test_an_unset_variable_is_no_name(argv, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, error = code_and_error(argv, capsys)
+    assert code == 2 and error.startswith("saerl: ") and error.count("\n") == 1 and "empty" in error
+    assert not list(tmp_path.iterdir())

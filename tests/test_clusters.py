@@ -12,7 +12,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from saerl_fast.config import DiversityConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.signals import clusters
+from saerl_fast.signals import clusters, features
 from saerl_fast.signals.clusters import (
     _backend,
     _centroids,
@@ -48,6 +48,27 @@ def test_planted_topics_are_found_and_beat_the_null(svd):
     assert metrics["silhouette"] > metrics["null_max"] + 0.05
     assert metrics["purity"] > 0.95 and metrics["purity_chance"] < 0.4
     assert metrics["sizes"] == np.bincount(result.labels).tolist() and metrics["n_clusters"] == 6
+
+
+def test_a_large_pool_is_clustered_by_a_sample_of_its_prompts(monkeypatch):
+    X, topic = topics(900)
+    cfg = DiversityConfig(n_clusters=6, svd=32)
+    monkeypatch.setattr(clusters, "SAMPLE", 899)
+    monkeypatch.setattr(features, "BLOCK", 100)
+    monkeypatch.setattr(clusters, "NULL_ROWS", 200)
+    most = cluster_prompts(X, cfg)
+    monkeypatch.setattr(clusters, "SAMPLE", 300)
+    fitted = []
+    svd = clusters.svd_reduce
+    monkeypatch.setattr(
+        clusters, "svd_reduce", lambda rows, *rest: fitted.append(rows.n_rows) or svd(rows, *rest)
+    )
+    result = cluster_prompts(X, cfg, tasks=topic.tolist())
+    assert max(fitted) == 300 == result.metrics["fitted_rows"] and sum(result.metrics["sizes"]) == 900
+    assert adjusted_rand_score(topic, result.labels) > 0.9 and result.metrics["purity"] > 0.95
+    assert adjusted_rand_score(most.labels, result.labels) > 0.95
+    monkeypatch.setattr(clusters, "SAMPLE", 900)
+    assert "fitted_rows" not in cluster_prompts(X, cfg).metrics
 
 
 def test_structureless_features_do_not_beat_the_null():

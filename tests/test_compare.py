@@ -1,14 +1,19 @@
 import json
+import os
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from saerl_fast.config import load_config
 from saerl_fast.errors import SaerlError
+from saerl_fast.records.lock import lock
 from saerl_fast.stages import compare as module
 from saerl_fast.stages.compare import compare, parse_arm
 from saerl_fast.stages.console import Echo
+from tests.test_lock import fork, status
 
 POOL = Path(__file__).parents[1] / "examples" / "demo" / "pool.jsonl"
 
@@ -158,3 +163,50 @@ def test_redo_trains_again_what_has_changed_and_keeps_the_rest(tmp_path, recorde
     changed = settings(tmp_path, "compare.arms=vanilla,bare:plan.schedule=adaptive", "sae.k=4")
     compare(changed, Echo(quiet=True), redo=True)
     assert [arm for arm, *_ in recorded] == ["bare"]  # vanilla reads no SAE
+
+
+def test_several_processes_share_the_runs(tmp_path, recorded, monkeypatch):
+    """Each run is made once, and the report that is written last has them all."""
+    fake = module.train_stage
+
+    def slow(config, echo, *, out, **options):
+        with (tmp_path.parent / f"{tmp_path.name}-calls").open("a") as calls:
+            calls.write(f"{out.name}\n")
+        time.sleep(0.03)
+        fake(config, echo, out=out, **options)
+
+    def report(root, echo):
+        found = sorted(path.parent.name for path in root.glob("*/summary.json"))
+        (root / "report.md").write_text("\n".join(found))
+        return []
+
+    monkeypatch.setattr(module, "train_stage", slow)
+    monkeypatch.setattr(module, "write_report", report)
+    config = settings(tmp_path, "compare.arms=vanilla,literal,medium", "compare.seeds=0,1")
+    children = [fork(lambda: compare(config, Echo(quiet=True))) for _ in range(3)]
+    assert [status(child) for child in children] == [0, 0, 0]
+    calls = (tmp_path.parent / f"{tmp_path.name}-calls").read_text().split()
+    assert len(calls) == 6 and sorted(calls) == (tmp_path / "report.md").read_text().split()
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_runs_that_another_process_makes_are_named(tmp_path, recorded, monkeypatch, capsys):
+    monkeypatch.setattr(module, "write_report", lambda root, echo: [])
+    config = settings(tmp_path, "compare.arms=vanilla,literal", "compare.seeds=0")
+    with lock(tmp_path / "vanilla"), ThreadPoolExecutor(1) as other:
+        other.submit(compare, config, Echo(quiet=True)).result()
+        assert [call[0] for call in recorded] == ["literal"]
+        said = capsys.readouterr().out
+        assert f"{tmp_path / 'vanilla'} is written by" in said and f"process {os.getpid()}" in said
+        config.compare.arms = ["vanilla", "medium"]
+        with pytest.raises(SaerlError, match="of another comparison"):
+            other.submit(compare, config, Echo(quiet=True)).result()
+    compare(config, Echo(quiet=True))
+    assert [call[0] for call in recorded] == ["literal", "vanilla", "medium"]
+
+
+def test_with_every_run_elsewhere_and_none_begun_there_is_no_report_yet(tmp_path, recorded, capsys):
+    config = settings(tmp_path, "compare.arms=vanilla", "compare.seeds=0")
+    with lock(tmp_path / "vanilla"), ThreadPoolExecutor(1) as other:
+        assert other.submit(compare, config, Echo(quiet=True)).result() == []
+    assert not recorded and "it writes the report of all runs" in capsys.readouterr().out

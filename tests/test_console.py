@@ -1,9 +1,12 @@
 import io
+import os
+import signal
 import sys
 
 import pytest
 
 from saerl_fast.stages.console import Echo, close_bars, within_calls
+from tests.test_lock import fork, status
 from tests.tiny_lm import tiny_model
 
 
@@ -81,3 +84,21 @@ def test_a_generation_tells_how_far_it_is():
     assert told == [0.25, 0.5, 0.75, 0.99, 0.99]
     model(input_ids=torch.tensor([[3, 4]]))
     assert len(told) == 5
+
+
+def test_a_terminal_that_has_gone_ends_nothing():
+    """As after SIGHUP: every write fails with EIO. A fork, for it gives its standard output away."""
+    keeper, terminal = os.openpty()
+
+    def speak() -> None:
+        sys.stdout = os.fdopen(terminal, "w", buffering=1)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        os.close(keeper)
+        Echo()("one")
+        Echo()("two")
+        sys.stdout.flush()
+
+    child = fork(speak)
+    os.close(terminal)
+    os.close(keeper)
+    assert status(child) == 0

@@ -61,6 +61,15 @@ def test_idf(device):
     torch.testing.assert_close(got.cpu(), 0.5 + torch.tensor([4 / 4, 4 / 2, 4 / 1]).log())
 
 
+def test_rows_with_counts_entries_of_many_parts(device, monkeypatch):
+    csr = random_csr(40, 7, 0.4, 0, device)
+    once, split = ops.rows_with(csr), torch.Tensor.split
+    monkeypatch.setattr(torch.Tensor, "split", lambda self, _: split(self, 3))
+    assert torch.equal(ops.rows_with(csr), once) and once.sum() == csr.nnz
+    assert torch.equal(once, (csr.to_dense() != 0).sum(0))
+    assert ops.rows_with(sk.CSR.empty(4, 3, device)).tolist() == [0, 0, 0]
+
+
 @hypothesis.given(shapes)
 def test_l2_rows_and_scale_columns(device, shape):
     csr = random_csr(*shape, device)

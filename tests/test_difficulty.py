@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from saerl_fast.config import DifficultyConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.signals.difficulty import fit_difficulty
-from saerl_fast.signals.features import probe_matrix
+from saerl_fast.signals.features import ProbeMatrix
 from saerl_kernels import CSR
 
 
@@ -24,7 +24,7 @@ def planted(n: int, d: int, per_row: int, seed: int = 0) -> tuple[csr_matrix, np
     weights = rng.normal(size=d) * (rng.random(d) < 0.1)
     hidden = dense @ weights
     hidden = 1.5 * (hidden - hidden.mean()) / hidden.std()
-    X = probe_matrix(CSR.from_dense(torch.tensor(dense)))
+    X = ProbeMatrix(CSR.from_dense(torch.tensor(dense)))
     return X, rng.binomial(4, 1 / (1 + np.exp(hidden))) / 4
 
 

@@ -6,9 +6,9 @@ import torch
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.signals.features import (
+    ProbeMatrix,
     checked,
     load_features,
-    probe_matrix,
     save_features,
     svd_reduce,
     weighted,
@@ -68,10 +68,12 @@ def test_one_row_and_no_features_can_be_reduced():
 def test_probe_matrix_leaves_rare_features_out():
     X = random_csr(d=20, density=0.05, seed=2)
     common = ((X.to_dense() > 0).sum(dim=0) >= 3).numpy()
-    probe = probe_matrix(X, min_rows=3)
-    assert probe.dtype == np.float64 and 0 < probe.shape[1] == common.sum() < 20
+    probe = ProbeMatrix(X, min_rows=3)
+    assert 0 < probe.shape[1] == common.sum() < 20
     expected = weighted(X, csr.idf(X, 1.0)).to_dense().numpy()[:, common]
-    np.testing.assert_array_equal(probe.toarray(), expected)
+    for rows in (slice(0, 30), slice(7, 7), slice(3, 20), np.array([4, 29, 0])):
+        assert probe[rows].dtype == np.float64
+        np.testing.assert_array_equal(probe[rows].toarray(), expected[rows])
 
 
 def test_features_are_checked_without_a_copy():

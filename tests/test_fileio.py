@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -9,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path, check_writable, read_json, write_json, write_text
+from saerl_fast.fileio import (
+    atomic_path,
+    check_writable,
+    has_ended,
+    move_aside,
+    process_mark,
+    read_json,
+    reason,
+    write_json,
+    write_text,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -113,3 +124,59 @@ def test_reading_damaged_json_names_the_command(tmp_path, content):
 def test_reading_a_missing_file_names_the_command(tmp_path):
     with pytest.raises(SaerlError, match="does not exist; make it with `saerl plan`"):
         read_json(tmp_path / "plan.json", "saerl plan")
+
+
+def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "plan.json"
+    link.symlink_to("disk/plan.json")
+    for text in ("new", "newer"):  # a link to nothing, then to a file
+        write_text(link, text)
+        assert link.is_symlink() and (tmp_path / "disk" / "plan.json").read_text() == text
+    assert len(list(tmp_path.rglob("*"))) == 3
+
+
+def test_a_private_file_of_a_library_gets_the_mode_of_all_others(tmp_path):
+    with atomic_path(tmp_path / "weights") as temporary:
+        temporary.chmod(0o600)
+    write_text(tmp_path / "text", "")
+    assert (tmp_path / "weights").stat().st_mode == (tmp_path / "text").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free some space"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "free some space"),
+        (OSError(errno.EFBIG, ""), "(ulimit -f)"),
+        (OSError(errno.ENOENT, ""), "its folder was removed meanwhile"),
+        (OSError(errno.EROFS, ""), "choose another run_dir"),
+        (OSError(errno.ENOTDIR, "Not a directory"), "Not a directory"),
+        (OSError("odd"), "odd"),
+    ],
+)
+def test_why_a_file_cannot_be_written_and_what_to_do(error, said):
+    assert reason(error).endswith(said) and ("free" in said) == ("free" in reason(error))
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+@pytest.mark.parametrize("before", ["file", "folder", "link", "nothing"])
+def test_moved_aside_in_place_of_anything(tmp_path, kind, before):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "kept").touch()
+    make = {"file": Path.touch, "folder": Path.mkdir, "link": lambda path: path.symlink_to("disk")}
+    make.get(before, lambda path: None)(tmp_path / "sae.previous")
+    make[kind](tmp_path / "sae")
+    assert move_aside(tmp_path / "sae") == tmp_path / "sae.previous"
+    assert not (tmp_path / "sae").exists() and (tmp_path / "sae.previous").is_symlink() == (kind == "link")
+    assert (tmp_path / "disk" / "kept").exists()
+
+
+def test_the_mark_of_a_process():
+    mark = process_mark()
+    machine, pid, started = mark.split("-")
+    assert has_ended(mark) is False
+    assert has_ended(f"{machine}-{pid}-{int(started) + 1}") is True  # another that had the same id
+    assert has_ended(f"{machine}-99999999999-1") is True
+    for unknown in ("00000000-1-1", f"{machine}--1-1", f"{machine}-0-1", "", "x"):
+        assert has_ended(unknown) is None

@@ -202,3 +202,11 @@ def test_tensorboard_gets_every_number_under_its_kind(tmp_path, monkeypatch):
         ("train/time/eval", 2.0, 5),
         "close",
     ]
+
+
+def test_a_log_that_is_removed_is_noticed(tmp_path):
+    log = JsonlLog(tmp_path / "log.jsonl")
+    log.write([{"step": 1}])
+    (tmp_path / "log.jsonl").unlink()
+    with pytest.raises(SaerlError, match="log.jsonl was removed while it was being written"):
+        log.write([{"step": 2}])

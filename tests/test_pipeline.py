@@ -2,7 +2,10 @@
 
 import json
 import os
+import shlex
+import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,6 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saerl_fast import cli
+from saerl_fast.records.lock import NAME, lock
+from saerl_fast.rl.trainer import _Run
+from tests.test_lock import fork, status
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
@@ -549,3 +555,65 @@ def test_the_demo_runs_from_anywhere(tmp_path, capsys, monkeypatch):
     assert cli.main(["demo", "--quiet", *SMALL, "sae.steps=5"]) == 0
     assert (tmp_path / "runs" / "demo" / "report.html").is_file()
     assert (tmp_path / "runs" / "demo" / "plan.json").is_file()
+
+
+def test_what_is_left_of_a_killed_run_is_taken_and_a_signal_saves(tmp_path, monkeypatch, capsys):
+    """The folder of the arm is a link to another disk throughout."""
+    monkeypatch.setattr("saerl_fast.records.report.write_report", lambda *_, **__: [])
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "vanilla").symlink_to(disk)
+    vanilla = ["plan.schedule=vanilla", "train.save_every=100"]
+
+    def kill(number):
+        def step(self, at, real=_Run.step):
+            real(self, at)
+            if at == 1:
+                os.kill(os.getpid(), number)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_Run, "step", step)
+            return saerl("train", tmp_path / "r", *vanilla)
+
+    with monkeypatch.context() as patch:  # SIGKILL while the first file is being written
+
+        def die(*_):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        patch.setattr(os, "replace", die)
+        child = fork(lambda: saerl("train", tmp_path / "r", *vanilla))
+        assert status(child) == -signal.SIGKILL
+    assert {path.name[:10] for path in disk.iterdir()} == {".run.json.", NAME[:10]}
+    capsys.readouterr()
+    assert kill(signal.SIGTERM) == 128 + signal.SIGTERM
+    said = capsys.readouterr().err
+    assert "/vanilla (run.json, plan.json, eval_prompts.jsonl, step 1) kept; to go on: `saerl train" in said
+    command = shlex.split(said.rpartition("`saerl ")[2].rstrip("`\n"))
+    assert cli.main(command) == 0
+    assert not [path for path in disk.rglob("*") if path.name.startswith(".")]
+    rows = [json.loads(line) for line in (disk / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2]
+    again = json.loads((disk / "run.json").read_text())
+    assert "resumed" in again
+    assert saerl("train", tmp_path / "r", *vanilla, "--overwrite") == 0
+    assert "resumed" not in json.loads((disk / "run.json").read_text())
+    assert saerl("train", tmp_path / "r", *vanilla, "--redo", "train.seed=3") == 0
+    assert json.loads((disk / "run.json").read_text())["seed"] == 3
+    assert (tmp_path / "r" / "vanilla").is_symlink()
+
+
+def test_one_command_at_a_time(scored, tmp_path, capsys):
+    """Writers are refused in a sentence; readers are not."""
+    folder = copy_of(scored, tmp_path / "demo")
+    before = state(folder)
+    with lock(folder), ThreadPoolExecutor(1) as other:
+        for command in ("sae train", "score", "plan"):
+            assert other.submit(saerl, command, folder).result() == 2
+            one_sentence(capsys, f"{folder} is written by")
+        assert other.submit(cli.main, ["sae", "info", str(folder / "sae")]).result() == 0
+    with lock(folder / "adaptive"), ThreadPoolExecutor(1) as other:
+        for flag in ("--overwrite", "--resume", "--redo"):
+            assert other.submit(saerl, "train", folder, flag).result() == 2
+            one_sentence(capsys, f"{folder / 'adaptive'} is written by")
+    assert state(folder) == before

@@ -9,6 +9,8 @@ import torch
 from saerl_fast.config import AdaptiveConfig, PlanConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan import SCHEDULES, build_plan, load_plan, save_plan
+from saerl_fast.plan import file as module
+from saerl_fast.plan.file import _content_hash
 from saerl_fast.signals.scores import Scores
 from saerl_kernels import CSR
 
@@ -39,12 +41,18 @@ def run(plan, steps: int) -> list[list[str]]:
     return batches
 
 
+@pytest.mark.parametrize("most", [module.COLUMNAR, 50])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_loaded_plan_is_the_same_plan(tmp_path, schedule):
+def test_a_loaded_plan_is_the_same_plan(tmp_path, monkeypatch, schedule, most):
+    monkeypatch.setattr(module, "COLUMNAR", most)
     plan = make_plan(schedule)
-    save_plan(plan, tmp_path / "plan.json")
+    body = json.loads(save_plan(plan, tmp_path / "plan.json").read_text())
+    assert body["version"] == (1 if most > 50 else 2)
+    if most == 50:
+        assert (body["prompts"], body["dropped"]) == (len(plan.prompt_ids), len(plan.dropped))
+        assert body["batches"] == (None if schedule == "adaptive" else 9)
     loaded = load_plan(tmp_path / "plan.json")
-    assert loaded.prompt_ids == plan.prompt_ids and loaded.dropped == plan.dropped
+    assert list(loaded.prompt_ids) == plan.prompt_ids and loaded.dropped == plan.dropped
     for found, wanted in ((loaded.table, plan.table), (loaded.dropped_table, plan.dropped_table)):
         assert found.keys() == wanted.keys()
         for name, column in wanted.items():
@@ -55,7 +63,7 @@ def test_a_loaded_plan_is_the_same_plan(tmp_path, schedule):
     again = load_plan(tmp_path / "plan.json")
     again.load_state_dict(plan.state_dict())
     assert run(again, 3) == run(plan, 3)
-    assert (tmp_path / "plan.safetensors").exists() == (schedule == "adaptive")
+    assert (tmp_path / "plan.safetensors").exists() == (schedule == "adaptive" or most == 50)
 
 
 def test_saving_does_not_depend_on_the_place(tmp_path):
@@ -116,6 +124,17 @@ def damage(text: str, how: str) -> str:
     return json.dumps(body)
 
 
+def test_columns_of_another_length_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "COLUMNAR", 50)
+    path = save_plan(make_plan("global"), tmp_path / "plan.json")
+    body = json.loads(path.read_text())
+    body["prompts"] -= 1
+    body["sha256"] = _content_hash(body)
+    path.write_text(json.dumps(body))
+    with pytest.raises(SaerlError, match="do not hold its"):
+        load_plan(path)
+
+
 @pytest.mark.parametrize(
     "how, words",
     [
@@ -145,4 +164,42 @@ def test_missing_and_damaged_tensors_are_refused(tmp_path):
         load_plan(path)
     tensors.unlink()
     with pytest.raises(SaerlError, match="missing"):
+        load_plan(path)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "../../x",
+        "",
+        "/tmp/x",
+        "..",
+        ".",
+        "a/b",
+        "a\\b",
+        "a\0b",
+        "x\n",
+        "x" * 300,
+        "~",
+        None,
+        3,
+        ["x"],
+        "a:..b",
+    ],
+)
+def test_a_schedule_that_is_a_path_is_refused(tmp_path, schedule):
+    path = save_plan(make_plan("global"), tmp_path / "plan.json")
+    body = json.loads(path.read_text()) | {"schedule": schedule}
+    path.write_text(json.dumps(body | {"sha256": _content_hash(body)}))
+    with pytest.raises(SaerlError, match="no schedule's name"):
+        load_plan(path)
+
+
+@pytest.mark.parametrize("name", ["../plan.safetensors", "/etc/passwd", "", "a\0b", None, 3])
+def test_tensors_are_beside_the_plan(tmp_path, name):
+    path = save_plan(make_plan("adaptive"), tmp_path / "plan.json")
+    body = json.loads(path.read_text())
+    body["tensors"]["file"] = name
+    path.write_text(json.dumps(body | {"sha256": _content_hash(body)}))
+    with pytest.raises(SaerlError, match="names no file beside it"):
         load_plan(path)

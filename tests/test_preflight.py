@@ -4,7 +4,9 @@ import pytest
 
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
-from saerl_fast.stages.preflight import check_packages, set_up
+from saerl_fast.records.lock import NAME, lock
+from saerl_fast.stages.pipeline import folder_name
+from saerl_fast.stages.preflight import check_packages, clear, set_up
 
 
 def test_many_may_set_up_in_one_folder_at_once(tmp_path):
@@ -28,3 +30,51 @@ def test_settings_assigned_one_by_one_are_asked_again_whether_they_go_together()
     config.train.lora.rank = 4
     with pytest.raises(SaerlError, match="set train.lora.rank=0"):
         check_packages(config)
+
+
+def test_a_run_is_cleared_and_its_link_and_lock_stay(tmp_path):
+    disk, out = tmp_path / "disk", tmp_path / "arm"
+    (disk / "checkpoints").mkdir(parents=True)
+    out.symlink_to(disk)
+    for name in ("run.json", "summary.json", "metrics.jsonl", "checkpoints/step-1", "plan.json"):
+        (disk / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").touch()
+    (disk / "model").symlink_to(tmp_path / "elsewhere")
+    with lock(out):
+        clear(out)
+        assert out.is_symlink() and [path.name for path in disk.iterdir()] == [NAME]
+    assert (tmp_path / "elsewhere" / "kept").exists()
+
+
+@pytest.mark.parametrize("last", range(1, 7))
+def test_a_run_that_is_cleared_in_part_is_still_a_run_and_not_a_finished_one(tmp_path, monkeypatch, last):
+    """Killed at any removal, the folder holds no summary and no checkpoint without its metrics."""
+    names = ("run.json", "summary.json", "metrics.jsonl", "checkpoints", "plan.json", "eval_items.jsonl")
+    for name in names:
+        (tmp_path / name).touch()
+    calls = []
+
+    def die(path):
+        calls.append(path.name)
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        path.unlink()
+
+    monkeypatch.setattr("saerl_fast.stages.preflight.remove", die)
+    with pytest.raises(KeyboardInterrupt):
+        clear(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert "run.json" in left
+    assert "summary.json" not in left or left == set(names)
+    assert "checkpoints" not in left or "metrics.jsonl" in left
+
+
+@pytest.mark.parametrize("name", ["../../x", "", "..", "/", "sae", "-", "é" * 150])
+def test_no_schedule_names_a_folder_outside_or_in_use(name):
+    try:
+        found = folder_name(name)
+    except SaerlError as err:
+        assert "cannot be called" in str(err)
+    else:
+        assert found == "x"

@@ -8,7 +8,7 @@ from sklearn.metrics import roc_auc_score
 
 from saerl_fast.config import QualityConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.signals.features import probe_matrix
+from saerl_fast.signals.features import ProbeMatrix
 from saerl_fast.signals.quality import _calibrate, fit_quality
 from saerl_kernels import CSR
 
@@ -20,7 +20,7 @@ def planted(n: int = 400, d: int = 200, bad: float = 0.25, seed: int = 0) -> tup
     on = rng.random((n, d)) < 0.1
     on[:, :10] = rng.random((n, 10)) < np.where(good[:, None] == 1, 0.05, 0.5)
     dense = torch.tensor(on * rng.gamma(2.0, 1.0, (n, d)), dtype=torch.float32)
-    return probe_matrix(CSR.from_dense(dense)), good
+    return ProbeMatrix(CSR.from_dense(dense)), good
 
 
 def test_held_out_auc_agrees_with_the_unlabelled_rows():
@@ -71,7 +71,7 @@ def test_a_curve_that_falls_gives_every_row_the_same():
 def test_answers_show_what_prompts_cannot():
     blank, good = planted(bad=0.5)
     dense = torch.rand(400, 50) * (torch.rand(400, 50, generator=torch.manual_seed(0)) < 0.2)
-    X = probe_matrix(CSR.from_dense(dense))
+    X = ProbeMatrix(CSR.from_dense(dense))
     blind = fit_quality(X, good, QualityConfig())
     seeing = fit_quality(X, good, QualityConfig(), answers=blank)
     assert blind.metrics["auc"] < 0.65 and seeing.metrics["auc"] > 0.85

@@ -2,7 +2,9 @@
 
 import os
 import random
+import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,10 @@ from saerl_fast.config import (
     WarmupConfig,
 )
 from saerl_fast.errors import SaerlError
+from saerl_fast.records.lock import lock
 from saerl_fast.records.log import read_metrics
+from saerl_fast.rl.checkpoint import load_latest
+from saerl_fast.rl.interrupt import Stopped, graceful_interrupt
 from tests.tiny_lm import tiny_model
 from tests.training import (
     Die,
@@ -38,6 +43,8 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, warm: int, beta: float
     with pytest.raises(SaerlError, match="Die"):  # in the fifth step: step 4 is logged and must be undone
         run(tmp_path / "two", cfg, reward=dying_reward(7))
     assert read_metrics(tmp_path / "two")[-1]["step"] == 4
+    for file in (tmp_path / "two" / "checkpoints").glob("step-000004-*"):
+        file.unlink()  # a kill leaves none
     resumed, plan_again, again = run(tmp_path / "two", cfg, resume=True)
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert same_weights(straight, resumed)
@@ -66,25 +73,101 @@ def test_rewards_that_draw_at_random_resume_too(tmp_path: Path) -> None:
     assert same_weights(straight, resumed)
 
 
-def test_interrupt_saves_the_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupt_saves_the_step(tmp_path: Path, number: int) -> None:
     calls = []
 
     def reward(prompts, completions, **columns):
         calls.append(1)
         if len(calls) == 4:  # evaluation, steps 1 and 2, evaluation
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return vowels(prompts, completions)
 
     said: list[str] = []
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as caught:
         run(tmp_path / "two", small(save_every=0), reward=reward, echo=said.append)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert caught.value.number == number and signal.getsignal(number) is before
+    assert not (tmp_path / "two" / ".saerl.lock").exists()
     assert "step 2 is saved" in said[-1]
     resumed, _, _ = run(tmp_path / "two", small(save_every=0), resume=True)
     straight, _, _ = run(tmp_path / "one", small(save_every=0))
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert same_weights(straight, resumed)
+
+
+def signals(*numbers: int, at: int):
+    """A reward in whose call number ``at`` these signals come, one after the other."""
+    calls = []
+
+    def reward(prompts, completions, **columns):
+        calls.append(1)
+        if len(calls) == at:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return vowels(prompts, completions)
+
+    return reward
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    with pytest.raises(Stopped) as caught:
+        run(tmp_path, small(), reward=signals(signal.SIGHUP, signal.SIGTERM, at=4))
+    assert caught.value.number == signal.SIGTERM
+    found = load_latest(tmp_path)
+    assert found is not None and found.step == 1  # step 2 is not finished
+
+
+def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        _, _, summary = run(tmp_path, small(steps=1), reward=signals(signal.SIGHUP, at=2))
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert summary["steps"] == 1
+
+
+def test_a_signal_in_the_warm_up_or_at_the_end(tmp_path: Path) -> None:
+    os_kill = lambda done, steps: os.kill(os.getpid(), signal.SIGTERM) if done == steps else None  # noqa: E731
+    with pytest.raises(Stopped):
+        run(tmp_path / "end", small(steps=1), progress=os_kill)
+    assert (tmp_path / "end" / "summary.json").is_file() and (tmp_path / "end" / "model").is_dir()
+    said: list[str] = []
+    with pytest.raises(Stopped), graceful_interrupt():
+        os.kill(os.getpid(), signal.SIGTERM)
+        warm = small(steps=1, warmup=WarmupConfig(steps=3, batch_size=2))
+        run(tmp_path / "warm", warm, echo=said.append)
+    assert "nothing is saved before the warm-up has ended" in said[-1]
+    assert load_latest(tmp_path / "warm") is None
+
+
+def test_a_folder_that_is_removed_ends_the_run_within_a_step(tmp_path: Path) -> None:
+    calls = []
+
+    def reward(prompts, completions, **columns):
+        calls.append(1)
+        if len(calls) == 3:
+            shutil.rmtree(tmp_path / "run")
+        return vowels(prompts, completions)
+
+    with pytest.raises(SaerlError, match="was removed while"):
+        run(tmp_path / "run", small(), reward=reward)
+    assert len(calls) == 3 and not (tmp_path / "run").exists()
+
+
+def test_files_have_the_mode_that_the_umask_leaves(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        run(tmp_path, small(steps=1))
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*") if path.is_file()} == {"0o640"}
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    with lock(tmp_path), ThreadPoolExecutor(1) as other, pytest.raises(SaerlError, match="is written by"):
+        other.submit(run, tmp_path, small(steps=1)).result()
 
 
 def test_adaptive_plan_with_captured_features_resumes_bit_for_bit(tmp_path: Path) -> None:

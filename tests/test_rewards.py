@@ -74,7 +74,7 @@ def test_maths(completion, answer, value, installed, monkeypatch):
     if installed:
         pytest.importorskip("math_verify")
     else:
-        monkeypatch.setattr(equal, "math_verify", lambda: None)
+        monkeypatch.setattr(equal, "math_verify", lambda: False)
     assert one("maths", completion, answer) == value
 
 

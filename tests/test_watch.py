@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.run_all import heed_interrupts
 from saerl_fast.errors import SaerlError
+from saerl_fast.records.lock import lock
 from saerl_fast.records.log import MetricsLog
 from saerl_fast.records.report import write_report
 from saerl_fast.records.watch import watch
@@ -148,3 +149,14 @@ def test_ctrl_c_ends_the_command_quietly(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0 and err == "" and out.startswith("step     2 eval")
+
+
+def test_a_run_that_loads_its_model_is_waited_for(tmp_path, monkeypatch):
+    def wait(seconds):
+        raise KeyboardInterrupt
+
+    said: list[str] = []
+    with lock(tmp_path / "arm"), pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(time, "sleep", wait)
+        watch(tmp_path, said.append)
+    assert said == [f"waiting for {tmp_path}/metrics.jsonl"]

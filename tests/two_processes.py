@@ -15,6 +15,7 @@ from saerl_fast.config import EvalConfig, LossConfig, WarmupConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.rl import distributed
 from saerl_fast.rl.checkpoint import model_tensors
+from saerl_fast.rl.interrupt import Stopped
 from tests.tiny_lm import tiny_model
 from tests.training import adaptive_plan, run, small, sums
 
@@ -84,14 +85,14 @@ def main(folder: Path) -> None:
     def interrupting(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         calls.append(1)
         if len(calls) == 2 and me == 1:  # the first step, in one process only
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
         return one_sided(prompts, completions)
 
     calls: list[int] = []
     try:
         run(folder / "interrupted", settings(save_every=0), reward=interrupting)
-    except KeyboardInterrupt:
-        found["interrupted"] = [len(calls)]
+    except Stopped as err:
+        found["interrupted"] = [len(calls), err.number]
     try:
         if me == 0:
             raise SaerlError("the disk is full")

@@ -257,7 +257,11 @@ class TrainConfig(Section):
     reward_truncated: bool = setting(False, "the built-in rewards also pay completions that were cut off")
     pass_threshold: float | None = setting(None, "the reward of a pass, at least; null: clip to [0, 1]")
     reward_timeout: float = setting(
-        0.0, "seconds one call of the reward may take; 0: no limit", at_least=0, at_most=10**9, result=False
+        0.0,
+        "seconds for one call of the reward, in a child process; 0: no limit",
+        at_least=0,
+        at_most=10**9,
+        result=False,
     )
     capture: bool = setting(True, "read features off the rollouts' own prefill, when the plan uses them")
     save_every: int = setting(20, "steps between checkpoints; 0: only at the end", at_least=0, result=False)

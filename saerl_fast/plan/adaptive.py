@@ -3,11 +3,13 @@
 A linear regressor from the leading SVD components of the pooled features to pass rate is refreshed
 with the pass rates that GRPO observes anyway, by least squares with forgetting: the policy improves,
 so old outcomes count less. The next batch is made of the prompts whose predicted pass rate is
-nearest a target, which eases from ``target_start`` to ``target_end`` over the run.
+nearest a target, which eases from ``target_start`` to ``target_end`` over the run. How they are found in a
+large pool: ``saerl_fast.plan.wide``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,11 +17,13 @@ import torch
 
 from saerl_fast.config import AdaptiveConfig, PlanConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.plan import base
 from saerl_fast.plan.base import Plan
-from saerl_fast.signals.features import checked, svd_reduce, weighted
+from saerl_fast.plan.wide import Noise, Wide
+from saerl_fast.signals.features import SAMPLE, block, blocks, checked, svd_reduce, weighted
 from saerl_kernels import CSR, csr
 
-NEVER = -(10**9)  # a step before any cooldown
+BLOCK = 1 << 14  # rows worked on at a time where all are
 
 
 class Embedding(NamedTuple):
@@ -44,15 +48,30 @@ class Embedding(NamedTuple):
 
 
 def embed(X: CSR, rows: np.ndarray, cfg: AdaptiveConfig, *, seed: int) -> Embedding:
-    """The embedding of the given rows of ``X``, fitted to them."""
-    X = checked(X).select_rows(torch.from_numpy(rows))
-    idf = csr.idf(X, floor=1.0)
-    dense, components = svd_reduce(weighted(X, idf), cfg.svd, seed)
+    """The embedding of the given rows of ``X``, in ascending order, fitted to them.
+
+    With more than ``SAMPLE`` rows, frequencies and components are those of a sample of as many.
+    """
+    X, fitted = checked(X), rows
+    if len(rows) > SAMPLE:
+        fitted = np.sort(np.random.default_rng(seed).choice(rows, SAMPLE, replace=False))
+    near = X.select_rows(torch.from_numpy(fitted))
+    idf = csr.idf(near, floor=1.0)
+    dense, components = svd_reduce(weighted(near, idf), cfg.svd, seed)
+    if len(rows) > SAMPLE:
+        del near
+        dense = np.empty((len(rows), len(components)), dtype=np.float32)
+        for at in blocks(len(rows)):
+            first, last = int(rows[at][0]), int(rows[at][-1]) + 1
+            part = block(X, slice(first, last)).select_rows(torch.from_numpy(rows[at] - first))
+            dense[at] = weighted(part, idf).to_scipy() @ components.T
     mean = dense.mean(axis=0)
-    centred = dense - mean
-    power = float(np.square(centred, dtype=np.float64).sum(axis=1).mean())
+    dense -= mean
+    parts = (dense[at : at + BLOCK] for at in range(0, len(dense), BLOCK))
+    power = float(np.concatenate([np.square(part, dtype=np.float64).sum(axis=1) for part in parts]).mean())
     scale = power**-0.5 if power > 1e-12 else 1.0
-    return Embedding(centred * np.float32(scale), idf.numpy(), components, mean, scale)
+    dense *= np.float32(scale)
+    return Embedding(dense, idf.numpy(), components, mean, scale)
 
 
 class AdaptivePlan(Plan):
@@ -63,12 +82,16 @@ class AdaptivePlan(Plan):
     recursive least squares in information form, with a ridge that does not fade. Prompts drawn less
     than ``cooldown`` steps ago wait; Gumbel noise on the distance to the target keeps exploring.
     Known pass rates (column ``pass_rate`` of the table) count as a first observation.
+
+    With more than ``LARGE`` prompts the noise comes from another generator, which ``notes`` says, and the
+    batch of the same rule is found without a look at every row. The rows of ``embedding`` are then used in
+    place, and written to when features are refreshed.
     """
 
     schedule = "adaptive"
 
     def __init__(
-        self, prompt_ids: list[str], cfg: PlanConfig, *, embedding: Embedding, **kwargs: Any
+        self, prompt_ids: Sequence[str], cfg: PlanConfig, *, embedding: Embedding, **kwargs: Any
     ) -> None:
         super().__init__(prompt_ids, cfg, **kwargs)
         settings = cfg.adaptive
@@ -76,13 +99,22 @@ class AdaptivePlan(Plan):
         n_rows = len(self.prompt_ids)
         if embedding.rows.shape[0] != n_rows:
             raise SaerlError(f"{embedding.rows.shape[0]} feature rows cannot belong to {n_rows} prompts")
-        self.embedding = embedding
-        self._z = np.concatenate([embedding.rows, np.ones((n_rows, 1), dtype=np.float32)], axis=1)
-        width = self._z.shape[1]
+        rows = embedding.rows
+        self._wide: Wide | None = None
+        if n_rows > base.LARGE:
+            rows = np.require(rows, requirements="W")
+            self._wide = Wide(rows)
+            why = "so that batches are found without a look at every prompt"
+            self.note(f"{n_rows} prompts are more than {base.LARGE}: noise is drawn by its rank, {why}")
+        else:
+            self._z = np.concatenate([rows, np.ones((n_rows, 1), dtype=np.float32)], axis=1)
+            rows = self._z[:, :-1]
+        self.embedding = embedding._replace(rows=rows)
+        self._original: dict[int, np.ndarray] = {}  # what refreshed rows were at the start
+        width = rows.shape[1] + 1
         self._gram: np.ndarray = np.eye(width) * settings.ridge  # [d + 1, d + 1] float64
         self._moment: np.ndarray = np.zeros(width)  # [d + 1] float64
-        self._last_seen: np.ndarray = np.full(n_rows, NEVER, dtype=np.int64)  # step of the last draw
-        self._refreshed = np.zeros(n_rows, dtype=bool)
+        self._seen: dict[int, int] = {}  # row -> step of the last draw, while the cooldown lasts
         self._figures: dict[str, float] = {}
         # Enough prompts must stay eligible for a batch, and half the pool for there to be a choice.
         room = (n_rows - max(self.batch_size, n_rows // 2)) // self.batch_size
@@ -92,13 +124,18 @@ class AdaptivePlan(Plan):
             self.note(f"cooldown shortened {change}: the pool has {n_rows} prompts")
         rates = self.table.get("pass_rate")
         if rates is not None and settings.use_labels:
-            known = np.isfinite(rates)
-            self._add(self._z[known].astype(np.float64), rates[known].astype(np.float64))
+            known = np.flatnonzero(np.isfinite(rates))
+            for at in range(0, len(known), BLOCK):
+                part = known[at : at + BLOCK]
+                self._add(self._with_bias(part).astype(np.float64), rates[part].astype(np.float64))
         self._solve()
 
     def predicted(self) -> np.ndarray:
         """Current estimate of every prompt's pass rate, float32 [n], in [0, 1]."""
-        return np.clip(self._z @ self._weights + np.float32(0.5), 0.0, 1.0)
+        if self._wide is None:
+            return self._clipped(self._z)
+        starts = range(0, len(self.prompt_ids), BLOCK)
+        return np.concatenate([self._clipped(self._with_bias(slice(at, at + BLOCK))) for at in starts])
 
     def target(self) -> float:
         """The pass rate aimed at in the coming step."""
@@ -110,25 +147,33 @@ class AdaptivePlan(Plan):
         # The noise depends on the seed and the step alone, so there is no generator state to save.
         rng = np.random.Generator(np.random.PCG64([self.seed, self.step]))
         n_rows = len(self.prompt_ids)
-        target, predicted = self.target(), self.predicted()
+        target, noise = self.target(), self.cfg.adaptive.noise
+        waiting = np.array(sorted(self._seen), dtype=np.int64)
         if n_rows < self.batch_size:
             rows = np.resize(rng.permutation(n_rows), self.batch_size)
-            eligible = n_rows
+            waiting, predicted = waiting[:0], self.predicted()[rows]
+        elif self._wide is not None:
+            drawn = Noise(n_rows, noise, rng)
+            rows = self._wide.choose(self._weights, target, drawn, self.batch_size, waiting)
+            predicted = self._clipped(self._with_bias(rows))
         else:
-            utility = self.cfg.adaptive.noise * rng.gumbel(size=n_rows) - np.abs(predicted - target)
-            waiting = self.step - self._last_seen <= self.cooldown
+            predicted = self.predicted()
+            utility = noise * rng.gumbel(size=n_rows) - np.abs(predicted - target)
             utility[waiting] = -np.inf
-            eligible = n_rows - int(waiting.sum())
             rows = np.argpartition(-utility, self.batch_size - 1)[: self.batch_size]
             rows = rows[np.lexsort((rows, -utility[rows]))]
-        self._last_seen[rows] = self.step
+            predicted = predicted[rows]
+        self._seen.update(dict.fromkeys(rows.tolist(), self.step))
         self.step += 1
-        self._figures.update(target=target, predicted=float(predicted[rows].mean()), eligible=float(eligible))
+        self._seen = {row: step for row, step in self._seen.items() if self.step - step <= self.cooldown}
+        self._figures.update(
+            target=target, predicted=float(predicted.mean()), eligible=float(n_rows - len(waiting))
+        )
         means = self._mean_of(rows)
         for name in {"difficulty", "quality"} - means.keys():  # unknown for this batch
             self._figures.pop(name, None)
         self._figures.update(means)
-        return [self.prompt_ids[i] for i in rows]
+        return [self.prompt_ids[i] for i in rows.tolist()]
 
     def observe(self, prompt_ids: list[str], pass_rates: Any, features: CSR | None = None) -> None:
         rows, rates = self._check(prompt_ids, pass_rates)
@@ -138,10 +183,11 @@ class AdaptivePlan(Plan):
             fresh = self.embedding.project(features)
             if len(fresh) != len(rows):
                 raise SaerlError(f"observe got {len(fresh)} feature rows for {len(rows)} prompt ids")
-            self._z[rows, :-1] = fresh
-            self._refreshed[rows] = True
-        z = self._z[rows]
-        error = np.abs(np.clip(z @ self._weights + np.float32(0.5), 0, 1) - rates).mean()
+            for row in set(rows.tolist()) - self._original.keys():
+                self._original[row] = self.embedding.rows[row].copy()
+            self._write(rows, fresh)
+        z = self._with_bias(rows)
+        error = np.abs(self._clipped(z) - rates).mean()
         self._figures.update(observed=float(rates.mean()), error=float(error))
         settings = self.cfg.adaptive
         self._gram *= settings.forgetting
@@ -154,40 +200,68 @@ class AdaptivePlan(Plan):
         state = self._base_state()
         state["gram"] = torch.from_numpy(self._gram.copy())
         state["moment"] = torch.from_numpy(self._moment.copy())
-        state["last_seen"] = torch.from_numpy(self._last_seen.copy())
-        if self._refreshed.any():
-            state["refreshed"] = torch.from_numpy(np.flatnonzero(self._refreshed))
-            state["refreshed_rows"] = torch.from_numpy(self._z[self._refreshed, :-1].copy())
+        state["seen"] = torch.tensor(list(self._seen.items()), dtype=torch.int64).reshape(-1, 2)  # row, step
+        if self._original:
+            rows = np.array(sorted(self._original), dtype=np.int64)
+            state["refreshed"] = torch.from_numpy(rows)
+            state["refreshed_rows"] = torch.from_numpy(self.embedding.rows[rows])
         state.update({f"metric_{name}": value for name, value in self._figures.items()})
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._check_state(state)
+        if "last_seen" in state:  # of every row, as releases before 0.3 wrote it
+            last = np.array(state["last_seen"], dtype=np.int64)
+            late = np.flatnonzero(int(state["step"]) - last <= self.cooldown)
+            state = {**state, "seen": np.stack([late, last[late]], axis=1)}
         arrays: dict[str, np.ndarray] = {}
-        for name, shape, dtype in (
-            ("gram", self._gram.shape, np.float64),
-            ("moment", self._moment.shape, np.float64),
-            ("last_seen", self._last_seen.shape, np.int64),
+        for name, dtype, shape in (
+            ("gram", np.float64, self._gram.shape),
+            ("moment", np.float64, self._moment.shape),
+            ("seen", np.int64, (len(state.get("seen", ())), 2)),
         ):
-            arrays[name] = np.array(state.get(name), dtype=dtype)
+            arrays[name] = np.array(state.get(name, ()), dtype=dtype)
             if arrays[name].shape != shape:
                 raise SaerlError(
                     f"the saved plan state holds {name} of shape {list(arrays[name].shape)} but this plan "
                     f"has {list(shape)}; resume with the plan.json that the run was started with"
                 )
-        self._gram, self._moment, self._last_seen = arrays["gram"], arrays["moment"], arrays["last_seen"]
-        self._z[:, :-1] = self.embedding.rows
-        self._refreshed[:] = False
+        self._gram, self._moment = arrays["gram"], arrays["moment"]
+        self._seen = dict(arrays["seen"].tolist())
+        for row, first in self._original.items():
+            self._write([row], first)
+        self._original = {}
         if "refreshed" in state:
             rows = np.array(state["refreshed"], dtype=np.int64)
-            self._z[rows, :-1] = np.array(state["refreshed_rows"], dtype=np.float32)
-            self._refreshed[rows] = True
+            self._original = {row: self.embedding.rows[row].copy() for row in rows.tolist()}
+            self._write(rows, np.array(state["refreshed_rows"], dtype=np.float32))
         self.step = int(state["step"])
         self._figures = {k.removeprefix("metric_"): v for k, v in state.items() if k.startswith("metric_")}
         self._solve()
 
     def metrics(self) -> dict[str, float]:
         return dict(self._figures)
+
+    def first_rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows of the embedding as they were before any was refreshed, float32 [stop - start, d]."""
+        part = self.embedding.rows[start:stop]
+        changed = [row for row in self._original if start <= row < stop]
+        if changed:
+            part = part.copy()
+            part[np.array(changed) - start] = [self._original[row] for row in changed]
+        return part
+
+    def _write(self, rows: Any, values: np.ndarray) -> None:
+        self.embedding.rows[rows] = values
+        if self._wide is not None:
+            self._wide.changed(rows)
+
+    def _with_bias(self, rows: Any) -> np.ndarray:
+        part = self.embedding.rows[rows]
+        return np.concatenate([part, np.ones((len(part), 1), dtype=np.float32)], axis=1)
+
+    def _clipped(self, z: np.ndarray) -> np.ndarray:
+        return np.clip(z @ self._weights + np.float32(0.5), 0.0, 1.0)
 
     def _add(self, z: np.ndarray, rates: np.ndarray) -> None:
         self._gram += z.T @ z

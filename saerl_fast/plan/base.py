@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from saerl_fast.config import PlanConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.plan.packed import Packed, Rows
 
 if TYPE_CHECKING:
     from saerl_kernels import CSR
 
 log = logging.getLogger(__name__)
+LARGE = 1 << 18  # prompts above which ids are packed, and the adaptive choice does not look at every row
 
 
 class Plan(ABC):
@@ -38,7 +41,7 @@ class Plan(ABC):
 
     def __init__(
         self,
-        prompt_ids: list[str],
+        prompt_ids: Sequence[str],
         cfg: PlanConfig,
         *,
         batch_size: int,
@@ -57,14 +60,15 @@ class Plan(ABC):
         if seed < 0:
             raise SaerlError(f"a plan's seed must not be negative, got {seed}")
         self.cfg, self.seed = cfg, seed
-        self.prompt_ids = list(prompt_ids)
+        large = len(prompt_ids) > LARGE and not isinstance(prompt_ids, Packed)
+        self.prompt_ids: Sequence[str] = Packed.of(prompt_ids) if large else prompt_ids
         self.batch_size, self.total_steps = batch_size, total_steps
         self.table, self.dropped_table = table or {}, dropped_table or {}
         self.dropped = dropped or {}
         self.notes = list(notes or [])
         self.step = 0
-        self._row = {name: i for i, name in enumerate(self.prompt_ids)}
-        if len(self._row) != len(self.prompt_ids):
+        self._row = Rows(self.prompt_ids)
+        if self._row.repeated is not None:
             raise SaerlError("prompt ids are not unique; choose another data.id_column")
         if len(self.prompt_ids) < batch_size:
             count = len(self.prompt_ids)
@@ -112,10 +116,11 @@ class Plan(ABC):
             raise SaerlError(
                 f"pass rate {rates[bad][0]} of prompt {prompt_ids[int(bad.argmax())]!r} is not in [0, 1]"
             )
-        unknown = [name for name in prompt_ids if name not in self._row]
-        if unknown:
-            raise SaerlError(f"prompt id {unknown[0]!r} is not in the plan; observe only ids it handed out")
-        return np.array([self._row[name] for name in prompt_ids], dtype=np.int64), rates
+        rows = [self._row.get(name) for name in prompt_ids]
+        if None in rows:
+            unknown = prompt_ids[rows.index(None)]
+            raise SaerlError(f"prompt id {unknown!r} is not in the plan; observe only ids it handed out")
+        return np.array(rows, dtype=np.int64), rates
 
     def _check_state(self, state: dict[str, Any]) -> None:
         mine = {"schedule": self.schedule, "seed": self.seed, "n_prompts": len(self.prompt_ids)}

@@ -11,6 +11,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.plan.adaptive import AdaptivePlan, embed
 from saerl_fast.plan.base import Plan
 from saerl_fast.plan.static import StaticPlan, get_schedule, middle
+from saerl_fast.signals.features import SAMPLE
 
 if TYPE_CHECKING:
     from saerl_fast.signals.scores import Scores
@@ -86,6 +87,8 @@ def build_plan(
             "schedule 'adaptive' needs the prompts' SAE features, but the scores have none; "
             "run `saerl score` again"
         )
+    if len(rows) > SAMPLE:
+        notes.append(f"components were fitted to the features of a sample of {SAMPLE} of {len(rows)} prompts")
     embedding = embed(scores.features, rows, cfg.adaptive, seed=common["seed"])
     return AdaptivePlan(kept_ids, cfg, embedding=embedding, **common)
 

@@ -18,7 +18,7 @@ columns it needs. All its randomness must come from the generator: a run that is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -148,15 +148,15 @@ class StaticPlan(Plan):
     """
 
     def __init__(
-        self, schedule: str, *args: Any, batches: list[list[int]] | None = None, **kwargs: Any
+        self, schedule: str, *args: Any, batches: Sequence[Sequence[int]] | np.ndarray = (), **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         self.schedule = schedule
-        self._stored = batches or []  # from a plan file; the same as what would be drawn
+        self._stored = batches  # from a plan file; the same as what would be drawn
         self._drawn: list[np.ndarray] = []
         self._passes = 0
         self._visits = np.zeros(len(self.prompt_ids), dtype=np.int64)
-        if self._stored:  # whose function may be missing here
+        if len(self._stored):  # whose function may be missing here
             return
         n_rows = len(self.prompt_ids)
         if self._entry.spans and n_rows >= self.batch_size:

@@ -44,6 +44,8 @@ class JsonlLog:
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows. NumPy and torch scalars become numbers, NaN and infinity null."""
         text = "".join(json.dumps(_json_value(row), allow_nan=False) + "\n" for row in rows)
+        if not os.fstat(self._file.fileno()).st_nlink:
+            raise SaerlError(f"{self.path} was removed while it was being written; resume, or start again")
         try:
             self._file.write(text)
             self._file.flush()

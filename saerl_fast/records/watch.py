@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.records.lock import NAME
 from saerl_fast.records.log import format_row
 from saerl_fast.records.plots import live
 from saerl_fast.records.runs import RunRecord, load_runs, no_folder, read_object
@@ -20,6 +21,7 @@ BEGINNINGS = (
     "compare.json",
     "sae",
     "features.partial-*",
+    NAME,
 )
 BARS = "▁▂▃▄▅▆▇█"
 

@@ -11,8 +11,8 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import reason, remove, use_umask, written
 
 log = logging.getLogger(__name__)
 FORMAT = "2"
@@ -101,6 +102,7 @@ def save_checkpoint(
             leftover.unlink()
         _write(temporary, tensors, {"format": FORMAT, "state": json.dumps(state, default=float)})
         final = root / f"{temporary.stem}-{_digest(temporary)}.safetensors"
+        use_umask(temporary)
         _sync(temporary)
         os.replace(temporary, final)
         _sync(root)
@@ -109,17 +111,25 @@ def save_checkpoint(
         for file in set(files) - {final, *older[: keep - 1]}:
             file.unlink()
     except OSError as err:
-        raise SaerlError(f"cannot write a checkpoint to {root}: {err.strerror or err}; free space") from err
+        raise SaerlError(f"cannot write a checkpoint to {root}: {reason(err)}") from err
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    written[final] = None
     return final
 
 
 def set_aside(out_dir: str | Path) -> None:
-    """Move the checkpoints of an earlier run to ``checkpoints.previous``, out of a fresh run's way."""
-    root = Path(out_dir) / FOLDER
+    """Move the checkpoints of an earlier run to ``checkpoints.previous``, out of a fresh run's way.
+
+    Where ``checkpoints`` is a link to another disk, it stays and so does the disk that they are on.
+    """
+    root = Path(os.path.realpath(Path(out_dir) / FOLDER))
     if root.is_dir():
-        previous = root.with_name(f"{FOLDER}.previous")
-        shutil.rmtree(previous, ignore_errors=True)
+        previous = root.with_name(f"{root.name}.previous")
+        remove(previous)
         os.replace(root, previous)
+        root.mkdir()
 
 
 def load_latest(out_dir: str | Path) -> Checkpoint | None:

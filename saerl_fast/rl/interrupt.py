@@ -1,10 +1,11 @@
-"""The two-stage interrupt, and a time limit for calls into users' code."""
+"""Signals that end a program, at once or after a step, and a time limit for calls into users' code."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,25 +13,65 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_received: list[int] | None = None  # inside graceful_interrupt
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal (``number``) ends the program, as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise Stopped(number)
+
+
 @contextmanager
-def graceful_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a flag; a second one raises KeyboardInterrupt where the program is."""
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set  # only the main thread may handle signals
+def handled(handle: Callable[[int, Any], None] = _stop) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP go to ``handle``, by default raise `Stopped`; ignored ones (nohup) stay so.
+
+    Only the main thread may handle signals; in another this does nothing.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in ENDING if main}
+    before = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+    try:
+        for number in before:
+            signal.signal(number, handle)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def graceful_interrupt() -> Iterator[Callable[[], int]]:
+    """Keeps the number of the first SIGINT, SIGTERM or SIGHUP, which what it yields tells (0: none so far).
+
+    A second one raises `Stopped` where the program is. Inside another such block it tells that one's.
+    """
+    global _received
+    if _received is not None or threading.current_thread() is not threading.main_thread():
+        outer = _received if threading.current_thread() is threading.main_thread() else None
+        yield lambda: outer[0] if outer else 0
         return
+    received: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-        log.warning("interrupted: finishing this step and saving; press again to stop at once")
+        if received:
+            raise Stopped(number)
+        received.append(number)
+        log.warning("interrupted: finishing this step and saving; once more stops at once")
 
-    before = signal.signal(signal.SIGINT, handle)
+    _received = received
     try:
-        yield pressed.is_set
+        with handled(handle):
+            yield lambda: received[0] if received else 0
     finally:
-        signal.signal(signal.SIGINT, before)
+        _received = None
 
 
 class TimeUp(BaseException):
@@ -40,10 +81,11 @@ class TimeUp(BaseException):
 def call_within(seconds: float, call: Callable[[], Any]) -> Any:
     """``call()``, or TimeUp after so many seconds.
 
-    In the main thread a signal (SIGUSR2) ends the call wherever it is: in Python code, or waiting for a lock,
-    a socket or ``time.sleep``, though not inside C code that never looks at signals. SIGALRM is left alone,
-    since rewards use it themselves (math-verify does). Other threads get no signals: there the call runs in
-    a daemon thread, which is left behind.
+    In the main thread a signal (SIGVTALRM) ends the call wherever it is: in Python code, waiting for a lock,
+    a socket or ``time.sleep``, or in C code that looks at signals, as regular expressions do. It comes from
+    a thread, and from the kernel's timer for C code that lets no thread run. SIGALRM is left alone, since
+    rewards use it themselves (math-verify does). Other threads get no signals: there the call runs in a
+    daemon thread, which is left behind.
     """
     done = threading.Event()
     main = threading.main_thread()
@@ -64,23 +106,22 @@ def call_within(seconds: float, call: Callable[[], Any]) -> Any:
             raise outcome[1]
         return outcome[0]
 
+    end = time.monotonic() + seconds
+
     def watch() -> None:
         wait = seconds
         while not done.wait(wait):  # again and again, should the call swallow it
-            late.set()
-            signal.pthread_kill(main.ident or 0, signal.SIGUSR2)
+            signal.pthread_kill(main.ident or 0, signal.SIGVTALRM)
             wait = 1.0
 
     def handle(number: int, frame: Any) -> None:
-        if late.is_set() and not done.is_set():
+        if time.monotonic() >= end and not done.is_set():
             raise TimeUp
-        if callable(before):
-            before(number, frame)
 
-    late = threading.Event()
-    before = signal.signal(signal.SIGUSR2, handle)
+    before = signal.signal(signal.SIGVTALRM, handle)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1.0)  # of all threads' time: perhaps early, so again
     try:
         try:
             return call()
@@ -88,5 +129,6 @@ def call_within(seconds: float, call: Callable[[], Any]) -> Any:
             done.set()
     finally:  # even if the signal came between the two
         done.set()
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         watcher.join()
-        signal.signal(signal.SIGUSR2, signal.SIG_DFL if before is None else before)
+        signal.signal(signal.SIGVTALRM, signal.SIG_DFL if before is None else before)

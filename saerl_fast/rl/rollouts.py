@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from saerl_fast.rl.rewards.call import Notes
+from saerl_fast.rl.rewards.ask import Notes
 
 if TYPE_CHECKING:
     from saerl_kernels import CSR

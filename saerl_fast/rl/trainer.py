@@ -26,6 +26,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,16 +38,18 @@ from torch import Tensor
 
 from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import write_json, write_text
+from saerl_fast.fileio import reason, use_umask, write_json, write_text, written
 from saerl_fast.models import add_adapters
+from saerl_fast.records.lock import Lock, lock
 from saerl_fast.records.log import JsonlLog, MetricsLog
 from saerl_fast.rl import checkpoint as ckpt
 from saerl_fast.rl import distributed, lora, seeds
 from saerl_fast.rl.clock import Clock
 from saerl_fast.rl.evaluate import evaluate, known_mean, pass_rates, score_rollouts, warn_of_range
 from saerl_fast.rl.generate import generate
-from saerl_fast.rl.interrupt import graceful_interrupt
+from saerl_fast.rl.interrupt import Stopped, graceful_interrupt
 from saerl_fast.rl.loss import advantages, overlong_penalty
+from saerl_fast.rl.rescue import DUE, Rescue
 from saerl_fast.rl.rewards import Notes, State, with_timeout
 from saerl_fast.rl.rewards.dry import read_answers
 from saerl_fast.rl.rollouts import Draw, Rollouts, concat, join
@@ -90,8 +93,10 @@ def train(
     too, and the summary has both figures (``rl/lora.py``).
 
     With ``resume`` the run goes on from its latest intact checkpoint, bit for bit on a CPU; without any
-    checkpoint it starts afresh. The first interrupt (Ctrl-C) finishes the step, saves and raises
-    KeyboardInterrupt; a second one stops at once.
+    checkpoint it starts afresh. The first interrupt (Ctrl-C, SIGTERM, SIGHUP) of any of the processes
+    finishes the step, saves and raises Stopped, a KeyboardInterrupt, in all; a second one stops at once. An
+    error (of a reward, say) saves what came before it. ``out_dir`` is held as long (see
+    `saerl_fast.records.lock`).
     """
     run = _Run(
         session.model,
@@ -105,29 +110,34 @@ def train(
         seed=seed,
         echo=echo,
     )
-    start = run.open(resume)
-    try:
-        with graceful_interrupt() as interrupted:
-            if start is None:
-                run.begin()
-                if any(distributed.gather(interrupted)):
-                    run.stop(0)
+    with ExitStack() as stack:
+        distributed.on_first(lambda: setattr(run, "held", stack.enter_context(lock(out_dir))))
+        start = run.open(resume)
+        stack.callback(run.close)
+        stack.push(run.rescued)
+        run.interrupted = stack.enter_context(graceful_interrupt())
+        if start is None:
+            run.begin()
+            run.heed("step 0 is saved", 0)
+        elif run.counters.pop(DUE, False):
+            run.evaluate(start)
+            run.save(start)
+        if progress is not None:
+            progress(start or 0, cfg.steps)
+        for step in range((start or 0) + 1, cfg.steps + 1):
+            run.step(step)
+            last = step == cfg.steps
+            if last or (cfg.eval.every and step % cfg.eval.every == 0):
+                run.evaluate(step)
+            if last or (cfg.save_every and step % cfg.save_every == 0):
+                run.save(step)
             if progress is not None:
-                progress(start or 0, cfg.steps)
-            for step in range((start or 0) + 1, cfg.steps + 1):
-                run.step(step)
-                last = step == cfg.steps
-                if last or (cfg.eval.every and step % cfg.eval.every == 0):
-                    run.evaluate(step)
-                if last or (cfg.save_every and step % cfg.save_every == 0):
-                    run.save(step)
-                if progress is not None:
-                    progress(step, cfg.steps)
-                if any(distributed.gather(interrupted)) and not last:
-                    run.stop(step)
-        return run.finish()
-    finally:
-        run.close()
+                progress(step, cfg.steps)
+            if not last:
+                run.heed(f"step {step} is saved", step)
+        summary = run.finish()
+        run.heed("the run was at its end and is complete")
+    return summary
 
 
 @dataclass
@@ -164,8 +174,11 @@ class _Run:
         self.state = State(max_steps=cfg.steps)
         self.warned = False  # of rewards outside [0, 1]
         self.writes = distributed.rank() == 0
+        self.held: Lock | None = None  # by the process that writes
+        self.interrupted: Callable[[], int] = lambda: 0
         self.counters: dict[str, Any] = dict.fromkeys(("rollouts", "tokens", "groups", "groups_used"), 0)
         self.counters |= {"mismatch_steps": 0, "seconds": {}}
+        self.rescue = Rescue(lambda: {"plan": self.plan.state_dict(), "counters": self.counters}, self._save)
 
     def say(self, line: str) -> None:
         if self.writes:
@@ -191,9 +204,11 @@ class _Run:
             fitted = self.counters.pop("micro_tokens")
             self.learner.optimizer.micro_tokens = min(self.cfg.micro_tokens, fitted)
             self.say(f"resuming after step {found.step} from {found.path}")
+            written[found.path] = None
         elif resume:
             self.say(f"no checkpoint in {self.out_dir}: starting at step 0")
         at = found.step if found is not None else None
+        self.rescue.saved = -1 if at is None else at
         if len(set(distributed.gather(lambda: at))) > 1:
             raise SaerlError(f"the processes find different checkpoints in {self.out_dir}; share the folder")
         distributed.broadcast(list(ckpt.model_tensors(self.model).values()))
@@ -227,7 +242,8 @@ class _Run:
         if cfg.warmup.steps > 0:
             clock = self.clock()
             with clock("warmup"):
-                row = warm_up(self.model, self.tokenizer, self.pool, cfg, self.seed)
+                stop = partial(self.heed, "nothing is saved before the warm-up has ended")
+                row = warm_up(self.model, self.tokenizer, self.pool, cfg, self.seed, after_step=stop)
             self._record({"step": 0, "kind": "warmup", **row, "time": clock.seconds})
         self.learner = Learner(self.model, cfg)
         if cfg.eval.every > 0 or cfg.steps == 0:
@@ -236,19 +252,39 @@ class _Run:
             self.save(0)
 
     def save(self, step: int) -> None:
-        learner = self.learner
-        counters = self.counters | {"micro_tokens": learner.optimizer.micro_tokens}
-        state: dict[str, Any] = {"model": self.model, "reference": learner.reference, "counters": counters}
-        state |= {"optimizer": learner.optimizer.state_dict(), "plan": self.plan.state_dict()}
-        state["keep"] = self.cfg.keep
+        state = {"plan": self.plan.state_dict(), "counters": self.counters}
         with self.clock()("save"):
-            distributed.on_first(lambda: ckpt.save_checkpoint(self.out_dir, step, **state))
+            distributed.on_first(self.check)
+            distributed.on_first(lambda: self._save(step, state))
+        self.rescue.saved = step
 
-    def stop(self, step: int) -> None:
-        """End an interrupted run with everything saved."""
-        self.save(step)
-        self.say(f"interrupted: step {step} is saved in {self.out_dir}; go on with --resume")
-        raise KeyboardInterrupt
+    def _save(self, step: int, state: dict[str, Any]) -> None:
+        learner, counters = self.learner, state["counters"]
+        state |= {"counters": counters | {"micro_tokens": learner.optimizer.micro_tokens}}
+        state |= {"model": self.model, "reference": learner.reference, "keep": self.cfg.keep}
+        ckpt.save_checkpoint(self.out_dir, step, optimizer=learner.optimizer.state_dict(), **state)
+
+    def rescued(self, kind: type[BaseException] | None, *_: object) -> None:
+        """At an error: save what came before it, unless ``out_dir`` is held no longer."""
+        if self.writes and kind is not None and issubclass(kind, Exception):
+            with suppress(SaerlError):
+                self.check()
+                self.rescue.save(self.say)
+
+    def check(self) -> int:
+        """The signal that has come, 0 for none; SaerlError when ``out_dir`` was removed or taken over."""
+        if self.held is not None:
+            self.held.check()
+        return self.interrupted()
+
+    def heed(self, said: str, step: int | None = None) -> None:
+        """End the run if a signal has come to any of the processes, with ``step`` saved."""
+        number = max(distributed.gather(self.check))
+        if number:
+            if step is not None and step != self.rescue.saved:
+                self.save(step)
+            self.say(f"interrupted: {said} in {self.out_dir}")
+            raise Stopped(number)
 
     def finish(self) -> dict[str, Any]:
         """Write the final model and the summary."""
@@ -263,6 +299,7 @@ class _Run:
             summary |= {"merged": merged} if merged else {}
 
         def write() -> None:
+            self.check()
             if state is None:
                 self._export("model", self.model.save_pretrained)
             else:
@@ -295,8 +332,10 @@ class _Run:
             target = self.out_dir / name
             try:
                 write(target)
+                for file in target.glob("*.safetensors"):
+                    use_umask(file)
             except OSError as err:
-                raise SaerlError(f"cannot write {target}: {err.strerror or err}; free some space") from err
+                raise SaerlError(f"cannot write {target}: {reason(err)}") from err
 
     def close(self) -> None:
         if self.writes:
@@ -319,6 +358,7 @@ class _Run:
 
     def step(self, step: int) -> None:
         cfg, clock = self.cfg, self.clock()
+        self.rescue.keep(step - 1)
         self._seed_globals(step)
         self.state.global_step = step - 1  # steps made, as transformers counts them
         draws = [self._draw(step, 0, clock)]
@@ -327,6 +367,7 @@ class _Run:
             draws.append(self._draw(step, len(draws), clock))
         rollouts, advantage, used = join(draws, wanted)
         lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
+        self.rescue.drop()
         update = self.learner.update(rollouts, advantage, used, lr, clock)
         self._watch_mismatch(step, update["mismatch"])
         lengths = torch.cat([draw.rollouts.lengths for draw in draws])
@@ -435,6 +476,7 @@ class _Run:
 
     def evaluate(self, step: int) -> None:
         clock = self.clock()
+        self.rescue.keep(step, due=True)
         with clock("eval"):
             pool, seed = self.session.eval, derived_seed(self.seed, seeds.EVAL, 0)
             self.state.global_step = step

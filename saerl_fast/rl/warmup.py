@@ -6,7 +6,7 @@ Prompt and answer are tokenised apart, as in rollouts, where a completion's toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,8 @@ def warm_up(
     pool: Prompts,
     cfg: TrainConfig,
     seed: int = 0,
+    *,
+    after_step: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """``cfg.warmup.steps`` (at least 1) steps on the mean negative log-likelihood of answer and end token.
 
@@ -87,6 +89,7 @@ def warm_up(
 
         loss = optimizer.accumulate(starts + lengths, backward, 1)
         optimizer.step(settings.lr * min(1.0, step / max(1, settings.steps // 10)), max_norm=1.0)
+        after_step()
         return float(loss)
 
     losses = [learn(step) for step in range(1, settings.steps + 1)]

@@ -217,21 +217,23 @@ def iter_hidden_ids(
     layer: int,
     batch_tokens: int = 8192,
     on_progress: Progress | None = None,
+    *,
+    done: int = 0,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Stream the hidden states of many texts: (row numbers, x [n_tokens, d_in], offsets int64 [n_rows + 1]).
 
     ``rows`` holds the texts' token ids. Batches are of similar length, longest first, at most
     ``batch_tokens`` tokens with padding (a longer text is a batch by itself); the row numbers tell where each
-    belongs in ``rows``. Blocks after ``layer`` never run. Raises SaerlError on a layer the model lacks, an
-    empty or too long row, and values that are not finite.
+    belongs in ``rows``. The first ``done`` rows of that order, whole batches, are left out. Blocks after
+    ``layer`` never run. Raises SaerlError on a layer the model lacks, an empty or too long row, and values
+    that are not finite.
     """
     check_layer(model, layer)
     check_fit(model, rows, what="text")
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-    done = 0
     if on_progress is not None:
-        on_progress(0, len(order))
+        on_progress(done, len(order))
     while done < len(order):
         width = len(rows[order[done]])
         chosen = order[done : done + max(1, batch_tokens // width)]

@@ -12,6 +12,7 @@ from typing import Any
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import atomic_path, write_json
+from saerl_fast.records.lock import lock, vacant
 from saerl_fast.sae import formats, hub, saelens
 from saerl_fast.sae.formats import SAELENS_WEIGHTS
 from saerl_fast.sae.model import SAE
@@ -70,10 +71,13 @@ def convert_sae(source: str | Path, folder: str | Path, said: list[str] | tuple[
     value, and a folder that holds something.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SaerlError(f"{folder} exists and is not empty; name a new folder")
-    sae = load_sae(source, dict(_parsed(item) for item in said))
-    save_sae(sae, folder)
+    if folder.exists() and not folder.is_dir():
+        raise SaerlError(f"{folder} is a file; name a new folder")
+    with lock(folder):
+        if not vacant(folder):
+            raise SaerlError(f"{folder} exists and is not empty; name a new folder")
+        sae = load_sae(source, dict(_parsed(item) for item in said))
+        save_sae(sae, folder)
     return sae
 
 

@@ -10,6 +10,7 @@ left out of training and of pooling.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -21,8 +22,10 @@ from saerl_fast.config import SAEConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.sae.capture import Progress, iter_hidden_ids
 from saerl_fast.sae.model import SAE, SAESpec
+from saerl_fast.sae.partial import Partial
 from saerl_kernels import TopK, encode_batch_topk_train, encode_topk_train, sparse_decode
 
+log = logging.getLogger(__name__)
 OnStep = Callable[[int, dict[str, float]], None]
 
 _LOG_EVERY = 25  # steps between callbacks; each one waits for the device
@@ -30,6 +33,7 @@ _DEAD_EVERY = 10  # steps between recounts of the dead features
 _AUX_WEIGHT = 1 / 32  # of the auxiliary loss, as in Gao et al.
 _THRESHOLD_RATE = 0.03  # of BatchTopK's running threshold; SAELens' 0.01 is meant for longer runs
 _HELD_OUT = 8192  # at most this many tokens, and at most a tenth
+_WEIGHTS = ("W_enc_t", "b_enc", "W_dec", "b_dec")
 _MEASURED = 32768  # training tokens on which dead features are also looked for
 
 
@@ -41,6 +45,7 @@ def train_sae(
     model_name: str | None = None,
     device: torch.device | str | None = None,
     backend: str = "auto",
+    keep: Partial | None = None,
 ) -> tuple[SAE, dict[str, float]]:
     """(the SAE in eval mode, its metrics) from activations [n, d_in], or an iterable of such batches.
 
@@ -49,7 +54,8 @@ def train_sae(
     "dead_fraction" (features silent on those and on up to 32,768 training tokens), "train_fvu", "steps",
     "seconds", "tokens", "held_out_tokens", "sink_tokens". ``cfg.layer`` is written into the SAE. Runs on
     ``device`` (the activations' own by default); on a CPU the same seed and activations give the same SAE.
-    Raises SaerlError for empty or non-finite activations and settings that do not fit.
+    With ``keep`` its state is saved now and then and at an interrupt, and training goes on from there, bit
+    for bit on a CPU. Raises SaerlError for empty or non-finite activations and settings that do not fit.
     """
     x = _gather(activations, cfg.max_tokens)
     x = x if device is None else x.to(device)
@@ -64,12 +70,15 @@ def train_sae(
     test = x[order[:held].to(x.device)] if held else x  # a handful of tokens: nothing to spare
 
     run = _Trainer(x, train, cfg, generator, backend)
-    for step in range(1, cfg.steps + 1):
+    for step in range(1 + (run.restore(keep) if keep else 0), cfg.steps + 1):
         loss, fvu = run.step(step)
         if on_step is not None and (step % _LOG_EVERY == 0 or step == cfg.steps):
             shown = {"loss": loss, "fvu": fvu, "dead": run.dead(step).float().mean()}
             figures = {name: float(value) for name, value in shown.items()}
             on_step(step, {"steps": float(cfg.steps), **figures, "lr": run.lr(step)})
+        if keep is not None and keep.due():
+            keep.save("state", step, run.state(step))
+            keep.keep_only("state", step)
     spec = SAESpec(cfg.activation, cfg.k, hook_layer=cfg.layer, model_name=model_name, max_norm=max_norm)
     sae = run.finished(spec)
 
@@ -99,11 +108,13 @@ def collect_activations(
     batch_tokens: int = 8192,
     seed: int = 0,
     on_progress: Progress | None = None,
+    keep: Partial | None = None,
 ) -> Tensor:
     """Hidden states [n <= max_tokens, d_in] of randomly chosen rows of ids, in the model's dtype, on the CPU.
 
     Rows are drawn in a seeded random order until ``max_tokens`` is reached (whole rows, so lengths stay
-    representative); surplus tokens are dropped at random. Raises SaerlError when no row has a token.
+    representative); surplus tokens are dropped at random. With ``keep`` they are saved now and then and at an
+    interrupt, and what was saved is not captured again. Raises SaerlError when no row has a token.
     """
     rows = [row for row in rows if row]
     if not rows:
@@ -115,7 +126,17 @@ def collect_activations(
         count += len(rows[i])
         if count >= max_tokens:
             break
-    parts = [x.cpu() for _, x, _ in iter_hidden_ids(model, chosen, layer, batch_tokens, on_progress)]
+    done, parts = keep.shards() if keep else (0, [])
+    if parts:
+        log.info("activations of %d of %d texts are kept from before", done, len(chosen))
+    start, unsaved = done, len(parts)
+    for batch, x, _ in iter_hidden_ids(model, chosen, layer, batch_tokens, on_progress, done=done):
+        parts.append(x.cpu())
+        done += len(batch)
+        if keep is not None and keep.due():
+            first, end = unsaved, start
+            start, unsaved = done, len(parts)
+            keep.add_shard(end, done, parts[first:])
     found = torch.cat(parts)
     if len(found) > max_tokens:
         found = found[torch.randperm(len(found), generator=generator)[:max_tokens].sort().values]
@@ -149,6 +170,38 @@ class _Trainer:
             (), device=device
         )  # BatchTopK: running mean of the least activation kept
         self.queue = torch.empty(0, dtype=torch.long, device=device)
+
+    def state(self, step: int) -> dict[str, Tensor]:
+        """All that the steps after ``step`` depend on, besides the activations and settings."""
+        weights = (self.W_enc_t, self.b_enc, self.W_dec, self.b_dec)
+        state = dict(zip(_WEIGHTS, weights, strict=True)) | {"last_fired": self.last_fired}
+        state |= {"center": self.center, "threshold": self.threshold, "queue": self.queue}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            state |= {f"adam.{i}.{name}": value for name, value in moments.items()}
+        if self.dead_index is not None:
+            state["dead_index"] = self.dead_index
+        scale = torch.tensor(self.scale, dtype=torch.float64)
+        return state | {"step": torch.tensor(step), "scale": scale, "generator": self.generator.get_state()}
+
+    def restore(self, keep: Partial) -> int:
+        """Take up the latest state that was kept; its step, or 0."""
+        found = keep.saved("state")
+        if not found:
+            return 0
+        state = found[-1]
+        self.generator.set_state(state["generator"])
+        self.scale = float(state["scale"])
+        for name in ("center", "threshold", "last_fired", "queue", "dead_index"):
+            setattr(self, name, state[name].to(self.x.device) if name in state else None)
+        with torch.no_grad():
+            for name in _WEIGHTS:
+                getattr(self, name).copy_(state[name])
+        adam = self.optimizer.state_dict()
+        names = ("step", "exp_avg", "exp_avg_sq")
+        adam["state"] = {i: {name: state[f"adam.{i}.{name}"] for name in names} for i in range(len(_WEIGHTS))}
+        self.optimizer.load_state_dict(adam)
+        log.info("SAE training goes on after step %d", int(state["step"]))
+        return int(state["step"])
 
     def lr(self, step: int) -> float:
         """Linear warm-up over a twentieth of the run, linear decay over its last fifth."""

@@ -18,8 +18,8 @@ import torch
 
 from saerl_fast.config import DiversityConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.signals.features import svd_reduce, weighted
-from saerl_kernels import CSR, csr, kmeans_update, spherical_kmeans
+from saerl_fast.signals.features import SAMPLE, block, blocks, svd_reduce, weighted
+from saerl_kernels import CSR, csr, kmeans_assign, kmeans_update, spherical_kmeans
 from saerl_kernels.dispatch import has_numba
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,9 @@ def cluster_prompts(X: CSR, cfg: DiversityConfig, *, tasks: Sequence[Any] | None
     ``cfg.backend``: cuml (dense k-means on the GPU, sparse iterations by Triton), or scikit-learn's dense
     k-means with sparse iterations by numba or torch; auto takes cuML on a CUDA machine that has it, else
     numba when the data are large, else torch. The same seed gives the same labels, by numba and torch
-    alike, but not with cuML, whose sums are not ordered. ``tasks`` [n] are only compared with the result
-    (``purity``).
+    alike, but not with cuML, whose sums are not ordered. Of more than ``SAMPLE`` rows a sample is clustered,
+    and every row takes the nearest of its clusters (metric ``fitted_rows``). ``tasks`` [n] are only compared
+    with the result (``purity``).
 
     Metrics: ``silhouette``, the simplified cosine silhouette in [-1, 1] (distances to centroids);
     ``null_silhouette``, its mean over ``cfg.null_rounds`` permutations of each feature's rows, and
@@ -52,9 +53,16 @@ def cluster_prompts(X: CSR, cfg: DiversityConfig, *, tasks: Sequence[Any] | None
     n_rows = X.n_rows
     if n_rows == 0:
         raise SaerlError("there are no prompts to cluster; check data.train and data.limit")
-    rows = weighted(X, csr.idf(X))
+    idf, rows = csr.idf(X), X
+    if n_rows > SAMPLE:
+        chosen = np.random.default_rng([cfg.seed, n_rows]).choice(n_rows, SAMPLE, replace=False)
+        rows = X.select_rows(torch.from_numpy(np.sort(chosen)))
+    rows = weighted(rows, idf)
     backend = _backend(cfg.backend, rows.nnz * cfg.n_clusters)
     labels, centroids = _cluster(rows, cfg, backend)
+    if n_rows > SAMPLE:
+        every = [_assign(weighted(block(X, at), idf), centroids, backend) for at in blocks(n_rows)]
+        labels = np.unique(np.concatenate(every), return_inverse=True)[1]
     sizes = np.bincount(labels)
     metrics: dict[str, Any] = {
         "n_clusters": len(sizes),
@@ -67,11 +75,15 @@ def cluster_prompts(X: CSR, cfg: DiversityConfig, *, tasks: Sequence[Any] | None
     }
     if len(sizes) < cfg.n_clusters:
         metrics["note"] = f"{cfg.n_clusters} clusters were asked for, {n_rows} prompts gave {len(sizes)}"
+    if n_rows > SAMPLE:
+        metrics["fitted_rows"] = SAMPLE
+        log.info("clusters were fitted to a sample of %d of %d prompts, the others assigned", SAMPLE, n_rows)
     if len(sizes) > 1:
         rng = np.random.default_rng([cfg.seed, n_rows])
         sample = rows
         if n_rows > NULL_ROWS:
-            sample = rows.select_rows(torch.from_numpy(np.sort(rng.choice(n_rows, NULL_ROWS, replace=False))))
+            chosen = np.sort(rng.choice(rows.n_rows, NULL_ROWS, replace=False))
+            sample = rows.select_rows(torch.from_numpy(chosen))
             labels_s, centroids_s = _cluster(sample, cfg, backend)
             metrics["silhouette"] = silhouette(sample, labels_s, centroids_s)
         else:
@@ -145,6 +157,12 @@ def _centroids(rows: CSR, labels: np.ndarray, backend: str) -> np.ndarray:
     count = int(labels.max()) + 1
     sparse = "auto" if backend == "cuml" else backend
     return kmeans_update(rows, torch.from_numpy(labels), count, backend=sparse).numpy()
+
+
+def _assign(rows: CSR, centroids: np.ndarray, backend: str) -> np.ndarray:
+    """int32 [n]: the nearest centroid of each row."""
+    sparse = "torch" if backend == "cuml" else backend
+    return kmeans_assign(rows, torch.from_numpy(centroids), backend=sparse, check=False)[0].numpy()
 
 
 def _spherical(

@@ -6,12 +6,14 @@ An ElasticNet regression, as published for SAERL (arXiv 2605.27354); the label i
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from saerl_fast.config import DifficultyConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.signals.features import ProbeMatrix, blocks
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -28,9 +30,9 @@ class DifficultyResult(NamedTuple):
 
 
 def fit_difficulty(
-    X: csr_matrix, pass_rates: Any, cfg: DifficultyConfig, *, seed: int = 0
+    X: ProbeMatrix | csr_matrix, pass_rates: Any, cfg: DifficultyConfig, *, seed: int = 0
 ) -> DifficultyResult:
-    """Difficulty of every row of ``X`` [n, columns], of ``probe_matrix``.
+    """Difficulty of every row of ``X`` [n, columns], a ``ProbeMatrix``.
 
     ``pass_rates`` [n] in [0, 1], NaN where unknown. Unlabelled rows get the prediction of a fit on
     all labels, labelled rows that of the fold that did not see their label, so that the scores of
@@ -62,10 +64,10 @@ def fit_difficulty(
     from scipy.stats import spearmanr
     from sklearn.model_selection import KFold
 
-    scores, used = _fit_predict(X[rows], labels, X, cfg)
+    scores, used = _fit_predict(X[rows], labels, map(X.__getitem__, blocks(len(rates))), cfg)
     held_out = np.empty(len(rows))
     for fit, test in KFold(min(cfg.folds, len(rows)), shuffle=True, random_state=seed).split(rows):
-        held_out[test] = _fit_predict(X[rows[fit]], labels[fit], X[rows[test]], cfg)[0]
+        held_out[test] = _fit_predict(X[rows[fit]], labels[fit], [X[rows[test]]], cfg)[0]
     scores[rows] = held_out
     varied = np.ptp(held_out) > 1e-12
     spread = float(np.square(labels - labels.mean()).sum())
@@ -79,9 +81,9 @@ def fit_difficulty(
 
 
 def _fit_predict(
-    X: csr_matrix, labels: np.ndarray, target: csr_matrix, cfg: DifficultyConfig
+    X: csr_matrix, labels: np.ndarray, target: Iterable[csr_matrix], cfg: DifficultyConfig
 ) -> tuple[np.ndarray, int]:
-    """Predictions for the rows of ``target`` by a fit to ``X``, and how many features it uses."""
+    """Predictions for the rows of all of ``target`` by a fit to ``X``, and how many features it uses."""
     import warnings
 
     from sklearn.exceptions import ConvergenceWarning
@@ -92,10 +94,11 @@ def _fit_predict(
     # same alpha suits features of any scale and number.
     correlation = np.abs(X.T @ (labels - mean)).max(initial=0.0) / len(labels)
     if correlation < 1e-12:
-        return np.full(target.shape[0], mean), 0
+        return np.full(sum(part.shape[0] for part in target), mean), 0
     alpha = cfg.alpha * correlation / cfg.l1_ratio
     model = ElasticNet(alpha=alpha, l1_ratio=cfg.l1_ratio, max_iter=500, tol=1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the held-out figures judge the fit
         model.fit(X, labels)
-    return np.asarray(model.predict(target)), int(np.count_nonzero(model.coef_))
+    predicted = np.concatenate([model.predict(part) for part in target])
+    return predicted, int(np.count_nonzero(model.coef_))

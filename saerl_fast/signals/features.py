@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 FORMAT = "saerl-features-1"
+SAMPLE = 1 << 17  # rows from which clusters and components are fitted to a sample of as many
+BLOCK = 1 << 14
 
 
 def checked(X: CSR) -> CSR:
@@ -51,15 +53,37 @@ def weighted(X: CSR, idf: torch.Tensor) -> CSR:
     return csr.l2_rows(csr.scale_columns(X, idf))
 
 
-def probe_matrix(X: CSR, min_rows: int = 3) -> csr_matrix:
+def blocks(n_rows: int) -> list[slice]:
+    """All rows, in blocks that fit the memory however many they are; an empty one for none."""
+    return [slice(at, min(at + BLOCK, n_rows)) for at in range(0, max(n_rows, 1), BLOCK)]
+
+
+def block(X: CSR, rows: slice) -> CSR:
+    """Consecutive rows, sharing their memory."""
+    first, last = int(X.indptr[rows.start]), int(X.indptr[rows.stop])
+    return CSR(
+        X.indptr[rows.start : rows.stop + 1] - first, X.indices[first:last], X.values[first:last], X.n_cols
+    )
+
+
+class ProbeMatrix:
     """What the probes are fitted on: ``X`` weighted and of row norm 1, float64 [n_rows, columns].
 
-    A feature active in fewer than ``min_rows`` rows is left out: it cannot be learned from some rows and
+    Made for the rows that are asked for: ``matrix[rows]`` for an index array, or a slice with a start and an
+    end. A feature active in fewer than ``min_rows`` rows is left out: it cannot be learned from some rows and
     tested on others.
     """
-    rows = weighted(X, csr.idf(X, 1.0))
-    rows_with = torch.bincount(rows.indices, minlength=rows.n_cols)
-    return rows.to_scipy()[:, np.flatnonzero(rows_with >= min_rows)].astype(np.float64)
+
+    def __init__(self, X: CSR, min_rows: int = 3) -> None:
+        self._X, self._idf = X, csr.idf(X, 1.0)
+        self._columns = np.flatnonzero(csr.rows_with(X) >= min_rows)
+        self.shape = (X.n_rows, len(self._columns))
+
+    def __getitem__(self, rows: slice | np.ndarray) -> csr_matrix:
+        part = (
+            block(self._X, rows) if isinstance(rows, slice) else self._X.select_rows(torch.from_numpy(rows))
+        )
+        return weighted(part, self._idf).to_scipy()[:, self._columns].astype(np.float64)
 
 
 def svd_reduce(X: CSR, dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

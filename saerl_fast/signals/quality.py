@@ -8,12 +8,14 @@ answer: a wrong answer cannot be seen in the prompt alone.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from saerl_fast.config import QualityConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.signals.features import ProbeMatrix, blocks
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -31,14 +33,14 @@ class QualityResult(NamedTuple):
 
 
 def fit_quality(
-    X: csr_matrix,
+    X: ProbeMatrix | csr_matrix,
     labels: Any,
     cfg: QualityConfig,
     *,
-    answers: csr_matrix | None = None,
+    answers: ProbeMatrix | csr_matrix | None = None,
     seed: int = 0,
 ) -> QualityResult:
-    """Quality of every row of ``X`` [n, columns] and ``answers``, both of ``probe_matrix``.
+    """Quality of every row of ``X`` [n, columns] and ``answers``, each a ``ProbeMatrix``.
 
     ``labels`` [n], NaN where unlabelled: 1 good and 0 bad for the logistic head, any score for the
     ridge head. Unlabelled rows are scored by a fit on all labels, labelled rows by the fold that
@@ -74,13 +76,15 @@ def fit_quality(
 
     from scipy.sparse import hstack
 
-    matrix = X if answers is None else hstack([X, answers], format="csr")
+    def pick(at: Any) -> csr_matrix:
+        return X[at] if answers is None else hstack([X[at], answers[at]], format="csr")
+
     fit = _logistic if cfg.head == "logistic" else _ridge
-    scores = fit(matrix[rows], known, matrix, cfg.c)
+    scores = fit(pick(rows), known, map(pick, blocks(n_rows)), cfg.c)
     held_out = np.empty(len(rows))
     folds = list(_folds(cfg, known, seed))
     for train, test in folds:
-        held_out[test] = fit(matrix[rows[train]], known[train], matrix[rows[test]], cfg.c)
+        held_out[test] = fit(pick(rows[train]), known[train], [pick(rows[test])], cfg.c)
     scores[rows] = held_out
     if cfg.head == "logistic":
         from sklearn.metrics import roc_auc_score
@@ -126,19 +130,19 @@ def _folds(cfg: QualityConfig, labels: np.ndarray, seed: int) -> Any:
     return StratifiedKFold(count, shuffle=True, random_state=seed).split(labels, labels)
 
 
-def _logistic(X: csr_matrix, labels: np.ndarray, target: csr_matrix, c: float) -> np.ndarray:
-    """Log-odds of a good row for the rows of ``target``."""
+def _logistic(X: csr_matrix, labels: np.ndarray, target: Iterable[csr_matrix], c: float) -> np.ndarray:
+    """Log-odds of a good row for the rows of all of ``target``."""
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=c, max_iter=500).fit(X, labels)
-    return np.asarray(model.decision_function(target), dtype=np.float64)
+    return np.concatenate([model.decision_function(part) for part in target])
 
 
-def _ridge(X: csr_matrix, labels: np.ndarray, target: csr_matrix, c: float) -> np.ndarray:
+def _ridge(X: csr_matrix, labels: np.ndarray, target: Iterable[csr_matrix], c: float) -> np.ndarray:
     from sklearn.linear_model import Ridge
 
     model = Ridge(alpha=1.0 / c, solver="sparse_cg", tol=1e-6).fit(X, labels)
-    return np.asarray(model.predict(target), dtype=np.float64)
+    return np.concatenate([model.predict(part) for part in target])
 
 
 def _calibrate(held_out: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:

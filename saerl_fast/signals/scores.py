@@ -16,7 +16,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import atomic_path, read_json, write_json
 from saerl_fast.signals.clusters import cluster_prompts
 from saerl_fast.signals.difficulty import fit_difficulty
-from saerl_fast.signals.features import checked, load_features, probe_matrix, save_features
+from saerl_fast.signals.features import ProbeMatrix, checked, load_features, save_features
 from saerl_fast.signals.quality import fit_quality
 
 if TYPE_CHECKING:
@@ -167,8 +167,8 @@ def score_features(
         clock = time.perf_counter()
 
     labels, known = label_columns(pool, config)
-    prompts = probe_matrix(prompt_features)
-    answers = None if answer_features is None else probe_matrix(checked(answer_features))
+    prompts = ProbeMatrix(prompt_features)
+    answers = None if answer_features is None else ProbeMatrix(checked(answer_features))
     quality = fit_quality(prompts, labels, config.quality, answers=answers, seed=config.seed)
     lap("quality")
     rates = known if pass_rates is None else np.asarray(pass_rates, dtype=np.float64)

@@ -6,6 +6,7 @@ apart only by an arm such as ``filtered:plan.schedule=vanilla;plan.filter=true``
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_json
 from saerl_fast.models import check_targets
 from saerl_fast.plan.static import get_schedule
+from saerl_fast.records.lock import Held, holder, lock
 from saerl_fast.records.report import write_report
 from saerl_fast.session import Session, load_pools
 from saerl_fast.stages.console import Echo
@@ -51,7 +53,8 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
 
     The first seed's runs are in ``<run_dir>/<arm>``, the others' in ``<run_dir>/<arm>.seed-<seed>``. ``redo``
     makes again what was made with other settings. In what an arm differs from the first beyond what it names
-    is said aloud, and in the report.
+    is said aloud, and in the report. Several processes may run the same comparison: each takes the runs that
+    nobody holds, and the last to end writes the whole report.
 
     Raises SaerlError before anything is trained when an arm or the list of seeds is wrong: settings, packages
     and functions are checked first, then, with the model and the scores at hand, the plan of every arm.
@@ -74,7 +77,8 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
                 try_reward(mine)
             folder = name if seed == seeds[0] else f"{name}.seed-{seed}"
             jobs.append((name, mine, root / folder))
-    states = [_state(mine, out, redo) for _, mine, out in jobs]  # all of them before the first one runs
+    for _, mine, out in jobs:  # all of them before the first one runs
+        _state(mine, out, redo)
     first = [mine for _, mine, _ in jobs[: len(arms)]]
     notes = []
     for (name, overrides), mine in zip(arms, first, strict=True):
@@ -82,25 +86,54 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
             notes.append(_note(names[0], name, more))
     for note in notes:
         echo.result(note)
-    unfinished = [mine for (_, mine, _), (_, finished) in zip(jobs, states, strict=True) if not finished]
-    if redo and any(map(needs_scores, unfinished)):
-        set_aside(config, echo)
-    session = _check_plans(first, echo) if unfinished else None
-    write_json(root / "compare.json", to_dict(config.compare) | {"notes": notes})
+    with lock(root, wait=echo.result):
+        record = to_dict(config.compare) | {"notes": notes}
+        refuse_beside(root, record)
+        unfinished = [mine for _, mine, out in jobs if not _state(mine, out, redo)[1]]
+        if redo and any(map(needs_scores, unfinished)):
+            set_aside(config, echo)
+        session = _check_plans(first, echo) if unfinished else None
+        write_json(root / "compare.json", record)
     bar = echo.bar("runs", "run")
     bar(0, len(jobs))
-    for i, ((name, mine, out), (started, finished)) in enumerate(zip(jobs, states, strict=True), 1):
-        echo(f"[{i}/{len(jobs)}] {name}, seed {mine.train.seed}")
-        if finished:
-            echo(f"{out} is finished already; kept")
-        else:
-            train_stage(mine, echo, out=out, arm=name, resume=started, redo=redo, session=session)
-            session = None  # it has been trained
-        bar(i, len(jobs))
-    paths = write_report(root, echo=echo.result)
+    done, todo, held = 0, list(enumerate(jobs, 1)), dict[int, str]()
+    while todo:
+        held.clear()
+        for i, (name, mine, out) in todo:
+            echo(f"[{i}/{len(jobs)}] {name}, seed {mine.train.seed}")
+            try:
+                with lock(out):
+                    started, finished = _state(mine, out, redo)
+                    if finished:
+                        echo(f"{out} is finished already; kept")
+                    else:
+                        train_stage(mine, echo, out=out, arm=name, resume=started, redo=redo, session=session)
+                        session = None  # it has been trained
+            except Held as err:
+                if err.folder != out:
+                    raise
+                held[i] = f"{out} is written by {err.who}"
+            done += i not in held
+            bar(done, len(jobs))
+        left = [job for job in todo if job[0] in held]
+        todo = left if len(left) < len(todo) else []  # once more, for others may have ended or been killed
+    with lock(root, wait=echo.result):  # the last to come reads what all have written
+        begun = not held or any(root.rglob("metrics.jsonl"))
+        paths = write_report(root, echo=echo.result) if begun else []
     for path in paths:
         echo(f"wrote {path}")
+    for line in held.values():
+        echo.result(f"{line}; it writes the report of all runs when it ends")
     return paths
+
+
+def refuse_beside(root: Path, record: dict[str, Any]) -> None:
+    """SaerlError when another comparison than ``record`` is being made in ``root``."""
+    file = root / "compare.json"
+    if file.is_file() and read_json(file, "saerl compare") != json.loads(json.dumps(record)):
+        for out in sorted(path for path in root.iterdir() if path.is_dir()):
+            if who := holder(out):
+                raise Held(out, f"{who}, of another comparison")
 
 
 def confounded(base: Config, arm: Config, overrides: list[str]) -> dict[str, tuple[Any, Any]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 # tqdm's own, with whole numbers for work that is part done
@@ -25,13 +28,18 @@ class Echo:
 
     def result(self, line: str) -> None:
         """A line that is shown even when quiet."""
+        write: Callable[[str], Any] = sys.stdout.write
         if self.bars and sys.stdout.isatty():
             from tqdm import tqdm
 
-            tqdm.write(line, file=sys.stdout)  # above the bars
-        else:
-            sys.stdout.write(line + "\n")
-        sys.stdout.flush()
+            write = partial(tqdm.write, file=sys.stdout, end="")  # above the bars
+        try:
+            write(line + "\n")
+            sys.stdout.flush()
+        except OSError as err:
+            if err.errno != errno.EIO:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the terminal has gone; we go on
 
     def bar(self, label: str, unit: str = "it") -> Callable[[float, int], None]:
         """A callback ``(done, total)`` that keeps a progress bar up to date.

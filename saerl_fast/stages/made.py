@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import read_json
+from saerl_fast.fileio import move_aside, read_json
 from saerl_fast.stages.fingerprint import (
     LABEL_SECTIONS,
     RUN_SECTIONS,
@@ -20,7 +18,6 @@ from saerl_fast.stages.fingerprint import (
     fingerprint,
 )
 
-PREVIOUS = "previous"
 SCORE_FILES = ("scores.parquet", "scores.json", "features.safetensors")
 
 
@@ -96,9 +93,7 @@ def set_aside(config: Config, say: Callable[[str], None], *, scores: bool = True
         if name not in other:
             say(f"--redo: {root / name} is kept")
             continue
-        say(f"--redo: {root / name} is made again ({other[name]}); the one before is {name}.{PREVIOUS}")
+        say(f"--redo: {root / name} is made again ({other[name]}); the one before is {name}.previous")
         for file in SCORE_FILES if name == "scores.parquet" else (name,):
-            old, aside = root / file, root / f"{file}.{PREVIOUS}"
-            if old.exists():
-                shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
-                os.replace(old, aside)
+            if (root / file).exists():
+                move_aside(root / file)

@@ -8,18 +8,22 @@ others waiting for as long as that takes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from saerl_fast import __version__
 from saerl_fast.config import Config, to_dict
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import read_json, write_json
+from saerl_fast.fileio import read_json, remove, write_json
 from saerl_fast.hub import hub_access, is_local
+from saerl_fast.records.lock import lock
 from saerl_fast.session import Session
 from saerl_fast.stages.about import about, runs_of
 from saerl_fast.stages.console import Echo
@@ -36,6 +40,7 @@ from saerl_fast.stages.preflight import (
     check_packages,
     check_sae,
     check_target,
+    clear,
     redo_target,
 )
 
@@ -44,6 +49,20 @@ if TYPE_CHECKING:
     from saerl_fast.sae.model import SAE
     from saerl_fast.signals.scores import Scores
     from saerl_fast.signals.shards import Shards
+
+
+Stage = TypeVar("Stage", bound=Callable[..., Any])
+
+
+def alone(stage: Stage) -> Stage:
+    """The stage, holding the config's run folder (see `lock`) while it works."""
+
+    @functools.wraps(stage)
+    def held(config: Config, *args: Any, **options: Any) -> Any:
+        with lock(config.run_dir):
+            return stage(config, *args, **options)
+
+    return cast(Stage, held)
 
 
 # --- SAE -------------------------------------------------------------------------------------------
@@ -56,13 +75,17 @@ def open_session(config: Config, echo: Echo) -> Session:
     return Session.open(config, echo)
 
 
+@alone
 def sae_stage(config: Config, echo: Echo, session: Session | None = None, *, redo: bool = False) -> SAE:
     """Train a TopK SAE on the training prompts' (and answers') activations into ``<run_dir>/sae``.
 
-    With ``redo`` one that these settings have made is kept.
+    With ``redo`` one that these settings have made is kept. Until it is written, what an interruption would
+    lose is kept in ``<run_dir>/sae.partial-*``.
     """
+    from saerl_fast.rl.interrupt import Stopped, graceful_interrupt
     from saerl_fast.sae.capture import resolve_layer
     from saerl_fast.sae.files import load_sae, save_sae
+    from saerl_fast.sae.partial import Partial
     from saerl_fast.sae.train import collect_activations, train_sae
 
     if config.sae.path is not None:
@@ -71,45 +94,56 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None, *, red
     if redo:
         set_aside(config, echo, scores=False)
         if folder.is_dir():
+            for old in Path(config.run_dir).glob("sae.partial-*"):
+                remove(old)  # of a command that was killed after it had written the SAE
             return load_sae(folder)
     session = session or open_session(config, echo)
     layer = resolve_layer(session.model, None, config.sae.layer)
     rows = session.train.ids
     if config.score.include_answer:
         rows = [prompt + answer for prompt, answer in zip(rows, session.train.answer_ids, strict=True)]
-    started = time.perf_counter()
-    activations = collect_activations(
-        session.model,
-        rows,
-        layer,
-        config.sae.max_tokens,
-        seed=config.sae.seed,
-        on_progress=echo.bar("activations", "text"),
-    )
-    captured = time.perf_counter()
-    bar = echo.bar("SAE", "step")
-    bar(0, config.sae.steps)
-    sae, metrics = train_sae(
-        activations,
-        replace(config.sae, layer=layer),
-        on_step=lambda step, shown: bar(step, int(shown["steps"])),
-        model_name=config.model.path,
-        device=session.model.device,
-    )
+    mark = fingerprint(config, SAE_SECTIONS)
+    with graceful_interrupt() as interrupted:
+        made = f"{mark}-{int(config.score.include_answer)}-{__version__}"
+        keep = Partial(config.run_dir, made, interrupted, Stopped)
+        started = time.perf_counter()
+        activations = collect_activations(
+            session.model,
+            rows,
+            layer,
+            config.sae.max_tokens,
+            seed=config.sae.seed,
+            on_progress=echo.bar("activations", "text"),
+            keep=keep,
+        )
+        captured = time.perf_counter()
+        bar = echo.bar("SAE", "step")
+        bar(0, config.sae.steps)
+        sae, metrics = train_sae(
+            activations,
+            replace(config.sae, layer=layer),
+            on_step=lambda step, shown: bar(step, int(shown["steps"])),
+            model_name=config.model.path,
+            device=session.model.device,
+            keep=keep,
+        )
     save_sae(sae, folder)
     record = {
         "layer": layer,
         **metrics,
         "seconds_capture": captured - started,
-        "fingerprint": fingerprint(config, SAE_SECTIONS),
+        "fingerprint": mark,
         "config": to_dict(config),
     }
     write_json(folder / "train.json", record)
+    keep.clear()
     echo(
         f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.cfg.k}, unexplained variance "
         f"{metrics['fvu']:.3f} on held-out tokens, {metrics['dead_fraction']:.1%} dead features"
     )
     echo(f"wrote {folder}")
+    if number := interrupted():  # at the very end
+        raise Stopped(number)
     return sae
 
 
@@ -130,7 +164,8 @@ def find_sae(config: Config, echo: Echo, session: Session) -> SAE:
         sae = load_sae(path)
     else:
         _refuse_together(path, "saerl sae train")
-        sae = sae_stage(config, echo, session)
+        with lock(config.run_dir):
+            sae = load_sae(path) if path.is_dir() else sae_stage(config, echo, session)
     check_width(session.model, sae)
     resolve_layer(session.model, sae, config.sae.layer)
     return sae.to(session.model.device)
@@ -154,6 +189,7 @@ def describe_sae(path: str) -> str:
 # --- scores ----------------------------------------------------------------------------------------
 
 
+@alone
 def score_stage(config: Config, echo: Echo, session: Session | None = None, *, redo: bool = False) -> Scores:
     """Score every training prompt; writes scores.parquet, scores.json and features.safetensors.
 
@@ -165,6 +201,8 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
     if redo:
         set_aside(config, echo)
         if (Path(config.run_dir) / "scores.parquet").is_file():
+            for old in Path(config.run_dir).glob("features.partial-*"):
+                remove(old)  # of a command that was killed after it had written the scores
             return Scores.load(config.run_dir)
     refuse_other(config, scores=False)
     if config.difficulty.label_column is None and config.difficulty.n_labels:
@@ -205,7 +243,9 @@ def find_scores(config: Config, echo: Echo, session: Session | None = None) -> S
     file = Path(config.run_dir) / "scores.parquet"
     if not file.is_file():
         _refuse_together(file, "saerl score")
-        return score_stage(config, echo, session)
+        with lock(config.run_dir):
+            if not file.is_file():  # another process may have made them meanwhile
+                return score_stage(config, echo, session)
     refuse_other(config)
     return Scores.load(config.run_dir)
 
@@ -247,6 +287,7 @@ def make_plan(config: Config, echo: Echo, session: Session | None = None) -> Pla
     return plan
 
 
+@alone
 def plan_stage(config: Config, echo: Echo, *, redo: bool = False) -> Path:
     """Write ``<run_dir>/plan.json``: the order for this loop, TRL or verl."""
     from saerl_fast.plan import save_plan
@@ -263,8 +304,13 @@ def plan_stage(config: Config, echo: Echo, *, redo: bool = False) -> Path:
 
 
 def folder_name(schedule: str) -> str:
-    """What a run under this schedule is called; pkg.mod:fn becomes pkg-mod-fn."""
-    return re.sub(r"\W+", "-", schedule).strip("-")
+    """What a run under this schedule is called, a folder's name; pkg.mod:fn becomes pkg-mod-fn."""
+    name = re.sub(r"\W+", "-", schedule).strip("-")
+    if not name or name == "sae" or len(name.encode()) > 200:
+        raise SaerlError(
+            f"a run cannot be called {name!r:.60}, after its schedule; name the schedule otherwise"
+        )
+    return name
 
 
 def train_stage(
@@ -283,12 +329,48 @@ def train_stage(
     """One GRPO run into ``<run_dir>/<schedule>`` (see `folder_name`); returns its summary.
 
     ``redo`` makes again what was made with other settings, and only that. ``session``: of the model as it is
-    loaded; it is trained in place.
+    loaded; it is trained in place. Holds the folder of the run (see `lock`), and the run folder only while an
+    SAE or scores are made.
     """
-    import shutil
+    from saerl_fast.plan import load_plan
+    from saerl_fast.rl import distributed
 
+    given = load_plan(plan_file) if plan_file else None
+    arm = arm or folder_name(given.schedule if given else config.plan.schedule)
+    out = out or Path(config.run_dir) / arm
+    with ExitStack() as stack:
+        distributed.on_first(lambda: stack.enter_context(lock(out)))
+        return _train(
+            config,
+            echo,
+            given,
+            plan_file=plan_file,
+            resume=resume,
+            overwrite=overwrite,
+            redo=redo,
+            out=out,
+            arm=arm,
+            with_report=with_report,
+            session=session,
+        )
+
+
+def _train(
+    config: Config,
+    echo: Echo,
+    given: Plan | None,
+    *,
+    plan_file: str | None,
+    resume: bool,
+    overwrite: bool,
+    redo: bool,
+    out: Path,
+    arm: str,
+    with_report: bool,
+    session: Session | None,
+) -> dict[str, Any]:
     from saerl_fast.models import check_targets
-    from saerl_fast.plan import load_plan, save_plan
+    from saerl_fast.plan import save_plan
     from saerl_fast.records.report import write_report
     from saerl_fast.rl import distributed
     from saerl_fast.rl.rewards import get_reward
@@ -296,9 +378,6 @@ def train_stage(
     from saerl_fast.rl.trainer import train
     from saerl_fast.sae.capture import FeatureCapture
 
-    given = load_plan(plan_file) if plan_file else None
-    arm = arm or folder_name(given.schedule if given else config.plan.schedule)
-    out = out or Path(config.run_dir) / arm
     sections = run_sections(config, planned=given is not None)
     described = {
         "arm": arm,
@@ -322,7 +401,8 @@ def train_stage(
     distributed.on_first(lambda: check_target(out, described, config, resume=resume, overwrite=overwrite))
     if given is None and needs_scores(config):
         if redo and distributed.size() == 1:
-            set_aside(config, echo)
+            with lock(config.run_dir):
+                set_aside(config, echo)
         refuse_other(config)
     if session is None:
         scored = given is None and needs_scores(config)
@@ -346,8 +426,8 @@ def train_stage(
     machine = about(session.model.device)
 
     def prepare() -> None:
-        if overwrite and out.exists():
-            shutil.rmtree(out)
+        if overwrite:
+            clear(out)
         write_json(out / "run.json", described | runs_of(out, machine))
         save_plan(plan, out / "plan.json")
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import check_writable, read_json
+from saerl_fast.fileio import check_writable, read_json, remove
+from saerl_fast.records.lock import NAME, vacant
 from saerl_fast.stages.fingerprint import changes
 from saerl_fast.stages.made import run_sections
 
@@ -116,7 +117,7 @@ def check_target(
     """SaerlError before anything in ``out`` is touched that must not be."""
     if resume and overwrite:
         raise SaerlError("--resume goes on with a run and --overwrite replaces it; choose one")
-    if not out.exists() or not any(out.iterdir()):
+    if vacant(out):
         return
     if not (out / "run.json").is_file():
         raise SaerlError(f"{out} holds files that are no run of saerl; choose another run_dir")
@@ -156,6 +157,15 @@ def redo_target(out: Path, described: dict[str, Any], config: Config, say: Calla
         why = f"train.steps was {before['config']['train']['steps']}"
     say(f"--redo: {out} is made again ({why})")
     return "overwrite"
+
+
+def clear(out: Path) -> None:
+    """Remove the run in ``out``: first what a resumed one would read, last of all run.json, which says that a
+    run is there. The folder stays, for it may be a link to another disk, and so does its lock."""
+    order = {"summary.json": 0, "checkpoints": 1, "run.json": 3}
+    for path in sorted(out.iterdir(), key=lambda path: order.get(path.name, 2)):
+        if path.name != NAME:
+            remove(path)
 
 
 def _why(before: dict[str, Any], described: dict[str, Any], config: Config) -> str:

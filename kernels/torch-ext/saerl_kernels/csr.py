@@ -33,8 +33,15 @@ def idf(csr: CSR, floor: float = 0.0) -> Tensor:
     Smoothed as if one more row held every feature (scikit-learn's ``smooth_idf``, which has floor 1): one
     that all rows store weighs ``floor``. A stored zero counts as present.
     """
-    rows_with = torch.bincount(csr.indices, minlength=csr.n_cols)
-    return (floor + torch.log((1.0 + csr.n_rows) / (1.0 + rows_with.double()))).float()
+    return (floor + torch.log((1.0 + csr.n_rows) / (1.0 + rows_with(csr).double()))).float()
+
+
+def rows_with(csr: CSR) -> Tensor:
+    """Rows that store an entry of each column, int64 [n_cols]; counted in parts, since each takes a copy."""
+    counts = csr.indptr.new_zeros(csr.n_cols)
+    for part in csr.indices.split(1 << 24):
+        counts += torch.bincount(part, minlength=csr.n_cols)
+    return counts
 
 
 def scale_columns(csr: CSR, weights: Tensor) -> CSR:

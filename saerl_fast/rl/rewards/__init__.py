@@ -9,22 +9,16 @@ else a function may ask for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import Any
 
 from saerl_fast import plugins
 from saerl_fast.errors import SaerlError
 from saerl_fast.rl.rewards.answers import THINK_END, after_thinking, read_text
+from saerl_fast.rl.rewards.ask import Notes, Reward, State
 from saerl_fast.rl.rewards.basic import exact, maths, maths_boxed, numeric
-from saerl_fast.rl.rewards.call import (
-    Notes,
-    Reward,
-    State,
-    Together,
-    is_built_in,
-    score_rewards,
-    with_timeout,
-)
+from saerl_fast.rl.rewards.call import Together, is_built_in, score_rewards, with_timeout
 from saerl_fast.rl.rewards.columns import check_answers
 from saerl_fast.rl.rewards.gym import reasoning_gym
 
@@ -64,6 +58,7 @@ BUILT_IN |= {f"{name}-think": _thinking(fn) for name, fn in BUILT_IN.items()}
 for _name, _fn in BUILT_IN.items():
     _fn.built_in = True  # type: ignore[attr-defined]
     _fn.reward_name = _name  # type: ignore[attr-defined]
+    _fn.reward_spec = _name, _fn  # type: ignore[attr-defined]
 
 
 def get_reward(names: str | Sequence[str], weights: Sequence[float] | None = None) -> Reward:
@@ -88,4 +83,9 @@ def get_reward(names: str | Sequence[str], weights: Sequence[float] | None = Non
 
 def _one_reward(name: str) -> Reward:
     plugins.check_name(name, BUILT_IN, "train.reward")
-    return BUILT_IN.get(name) or plugins.load_function(name, "train.reward")
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    fn = plugins.load_function(name, "train.reward")
+    with suppress(AttributeError, TypeError):  # one of C's takes no attributes
+        fn.reward_spec = name, fn
+    return fn

@@ -13,8 +13,9 @@ from saerl_fast.config import Config, TrainConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.rl.rewards import get_reward, score_rewards, with_timeout
 from saerl_fast.rl.rewards.answers import THINK_END
+from saerl_fast.rl.rewards.ask import Reward, name_of
 from saerl_fast.rl.rewards.basic import maths_gold, numeric_gold
-from saerl_fast.rl.rewards.call import Reward, Together, name_of
+from saerl_fast.rl.rewards.call import Together
 from saerl_fast.rl.rewards.columns import check_answers
 
 if TYPE_CHECKING:

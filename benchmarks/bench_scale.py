@@ -1,0 +1,223 @@
+"""Time and memory of plans, scoring and records as a pool grows from 10 thousand to 10 million prompts.
+
+    pytest benchmarks/bench_scale.py --benchmark-json=benchmarks/results/cpu/scale.json
+
+``test_plan``: an adaptive plan over synthetic features [rows, d] that lie in a file, followed by a learner of
+known skill. "next batch" is a pool of which the learner solves half, "next batch, hard pool" one of
+which it solves few, so that few lie near the target; "scan" is the plain rule, which looks at every row.
+"slowest batch" is the slowest of a hundred: after a jump of the weights all rows may have to be looked at.
+held_ratio and peak_ratio: what is resident after a hundred steps with the loaded plan, and at most while a
+plan is built, saved, loaded and followed, over rows x d x 4 bytes; in pools of some MB most of it is not the
+plan's. Pages of mapped files count, though they can be given back.
+``test_scoring``: probes, clusters and files of as many prompts, by their sparse features. ``test_runs``:
+reading the records of a long run. Rows that the machine has no room for are skipped.
+
+SAERL_BENCH_GRID=tiny: one small shape, to see that it runs. How time is taken: harness.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.harness import DEVICE, bench_threads, environment, grid, peak_memory, process_mb, timed
+from saerl_fast.config import Config, PlanConfig
+from saerl_fast.plan import base, build_plan, load_plan, save_plan
+from saerl_fast.plan.adaptive import AdaptivePlan, Embedding
+from saerl_fast.plan.packed import Packed
+from saerl_fast.records.runs import load_runs
+from saerl_fast.signals.clusters import cluster_prompts
+from saerl_fast.signals.difficulty import fit_difficulty
+from saerl_fast.signals.features import ProbeMatrix
+from saerl_fast.signals.scores import Scores
+from saerl_kernels import CSR
+
+BATCH, STEPS = 64, 100
+BLOCK = 1 << 16
+
+
+class Shape(NamedTuple):
+    rows: int
+    d: int
+
+
+class Sparse(NamedTuple):
+    rows: int
+    columns: int
+    active: int  # features of a prompt
+
+
+PLANS = [Shape(10**4, 96), Shape(10**5, 96), Shape(10**6, 96), Shape(10**7, 96)]
+SCORES = [Sparse(10**4, 4096, 32), Sparse(10**5, 4096, 32), Sparse(10**6, 4096, 32)]
+LINES = [10**4, 10**5, 10**6]
+
+
+def room(path: Path, megabytes: float) -> None:
+    """Skip a shape that memory or disk has no room for."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) / 2**10
+    if free < 1.5 * megabytes or shutil.disk_usage(path).free / 2**20 < 3 * megabytes:
+        pytest.skip(f"needs {1.5 * megabytes:.0f} MB of memory and {3 * megabytes:.0f} MB of disk")
+
+
+class Pool:
+    """Features of falling variance in a file, and a learner whose pass rates follow from them."""
+
+    def __init__(self, folder: Path, shape: Shape) -> None:
+        self.shape, self.path = shape, folder / "rows.npy"
+        rng = np.random.default_rng(0)
+        scale = np.arange(1, shape.d + 1, dtype=np.float32) ** -0.5
+        scale /= np.linalg.norm(scale)
+        rows = np.lib.format.open_memmap(self.path, "w+", np.float32, tuple(shape))
+        for at in range(0, shape.rows, BLOCK):
+            part = rows[at : at + BLOCK]
+            part[:] = rng.standard_normal(part.shape, dtype=np.float32) * scale
+        rows.flush()
+        self.skill = rng.standard_normal(shape.d) * 2.0
+
+    def plan(self) -> AdaptivePlan:
+        rows = np.asarray(np.load(self.path, mmap_mode="c"))
+        ids = Packed.of(f"prompt-{i}" for i in range(self.shape.rows))
+        nothing = np.zeros((self.shape.d, 0), dtype=np.float32)
+        embedding = Embedding(rows, nothing[0], nothing, np.zeros(self.shape.d, dtype=np.float32), 1.0)
+        table = {"quality": np.full(self.shape.rows, 0.5, dtype=np.float32)}
+        return AdaptivePlan(
+            ids, PlanConfig(), embedding=embedding, batch_size=BATCH, total_steps=STEPS, seed=0, table=table
+        )
+
+    def follow(self, plan: AdaptivePlan, ease: float, steps: int) -> tuple[list[float], list[float]]:
+        """Seconds of every next_batch and observe; ``ease``: log-odds of a middling prompt."""
+        rng = np.random.default_rng(1)
+        seconds: tuple[list[float], list[float]] = ([], [])
+        for _ in range(steps):
+            ids: list[str] = []
+            seconds[0].append(timed(lambda: ids.extend(plan.next_batch()), DEVICE, None))  # noqa: B023
+            rows = np.array([int(name[7:]) for name in ids])
+            solved = 1 / (1 + np.exp(-(plan.embedding.rows[rows] @ self.skill + ease)))
+            rates = rng.binomial(8, solved) / 8
+            seconds[1].append(timed(lambda: plan.observe(ids, rates), DEVICE, None))  # noqa: B023
+        return seconds
+
+
+def figures(seconds: list[float]) -> dict[str, float]:
+    p20, p50, p80 = np.quantile(seconds, [0.2, 0.5, 0.8]) * 1e3
+    return {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80}
+
+
+class Once:
+    """Time and peak memory of calls that are made once; ``highest`` MB were resident at most."""
+
+    def __init__(self) -> None:
+        self.table: dict[str, dict[str, float]] = {}
+        self.highest = 0.0
+
+    def __call__(self, name: str, call: Callable[..., Any], *args: Any) -> Any:
+        found: list[Any] = []
+        seconds: list[float] = []
+        peak = peak_memory(
+            lambda: seconds.append(timed(lambda: found.append(call(*args)), DEVICE, None)),
+            torch.device("cpu"),
+        )
+        self.table[name] = figures(seconds) | ({} if peak is None else {"peak_mb": peak})
+        self.highest = max(self.highest, process_mb("VmHWM"))
+        return found[0]
+
+
+def record(benchmark: Any, shape: dict[str, Any], table: dict[str, Any], call: Callable[[], Any]) -> None:
+    benchmark.extra_info.update(shape, contenders=table, environment=environment(DEVICE))
+    benchmark.pedantic(call, rounds=1)
+
+
+def ids(shapes: Any) -> str:
+    return "x".join(map(str, shapes)) if isinstance(shapes, tuple) else str(shapes)
+
+
+@pytest.mark.parametrize("shape", grid([Shape(2000, 8)], PLANS, PLANS), ids=ids)
+def test_plan(benchmark: Any, shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = shape.rows * shape.d * 4 / 2**20
+    room(tmp_path, size)
+    with bench_threads():
+        pool, once = Pool(tmp_path, shape), Once()
+        gc.collect()
+        before = process_mb("VmRSS")
+        plan = once("build plan", pool.plan)
+        once("save", save_plan, plan, tmp_path / "plan.json")
+        del plan
+        plan = once("load", load_plan, tmp_path / "plan.json")
+        taken, observed = once("100 steps", pool.follow, plan, 0.0, STEPS)
+        held = process_mb("VmRSS") - before
+        table = {name: row for name, row in once.table.items() if name != "100 steps"}
+        table |= {"next batch": figures(taken), "observe": figures(observed)}
+        state = plan.state_dict()
+        table["state_dict"] = figures([timed(plan.state_dict, DEVICE, None) for _ in range(5)])
+        del plan
+        hard = load_plan(tmp_path / "plan.json")
+        slow, _ = pool.follow(hard, -3.0, STEPS)
+        del hard
+        table |= {"next batch, hard pool": figures(slow), "slowest batch": figures([max(taken)])}
+        table["slowest batch, hard pool"] = figures([max(slow)])
+        if shape.rows < 10**7:
+            monkeypatch.setattr(base, "LARGE", shape.rows)
+            plain = load_plan(tmp_path / "plan.json")
+            table["scan"] = figures(pool.follow(plain, 0.0, 20)[0])
+        bytes_of = sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor))
+        extra = {"pool_mb": round(size, 1), "state_kb": round(bytes_of / 2**10)}
+        extra |= {"held_ratio": round(held / size, 2), "peak_ratio": round((once.highest - before) / size, 2)}
+        record(benchmark, shape._asdict() | extra, table, lambda: None)
+
+
+@pytest.mark.parametrize("shape", grid([], SCORES, SCORES), ids=ids)
+def test_scoring(benchmark: Any, shape: Sparse, tmp_path: Path) -> None:
+    entries = shape.rows * shape.active
+    size = entries * 8 / 2**20
+    room(tmp_path, 8 * size)
+    rng = np.random.default_rng(0)
+    with bench_threads():
+        columns = np.sort(rng.integers(0, shape.columns // shape.active, (shape.rows, shape.active)), axis=1)
+        columns += np.arange(shape.active) * (shape.columns // shape.active)
+        features = CSR(
+            torch.arange(0, entries + 1, shape.active),
+            torch.from_numpy(columns.astype(np.int32).ravel()),
+            torch.from_numpy(rng.gamma(4.0, 0.25, entries).astype(np.float32)),
+            shape.columns,
+        )
+        del columns
+        rates = np.full(shape.rows, np.nan)
+        rates[rng.permutation(shape.rows)[:512]] = rng.integers(0, 9, 512) / 8
+        cfg, once = Config(), Once()
+        matrix = once("probe matrix", ProbeMatrix, features)
+        difficulty = once("difficulty", fit_difficulty, matrix, rates, cfg.difficulty).scores
+        del matrix
+        labels = once("clusters", cluster_prompts, features, cfg.diversity).labels
+        found = {"prompt_id": [f"prompt-{i}" for i in range(shape.rows)]}
+        scores = Scores(found | {"saerl_difficulty": difficulty, "saerl_cluster": labels}, {}, features)
+        once("save", scores.save, tmp_path)
+        once("load", Scores.load, tmp_path)
+        settings: dict[str, Any] = {"batch_size": BATCH, "total_steps": STEPS, "seed": 0}
+        once("build adaptive plan", lambda: build_plan(scores, PlanConfig(), **settings))
+        record(benchmark, shape._asdict() | {"features_mb": round(size)}, once.table, lambda: None)
+
+
+@pytest.mark.parametrize("lines", grid([], LINES, LINES), ids=ids)
+def test_runs(benchmark: Any, lines: int, tmp_path: Path) -> None:
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        for step in range(1, lines + 1):
+            phases = {"generate": 0.1, "reward": 0.001, "logprob": 0.03, "update": 0.2, "plan": 0.001}
+            row = {"kind": "train", "step": step, "reward": 0.5, "loss": 0.01, "lr": 1e-6, "time": phases}
+            row |= {"entropy": 1.25, "length": 12.5, "rollouts": 128, "groups": 16, "seconds": 0.33}
+            row |= {f"figure_{i}": step / (i + 1) for i in range(8)}
+            file.write(json.dumps(row) + "\n")
+    (tmp_path / "run.json").write_text(json.dumps({"arm": "adaptive", "seed": 0}))
+    with bench_threads():
+        once = Once()
+        once("load_runs", load_runs, tmp_path)
+        size = (tmp_path / "metrics.jsonl").stat().st_size / 2**20
+        record(benchmark, {"lines": lines, "file_mb": round(size)}, once.table, lambda: None)

@@ -1,0 +1,77 @@
+"""safetensors files that are written block by block and read where they lie, for what fills the memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import atomic_path
+
+NAMES = {"F64": np.float64, "I64": np.int64, "F32": np.float32, "I32": np.int32, "U8": np.uint8}
+MAPPED = 1 << 26  # bytes from which a tensor stays in its file
+
+
+class Blocks(NamedTuple):
+    """A tensor that is made while it is written: arrays of ``dtype`` that together have ``shape``."""
+
+    dtype: type
+    shape: tuple[int, ...]
+    arrays: Iterable[np.ndarray]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray | Blocks], form: str) -> None:
+    """Write a safetensors file, the widest types first so that all lie aligned."""
+    names = {np.dtype(dtype): name for name, dtype in NAMES.items()}
+    order = sorted(tensors, key=lambda name: -np.dtype(tensors[name].dtype).itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": form}}
+    at = 0
+    for name in order:
+        dtype, shape = np.dtype(tensors[name].dtype), tensors[name].shape
+        stop = at + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [at, stop]}
+        at = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            tensor = tensors[name]
+            for array in tensor.arrays if isinstance(tensor, Blocks) else (tensor,):
+                file.write(np.ascontiguousarray(array).data)
+
+
+def read_tensors(path: Path, again: str) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file; those from ``MAPPED`` bytes are read when they are looked at.
+
+    All can be written to, which leaves the file as it is. Raises SaerlError, which ends in ``again``, on a
+    file that is none.
+    """
+    found = {}
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = int.from_bytes(file.read(8), "little") + 8
+            if start > size:
+                raise ValueError("its header is cut off")
+            header = json.loads(file.read(start - 8))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            dtype, shape = np.dtype(NAMES[entry["dtype"]]), tuple(entry["shape"])
+            first, stop = entry["data_offsets"]
+            if not (0 <= first <= stop <= size - start and stop - first == prod(shape) * dtype.itemsize):
+                raise ValueError(f"{name} does not lie in it")
+            if not stop - first:
+                found[name] = np.empty(shape, dtype)
+                continue
+            mapped = np.memmap(path, dtype, "c", start + first, shape)
+            found[name] = np.asarray(mapped) if mapped.nbytes >= MAPPED else np.array(mapped)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        raise SaerlError(f"{path} is damaged ({err}); {again}") from None
+    return found

@@ -1,0 +1,85 @@
+"""What a reward may change of its process, put back after each call."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from typing import Any
+
+import numpy as np
+import torch
+
+# Each is read before a call, and set again where it differs afterwards.
+SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, torch.set_default_device),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    (sys.getrecursionlimit, sys.setrecursionlimit),
+    (gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
+    (lambda: logging.root.manager.disable, logging.disable),
+]
+SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGVTALRM", "SIGCHLD", "SIGPIPE")
+    if hasattr(signal, name)
+]
+
+
+class _Open:
+    """A stream that can be written to and not closed."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def close(self) -> None:
+        self._stream.flush()
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """Undo what the block changes of torch's, NumPy's and Python's settings, folder, streams and signals.
+
+    torch's generators are put back too, since training draws from them; those of Python and NumPy go on.
+    """
+    before = [read() for read, _ in SETTINGS]
+    here = os.open(".", os.O_RDONLY)
+    main = threading.current_thread() is threading.main_thread()
+    handlers = [signal.getsignal(number) for number in SIGNALS] if main else []
+    timed = main and signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with ExitStack() as stack:
+            for replaced, stream in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
+                if stream is not None:
+                    stack.enter_context(replaced(_Open(stream)))  # type: ignore[type-var]
+            stack.enter_context(np.errstate())
+            if main:
+                stack.enter_context(warnings.catch_warnings())
+            stack.enter_context(torch.random.fork_rng(devices))
+            yield
+    finally:
+        for (read, put), value in zip(SETTINGS, before, strict=True):
+            if read() != value:
+                put(value)
+        with suppress(OSError):
+            os.fchdir(here)
+        os.close(here)
+        if main and not timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in zip(SIGNALS, handlers, strict=False):
+            if handler is not None and signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
