@@ -6,6 +6,7 @@ Everything that reads a model's insides (hidden-state capture, SAE training, rol
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -15,15 +16,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from saerl_fast.config import LoRAConfig, ModelConfig
+from saerl_fast.config import ModelConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.hub import hub_access, is_local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_BLOCK_LISTS = ("layers", "h", "blocks", "block")  # Llama/Qwen/Gemma/NeoX; GPT-2; others
+_BLOCK_LISTS = ("layers", "h", "blocks", "block", "layer")  # Llama/Qwen/Gemma/NeoX; GPT-2; others; BERT
+_MERGE = "merge the adapter into its model first (peft's merge_and_unload, then save_pretrained)"
+_OTHER_HEAD = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice|RewardModel)$")
+# How far a token may move the logits before it, relative to the largest: rounding. In a bidirectional model
+# it moves them by .005 (tiny, untrained) to 1.
+_AHEAD = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 
 
 def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -38,7 +46,7 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.dtype, device)
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         raise SaerlError(
             'transformers is not installed; run `pip install -e ".[all]"` in the clone of saerl-fast'
@@ -54,28 +62,38 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     common: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
     if gguf_file is not None:
         common["gguf_file"] = gguf_file
-    extra = {} if cfg.attn is None else {"attn_implementation": cfg.attn}
+    extra: dict[str, Any] = {} if cfg.attn is None else {"attn_implementation": cfg.attn}
+    extra |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused by name
     with hub_access(not is_local(source)) as reached:
         try:
+            if gguf_file is None:
+                _check_kind(cfg.path, AutoConfig.from_pretrained(source, **common))
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **extra)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **extra)
         except SaerlError:
             raise
         except Exception as err:  # OSError, ValueError, KeyError, ImportError, hub errors ...
             raise SaerlError(_load_failure(cfg.path, source, err, reached)) from err
 
+    model, found = loaded
     if gguf_file is not None:  # the weights are ordinary tensors now; the mark would forbid saving them
         for name, value in (("hf_quantizer", None), ("is_quantized", False)):
             setattr(model, name, value)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
 
-    _prepare_tokenizer(tokenizer, cfg.path)
+    _check_weights(cfg.path, found)
+    if getattr(model, "is_quantized", False):
+        raise SaerlError(f"model {cfg.path} is quantised; use a copy with plain weights")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise SaerlError(f"model {cfg.path} has an adapter beside its weights; {_MERGE}, or remove it")
+    _prepare_tokenizer(tokenizer, model, cfg.path)
     _check_embeddings(model, tokenizer, cfg.path)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.to(device)  # type: ignore[arg-type]  # the stub of this method is wrong
-    return model.eval(), tokenizer
+    model.to(device)
+    check_causal(model.eval(), cfg.path)
+    return model, tokenizer
 
 
 def resolve_device(name: str) -> torch.device:
@@ -102,11 +120,16 @@ def decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     Hidden state L is the output of block L - 1.
     """
     n_layers = n_blocks(model)
-    for module in model.modules():
-        for name in _BLOCK_LISTS:
-            found = getattr(module, name, None)
-            if isinstance(found, nn.ModuleList) and len(found) == n_layers:
-                return module, found
+    of = getattr(model, "get_input_embeddings", None)
+    embeds = of() if callable(of) else None
+    path = next((name for name, module in model.named_modules() if module is embeds), "").split(".")
+    for depth in range(len(path), -1, -1):  # outwards from the embeddings, which no encoder of pictures has
+        body = model.get_submodule(".".join(path[:depth]))
+        for module in body.modules():
+            for name in _BLOCK_LISTS:
+                found = getattr(module, name, None)
+                if isinstance(found, nn.ModuleList) and len(found) == n_layers:
+                    return (module if embeds is None else body), found
     raise SaerlError(
         f"{type(model).__name__} has no list of {n_layers} decoder blocks named {', '.join(_BLOCK_LISTS)}; "
         "use a decoder-only transformers model"
@@ -139,9 +162,19 @@ def named_width(cfg: ModelConfig) -> int | None:
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """Longest sequence the model has position embeddings for; None where it has no such limit."""
-    limit = getattr(_text_config(model), "max_position_embeddings", None)
-    return int(limit) if limit else None
+    """Longest sequence the model has position embeddings for; None where it has no such limit.
+
+    LongRoPE turns every position by other angles once a sequence is longer than the original limit, so that
+    the log-probabilities of its first tokens change, too: there the original limit is the longest.
+    """
+    config = _text_config(model)
+    limit = getattr(config, "max_position_embeddings", None)
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *ropes.values()):  # one for all layers, or one for each type
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            first = rope.get("original_max_position_embeddings")
+            limit = min(filter(None, (limit, first)), default=None)
+    return int(limit) if limit and limit > 0 else None
 
 
 def check_fit(model: nn.Module, rows: Sequence[Sequence[int]], room: int = 0, what: str = "prompt") -> None:
@@ -222,6 +255,8 @@ def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
             raise SaerlError(
                 f"model folder {path} holds {len(files)} GGUF files; set model.gguf_file={files[0]}"
             )
+        if (path / "adapter_config.json").is_file():
+            raise SaerlError(f"model folder {path} holds an adapter; {_MERGE}")
         raise SaerlError(
             f"model folder {path} holds neither config.json nor a .gguf file; pass a model's folder"
         )
@@ -233,11 +268,23 @@ def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
 
 
 def _load_failure(path: str, source: str, err: Exception, reached: bool) -> str:
-    first = " ".join(str(err).split())[:200] or type(err).__name__
-    if "trust_remote_code" in first:
+    whole = " ".join(str(err).split())
+    first = whole[:200] or type(err).__name__
+    if "trust_remote_code" in whole or "contains custom code" in whole:
         return f"model {path} runs its own code; set model.trust_remote_code=true if you trust it"
+    if "attn_implementation" in whole or "FlashAttention" in whole:
+        return f"model {path} cannot be loaded with this model.attn ({first}); set model.attn=sdpa or eager"
     if Path(source).is_dir():
-        return f"model {path} could not be loaded ({first}); check that its files are complete"
+        advice = "check that its files are complete"
+        if (Path(source) / "adapter_config.json").is_file():
+            advice = _MERGE
+        elif "does not recognize this architecture" in whole:
+            advice = "another version of transformers may know it"
+        elif isinstance(err, ImportError) or "pip install" in whole:
+            advice = "install that, or use a copy with plain weights"
+        elif "tokenizer" in first:
+            advice = "put the tokenizer's files into the folder"
+        return f"model {path} could not be loaded ({first}); {advice}"
     if not reached:
         first = "it cannot be reached from here, and its cache does not hold the model"
     return (
@@ -246,13 +293,69 @@ def _load_failure(path: str, source: str, err: Exception, reached: bool) -> str:
     )
 
 
-def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+def _check_kind(path: str, settings: Any) -> None:
+    """SaerlError for a configuration of anything but a causal language model."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    own = "AutoModelForCausalLM" in (getattr(settings, "auto_map", None) or {})
+    head = next((n for n in getattr(settings, "architectures", None) or () if _OTHER_HEAD.search(n)), None)
+    kind = f"has the head of a {head}" if head else None
+    if getattr(settings, "is_encoder_decoder", False):
+        kind = f"is an encoder-decoder ({settings.model_type})"
+    elif not own and type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = f"is a {settings.model_type}, of which transformers has no causal language model"
+    if kind:
+        raise SaerlError(f"model {path} {kind}; use a decoder-only causal language model")
+
+
+def _check_weights(path: str, found: dict[str, Any]) -> None:
+    """SaerlError for weights that the files lack, which would be random; a warning for those left over."""
+    wrong = {name[0]: f"is {tuple(name[1])}, not {tuple(name[2])}" for name in found["mismatched_keys"]}
+    wrong |= dict.fromkeys(found["missing_keys"], "is missing")
+    if wrong:
+        name = min(wrong)
+        more = f" (and {len(wrong) - 1} more are wrong)" if len(wrong) > 1 else ""
+        raise SaerlError(
+            f"the files of model {path} do not fit its configuration: the weight {name} {wrong[name]}{more}; "
+            "use a complete checkpoint of a causal language model"
+        )
+    if extra := sorted(found["unexpected_keys"]):
+        log.warning("model %s: %d weights in its files are not used, such as %s", path, len(extra), extra[0])
+
+
+@torch.no_grad()
+def check_causal(model: Any, path: str) -> None:
+    """SaerlError when the model ``path`` cannot read ids, or a token changes the predictions before it."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]], device=model.device) % rows
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as err:
+        reason = (str(err).strip() or type(err).__name__).splitlines()[0][:150].rstrip(".")
+        raise SaerlError(
+            f"model {path} cannot read a row of tokens ({reason}); use a decoder-only causal language model"
+        ) from err
+    ahead = (logits[0, :-1] - logits[1, :-1]).abs().max() / logits.abs().max()
+    if ahead > _AHEAD.get(model.dtype, 0.05):
+        raise SaerlError(
+            f"model {path} is no causal language model: a token changes the predictions before it; "
+            "use a decoder-only one"
+        )
+
+
+def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, path: str) -> None:
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends] * (ends is not None)
     if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
+        if tokenizer.eos_token_id is None and not ends:
             raise SaerlError(
                 f"the tokenizer of {path} has neither a pad nor an end token; give it one of them"
             )
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(ends[0])
+    if tokenizer.eos_token_id is None and not ends:
+        log.warning("model %s has no end token: every completion runs to its limit of tokens", path)
     tokenizer.padding_side = "left"
 
 
@@ -271,53 +374,3 @@ def _check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if tied and output is not None and output.weight is not embeddings:
         model.tie_weights()
-
-
-def add_adapters(model: Any, cfg: LoRAConfig, seed: int) -> Any:
-    """``model`` itself when ``cfg.rank`` is 0, else a peft model around it that trains LoRA adapters
-    (arXiv 2106.09685) alone.
-
-    Adapters of half-precision models are float32; they start as no change at all. No dropout: the
-    log-probabilities of an update must be those of the rollouts. Raises SaerlError without peft and on
-    target names that the model lacks.
-    """
-    if cfg.rank == 0:
-        return model
-    try:
-        import peft
-    except ImportError:
-        raise SaerlError(
-            f"train.lora.rank={cfg.rank} needs peft; run `pip install peft` or set it to 0"
-        ) from None
-    check_targets(model, cfg)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        settings = peft.LoraConfig(
-            r=cfg.rank,
-            lora_alpha=cfg.alpha,  # type: ignore[arg-type]  # a float works
-            target_modules="all-linear" if "all-linear" in cfg.targets else list(cfg.targets),
-            lora_dropout=0.0,
-            task_type="CAUSAL_LM",
-        )
-        return peft.get_peft_model(model, settings).eval()
-
-
-def check_targets(model: Any, cfg: LoRAConfig) -> None:
-    """SaerlError when adapters are asked for on modules that ``model`` lacks."""
-    if cfg.rank == 0:
-        return
-    named = [name for name, _ in model.named_modules()]
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = inputs is not None and outputs is not None and inputs.weight is outputs.weight
-    shared = {name.split(".")[-1] for name, m in model.named_modules() if tied and m in (inputs, outputs)}
-    for target in cfg.targets:
-        if target in shared:
-            raise SaerlError(
-                f"train.lora.targets={target!r}: this model's embeddings and output layer share their "
-                "weights, and merging would change both; leave it out"
-            )
-        if target != "all-linear" and not any(name.split(".")[-1] == target for name in named):
-            raise SaerlError(
-                f"train.lora.targets={target!r} names no module of {type(model).__name__}; use all-linear or "
-                "names such as q_proj"
-            )

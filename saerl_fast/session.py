@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saerl_fast.config import Config, DataConfig, to_dict
+from saerl_fast.errors import SaerlError
 from saerl_fast.hub import hub_access, is_local
 from saerl_fast.models import load_model, max_positions
 from saerl_fast.prompts.pool import Pool, load_split
@@ -51,6 +52,12 @@ class Session:
         max_new_tokens: int = 0,
     ) -> Session:
         """A session of a loaded model and pools; prompts that leave no room for new tokens are dropped."""
+        for pool, name in ((train, "train"), (evaluation, "evaluation")):
+            if not isinstance(pool, Pool):
+                raise SaerlError(
+                    f"{name} must be a Pool, not a {type(pool).__name__}; make one with load_prompts, "
+                    "or with Pool of a dictionary of columns"
+                )
         positions = max_positions(model)
         limit = None if positions is None else positions - max_new_tokens
         pools = (prepare(pool, tokenizer, data, limit=limit) for pool in (train, evaluation))

@@ -74,6 +74,19 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "kimi_linear": LATENT | {"linear_head_dim": 8, "linear_num_heads": 4, "layer_types": DELTA},
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8}
     | {"indexer_budget": 4, "indexer_compress_ratio": 1, "ngram_vocab_size_base": 64, "split_ngram_parts": 1},
+    "zamba": LATENT
+    | {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2}
+    | {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 2, "mamba_dt_rank": 4},
+    "dbrx": {"ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}}
+    | {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8}},
+    "cpmant": {"dim_head": 8, "dim_ff": 64, "prompt_length": 2, "prompt_types": 2, "segment_types": 2},
+    "xlnet": {"d_inner": 64, "max_position_embeddings": DROP},
+    "prophetnet": DECODER
+    | {"num_hidden_layers": DROP, "num_encoder_layers": 4, "num_decoder_layers": 4}
+    | {"num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "encoder_ffn_dim": 64},
+    "roc_bert": DECODER
+    | {"pronunciation_embed_dim": 32, "pronunciation_vocab_size": 64}
+    | {"shape_embed_dim": 32, "shape_vocab_size": 64},
     "reformer": {"is_decoder": True},
 }
 FROM_FIRST_BLOCK = ("falcon_mamba", "mamba", "mamba2", "rwkv")  # whose hidden_states lack the embeddings
@@ -128,7 +141,7 @@ def judge(model: Any) -> dict[str, Any]:
 
     Raises what the loop raises: SaerlError for a model that it refuses.
     """
-    from saerl_fast.models import n_blocks
+    from saerl_fast.models import check_causal, n_blocks
     from saerl_fast.rl import logprobs, ways
     from saerl_fast.rl.generate import generate
     from saerl_fast.sae.capture import Capture, iter_hidden_ids
@@ -145,6 +158,7 @@ def judge(model: Any) -> dict[str, Any]:
             seen.append(self.take())
 
     report: dict[str, Any] = {}
+    check_causal(model, model.config.model_type)
     try:
         blocks = n_blocks(model)
         inner = {0, 1, layer, blocks - 1} - {0 if model.config.model_type in FROM_FIRST_BLOCK else -1}

@@ -273,7 +273,7 @@ def test_bad_activations_and_settings_are_one_sentence() -> None:
         pooled_features(model, sae_for(24), [[4]])
     with pytest.raises(SaerlError, match="layer 5 does not exist in a model of 4 blocks"):
         Capture(model, 5)
-    with pytest.raises(SaerlError, match="reads 'blocks.1.hook_mlp_out', which is no residual stream"):
+    with pytest.raises(SaerlError, match="hook_mlp_out., which is not known to be a residual stream"):
         resolve_layer(model, sae_for(16, hook_layer=None, hook_name="blocks.1.hook_mlp_out"))
     assert resolve_layer(model) == 2 and resolve_layer(model, sae_for(16), 1) == 1
     with pytest.raises(SaerlError, match="prompt 1 has no tokens"):

@@ -387,3 +387,8 @@ def test_a_mapping_is_part_of_what_a_stage_was_made_from():
     one = load_config(None, ["data.chat_template_kwargs.enable_thinking=false"])
     trees = [settings(to_dict(config), SAE_SECTIONS) for config in (one, load_config())]
     assert trees[0] != trees[1]
+
+
+def test_an_override_is_text():
+    with pytest.raises(SaerlError, match="override 3 is not of the form key.sub=value"):
+        load_config(None, [3])

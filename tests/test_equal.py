@@ -6,6 +6,7 @@ import pytest
 
 from saerl_fast.rl.rewards import equal, get_reward, score_rewards
 from saerl_fast.rl.rewards.basic import maths_gold
+from tests.maths_more import MORE
 from tests.maths_table import GOLDS, TABLE
 
 
@@ -143,3 +144,9 @@ def test_without_its_package_it_says_so_once(monkeypatch, caplog):
         assert caplog.text.count("math-verify is not installed") == 1
     finally:
         equal.math_verify.cache_clear()
+
+
+def test_maths_on_more_of_what_public_sets_have():
+    pytest.importorskip("math_verify")
+    wrong = [row for row in MORE if paid(*row[:2]) != row[2]]
+    assert not wrong and len(MORE) >= 290

@@ -132,6 +132,9 @@ def test_chats_reach_the_reward_as_messages() -> None:
     for i, start in ((2, ""), (3, ""), (4, "<think>"), (5, "<think>")):
         assert seen["completions"][i] == [{"role": "assistant", "content": start + made.texts[i]}]
     assert [len(row) for row in seen["ids"]] == made.lengths.tolist()
+    score_rollouts(made, columns, ["zz[", "rendered[", "begun["], spy, prefill="[")
+    assert seen["prompts"][:3] == ["zz", "zz", [asked]] and seen["completions"][0] == "[" + made.texts[0]
+    assert seen["completions"][5] == [{"role": "assistant", "content": "<think>[" + made.texts[5]}]
 
 
 def test_cut_off_text_is_paid_only_where_asked_for() -> None:

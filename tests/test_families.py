@@ -28,6 +28,7 @@ EXPECTED = {
     "falcon-alibi": PADDED,  # refuses ready-made masks
     "minimax": "on the model's own cache of padded prompts",
     "recurrent_gemma": "without a cache (slow)",  # keeps states in its modules
+    "roberta": "without a cache (slow)",  # counts its positions from the pad token's number
 }
 
 
@@ -51,3 +52,21 @@ def test_a_model_without_one_residual_stream_trains_but_is_not_captured() -> Non
     pytest.importorskip("transformers.models.gemma3n")
     report = judge(tiny_family("gemma3n_text"))
     assert verdict(report) == "right" and "not one residual stream of width 32" in report["capture"]
+
+
+def test_a_model_that_cannot_be_decoded_is_refused_before_anything_is_made_with_it() -> None:
+    from saerl_fast.errors import SaerlError
+    from saerl_fast.rl.generate import prove
+    from tests.tiny_lm import char_tokenizer
+
+    prove(tiny_family("llama"), char_tokenizer())
+    model = tiny_family("llama")
+    model.register_forward_hook(_noisy, with_kwargs=True)
+    with pytest.raises(SaerlError, match="LlamaForCausalLM cannot be decoded: is off by"):
+        prove(model, char_tokenizer())
+
+
+def _noisy(module, args, kwargs, output):
+    """Logits that depend on how many tokens were read at once."""
+    output.logits = output.logits * (1 + kwargs["input_ids"].shape[1])
+    return output

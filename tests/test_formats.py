@@ -334,9 +334,65 @@ def test_folders_that_hold_none_or_several(tmp_path: Path) -> None:
     with pytest.raises(SaerlError, match="holds no SAE in a known layout .*hyperparams.json"):
         load_sae(tmp_path)
     gemma_scope(tmp_path / "b" / "x")
-    with pytest.raises(SaerlError, match="holds several SAEs; pass one of them, for example .*b/x"):
+    with pytest.raises(SaerlError, match="holds SAEs below it; pass one of them, for example .*b/x"):
         load_sae(tmp_path / "b")
     for name in ("layer0.sae.pt", "layer1.sae.pt"):
         torch.save(tensors(), tmp_path / name)
     with pytest.raises(SaerlError, match="several SAEs"):
+        load_sae(tmp_path)
+
+
+def test_k_in_any_form_is_one_whole_number(tmp_path: Path) -> None:
+    parts = {name: tensor for name, tensor in linear().items() if name != "decoder.bias"}
+    parts["b_dec"] = tensors()["b_dec"]
+    for number, k in enumerate((4, torch.tensor(4), torch.tensor([4]), torch.tensor(4.0))):
+        ours = load_sae(dictionary_learning(tmp_path / str(number), "AutoEncoderTopK", parts | {"k": k}))
+        assert ours.k == 4 and ours.layer == 4
+    for name, k in (("half", torch.tensor(4.5)), ("two", torch.tensor([4, 5])), ("none", torch.tensor(0))):
+        with pytest.raises(SaerlError, match="has k=.* must be a whole number above 0"):
+            load_sae(dictionary_learning(tmp_path / name, "AutoEncoderTopK", parts | {"k": k}))
+    openai = {"encoder.weight": tensors()["W_enc"].t(), "latent_bias": torch.zeros(D_SAE)}
+    openai |= {"pre_bias": torch.zeros(D_IN), "activation": "TopK", "activation_state_dict": {}}
+    torch.save(openai, tmp_path / "5.pt")
+    with pytest.raises(SaerlError, match="has k=None"):
+        load_sae(tmp_path / "5.pt")
+
+
+def test_dictionary_learning_settings_that_do_not_fit(tmp_path: Path) -> None:
+    parts = linear() | {"k": torch.tensor(4)}
+    parts["b_dec"] = parts.pop("decoder.bias")
+    with pytest.raises(SaerlError, match="says d_in=7 but its weights have 12"):
+        load_sae(dictionary_learning(tmp_path / "a", "AutoEncoderTopK", parts, activation_dim=7))
+    unset = parts | {"threshold": torch.tensor(-1.0)}
+    with pytest.raises(SaerlError, match="threshold below 0, so its training never set one"):
+        load_sae(dictionary_learning(tmp_path / "b", "BatchTopKSAE", unset))
+    compiled = {f"_orig_mod.{name}": tensor for name, tensor in parts.items() if name != "k"}
+    assert load_sae(dictionary_learning(tmp_path / "c", "AutoEncoderTopK", compiled, k=4)).k == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"jump_relu_threshold": None}, "has jump_relu_threshold=None"),
+        ({"dataset_average_activation_norm": {"in": 0}}, "dataset_average_activation_norm=0"),
+        ({"dataset_average_activation_norm": {"in": "x"}}, "dataset_average_activation_norm='x'"),
+        ({"dataset_average_activation_norm": [7]}, r"dataset_average_activation_norm=\[7\]"),
+    ],
+)
+def test_llama_scope_settings_must_be_numbers(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(SaerlError, match=message):
+        load_sae(llama_scope(tmp_path / "sae", **config))
+    with pytest.raises(SaerlError, match=f"for example {tmp_path}/sae"):
+        load_sae(tmp_path)
+
+
+def test_weights_that_cannot_be_read_as_they_are(tmp_path: Path) -> None:
+    said = {"architecture": "topk", "k": 3, "apply_b_dec_to_input": True}
+    torch.save(linear() | {"encoder.weight": torch.eye(D_SAE, D_IN).to_sparse()}, tmp_path / "sparse.pt")
+    with pytest.raises(SaerlError, match="encoder.weight is a sparse tensor"):
+        load_sae(tmp_path / "sparse.pt", said)
+    for number, name in enumerate(("W_enc", "W_dec"), 1):
+        save_file({name: tensors()[name]}, tmp_path / f"sae_weights-0000{number}-of-00002.safetensors")
+    (tmp_path / "sparse.pt").unlink()
+    with pytest.raises(SaerlError, match="has its weights in parts, such as sae_weights-00001-of-00002"):
         load_sae(tmp_path)

@@ -71,7 +71,8 @@ def test_a_full_stop_that_ends_a_sentence_is_no_part_of_the_answer():
     pool = load_prompts("reasoning-gym:chain_sum@0", DataConfig(size=1))
     (answer,), (entry,) = pool.column("answer"), pool.column("rg_entry")
     assert one(f"Answer: {answer}.", rg_entry=entry) == 1
-    assert one(f"<think>Answer: {answer}", rg_entry=entry) == 1  # nothing in this form asks for </think> ...
+    assert one(f"<think>Answer: {answer}", rg_entry=entry) == 0  # what is only thought is not stated
+    assert one(f"Answer: {answer}", rg_entry=entry) == 1  # nothing in this form asks for </think> ...
     scored = score_rewards(
         get_reward("reasoning-gym-think"), ["?"], [f"Answer: {answer}"], {"rg_entry": [entry]}
     )

@@ -15,10 +15,12 @@ from saerl_fast.config import (
     WarmupConfig,
 )
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import check_targets
 from saerl_fast.records.log import read_metrics
+from saerl_fast.rl import lora
 from saerl_fast.rl import update as module
 from saerl_fast.rl.checkpoint import load_latest, model_tensors
+from saerl_fast.rl.lora import check_targets
+from tests.families import tiny_family
 from tests.tiny_lm import tiny_model
 from tests.training import (
     PHASES,
@@ -175,6 +177,46 @@ def test_tied_layers_are_not_adapted() -> None:
         with pytest.raises(SaerlError, match="share their weights"):
             check_targets(tiny_model(tie_word_embeddings=True), cfg)
         check_targets(tiny_model(tie_word_embeddings=False), cfg)
+
+
+def test_adapters_that_would_not_be_what_is_merged_are_refused() -> None:
+    """Jamba multiplies by the weight of dt_proj itself; Zamba 2 shares blocks; Mamba's kernels pass by
+    out_proj; PhiMoE's router is no plain layer."""
+    pytest.importorskip("peft")
+    cases = [("jamba", "dt_proj", "does not call .*dt_proj or shares its weights")]
+    cases += [
+        ("zamba2", "q_proj", "shared_transformer.self_attn.q_proj"),
+        ("mamba", "out_proj", "incompatible"),
+    ]
+    cases += [("phimoe", "all-linear", "with adapters there the model does not run")]
+    for family, target, message in cases:
+        with pytest.raises(SaerlError, match=message):
+            check_targets(tiny_family(family), LoRAConfig(rank=2, targets=[target]))
+    model = tiny_family("jamba")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    check_targets(model, LoRAConfig(rank=2, targets=["q_proj", "in_proj"]))  # tried and taken off again
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.state_dict().keys() == before.keys() and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_that_are_one_parameter_are_merged(dtype: torch.dtype) -> None:
+    pytest.importorskip("peft")
+    model = lora.add_adapters(tiny_family("mixtral").to(dtype), LoRAConfig(rank=2, targets=["all-linear"]), 0)
+    names = [name for name, _ in model.named_parameters() if ".experts." in name and "lora_B" in name]
+    assert names  # of the fused experts
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        adapted = model(input_ids=ids, use_cache=False).logits
+        assert lora.half_dtype(model) == (None if dtype == torch.float32 else dtype)
+        weights, kept = lora.merged_weights(model)
+        merged = lora.merge(model, None if dtype == torch.float32 else weights)
+        assert weights.keys() == merged.state_dict().keys() and kept > 0.9
+        off = (merged(input_ids=ids, use_cache=False).logits - adapted).float().abs().max()
+    assert off < (1e-4 if dtype == torch.float32 else 0.3)
 
 
 def test_tied_layers_stay_tied_in_float32(tmp_path: Path) -> None:

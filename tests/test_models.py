@@ -1,13 +1,25 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from saerl_fast.config import ModelConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import decoder, hidden_size, load_model, n_blocks, resolve_device, token_ids
+from saerl_fast.models import (
+    check_causal,
+    decoder,
+    hidden_size,
+    load_model,
+    max_positions,
+    n_blocks,
+    resolve_device,
+    token_ids,
+)
 
 WORDS = ["<unk>", "<s>", "</s>", *"abcdefghij"]
 
@@ -163,11 +175,121 @@ def test_tokenizer_must_fit_the_model(tmp_path: Path) -> None:
         load_model(ModelConfig(path=str(tmp_path), device="cpu"))
 
 
-def test_tokenizer_without_any_end_token_is_refused(tmp_path: Path) -> None:
-    tiny_llama().save_pretrained(tmp_path)
+def test_end_tokens_of_the_tokenizer_and_of_the_generation_config(tmp_path: Path, caplog) -> None:
+    model = tiny_llama()
+    model.generation_config.eos_token_id = [4, 2]
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert load_model(ModelConfig(path=str(tmp_path), device="cpu"))[1].pad_token_id == 4
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer(pad_token="<s>").save_pretrained(tmp_path)
+    with caplog.at_level("WARNING"):
+        load_model(ModelConfig(path=str(tmp_path), device="cpu"))
+    assert "has no end token: every completion runs to its limit" in caplog.text
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(SaerlError, match="neither a pad nor an end token"):
         load_model(ModelConfig(path=str(tmp_path), device="cpu"))
+
+
+def edited(folder: Path, drop: str = "", **settings: Any) -> None:
+    """``folder`` without the weights that have ``drop`` in their names, and with other settings."""
+    file, config = folder / "model.safetensors", folder / "config.json"
+    if drop:
+        kept = {name: tensor for name, tensor in load_file(file).items() if drop not in name}
+        save_file(kept, file, metadata={"format": "pt"})
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"drop": "lm_head"}, "the weight lm_head.weight is missing; use a complete checkpoint"),
+        ({"drop": "layers.1.mlp"}, r"layers.1.mlp.down_proj.weight is missing \(and 2 more are wrong\)"),
+        ({"num_hidden_layers": 4}, "layers.3.input_layernorm.weight is missing"),
+        ({"vocab_size": 20}, r"lm_head.weight is \(13, 16\), not \(20, 16\)"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "head of a LlamaForSequenceClassification"),
+        ({"auto_map": {"AutoConfig": "x.C"}, "model_type": "own"}, "runs its own code"),
+        ({"model_type": "t5"}, r"is an encoder-decoder \(t5\); use a decoder-only"),
+        ({"model_type": "bart"}, r"is an encoder-decoder \(bart\)"),
+        ({"model_type": "clip"}, "is a clip, of which transformers has no causal language model"),
+        ({"model_type": "llava"}, "is a llava, of which transformers has no causal language model"),
+    ],
+)
+def test_what_is_no_whole_causal_language_model_is_refused_when_loaded(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    tiny_tokenizer(bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    edited(tmp_path, **change)
+    with pytest.raises(SaerlError, match=message) as caught:
+        load_model(ModelConfig(path=str(tmp_path), device="cpu"))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_left_over_are_said(folder: Path, caplog) -> None:
+    edited(folder, num_hidden_layers=2)
+    with caplog.at_level("WARNING"):
+        load_model(ModelConfig(path=str(folder), device="cpu"))
+    assert "9 weights in its files are not used, such as model.layers.2." in caplog.text
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_model_that_reads_ahead_is_refused(tmp_path: Path, name: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = dict(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    config = AutoConfig.for_model(name, intermediate_size=32, max_position_embeddings=64, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(SaerlError, match="x is no causal language model: a token changes the predictions"):
+        check_causal(model, "x")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        check_causal(tiny_llama().to(dtype), "x")
+
+
+def test_adapters_are_no_models(folder: Path) -> None:
+    peft = pytest.importorskip("peft")
+    adapter = folder.parent / "adapter"
+    config = peft.LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(tiny_llama(), config).save_pretrained(adapter)
+    with pytest.raises(SaerlError, match="holds an adapter; merge the adapter into its model first"):
+        load_model(ModelConfig(path=str(adapter), device="cpu"))
+    for file in adapter.glob("adapter*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(SaerlError, match="has an adapter beside its weights"):
+        load_model(ModelConfig(path=str(folder), device="cpu"))
+
+
+def test_advice_fits_what_is_wrong(folder: Path) -> None:
+    with pytest.raises(SaerlError, match="cannot be loaded with this model.attn .* set model.attn=sdpa"):
+        load_model(ModelConfig(path=str(folder), device="cpu", attn="flash_attention_2"))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(SaerlError, match="put the tokenizer's files into the folder"):
+        load_model(ModelConfig(path=str(folder), device="cpu"))
+
+
+def test_the_text_blocks_of_a_model_with_pictures() -> None:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    text |= dict(vocab_size=20, num_key_value_heads=1, head_dim=8)
+    pictures = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    pictures |= dict(image_size=28, patch_size=14)
+    config = Gemma3Config(text_config=text, vision_config=pictures, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config)
+    inside, layers = decoder(model)
+    assert inside is model.model.language_model and layers is inside.layers
+
+
+def test_longrope_reads_no_further_than_its_original_limit() -> None:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    sizes |= dict(vocab_size=20, pad_token_id=0, max_position_embeddings=64)
+    config = Phi3Config(rope_parameters=rope, original_max_position_embeddings=16, **sizes)
+    assert max_positions(Phi3ForCausalLM(config)) == 16
+    assert max_positions(tiny_llama()) == 64
 
 
 def test_layout_helpers() -> None:

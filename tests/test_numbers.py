@@ -97,7 +97,7 @@ def test_last_number(text, value):
         ("1,2", None),
         ("1, 2", None),
         ("1,22", None),
-        ("1.234,56", None),
+        ("1.234,56", 1234.56),
         ("3 and 4", None),
         ("between 3 and 4", None),
         ("-5 to 5", None),

@@ -171,7 +171,7 @@ def broken(folder: Path, case: str) -> None:
         ("nan", "b_enc holds NaN"),
         ("width", "says d_in=99 but its weights have 12 inputs"),
         ("whitening", "normalize_activations='covariance_whitening' is not supported"),
-        ("no k", "k=None must be an integer"),
+        ("no k", "k=None, which must be a whole number"),
         ("gated", "lacks b_gate, b_mag, r_mag"),
         ("sorted", "architecture 'sorted' is not supported"),
         ("jumprelu", "needs its threshold"),
@@ -196,7 +196,7 @@ def test_missing_folder_and_parent_folder(tmp_path: Path) -> None:
     with pytest.raises(SaerlError, match="does not exist"):
         load_sae(tmp_path / "nowhere")
     sparsify_folder(tmp_path / "layers.2")
-    with pytest.raises(SaerlError, match="holds several SAEs; pass one of them, for example .*layers.2"):
+    with pytest.raises(SaerlError, match="holds SAEs below it; pass one of them, for example .*layers.2"):
         load_sae(tmp_path)
 
 

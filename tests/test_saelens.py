@@ -26,6 +26,14 @@ SIX = {"metadata": {"sae_lens_version": "6.1.0", "hook_name": "blocks.3.hook_res
         ("model.layers.5", 6),
         ("transformer.h.0", 1),
         ("embed_tokens", 0),
+        ("model.layers.5.output", 6),
+        ("model.layers.5.input", 5),
+        ("model.layers[5].output[0]", 6),
+        ("resid_pre_layer_5", 5),
+        ("blocks.5.hook_resid_post.hook_sae_input", 6),
+        (" blocks.5.hook_resid_pre ", 5),
+        ("model.layers.5.self_attn.output", None),
+        ("layer_5", None),
         ("blocks.5.hook_mlp_out", None),
         ("layers.5.mlp", None),
         (None, None),
@@ -189,6 +197,14 @@ REFUSED = [
     (dict(), {"scaling_factor": torch.full((D_SAE,), 2.0)}, "scaling_factor other than 1"),
     (dict(), {"finetuning_scaling_factor": torch.full((D_SAE,), 2.0)}, "scaling_factor other than 1"),
     (dict(), {"W_skip": torch.ones(D_IN, D_IN)}, "has the tensor W_skip"),
+    (dict(k=4), {}, "has k=4, which a standard SAE does not use; is its architecture topk"),
+    (dict(architecture="topk", k=True), {}, "has k=True, which must be a whole number above 0"),
+    (dict(architecture="topk", k="4"), {}, "has k='4', which must be a whole number"),
+    (dict(architecture="topk", k=4.5), {}, "has k=4.5, which must be a whole number"),
+    (dict(activation_fn_str="topk", metadata={}), {}, "has k=None, which must be a whole number"),
+    (dict(metadata={"hook_name": 3}), {}, "hook_name=3, which must be one hook point"),
+    (dict(metadata={"hook_name": None, "hook_layer": 3}), {}, "hook_layer=3 but no hook_name"),
+    (dict(), {"W_enc": torch.ones(D_IN, D_SAE, dtype=torch.int8)}, "W_enc holds int8"),
     (dict(), LIMIT, "has the tensor threshold, which a standard SAE"),
     (dict(), {"b_enc": torch.full((D_SAE,), float("inf"))}, "b_enc holds NaN or infinite"),
     (
@@ -234,6 +250,24 @@ def test_neutral_flags_and_factors_of_one_are_no_hindrance() -> None:
     assert torch.equal(
         dense(build("SAE x", SIX | quiet, weights), x), dense(build("SAE x", dict(SIX), tensors()), x)
     )
+
+
+@pytest.mark.parametrize("scale", ["2", -1, 0, float("nan"), True])
+def test_a_scale_must_be_a_number(scale: Any) -> None:
+    config = {"architecture": "standard", "normalize_activations": "expected_average_only_in"} | SIX
+    with pytest.raises(SaerlError, match="scaling_factor=.* must be a number above 0"):
+        build("SAE x", config, tensors(), scale=scale)
+    with pytest.raises(SaerlError, match="which normalize_activations=none does not use"):
+        build("SAE x", config | {"normalize_activations": "none"}, tensors(), scale=2.0)
+    with pytest.raises(SaerlError, match="metadata in its configuration must be an object, not 'x'"):
+        build("SAE x", config | {"metadata": "x"}, tensors())
+
+
+def test_one_threshold_is_that_of_every_feature() -> None:
+    config, x = {"architecture": "jumprelu"} | SIX, torch.randn(20, D_IN)
+    one = build("SAE x", config, tensors() | {"threshold": torch.tensor(0.5)})
+    each = build("SAE x", config, tensors() | {"threshold": torch.full((D_SAE,), 0.5)})
+    assert torch.equal(dense(one, x), dense(each, x))
 
 
 def test_a_scale_of_a_training_checkpoint_is_folded(tmp_path: Path) -> None:

@@ -90,3 +90,8 @@ def test_rollouts_training_and_scoring_read_the_same_ids():
     joined, _, _ = made.sequences()
     for row, start in enumerate(starts.tolist()):
         assert torch.equal(joined[2 * row, :start], ids[row, :start])
+
+
+def test_a_session_is_made_of_pools():
+    with pytest.raises(SaerlError, match="train must be a Pool, not a list"):
+        Session.of(None, None, ["1+1="], ["2+2="])

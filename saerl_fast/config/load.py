@@ -49,6 +49,8 @@ def apply_overrides(config: Config, overrides: Overrides) -> Config:
 
 def _override(tree: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
     for item in overrides:
+        if not isinstance(item, str):
+            raise SaerlError(f"override {item!r} is not of the form key.sub=value")
         key, sep, text = item.partition("=")
         if not sep or not key:
             raise SaerlError(f"override {item!r} is not of the form key.sub=value")

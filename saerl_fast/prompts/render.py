@@ -28,12 +28,14 @@ class Prompts(Pool):
 
     ``texts`` [n]: the final prompts, with the chat template. ``ids`` [n]: their token ids, at least one each.
     ``answer_ids`` [n]: token ids of the answers, without special tokens: prompt and answer are tokenised
-    apart, as in rollouts, where a completion's tokens follow the prompt's.
+    apart, as in rollouts, where a completion's tokens follow the prompt's. ``prefill``: the end of every
+    text that belongs to the completion, for whoever judges it.
     """
 
     texts: list[str]
     ids: list[list[int]]
     answer_ids: list[list[int]]
+    prefill: str = ""
 
     def select(self, indices: Sequence[int]) -> Prompts:
         """The rows at ``indices``, in that order."""
@@ -42,6 +44,7 @@ class Prompts(Pool):
             [self.texts[i] for i in indices],
             [self.ids[i] for i in indices],
             [self.answer_ids[i] for i in indices],
+            self.prefill,
         )
 
 
@@ -66,7 +69,7 @@ def prepare(
         name = pool.column("prompt_id")[empty]
         raise SaerlError(f"prompt {name!r} ({texts[empty][:40]!r}) has no tokens; remove it from the pool")
     answers = token_ids(tokenizer, [str(answer or "") for answer in pool.column("answer")], special=False)
-    made = Prompts(pool.columns, texts, ids, answers)
+    made = Prompts(pool.columns, texts, ids, answers, cfg.prefill)
     keep = [i for i, row in enumerate(ids) if len(row) <= most]
     if len(keep) == len(pool):
         return made

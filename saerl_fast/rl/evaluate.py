@@ -79,9 +79,8 @@ def evaluate(
             scores = answer_probabilities(model, tokenizer, mine, cfg.temperature, train.micro_tokens)
         elif len(mine):  # there may be more processes than items
             made = generate(model, tokenizer, mine.ids, settings, seed=seed, first=here.start)
-            rewards = score_rollouts(
-                made, mine.columns, mine.texts, reward, pay_truncated=train.reward_truncated, state=state
-            )
+            how: dict[str, Any] = {"prefill": mine.prefill, "pay_truncated": train.reward_truncated}
+            rewards = score_rollouts(made, mine.columns, mine.texts, reward, state=state, **how)
             scores = known_mean(rewards)
             completions, tokens = [*made.texts[:: made.group_size]], int(made.lengths.sum())
         each = zip(mine.column("prompt_id"), scores, completions, strict=True)
@@ -105,6 +104,7 @@ def score_rollouts(
     prompts: Sequence[str],
     reward: Reward,
     *,
+    prefill: str = "",
     pay_truncated: bool = False,
     state: State | None = None,
     notes: Notes | None = None,
@@ -112,20 +112,21 @@ def score_rollouts(
     """Rewards float64 [P, G] of the rollouts of P prompts, NaN where the reward said None.
 
     ``columns`` are the pool's for these P rows, ``prompts`` their final texts. Where the pool's prompt is a
-    list of chat messages, the reward is given those and its completions as messages. The built-in rewards
+    list of chat messages, the reward is given those and its completions as messages. ``prefill``, the end of
+    every final text, is given to it as the beginning of the completion. The built-in rewards
     pay nothing for completions that were cut off, unless ``pay_truncated``.
     """
     group = rollouts.group_size
     repeated = {name: [v for v in column for _ in range(group)] for name, column in columns.items()}
     given: list[Any] = []
-    completions: list[Any] = list(rollouts.texts)
+    completions: list[Any] = [prefill + text for text in rollouts.texts]
     for p, (text, raw) in enumerate(zip(prompts, columns.get("prompt", prompts), strict=True)):
         chat = list(raw) if isinstance(raw, list) else None
         begun = chat.pop()["content"] if chat and chat[-1]["role"] == "assistant" else ""  # prefilled
-        given += [text if chat is None else chat] * group
+        given += [text.removesuffix(prefill) if chat is None else chat] * group
         if chat is not None:
             for i in range(p * group, (p + 1) * group):
-                completions[i] = [{"role": "assistant", "content": begun + rollouts.texts[i]}]
+                completions[i] = [{"role": "assistant", "content": begun + completions[i]}]
     if not pay_truncated and not rollouts.finished.any() and is_built_in(reward):
         _say_cut_off()
     kept = zip(rollouts.completion_ids.tolist(), rollouts.lengths.tolist(), strict=True)

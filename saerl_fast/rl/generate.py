@@ -123,6 +123,14 @@ def generate(
     return Rollouts(ids, lens, tokens, mask, logprobs, texts, finished, group, features, timings)
 
 
+def prove(model: Any, tokenizer: Any) -> None:
+    """Decode a few made-up tokens, so that a model that cannot be decoded is refused at once."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    prompts = [[token % rows for token in range(2, 2 + length)] for length in (5, 2)]
+    settings = Sampling.of(RolloutConfig(), group_size=2, max_new_tokens=4, decode="dynamic")
+    generate(model, tokenizer, prompts, settings)
+
+
 def _takes_ready_masks(model: Any) -> bool:
     """Whether a ready-made boolean mask [N, 1, 1, T] should be right for every layer."""
     from saerl_fast.rl.cache import has_plain_layers
@@ -206,15 +214,13 @@ def _decode(
     if capture is not None and hasattr(capture, "reset_timings"):
         capture.reset_timings()
     started = time.perf_counter()
-    named = {"use_cache": way.cached} if cache is None else cache_argument(model, cache)
+    named: dict[str, Any] = {"use_cache": way.cached} if cache is None else cache_argument(model, cache)
+    if way.cached:  # else there is no padding, and the model counts by itself as in the steps that follow
+        named |= {"attention_mask": seen.long(), "position_ids": positions.clamp(min=0)}
     with capture if capture is not None else nullcontext():
-        output = caller(model)(
-            input_ids=ids,
-            attention_mask=seen.long(),
-            position_ids=positions.clamp(min=0),
-            logits_to_keep=1,
-            **named,
-        )
+        output = caller(model)(input_ids=ids, logits_to_keep=1, **named)
+    for name in ("attention_mask", "position_ids"):
+        named.pop(name, None)
     started += sum(getattr(capture, "timings", {}).values())  # hooks are not generation
     logits = output.logits[:, -1]
     if way.own:

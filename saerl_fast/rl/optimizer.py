@@ -32,6 +32,10 @@ class Optimizer:
     def __init__(self, model: nn.Module, cfg: TrainConfig) -> None:
         self.model, self.micro_tokens = model, cfg.micro_tokens
         self.gradient_checkpointing = cfg.gradient_checkpointing
+        if cfg.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
+            raise SaerlError(
+                f"train.gradient_checkpointing=true: {type(model).__name__} has none; set it to false"
+            )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise SaerlError("the model has no trainable parameters; unfreeze some")
@@ -140,18 +144,42 @@ class Optimizer:
 def training_mode(model: Any, gradient_checkpointing: bool = False) -> Iterator[None]:
     """Settings of an update: no dropout (log-probabilities must match the sampled ones), checkpointing.
 
-    transformers recomputes the activations only of blocks in training mode, so just these are set to it, and
-    not the modules inside them, which would drop out.
+    transformers recomputes the activations only of blocks that are in training mode when they are called. So
+    their modules stay out of it, and the blocks themselves leave it while they compute, or they would drop
+    out.
     """
     was_training = model.training
     model.eval()
     if gradient_checkpointing:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in model.modules():
-            module.training = getattr(module, "gradient_checkpointing", False)
+        marked: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+        blocks = [module for module in marked if isinstance(module, GradientCheckpointingLayer)]
+        for module in blocks or marked:  # the older kind: the whole model calls its blocks through it
+            module.training = True
+            module._gradient_checkpointing_func = _outside_training(
+                module, module._gradient_checkpointing_func
+            )
     try:
         yield
     finally:
         if gradient_checkpointing:
             model.gradient_checkpointing_disable()
         model.train(was_training)
+
+
+def _outside_training(module: nn.Module, checkpoint: Any) -> Callable[..., Any]:
+    """``checkpoint`` for functions that must find ``module`` out of training mode."""
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            before, module.training = module.training, False
+            try:
+                return function(*args, **kwargs)
+            finally:
+                module.training = before
+
+        return checkpoint(compute, *args, **kwargs)
+
+    return call

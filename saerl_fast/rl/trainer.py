@@ -39,7 +39,6 @@ from torch import Tensor
 from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import reason, use_umask, write_json, write_text, written
-from saerl_fast.models import add_adapters
 from saerl_fast.records.lock import Lock, lock
 from saerl_fast.records.log import JsonlLog, MetricsLog
 from saerl_fast.rl import checkpoint as ckpt
@@ -192,7 +191,7 @@ class _Run:
     def open(self, resume: bool) -> int | None:
         """Restore the latest checkpoint when resuming, open the logs; its step, or None for a fresh start."""
         found = ckpt.load_latest(self.out_dir) if resume else None
-        self.model = add_adapters(self.model, self.cfg.lora, derived_seed(self.seed, seeds.ADAPTER, 0))
+        self.model = lora.add_adapters(self.model, self.cfg.lora, derived_seed(self.seed, seeds.ADAPTER, 0))
         if found is not None:
             ckpt.load_model_tensors(self.model, found.model)
             self.learner = Learner(self.model, self.cfg)
@@ -429,6 +428,7 @@ class _Run:
                     part,
                     prompts[here],
                     self.reward,
+                    prefill=self.pool.prefill,
                     pay_truncated=cfg.reward_truncated,
                     state=self.state,
                     notes=notes,

@@ -36,6 +36,8 @@ def forward_to(model: nn.Module, layer: int, ids: Tensor) -> Tensor:
         pass
     finally:
         handle.remove()
+    if not kept:
+        raise SaerlError(f"{type(model).__name__} runs other blocks than those found; it cannot be read off")
     return kept[0]
 
 

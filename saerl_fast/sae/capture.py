@@ -276,7 +276,7 @@ def resolve_layer(model: nn.Module, sae: SAE | None = None, layer: int | None = 
             return check_layer(model, sae.layer)
         if hook := sae.cfg.hook_name:
             raise SaerlError(
-                f"the SAE reads {hook!r}, which is no residual stream; set sae.layer if you mean to"
+                f"the SAE reads {hook!r}, which is not known to be a residual stream; set sae.layer if it is"
             )
         middle = n_blocks(model) // 2
         _warn_once(f"the SAE names no layer: it reads the middle one, {middle}; sae.layer sets another")

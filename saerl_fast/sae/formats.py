@@ -29,7 +29,7 @@ import torch
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json
-from saerl_fast.sae.saelens import Config, Weights, need, neutral
+from saerl_fast.sae.saelens import Config, Weights, need, neutral, number
 
 SAELENS_WEIGHTS = "sae_weights.safetensors"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
@@ -52,10 +52,15 @@ def read(path: Path) -> Found:
         if config["architecture"] is None and (path / "cfg.json").is_file():
             config = _config(path / "cfg.json")
         return config, weights, scale
-    inside = sorted({p.parent for marks, _ in FOLDERS for p in path.glob(f"*/{marks[-1]}")})
+    if any(re.search(r"-\d+-of-\d+$", file.stem) for file in single):
+        raise SaerlError(f"SAE folder {path} has its weights in parts, such as {single[0].name}; join them")
+    below = ("*/", "*/*/", "*/*/*/")
+    marks = {marks[-1] for marks, _ in FOLDERS}
+    inside = sorted({p.parents[m.count("/")] for m in marks for deep in below for p in path.glob(deep + m)})
     if inside or single:
         example = (inside or single)[0]
-        raise SaerlError(f"SAE folder {path} holds several SAEs; pass one of them, for example {example}")
+        what = "several SAEs" if single else "SAEs below it"
+        raise SaerlError(f"SAE folder {path} holds {what}; pass one of them, for example {example}")
     for names, _ in FOLDERS:  # half of a layout
         absent = [name for name in names if not (path / name).is_file()]
         if len(names) > len(absent) == 1:
@@ -86,12 +91,12 @@ def _sparsify(folder: Path) -> Found:
         )
     if "k" not in config:
         raise SaerlError(f"SAE config {folder / 'cfg.json'} has no k; it is not a sparsify checkpoint")
+    latents = config.get("num_latents") or (config.get("d_in") or 0) * (config.get("expansion_factor") or 0)
     names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
     weights = _renamed(where, raw, names, turned=("W_enc",))
-    latents = config.get("num_latents") or config.get("d_in", 0) * config.get("expansion_factor", 0)
     made = {
         "architecture": "topk",
-        "k": int(config["k"]),
+        "k": config["k"],
         "d_in": config.get("d_in"),
         "d_sae": latents or None,
     }
@@ -115,7 +120,7 @@ def _gemma_scope_2(folder: Path) -> Found:
     _no_flags(where, config, "")
     _no_transcoder(where, folder)
     weights = _gemma_names(where, _tensors(folder / "params.safetensors"))
-    match = re.fullmatch(r"model\.layers\.(\d+)\.output", place or "")
+    match = re.fullmatch(r"model\.layers\.(\d+)\.output", str(place))
     hook = f"blocks.{match[1]}.hook_resid_post" if match else place or _hook_in_path(folder)
     made = {"architecture": "jumprelu"}
     return _six(made, apply_b_dec=False, hook=hook, model=config.get("model_name")), weights, None
@@ -136,8 +141,8 @@ def _llama_scope(folder: Path) -> Found:
     raw = _tensors(folder / "checkpoints" / "final.safetensors")
     weights = _renamed(where, raw, names | {"decoder.bias": "b_dec"}, turned=("W_enc", "W_dec"))
     scale = _dataset_scale(where, config, weights["W_enc"].shape[0])
-    threshold = float(config["jump_relu_threshold"]) * (1.0 if scale is None else scale)
-    weights["threshold"] = torch.full((weights["W_enc"].shape[1],), threshold)
+    threshold = number(where, "jump_relu_threshold", config.get("jump_relu_threshold"))
+    weights["threshold"] = torch.tensor(threshold * (1.0 if scale is None else scale))
     normalize = _normalize(config)
     made = {"architecture": "jumprelu", "normalize_activations": normalize}
     before = bool(config.get("apply_decoder_bias_to_pre_encoder"))
@@ -181,15 +186,16 @@ def _dictionary_learning(folder: Path) -> Found:
     if kind not in kinds:
         raise SaerlError(f"{where} is a {kind}, which is not supported; use one of {', '.join(kinds)}")
     k = raw.pop("k", trainer.get("k"))
-    made: Config = {"architecture": kinds[kind], "k": None if k is None else int(k)}
+    made: Config = {"architecture": kinds[kind], "k": k if kinds[kind] == "topk" else None}
+    made |= {"d_in": trainer.get("activation_dim"), "d_sae": trainer.get("dict_size")}
     raw.pop("group_sizes", None)  # of Matryoshka training
     if kinds[kind] == "topk":  # a threshold that its own encode leaves alone
         raw.pop("threshold", None)
     names = {"encoder.weight": "W_enc", "decoder.weight": "W_dec", "encoder.bias": "b_enc", "bias": "b_dec"}
     names |= {"decoder_bias": "b_dec", "decoder.bias": "b_dec", "mag_bias": "b_mag", "gate_bias": "b_gate"}
     weights = _renamed(where, raw, names, turned=("W_enc", "W_dec"))
-    if "threshold" in weights and weights["threshold"].dim() == 0:
-        weights["threshold"] = weights["threshold"].expand(weights["W_enc"].shape[1]).clone()
+    if kinds[kind] == "batchtopk" and float(weights.get("threshold", torch.zeros(1)).min()) < 0:
+        raise SaerlError(f"{where} has a threshold below 0, so its training never set one")
     subtracted = kind not in ("JumpReluAutoEncoder", "AutoEncoderNew")
     layer, module = trainer.get("layer"), str(trainer.get("submodule_name") or "resid_post")
     side = {"out": "post", "in": "pre"}.get((config.get("buffer") or {}).get("io", "out"))
@@ -289,7 +295,7 @@ def _openai(where: str, raw: dict[str, Any], file: Path) -> Found:
     weights = _renamed(where, raw, names, turned=("W_enc", "W_dec"))
     made: Config = {"architecture": "standard"}
     if kind == "TopK":
-        made = {"architecture": "topk", "k": int(state["k"]), "normalize_activations": "layer_norm"}
+        made = {"architecture": "topk", "k": state.get("k"), "normalize_activations": "layer_norm"}
     hook = None
     if "resid_post_mlp" in str(file) and re.fullmatch(r"\d+", file.stem):
         hook = f"blocks.{file.stem}.hook_resid_post"
@@ -312,6 +318,9 @@ def _renamed(where: str, raw: dict[str, Any], names: dict[str, str], turned: tup
         raise SaerlError(f"{where} holds {odd}={str(raw[odd])[:40]!r}, which is not understood")
     weights: Weights = {}
     for name, tensor in raw.items():
+        if tensor.layout != torch.strided:
+            raise SaerlError(f"{where}: {name} is a sparse tensor; save it with to_dense()")
+        name = re.sub(r"^(_orig_mod\.|module\.)+", "", name)  # of torch.compile and of data parallelism
         new = names.get(name, name)
         weights[new] = tensor.t().contiguous() if new in turned and name != new else tensor
     return weights
@@ -374,8 +383,11 @@ def _dataset_scale(where: str, config: Config, d_in: int) -> float | None:
     if kind != "dataset-wise":
         raise SaerlError(f"{where} has norm_activation={kind!r}; only dataset-wise is supported")
     norms = config.get("dataset_average_activation_norm") or {}
-    norm = norms.get("in", norms.get(config.get("hook_point_in")))
-    return None if norm is None else math.sqrt(d_in) / float(norm)
+    if isinstance(norms, dict):
+        norms = norms.get("in", norms.get(config.get("hook_point_in")))
+    if norms is None:
+        return None
+    return math.sqrt(d_in) / number(where, "dataset_average_activation_norm", norms)
 
 
 def _config(file: Path) -> Config:

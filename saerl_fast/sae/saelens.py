@@ -21,7 +21,10 @@ Weights = dict[str, Tensor]
 Config = dict[str, Any]
 
 _RESIDUAL_HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
-_BLOCK_MODULE = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)")
+_BLOCK_MODULE = re.compile(
+    r"(?:.*\.)?(?:layers|h|blocks)(?:\.(\d+)|\[(\d+)\])(?:\.(output|input)(?:\[0\])?)?"
+)
+_NAMED_RESIDUAL = re.compile(r"resid_(pre|post)_layer_(\d+)")  # of dictionary_learning
 _SPEC_KEYS = tuple(field.name for field in fields(SAESpec))  # of SAELens' metadata, those with a field here
 LLM_KEYS = ("hook_name", "model_name", "dataset_path", "context_size", "model_from_pretrained_kwargs")
 _LLM_KEYS = (*LLM_KEYS, "hook_head_index", "hook_name_out", "hf_hook_name", "neuronpedia_id", "prepend_bos")
@@ -90,7 +93,10 @@ def build(where: str, config: Config, weights: Weights, *, scale: float | None =
     ``scale``: the factor on the input that ``expected_average_only_in`` stands for; it is folded in. Raises
     SaerlError, which ``where`` ("SAE /x/y") opens, for what would not be followed exactly.
     """
-    weights, metadata = dict(weights), dict(config.get("metadata") or {})
+    said = config.get("metadata") or {}
+    if not isinstance(said, dict):
+        raise SaerlError(f"{where}: metadata in its configuration must be an object, not {said!r}")
+    weights, metadata = dict(weights), dict(said)
     version = metadata.get("sae_lens_version") or config.get("sae_lens_version")
     if config.get("architecture") in _NO_TWIN:
         name = config["architecture"]
@@ -101,6 +107,7 @@ def build(where: str, config: Config, weights: Weights, *, scale: float | None =
         metadata = top | metadata
     metadata = {key: config[key] for key in _LLM_KEYS if config.get(key) is not None} | metadata
     _check_place(where, config, metadata)
+    _check_k(where, config)
     architecture = str(config.get("architecture", "standard"))
     if architecture not in (*ARCHITECTURES, "matryoshka_batchtopk"):
         raise SaerlError(
@@ -129,7 +136,12 @@ def build(where: str, config: Config, weights: Weights, *, scale: float | None =
                 'fold_activation_norm_scaling_factor, or put {"scaling_factor": ...} into '
                 "activation_scaler.json beside cfg.json"
             )
-        weights, normalize = _scaled(weights, scale), "none"
+        weights, normalize = _scaled(weights, number(where, "scaling_factor", scale)), "none"
+    elif scale is not None:
+        raise SaerlError(
+            f"{where} has a factor on its input, which normalize_activations={normalize} does not use; "
+            "delete activation_scaler.json if it is folded in"
+        )
     apply_b_dec = config.get("apply_b_dec_to_input", True)
     rescale = config.get("rescale_acts_by_decoder_norm", False)
     for name, value in (("apply_b_dec_to_input", apply_b_dec), ("rescale_acts_by_decoder_norm", rescale)):
@@ -141,12 +153,14 @@ def build(where: str, config: Config, weights: Weights, *, scale: float | None =
         weights, rescale = _fold_batchtopk(weights, rescale), False
     elif architecture == "jumprelu" and "log_threshold" in weights and "threshold" not in weights:
         weights["threshold"] = weights.pop("log_threshold").exp()
+    if "threshold" in weights and weights["threshold"].numel() == 1:
+        weights["threshold"] = weights["threshold"].reshape(1).expand(weights["W_enc"].shape[1]).clone()
     weights = _centred(where, weights, metadata, apply_b_dec, normalize)
     _none_left(where, architecture, weights)
-    k, hook_name = config.get("k"), metadata.get("hook_name")
+    hook_name = metadata.get("hook_name")
     spec = SAESpec(
         architecture=architecture,
-        k=int(k) if isinstance(k, float) and k.is_integer() else k,
+        k=config.get("k"),
         apply_b_dec_to_input=apply_b_dec,
         rescale_acts_by_decoder_norm=rescale,
         normalize_activations=normalize,
@@ -170,6 +184,9 @@ def need(where: str, weights: Weights, names: tuple[str, ...]) -> None:
             f"{where} lacks {', '.join(missing)} (it has {', '.join(sorted(weights)) or 'nothing'})"
         )
     for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise SaerlError(f"{where}: {name} holds {kind}, not floating-point numbers; dequantise it first")
         if not torch.isfinite(tensor.float()).all():
             raise SaerlError(f"{where}: {name} holds NaN or infinite values; copy the checkpoint again")
 
@@ -182,17 +199,29 @@ def neutral(value: Any) -> bool:
 def layer_of_hook(name: str | None) -> int | None:
     """The residual stream a hook point or module name stands for; None if it is another place.
 
-    "blocks.5.hook_resid_post" and the module "model.layers.5" are 6 (after six blocks),
-    "blocks.5.hook_resid_pre" is 5, "hook_embed" and "embed_tokens" are 0.
+    "blocks.5.hook_resid_post" and the module "model.layers.5" (or its ".output") are 6 (after six blocks),
+    "blocks.5.hook_resid_pre" and "model.layers.5.input" are 5, "hook_embed" and "embed_tokens" are 0.
     """
-    name = name or ""
-    if name in ("hook_embed", "embed_tokens"):
+    name = re.sub(r"\.hook_sae_\w+$", "", (name or "").strip())  # which TransformerLens hangs behind a hook
+    if name in ("hook_embed", "embed_tokens", "model.embed_tokens"):
         return 0
     if match := _RESIDUAL_HOOK.fullmatch(name):
         return int(match[1]) + (match[2] == "post")
+    if match := _NAMED_RESIDUAL.fullmatch(name):
+        return int(match[2]) + (match[1] == "post")
     if match := _BLOCK_MODULE.fullmatch(name):
-        return int(match[1]) + 1
+        return int(match[1] or match[2]) + (match[3] != "input")
     return None
+
+
+def number(where: str, name: str, value: Any, *, whole: bool = False) -> float:
+    """A setting that is a finite number above 0 (``whole``: 1, 2, ...), also where it is a tensor."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    fine = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+    if not fine or (whole and value != int(value)):
+        raise SaerlError(f"{where} has {name}={value!r}, which must be a {'whole ' * whole}number above 0")
+    return int(value) if whole else float(value)
 
 
 def _check_keys(where: str, config: Config) -> None:
@@ -208,7 +237,25 @@ def _check_keys(where: str, config: Config) -> None:
         raise SaerlError(f"{where} has finetuning_scaling_factor, which is not supported")
 
 
+def _check_k(where: str, config: Config) -> None:
+    """Make k of a TopK SAE an int; a k that would be dropped is refused."""
+    architecture, k = config.get("architecture", "standard"), config.get("k")
+    if architecture == "topk":
+        config["k"] = number(where, "k", k, whole=True)
+    elif k is not None and architecture == "standard":
+        raise SaerlError(f"{where} has k={k!r}, which a standard SAE does not use; is its architecture topk?")
+
+
 def _check_place(where: str, config: Config, metadata: Config) -> None:
+    name = metadata.get("hook_name")
+    if name is not None and not isinstance(name, str):
+        raise SaerlError(f"{where} has hook_name={name!r}, which must be one hook point")
+    if name is None and metadata.get("hook_layer", config.get("hook_layer")) is not None:
+        layer = metadata.get("hook_layer", config.get("hook_layer"))
+        raise SaerlError(
+            f"{where} has hook_layer={layer!r} but no hook_name: before or after that block? Say it "
+            f"once: `saerl sae convert ... hook_name=blocks.{layer}.hook_resid_post`, for example"
+        )
     head = metadata.get("hook_head_index", config.get("hook_point_head_index"))
     if head is not None:
         raise SaerlError(f"{where} reads one attention head (hook_head_index={head}), not a residual stream")
@@ -226,8 +273,7 @@ def _modern(where: str, config: Config) -> tuple[Config, Config]:
     kwargs = dict(config.get("activation_fn_kwargs") or {})
     activation = config.get("activation_fn") or "relu"
     if activation == "topk":
-        if kwargs.get("k") is not None:
-            config["architecture"], config["k"] = "topk", kwargs.pop("k")
+        config["architecture"], config["k"] = "topk", kwargs.pop("k", None) or config.get("k")
     elif activation != "relu":
         raise SaerlError(f"{where} has activation_fn={activation!r}; only relu and topk are supported")
     kwargs = {name: value for name, value in kwargs.items() if name not in ("k", "use_sparse_activations")}

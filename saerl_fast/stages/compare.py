@@ -13,10 +13,10 @@ from typing import Any
 from saerl_fast.config import SCHEDULES, Config, apply_overrides, to_dict
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_json
-from saerl_fast.models import check_targets
 from saerl_fast.plan.static import get_schedule
 from saerl_fast.records.lock import Held, holder, lock
 from saerl_fast.records.report import write_report
+from saerl_fast.rl.lora import check_targets
 from saerl_fast.session import Session, load_pools
 from saerl_fast.stages.console import Echo
 from saerl_fast.stages.fingerprint import changes, fingerprint, flat

@@ -64,8 +64,8 @@ def difficulty_labels(
             passes = rollout.max_new_tokens * -(-count // (rollout.batch_size or count))
             with within_calls(session.model, passes, partial(_tell, bar, start, len(part), len(chosen))):
                 made = generate(session.model, session.tokenizer, rows.ids, rollout, seed=seed)
-            cut = train.reward_truncated
-            paid = score_rollouts(made, rows.columns, rows.texts, reward, pay_truncated=cut)
+            how: dict[str, Any] = {"prefill": rows.prefill, "pay_truncated": train.reward_truncated}
+            paid = score_rollouts(made, rows.columns, rows.texts, reward, **how)
             warned = warned or warn_of_range(paid, train.pass_threshold)
             found = zip(part, pass_rates(paid, train.pass_threshold), strict=True)
             record["rates"].update({ids[i]: None if np.isnan(rate) else float(rate) for i, rate in found})

@@ -195,6 +195,7 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
 
     With ``redo`` those that these settings have made are kept.
     """
+    from saerl_fast.rl.generate import prove
     from saerl_fast.rl.rewards.dry import try_reward
     from saerl_fast.signals.scores import Scores, label_columns, score
 
@@ -205,9 +206,12 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
                 remove(old)  # of a command that was killed after it had written the scores
             return Scores.load(config.run_dir)
     refuse_other(config, scores=False)
-    if config.difficulty.label_column is None and config.difficulty.n_labels:
+    rolled_out = config.difficulty.label_column is None and config.difficulty.n_labels > 0
+    if rolled_out:
         try_reward(config)
     session = session or open_session(config, echo)
+    if rolled_out:
+        prove(session.model, session.tokenizer)
     label_columns(session.train, config)  # before an SAE is trained
     sae = find_sae(config, echo, session)
     labels, label_costs = difficulty_labels(config, echo, session)
@@ -369,10 +373,11 @@ def _train(
     with_report: bool,
     session: Session | None,
 ) -> dict[str, Any]:
-    from saerl_fast.models import check_targets
     from saerl_fast.plan import save_plan
     from saerl_fast.records.report import write_report
     from saerl_fast.rl import distributed
+    from saerl_fast.rl.generate import prove
+    from saerl_fast.rl.lora import check_targets
     from saerl_fast.rl.rewards import get_reward
     from saerl_fast.rl.rewards.dry import check_think, try_reward
     from saerl_fast.rl.trainer import train
@@ -407,6 +412,9 @@ def _train(
     if session is None:
         scored = given is None and needs_scores(config)
         session = open_session(config, echo) if scored else Session.open(config, echo)
+    if config.train.rollout.engine == "transformers":
+        prove(session.model, session.tokenizer)
+    check_targets(session.model, config.train.lora)
     check_think(config.train.reward, session.tokenizer)
     plan = given or make_plan(config, echo, session)
     if plan.batch_size != config.train.rollout.prompts_per_step or plan.total_steps < config.train.steps:
@@ -422,7 +430,6 @@ def _train(
         )
         capture.warm_up()
     engine = {} if config.train.rollout.engine == "transformers" else {"engine": _vllm(config, echo, session)}
-    check_targets(session.model, config.train.lora)
     machine = about(session.model.device)
 
     def prepare() -> None:

@@ -1,6 +1,6 @@
 r"""Which answer a completion states: always one, by one rule.
 
-    0. where there is a </think>, only what follows the last one counts;
+    0. where there is a </think>, only what follows the last one counts; an open <think> hides the rest;
     1. the last \boxed{...} or \fbox{...} (several that are joined by a comma, "and" or "or" are a list);
     2. else what follows the last mark: "answer is", "Answer:", "####", <answer>;
     3. else the last formula or number.
@@ -17,7 +17,7 @@ from typing import Any
 from saerl_fast.rl.rewards.notation import balanced
 from saerl_fast.rl.rewards.numbers import numbers, prepared
 
-THINK_END = "</think>"
+THINK, THINK_END = "<think>", "</think>"
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
 _GAP = r"(?:[\s$.]|\\[()\[\],;: ]|\\q?quad(?![a-zA-Z]))*"
@@ -34,10 +34,13 @@ _FORMULA = re.compile(
 _REASON = re.compile(
     r"[,;]?\s+(?:because|since|as|so|which|where|when|for|after|but|not|hence|i\.e\.)\b|\.\s|\.$|\n"
     r"|(?<=[a-zA-Z]{3})[!?]|\s+\(\s*(?:not|since|because|as|or|and)\b"
+    r"|(?<=\d)\s+\((?!mod)[a-z]+(?:[ -][a-z]+)*\)|(?<=^[Yy]es),|(?<=^[Nn]o),"
 )
+_LABEL = re.compile(r"\(?[A-J][).:]\s")  # of a choice, before what it says
 _VERB = re.compile(r"\b(?:is|are|equals|be)\b:?(?:\s+equal\s+to\b)?")
 _FILLER = re.compile(
-    r"^(?:therefore|thus|then|hence|simply|just|exactly|only|approximately|about|equal to|equals|given by"
+    r"^(?:therefore|(?:solution|result|total|ans)\s*:|"
+    r"thus|then|hence|simply|just|exactly|only|approximately|about|equal to|equals|given by"
     r"|option|choice|indeed|clearly|also|now|so|it is|is|the|a|an|be|will be|[:=,])(?:\s+|(?<=[:=,]))",
     re.IGNORECASE,
 )
@@ -56,8 +59,8 @@ def read_text(completion: Any) -> str:
 
 
 def spoken(text: str) -> str:
-    """Rule 0: what follows the last </think>; all of ``text`` when there is none."""
-    return text.rpartition(THINK_END)[2]
+    """Rule 0: what follows the last </think>, or all, up to a <think> that nothing closes."""
+    return text.rpartition(THINK_END)[2].partition(THINK)[0]
 
 
 def after_thinking(text: str) -> str:
@@ -160,6 +163,8 @@ def phrase(text: str) -> str:
     line = line.strip(" \t").replace(r"\$", "$")
     while filler := _FILLER.match(line):
         line = line[filler.end() :]
+    if _LABEL.match(line):
+        return line
     return "" if re.match(r"not\b", line) else _value(line, 0) or ""
 
 
@@ -170,7 +175,15 @@ def last_expression(text: str) -> str | None:
         return None
     formulas = [m for m in _FORMULA.finditer(text) if not _prose(_inside(m))]
     if formulas and not text[formulas[-1].end() :].strip(" .!\n"):
-        return _inside(formulas[-1])
+        run = [formulas[-1]]  # those that "and" or "or" joins to it are one list
+        while len(run) < len(formulas):
+            before = formulas[-len(run) - 1]
+            gap = text[before.end() : run[0].start()]
+            if not gap.strip() or not _JOINT.fullmatch(gap):
+                break
+            run.insert(0, before)
+        joined = re.search(r"\b(?:and|or)\b", text[run[-2].end() : run[-1].start()]) if run[1:] else None
+        return ", ".join(map(_inside, run if joined else run[-1:]))
     line = text.splitlines()[-1].strip()
     if len(_WORD.findall(_TEXT.sub("", line))) <= 1 and not _FORMULA.search(line) and len(line) < 200:
         while filler := _FILLER.match(line):

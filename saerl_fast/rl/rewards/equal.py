@@ -29,8 +29,11 @@ _ENDLESS = re.compile(
 )
 _LETTER = re.compile(r"\(?\s*([A-Z])\s*[).]?(?:\s.*)?")
 _UNIT = re.compile(
-    r"(?P<value>.*[\d})])\s*(?P<unit>\\?%|(?:(?:\^\s*\{?\d\}?|/|[.\u00b5'\"-]|[a-zA-Z]+(?![a-zA-Z]))\s*)+)"
+    r"(?P<value>.*[\d})])\s*(?P<unit>\\?%|"
+    r"(?!\\cdot)(?:(?:\^\s*\{?-?\d\}?|/|\\cdot|[()]|[.\u00b5'\"-]|[a-zA-Z]+(?![a-zA-Z]))\s*)+)"
 )
+# The label of one choice, before what it says; not of several.
+_LABEL = re.compile(r"\(?([A-J])[).:]\s+(?=\S)(?!or\b|and\b|(?:.*\s)?\(?[A-J](?:[).:](?:\s|$)|$))")
 _SIDE = re.compile(
     r"[a-zA-Z]\w*(?:_\{?\w+\}?)?(?:\([a-zA-Z]\w*(?:,\s*[a-zA-Z])*\)|\^\{-1\}\(x\))?'?|\|?[A-Z]{2,3}\|?"
 )
@@ -39,6 +42,19 @@ _NOT_UNITS = {
     "cup", "dx", "exp", "for", "gcd", "if", "in", "infty", "lcm", "ln", "log", "max", "min", "mn", "mod",
     "or", "pi", "pm", "pq", "sec", "sin", "sqrt", "st", "such", "tan", "th", "times", "to", "when", "xy",
     "xyz", "xz", "yz",
+}  # fmt: skip
+# Units of one kind, in the smallest: where both answers have one, its size counts.
+_SCALES = {
+    kind: {name: Fraction(size) for size, names in sizes.items() for name in names.split()}
+    for kind, sizes in {
+        "length": {"1": "mm", "10": "cm", "1000": "m meter meters", "1000000": "km kilometers"},
+        "imperial": {"1": "in inch inches", "12": "ft foot feet", "36": "yd yards", "63360": "mi mile miles"},
+        "mass": {"1": "mg", "1000": "g gram grams", "1000000": "kg kilograms"},
+        "time": {"1": "s sec second seconds", "60": "min minute minutes", "3600": "h hr hour hours",
+                 "86400": "day days"},
+        "volume": {"1": "mL ml", "1000": "L l liter liters"},
+        "money": {"1": "cent cents", "100": "dollar dollars"},
+    }.items()
 }  # fmt: skip
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
 
@@ -59,8 +75,13 @@ def _same(one: str, gold: str, depth: int = 0) -> bool:
         return True
     letter = _LETTER.fullmatch(gold)
     if letter and len(gold) <= 4:
-        given = re.fullmatch(r"\(?\s*([A-Z])\s*[).]?", one) or re.match(r"\(([A-Z])\)\s", one)
-        return given is not None and given[1] == letter[1]
+        given = re.fullmatch(r"\(?\s*([A-Z]|[a-e])\s*[).]?", one) or _LABEL.match(one)
+        return given is not None and given[1].upper() == letter[1]
+    if label := _LABEL.match(one):
+        one = one[label.end() :]
+    ours, wanted = _measure(one), _measure(gold)
+    if ours and wanted and ours[0] == wanted[0]:
+        return equal(ours[1], wanted[1])
     one, gold = _bare(one, gold, inside=depth > 0)
     numbers = _number(one), _number(gold)
     if None not in numbers:
@@ -101,6 +122,8 @@ def _bare(one: str, gold: str, inside: bool) -> tuple[str, str]:
     """Both without units and without ``x =``; ``inside`` a list, names must agree where both have one."""
     one, gold = _without_unit(one), _without_unit(gold)
     sides, wanted = _sides(one), _sides(gold)
+    if len(sides) == len(wanted) == 2 and sides[0] != wanted[0]:  # x = 5 is not y = 5
+        inside |= all(re.fullmatch("[a-z]", side[0]) for side in (sides, wanted))
     if inside and len(sides) > 1 and len(wanted) > 1 and sides[0] != wanted[0]:
         return one, gold
     named = all(map(_SIDE.fullmatch, (sides[0], wanted[0])))
@@ -136,14 +159,27 @@ def _sides(text: str) -> list[str]:
     return sides
 
 
+def _measure(text: str) -> tuple[str, Fraction] | None:
+    """(kind of unit, value in its smallest unit) of a number with one of the common units."""
+    match = re.fullmatch(r"(.*[\d}])\s*([a-zA-Z]{1,10})", text.strip().rstrip("."))
+    number = match and only_number(match[1])
+    if match is None or number is None:
+        return None
+    return next(
+        ((kind, number * names[match[2]]) for kind, names in _SCALES.items() if match[2] in names), None
+    )
+
+
 def _without_unit(text: str) -> str:
     """A number without its unit or currency; anything else as it is."""
     text = text.strip().strip("$ ").rstrip(" .,;:")
     match = _UNIT.fullmatch(text)
     if match is None or "\\%" in match["unit"] or "%" in match["unit"]:
         return text
-    words = re.findall(r"[a-zA-Z]+", match["unit"])
-    if not words or {w.lower() for w in words} & _NOT_UNITS or words == ["percent"]:
+    words = re.findall(r"[a-zA-Z]+", match["unit"].replace("\\cdot", " "))
+    if not words or {w.lower() for w in words} & (_NOT_UNITS - {"in"} if len(words) == 1 else _NOT_UNITS):
+        return text
+    if words == ["percent"]:
         return text
     single = len(words) == 1 and len(words[0]) == 1
     if single and (match.start("unit") == match.end("value") or words[0] not in "mgslhLKCFVWJN"):
@@ -204,11 +240,12 @@ def _parts(text: str) -> tuple[str, list[str]] | None:
     text = text.strip()
     text = re.sub(r"\\[{}]", lambda m: m[0][1], text)
     if text and text[0] in _PAIRS and _closing(text) == len(text) - 1 and not text.startswith("{}"):
-        inner = _split(text[1:-1], ",;")
+        inner = _split(_ungrouped(text[1:-1]), ",;")
         brackets = "{" if text[0] == "{" else text[0] + text[-1]
         if len(inner) > 1 or text[0] == "{":
             return brackets, [v for part in inner for v in _both(part)] if brackets == "{" else inner
         return None
+    text = _ungrouped(text)
     listed = re.sub(r",?\s*(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])\s*,?", ",", text)
     inner = [v for part in _split(listed, ",;") for v in _both(part) if part.strip()]
     if len(inner) < 2:
@@ -218,6 +255,13 @@ def _parts(text: str) -> tuple[str, list[str]] | None:
     if len(letters) == 1 and all(name or "=" not in part for name, part in zip(names, inner, strict=True)):
         inner = [_NAME.sub("", part) for part in inner]
     return "", inner
+
+
+def _ungrouped(text: str) -> str:
+    """A list without its thousands commas, which no blank follows where one follows what separates."""
+    if re.search(r"[(\[{]", text) or not re.search(r",\s|;|\b(?:and|or)\b", text):
+        return text
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
 
 
 def _both(part: str) -> list[str]:

@@ -31,6 +31,7 @@ def plain(text: str) -> str:
     text = re.sub(r"\u2013(?=[\d.\\(a-zA-Z])", "-", text)  # an en dash before a number, not between words
     text = re.sub(r"[\u221a](\d+(?:\.\d+)?|[a-zA-Z])", r"\\sqrt{\1}", text)
     text = re.sub(r"[\u221a]\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\u221b(\d+|[a-zA-Z])", r"\\sqrt[3]{\1}", text)
     text = "".join(_SIGNS.get(c, c) for c in text)
     text = unicodedata.normalize("NFKC", text)
     return "".join(_SIGNS.get(c, c) for c in text)  # NFKC makes some of the signs too
@@ -39,7 +40,7 @@ def plain(text: str) -> str:
 _FRAC = re.compile(r"\\frac\s*(\d)\s*(\d)|\\frac\s*(\d)\s*(?=\{)|(\\frac\s*\{[^{}]*\})\s*(\d)")
 _GONE = re.compile(
     r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|hfill|boldsymbol|strut)(?![a-zA-Z])"
-    r"|\\!|(?<!\\)\$|\\[()\[\]](?![a-zA-Z])|\\(?:qquad|quad)|\\thinspace(?![a-zA-Z])"
+    r"|\\!|(?<!\\)\$|\\[()\[\]](?![a-zA-Z])|\\(?:qquad|quad)|\\thinspace(?![a-zA-Z])|\\color\s*\{\w+\}"
 )
 _WORDS = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathrm|mathbf|mathsf|mathit|mathtt|bf"
@@ -64,13 +65,30 @@ def tidy(text: str) -> str:
     text = re.sub(r"\\(leq|geq)(?:slant)?(?![a-zA-Z])", lambda m: "\\" + m[1][:2], text)
     text = re.sub(r"\\frac\s+", r"\\frac", text)
     text = _FRAC.sub(_fraction, text)
-    text = text.replace(r"\varnothing", r"\emptyset")
+    text = text.replace(r"\varnothing", r"\emptyset").replace(r"\langle", "(").replace(r"\rangle", ")")
+    text = re.sub(r"\d{0,300}\.(\d{0,300})\\overline\s*\{(\d{1,300})\}", _recurring, text)
+    text = re.sub(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d+)(?!\d)(?!,)", _european, text)
+    text = re.sub(r"(?<=\d)\s*\\Omega(?![a-zA-Z])", " ohm", text)
+    text = re.sub(r"(?<=\d)\s*\\mu\s*(?=[a-zA-Z]\b)", " micro", text)
+    text = re.sub(r"(?<=\d) *([aApP])\.?\s?([mM])\b\.?", r" \1\2", text)
+    text = re.sub(r"^(?:about|approximately|approx\.?|roughly|around)\s+(?=\S*\d)", "", text.strip())
+    text = re.sub(r"(?<=\d)\s*\((?:approx|about|rounded)[^()]*\)$", "", text)
     if cases := re.fullmatch(r"\\begin\{(?:cases|aligned)\}(.*)\\end\{(?:cases|aligned)\}", text, re.DOTALL):
         text = re.sub(r",?\s*\\\\\s*", ", ", cases[1].replace("&", ""))
     text = re.sub(r"\\sqrt\s*(\d|[a-zA-Z])(?![a-zA-Z])", r"\\sqrt{\1}", text)
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z])", " degrees ", text)
     text = re.sub(r"\s+", " ", text).strip()
     return text.strip("*` ").rstrip(" .,;:") if not text.endswith("...") else text.strip("*` ")
+
+
+def _recurring(match: re.Match[str]) -> str:
+    """A recurring decimal as the fraction that it is."""
+    whole, period = match[0].split(".")[0] + match[1], match[2]
+    return f"\\frac{{{int(whole + period) - int(whole or 0)}}}{{{'9' * len(period)}{'0' * len(match[1])}}}"
+
+
+def _european(match: re.Match[str]) -> str:
+    return f"{match[1].replace('.', '')}.{match[2]}"
 
 
 def _fraction(match: re.Match[str]) -> str:
