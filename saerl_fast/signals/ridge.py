@@ -24,9 +24,11 @@ from saerl_fast.errors import SaerlError
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
+Splits = Sequence[tuple[np.ndarray, np.ndarray]]
 SIGNAL, NOISE = 0.3, 0.8  # where the priors of the blocks together and of the noise have their medians
 WIDTH = 1.0  # of the priors of log s_b; that of log s_0 is wider by a factor of 1.4
 SEARCHED = 500  # labels that the s are chosen on: their number is small, and the cost cubic in this
+DIRECT = 2000  # labels up to which the regression is solved directly
 
 
 class Block:
@@ -39,19 +41,18 @@ class Block:
     def __init__(self, X: np.ndarray | csr_matrix, *, scale: bool = True) -> None:
         from scipy.sparse import csr_matrix, issparse
 
-        sparse = issparse(X)
-        X = csr_matrix(X, dtype=np.float64) if sparse else np.asarray(X, dtype=np.float64)
-        if not np.isfinite(X.data if sparse else X).all():
+        X = csr_matrix(X, dtype=np.float64) if issparse(X) else np.asarray(X, dtype=np.float64)
+        if not np.isfinite(X if isinstance(X, np.ndarray) else X.data).all():
             raise SaerlError("features to predict from are NaN or infinite; score the pool again")
         mean = np.asarray(X.mean(axis=0)).ravel()
-        square = np.asarray(X.multiply(X).mean(axis=0)).ravel() if sparse else (X * X).mean(axis=0)
+        square = np.asarray((X * X if isinstance(X, np.ndarray) else X.multiply(X)).mean(axis=0)).ravel()
         spread = np.sqrt(np.maximum(square - mean * mean, 0.0))
-        kept = np.flatnonzero(spread > 1e-6 * np.sqrt(square))
-        X, mean, spread = X[:, kept], mean[kept], spread[kept]
-        factor = 1.0 / spread if scale else np.ones(len(kept))
+        self.kept, self.columns = np.flatnonzero(spread > 1e-6 * np.sqrt(square)), X.shape[1]
+        X, mean, spread = X[:, self.kept], mean[self.kept], spread[self.kept]
+        factor = 1.0 / spread if scale else np.ones(len(spread))
         norm = float(np.sqrt(np.square(spread * factor).sum())) or 1.0
         self.factor = factor / norm
-        self.X = csr_matrix(X.multiply(self.factor)) if sparse else X * self.factor
+        self.X = X * self.factor if isinstance(X, np.ndarray) else csr_matrix(X.multiply(self.factor))
         self.mean = mean * self.factor
 
     def kernel(self, rows: np.ndarray) -> np.ndarray:
@@ -65,6 +66,13 @@ class Block:
         """X X[rows]^T dual, of all rows or of those ``at``."""
         weights = self.X[rows].T @ dual - self.mean * dual.sum()
         return (self.X if at is None else self.X[at]) @ weights - self.mean @ weights
+
+    def linear(self, rows: np.ndarray, dual: np.ndarray) -> tuple[np.ndarray, float]:
+        """``weights`` [d] and ``offset``: ``Z @ weights + offset`` is the same of features Z [m, d]."""
+        inner = self.X[rows].T @ dual - self.mean * dual.sum()
+        weights = np.zeros(self.columns)
+        weights[self.kept] = inner * self.factor
+        return weights, -float(self.mean @ inner)
 
 
 @dataclass
@@ -89,28 +97,43 @@ def fit(
     rows, labels = np.asarray(rows), np.asarray(labels, dtype=np.float64)
     mean, spread = float(labels.mean()), float(labels.std())
     y = (labels - mean) / spread
-    kernels = {name: block.kernel(rows) for name, block in blocks.items()}
     some = np.random.default_rng([seed, 2]).permutation(len(rows))[:SEARCHED]
-    scales = _search([kernel[np.ix_(some, some)] for kernel in kernels.values()], y[some])
-    total = sum(s * kernel for s, kernel in zip(scales, kernels.values(), strict=False))
-    dual = spread * np.linalg.solve(total + scales[-1] * np.eye(len(rows)), y)
-    share = dict(zip((*kernels, "noise"), (scales / scales.sum()).tolist(), strict=True))
-    return Fit(rows, mean, {name: s * dual for name, s in zip(kernels, scales, strict=False)}, share)
+    scales = _search([block.kernel(rows[some]) for block in blocks.values()], y[some])
+    dual = spread * _solve(list(blocks.values()), rows, scales, y)
+    share = dict(zip((*blocks, "noise"), (scales / scales.sum()).tolist(), strict=True))
+    return Fit(rows, mean, {name: s * dual for name, s in zip(blocks, scales, strict=False)}, share)
 
 
 def held_out(
-    blocks: Mapping[str, Block], rows: np.ndarray, labels: np.ndarray, folds: int, seed: int = 0
+    blocks: Mapping[str, Block], rows: np.ndarray, labels: np.ndarray, splits: Splits, seed: int = 0
 ) -> np.ndarray:
-    """Predictions [len(rows)] by fits that did not see the label, its fold chosen by ``seed``."""
-    from sklearn.model_selection import KFold
-
+    """Predictions [len(rows)] by fits that did not see the label: ``splits`` are (seen, tested) positions."""
     found = np.empty(len(rows))
-    for seen, test in KFold(min(folds, len(rows)), shuffle=True, random_state=seed).split(rows):
+    for seen, test in splits:
         if np.ptp(labels[seen]) == 0:
             found[test] = labels[seen].mean()
         else:
             found[test] = fit(blocks, rows[seen], labels[seen], seed).predict(blocks, rows[test])
     return found
+
+
+def _solve(blocks: list[Block], rows: np.ndarray, scales: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """S^-1 y, for many rows by conjugate gradients, without S."""
+    from scipy.sparse.linalg import LinearOperator, cg
+
+    if len(rows) <= DIRECT:
+        S = sum((s * block.kernel(rows) for s, block in zip(scales, blocks, strict=False)), 0.0)
+        return np.asarray(np.linalg.solve(S + scales[-1] * np.eye(len(rows)), y))
+    parts = [(s, block.X[rows], block.mean) for s, block in zip(scales, blocks, strict=False)]
+
+    def times(v: np.ndarray) -> np.ndarray:
+        found = scales[-1] * v
+        for s, X, mean in parts:
+            weights = X.T @ v - mean * v.sum()
+            found = found + s * (X @ weights - mean @ weights)
+        return found
+
+    return np.asarray(cg(LinearOperator((len(y), len(y)), matvec=times), y, rtol=1e-6, maxiter=500)[0])
 
 
 def _search(kernels: list[np.ndarray], y: np.ndarray) -> np.ndarray:
