@@ -9,7 +9,7 @@ tables need no model once the parts are there.
 
 Difficulty: Spearman with the failure rate on rows that were never labelled, mean and standard deviation over
 draws of the labelled ones. Quality: AUC on 600 sound and up to 150 defective rows after fits to 200 and 50;
-sound rows are ones that the defect could have been made of, and never the originals of defective ones.
+sound rows are such as the defect could have been made of, and never originals of defective ones.
 """
 
 from __future__ import annotations
@@ -129,25 +129,22 @@ DEFECTS: dict[str, Callable[[str, random.Random], str | None]] = {
 
 
 def make_pool(path: Path, out: Path) -> None:
-    """The pool's rows, and up to PER_KIND defective copies a kind, each of a prompt of its own."""
+    """The pool's rows, half of them `quality`'s sound ones; of the others, defective copies by kind."""
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     order = random.Random(0).sample(range(len(rows)), len(rows))
     made = [{"id": str(r["id"]), "problem": r["problem"], "answer": str(r["answer"])} for r in rows]
     for row, source in zip(made, rows, strict=True):
-        row |= {"pass_rate": source["pass_rate"], "kind": "sound", "original": row["id"]}
+        row |= {"pass_rate": source["pass_rate"], "kind": "sound", "part": "difficulty"}
     extra: list[dict[str, Any]] = []
+    share = len(rows) // (2 * len(DEFECTS))
     for name, spoil in DEFECTS.items():
-        found = 0
-        for i in list(order):
-            if found == min(PER_KIND, len(rows) // 10):
-                break
-            text = spoil(rows[i]["problem"], random.Random(f"{name} {i}"))
-            if text is None or not text.strip():
-                continue
-            order.remove(i)
-            found += 1
-            bad = {"id": f"{name}-{i}", "problem": text, "answer": made[i]["answer"], "pass_rate": None}
-            extra.append(bad | {"kind": name, "original": made[i]["id"]})
+        mine, order = order[:share], order[share:]
+        texts = {i: spoil(rows[i]["problem"], random.Random(f"{name} {i}")) for i in mine}
+        for i in [i for i, text in texts.items() if text and text.strip()][:PER_KIND]:
+            bad = {"id": f"{name}-{i}", "problem": texts[i], "answer": made[i]["answer"]}
+            extra.append(bad | {"pass_rate": None, "kind": name, "part": "quality"})
+    for i in order:  # no original of a defective one, nor passed over for one
+        made[i]["part"] = "quality"
     out.write_text("".join(json.dumps(row) + "\n" for row in [*made, *extra]))
 
 
@@ -245,11 +242,10 @@ def difficulty(bank: Bank, rows: list[dict[str, Any]], draws: int) -> dict[str, 
 
 def quality(bank: Bank, rows: list[dict[str, Any]], draws: int) -> dict[str, Any]:
     """Defect -> set of features -> mean and standard deviation of AUC over the draws."""
-    used = {row["original"] for row in rows if row["kind"] != "sound"}
     table: dict[str, Any] = {}
     for kind, spoil in DEFECTS.items():
         bad = [i for i, row in enumerate(rows) if row["kind"] == kind]
-        free = [i for i, row in enumerate(rows) if row["kind"] == "sound" and row["id"] not in used]
+        free = [i for i, row in enumerate(rows) if row["kind"] == "sound" and row["part"] == "quality"]
         good = [i for i in free if spoil(rows[i]["problem"], random.Random(i))]
         for draw in range(draws):
             rng = np.random.default_rng(2000 + draw)
@@ -286,7 +282,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pool", type=Path)
     parser.add_argument("--model", help="what model.path takes; not needed once --work is complete")
@@ -294,7 +290,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/bench_signals"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--draws", type=int, default=10)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not (args.work / "complete").is_file():
         if not args.model:
             parser.error(f"{args.work} holds no complete features; give --model")

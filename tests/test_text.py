@@ -21,9 +21,9 @@ def test_chats_are_read_as_their_contents() -> None:
 
 
 def test_tfidf_knows_words_commands_signs_and_scripts_without_spaces() -> None:
-    texts = ["\\frac is 12", "\\frac was 12", "求 三角形的面积", "求 三角形的周长"] * 2
+    texts = ["\\frac is 12", "\\frac was 12", "求三角形的面积", "求三角形的周长"] * 2
     rows = Tfidf(texts, columns=50)(texts)
-    assert rows.shape == (8, rows.shape[1]) and rows.shape[1] <= 100 and rows.dtype == np.float32
+    assert rows.shape == (8, rows.shape[1]) and rows.shape[1] <= 50 and rows.dtype == np.float32
     close = (rows @ rows.T).toarray()
     assert close[2, 3] > 0.3 > 0.1 > close[0, 2]
 

@@ -28,7 +28,7 @@ Rows = slice | np.ndarray
 class Bank:
     """Features of the rows of a pool, [n, columns of the kind], dense or CSR.
 
-    ``sae``: log(1 + activation) of the pooled features ``X``; ``answer``: the same of those of the answers.
+    ``sae``: the pooled features ``X``; ``answer``: the same of those of the answers.
     ``text``, ``tfidf``: of the prompts' own text, without the chat template (see `text`); ``length``: the
     first column of ``text``. A new kind is an entry of ``kinds``, and a choice in the config.
     """
@@ -76,9 +76,7 @@ class Bank:
 
 def _activations(X: CSR, rows: Rows) -> csr_matrix:
     part = block(X, rows) if isinstance(rows, slice) else X.select_rows(torch.from_numpy(rows))
-    found = part.to_scipy()
-    found.data = np.sign(found.data) * np.log1p(np.abs(found.data))
-    return found
+    return part.to_scipy()
 
 
 def spearman(scores: np.ndarray, labels: np.ndarray) -> float:

@@ -30,7 +30,8 @@ COUNTS: dict[str, Callable[[str], int]] = {  # the columns of `surface`; the fir
     "LaTeX commands and escapes": lambda text: text.count("\\"),
     "LaTeX formulas": lambda text: text.count("$"),
 }
-TOKEN = r"\\?[^\W\d_]+|\d+|[^\w\s]"  # words and LaTeX commands, numbers, single signs
+SINGLE = "\u3040-\u9fff"  # of scripts without spaces a letter is a term
+TOKEN = rf"[{SINGLE}]|\\?[^\W\d_{SINGLE}]+|\d+|[^\w\s]"  # else words and LaTeX commands, numbers, signs
 NAMED = 5  # duplicates that a message names
 
 
@@ -46,35 +47,33 @@ def surface(texts: Sequence[str]) -> np.ndarray:
 
 
 class Tfidf:
-    """TF-IDF of words (one and two) and of two to four characters within words (scikit-learn's), each of
-    at most ``columns`` columns, those most frequent in the texts it is made from. Of few or empty texts there
-    may be no columns at all.
+    """TF-IDF of single terms and pairs (scikit-learn's), of at most ``columns`` columns, the most frequent in
+    the texts that it is made from. Of few or empty texts there may be no columns at all.
     """
 
-    def __init__(self, texts: Sequence[str], columns: int = 1 << 14) -> None:
+    def __init__(self, texts: Sequence[str], columns: int = 1 << 15) -> None:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        self._parts = []
         few = 2 if len(texts) < 1000 else 3  # a term must occur in so many texts
-        for kind in (
-            {"token_pattern": TOKEN, "ngram_range": (1, 2)},
-            {"analyzer": "char_wb", "ngram_range": (2, 4)},
-        ):
-            part = TfidfVectorizer(
-                **kind, sublinear_tf=True, min_df=few, max_features=columns, dtype=np.float32
-            )
-            try:
-                self._parts.append(part.fit(texts))
-            except ValueError:  # no term is left
-                continue
+        self._terms = TfidfVectorizer(
+            token_pattern=TOKEN,
+            ngram_range=(1, 2),
+            sublinear_tf=True,
+            min_df=few,
+            max_features=columns,
+            dtype=np.float32,
+        )
+        self._none = False
+        try:
+            self._terms.fit(texts)
+        except ValueError:  # no term is left
+            self._none = True
 
     def __call__(self, texts: Sequence[str]) -> csr_matrix:
-        """CSR float32 [n, columns], rows of norm 1 in each part."""
-        from scipy.sparse import csr_matrix, hstack
+        """CSR float32 [n, columns], rows of norm 1."""
+        from scipy.sparse import csr_matrix
 
-        if not self._parts:
-            return csr_matrix((len(texts), 0), dtype=np.float32)
-        return csr_matrix(hstack([part.transform(texts) for part in self._parts]))
+        return csr_matrix((len(texts), 0), dtype=np.float32) if self._none else self._terms.transform(texts)
 
 
 def duplicates(texts: Sequence[str], answers: Sequence[Any], ids: Sequence[str]) -> dict[str, Any]:
