@@ -6,7 +6,7 @@ TRITON := 3.6.0
 TORCH := 2.11.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-newest test-triton families kernel lint format docs bench bench-report clean
+.PHONY: help demo test test-oldest test-newest test-triton families faults kernel lint format docs bench bench-report clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -58,6 +58,9 @@ test-triton: ## the kernels' tests under another Triton: TRITON=3.8.0 TORCH=2.14
 
 families: $(VENV)/.installed ## every family of language models in transformers, tiny and random: is it right here?
 	PYTHONPATH=. $(BIN)/python -m tests.families --out benchmarks/results/families.json
+
+faults: $(VENV)/.installed ## every command killed, starved of disk, raced and given damaged files; an hour on two cores
+	PYTHONPATH=. $(BIN)/python -m tests.faults --out benchmarks/results/faults.json
 
 lint: $(VENV)/.installed ## ruff, ruff format and mypy, changing nothing
 	$(BIN)/ruff check .

@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import shlex
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from saerl_fast import __version__
 from saerl_fast.config import SCHEDULES, Config, describe, load_config
-from saerl_fast.errors import SaerlError
+from saerl_fast.errors import SaerlError, printable
 from saerl_fast.fileio import written
 from saerl_fast.rl.interrupt import graceful_interrupt, handled
 
@@ -132,13 +135,13 @@ def demo_config(args: argparse.Namespace) -> Config:
 def run(args: argparse.Namespace) -> None:
     """Dispatch to the pipeline; imports happen here."""
     if args.command == "settings":
-        print(describe(args.section))
+        _say(describe(args.section))
         return
     if args.command == "report":
         from saerl_fast.records.report import write_report
 
-        for path in write_report(Path(args.run), echo=print):
-            print(f"wrote {path}")
+        for path in write_report(Path(args.run), echo=_say):
+            _say(f"wrote {path}")
         return
     if args.command == "watch":
         from saerl_fast.records.watch import watch
@@ -149,12 +152,12 @@ def run(args: argparse.Namespace) -> None:
     if args.command == "sae" and args.sae_command == "info":
         from saerl_fast.stages.pipeline import describe_sae
 
-        print(describe_sae(args.path))
+        _say(describe_sae(args.path))
         return
     if args.command == "sae" and args.sae_command == "convert":
         from saerl_fast.sae.files import convert_sae
 
-        print(f"wrote {args.folder}: {convert_sae(args.path, args.folder, args.said)}")
+        _say(f"wrote {args.folder}: {convert_sae(args.path, args.folder, args.said)}")
         return
 
     config = demo_config(args) if args.command == "demo" else read_config(args)
@@ -207,18 +210,49 @@ def _run_together(args: argparse.Namespace) -> int:
     return code
 
 
+def _say(text: str) -> None:
+    print(printable(text))
+
+
+class _Plain(logging.Formatter):
+    """Lines of the log without characters that a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _unexpected(err: Exception, args: argparse.Namespace) -> int:
+    """What no border has caught, in a sentence: 2 where the machine is to blame, 1 for a bug, ours or not."""
+    from saerl_fast.fileio import cannot_write, first_line
+
+    frames = traceback.extract_tb(err.__traceback__)
+    ours = [frame for frame in frames if Path(__file__).parent.name in Path(frame.filename).parts]
+    place = f"{(ours or frames)[-1].filename}:{(ours or frames)[-1].lineno}" if frames else "?"
+    what = f"{type(err).__name__}: {first_line(err)}" if str(err) else type(err).__name__
+    full = "out of memory|allocate memory|[Ss]torage size"  # torch has several ways to say so
+    if isinstance(err, MemoryError) or "OutOfMemory" in type(err).__name__ or re.search(full, what):
+        fix = "lower train.micro_tokens, train.rollout.batch_size or score.batch_tokens, or limit data.train"
+        _complain(SaerlError(f"there is not enough memory ({what}, at {place}); {fix}"), args, err)
+        return 2
+    if fault := cannot_write(getattr(err, "filename", None) or "a file", err):
+        said = str(fault).removeprefix("cannot write ")
+        _complain(SaerlError(f"cannot use {said} (at {place})"), args, err)
+        return 2
+    fix = "run the command again with --debug, and report what it shows with this line"
+    _complain(SaerlError(f"unexpected {what} (at {place}); what was written stays; {fix}"), args, err)
+    return 1
+
+
 def _complain(err: SaerlError, args: argparse.Namespace, cause: BaseException | None = None) -> None:
     """One sentence on stderr; with --debug the traceback before it, from the first error on."""
     _close_bars()
     if getattr(args, "debug", False):
-        import traceback
-
         shown: BaseException | None = cause or err
         while shown is not None:
             shown.__suppress_context__ = False
             shown = shown.__cause__ or shown.__context__
         traceback.print_exception(cause or err)
-    print(f"saerl: {err}", file=sys.stderr, flush=True)
+    print(f"saerl: {SaerlError(err)}", file=sys.stderr, flush=True)  # some make their sentence late
 
 
 def _kept() -> str:
@@ -262,15 +296,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     After SIGTERM 143 and after SIGHUP 129, as a shell counts.
     """
-    with handled():
-        return _main(sys.argv[1:] if argv is None else argv)
+    try:
+        with handled():
+            return _main(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt as err:  # before the arguments are read, or when all is done
+        return 128 + int(getattr(err, "number", signal.SIGINT))
 
 
 def _main(argv: Sequence[str]) -> int:
     first = RANK == 0
-    logging.basicConfig(level=logging.WARNING, format="%(message)s" if first else f"[{RANK}] %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Plain("%(message)s" if first else f"[{RANK}] %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("saerl_fast").setLevel(logging.INFO if first else logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        if hasattr(getattr(sys, name), "reconfigure"):  # a terminal without UTF-8 gets escapes
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     top = parser()
     args, extra = top.parse_known_args(argv)  # argparse takes settings in one place only; users mix them
     if any(item.startswith("-") or "=" not in item for item in extra):
@@ -289,13 +333,14 @@ def _main(argv: Sequence[str]) -> int:
         if PROCESSES > 1:
             return _run_together(args)
         run(args)
+        sys.stdout.flush()
     except SaerlError as err:
         _complain(err, args)
         return 2
     except ModuleNotFoundError as err:
         missing = (err.name or "").partition(".")[0]
         if missing not in OPTIONAL:
-            raise
+            return _unexpected(err, args)
         fix = (
             f'run `pip install -e ".[all]"` in the clone of saerl-fast, or `pip install {OPTIONAL[missing]}`'
         )
@@ -311,6 +356,8 @@ def _main(argv: Sequence[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as err:
+        return _unexpected(err, args)
     return 0
 
 

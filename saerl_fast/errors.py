@@ -2,6 +2,33 @@
 
 from __future__ import annotations
 
+import re
+
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_LONGEST = 2000  # characters of a message
+
+
+def printable(text: str) -> str:
+    r"""``text`` with what a terminal would obey, or cannot show, as escapes; line ends and tabs stay.
+
+    That is control characters, marks that turn the direction of text, and halves of surrogate pairs.
+    """
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def halved(text: str) -> bool:
+    """Whether ``text`` holds half of a surrogate pair, which is no character and no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
 
 class SaerlError(ValueError):
-    """Bad input. The command line prints the message alone and exits with code 2."""
+    """Bad input. The command line prints the message alone, one line, and exits with code 2."""
+
+    def __init__(self, message: object = "", *more: object) -> None:
+        line = printable(str(message)).replace("\n", r"\n")
+        cut = len(line) > _LONGEST
+        super().__init__(f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}" if cut else line, *more)

@@ -1,23 +1,29 @@
-"""Writing that cannot leave half a file behind, and reading that says what is missing."""
+"""The borders to the disk: writing that cannot leave half a file, reading that says what is wrong with one.
+
+Whatever a library raises at a file becomes a SaerlError here, which names the file and the way out.
+"""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from saerl_fast.errors import SaerlError
 
+_DEEPEST = 100  # values inside values: what reads them recurs
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that may be half a character
 # What a killed writer leaves beside its target; the mark of the process is missing in those of version 0.1.0.
 LEFTOVER = re.compile(r"\..+\.(?:([0-9a-f]{8}-\d+-\d+)\.[0-9a-f]{8}|[0-9a-f]{16})\.tmp")
 ADVICE = {
@@ -35,7 +41,7 @@ ADVICE = {
 written: dict[Path, None] = {}  # files that this process has completed, in order
 
 
-def reason(err: Exception) -> str:
+def reason(err: BaseException) -> str:
     """Why a file could not be written, and what to do; understands the errors of Rust libraries too."""
     number = getattr(err, "errno", None)
     if number is None and (found := re.search(r"os error (\d+)", str(err))):
@@ -101,6 +107,9 @@ def use_umask(path: str | Path) -> None:
     os.chmod(path, 0o666 & ~mask)
 
 
+# --- writing -----------------------------------------------------------------------------------------
+
+
 def check_writable(folder: str | Path) -> None:
     """SaerlError when no file can be written in ``folder`` or, where it is missing, above it."""
     folder = Path(folder)
@@ -113,6 +122,28 @@ def check_writable(folder: str | Path) -> None:
         raise SaerlError(f"cannot write to {folder}: {err.strerror}; choose another run_dir") from None
 
 
+def cannot_write(target: str | Path, err: BaseException) -> SaerlError | None:
+    """The sentence about ``err``, raised by writing ``target``; None if it is no error of the disk.
+
+    safetensors raises a class of its own for those.
+    """
+    if not isinstance(err, OSError) and type(err).__name__ != "SafetensorError":
+        return None
+    why = reason(err)
+    return SaerlError(f"cannot write {target}: {why}" + ("; choose another run_dir" * ("; " not in why)))
+
+
+@contextmanager
+def writing(target: str | Path) -> Iterator[None]:
+    """What goes wrong on the disk inside the block becomes a SaerlError about ``target``."""
+    try:
+        yield
+    except Exception as err:
+        if (fault := cannot_write(target, err)) is None:
+            raise
+        raise fault from err
+
+
 @contextmanager
 def atomic_path(target: str | Path) -> Iterator[Path]:
     """A temporary path beside ``target`` that replaces it when the block ends without an error.
@@ -122,28 +153,24 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     """
     given, target = Path(target), Path(os.path.realpath(target))
     temporary = target.with_name(f".{target.name[:180]}.{process_mark()}.{secrets.token_hex(4)}.tmp")
-    try:
+    with writing(given):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(exist_ok=False)
-    except OSError as err:
-        raise SaerlError(f"cannot write {given}: {err.strerror}; choose another run_dir") from None
-    try:
-        yield temporary
-        use_umask(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        written[given] = None
-    except OSError as err:
-        raise SaerlError(f"cannot write {given}: {reason(err)}") from err
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            yield temporary
+            use_umask(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+            written[given] = None
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(target: str | Path, text: str) -> Path:
-    """Write ``text`` atomically and return the path."""
+    """Write ``text`` atomically as UTF-8 (halves of surrogate pairs as escapes) and return the path."""
     with atomic_path(target) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return Path(target)
 
 
@@ -152,12 +179,189 @@ def write_json(target: str | Path, value: Any) -> Path:
     return write_text(target, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: str | Path, made_by: str) -> Any:
-    """The value in a JSON file; ``made_by`` names the command that writes it, for the error message."""
+def write_tensors(
+    target: str | Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None
+) -> Path:
+    """Write tensors or arrays as safetensors, atomically, and return the path."""
+    import torch
+    from safetensors.torch import save_file
+
+    made = {name: torch.as_tensor(value).detach().cpu().contiguous() for name, value in tensors.items()}
+    with atomic_path(target) as temporary:
+        save_file(made, temporary, metadata)
+    return Path(target)
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+
+def read_json(path: str | Path, made_by: str, form: Any = None) -> Any:
+    """The value in a JSON file, which must be of ``form`` (see `mismatch`; by default, any object).
+
+    ``made_by`` names the command that writes it, for the error message. NaN is read as null.
+    """
     path = Path(path)
+    again = f"make it again with `{made_by}`"
     if not path.is_file():
         raise SaerlError(f"{path} does not exist; make it with `{made_by}`")
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as err:
-        raise SaerlError(f"{path} is not valid JSON ({err}); make it again with `{made_by}`") from None
+        value = parse_json(path.read_text(encoding="utf-8"), str(path), whole=False)
+    except UnicodeDecodeError as err:
+        raise SaerlError(f"{path} is not valid JSON (no UTF-8 text: {err.reason}); {again}") from None
+    except OSError as err:
+        raise SaerlError(f"{path} cannot be read: {err.strerror}; {again}") from None
+    except SaerlError as err:
+        raise SaerlError(f"{str(err).removesuffix('; mend it')}; {again}") from None
+    if fault := mismatch(value, {} if form is None else form):
+        raise SaerlError(f"{path} is damaged ({fault}); {again}")
+    return value
+
+
+def mismatch(value: Any, form: Any, at: str = "it") -> str | None:
+    """What in ``value`` is not of ``form``, such as "seed is 'x', not a whole number"; None: nothing.
+
+    A form is Any, None, a type (int: of 64 bits and no bool; float: any finite number), a tuple of forms of
+    which one must fit, [form] for a list of such values, {str: form} for an object of such values, or
+    {"key": form, "other?": form} for one with these keys among others, of which "other" may be missing.
+    """
+    if form is Any:
+        return None
+    if isinstance(form, tuple):
+        faults = [mismatch(value, one, at) for one in form]
+        return None if None in faults else faults[-1]
+    if isinstance(form, list) and isinstance(value, list):
+        bad = next((i for i, part in enumerate(value) if mismatch(part, form[0])), None)
+        return None if bad is None else mismatch(value[bad], form[0], f"{at}[{bad}]")
+    if isinstance(form, dict) and isinstance(value, dict):
+        asked = dict.fromkeys(value, form[str]) if str in form else form
+        for key, wanted in asked.items():
+            name = key if str in form else key.removesuffix("?")
+            if name not in value and name == key:
+                return f"{at} has no {name!r}"
+            if name in value and (fault := mismatch(value[name], wanted, f"{at}.{name}".removeprefix("it."))):
+                return fault
+        return None
+    wanted, fits = _KINDS[form if isinstance(form, type) else type(form)]
+    huge = type(value) is int and not _whole(value)
+    shown = "a huge number" if huge else repr(value)
+    return None if fits(value) else f"{at} is {shown[:40]}{'...' * (len(shown) > 40)}, not {wanted}"
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63
+
+
+_KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
+    int: ("a whole number", _whole),
+    float: ("a number", lambda value: _whole(value) or (type(value) is float and math.isfinite(value))),
+    str: ("text", lambda value: isinstance(value, str)),
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    list: ("a list", lambda value: isinstance(value, list)),
+    dict: ("an object", lambda value: isinstance(value, dict)),
+    type(None): ("null", lambda value: value is None),
+}
+
+
+def read_tensors(path: str | Path, again: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Tensors of a safetensors file, on the CPU, and its metadata; ``again`` ends the sentence of a fault."""
+    try:
+        from safetensors import safe_open
+    except ImportError:
+        raise SaerlError(f"reading {path} needs safetensors; pip install safetensors") from None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    except Exception as err:  # safetensors raises its own type, built in Rust
+        raise SaerlError(f"{path} is damaged ({first_line(err)}); {again}") from err
+
+
+def read_table(path: str | Path, again: str) -> dict[str, list[Any]]:
+    """The columns of a Parquet file as Python values; ``again`` ends the error's sentence."""
+    import pyarrow.parquet as parquet
+
+    try:
+        return parquet.read_table(path).to_pydict()
+    except Exception as err:  # Arrow's own, OSError, and what single values raise
+        raise SaerlError(f"{path} is damaged ({first_line(err)}); {again}") from err
+
+
+def first_line(err: BaseException) -> str:
+    """The first line of an exception's message, or its name."""
+    return (str(err).strip().splitlines() or [type(err).__name__])[0][:200]
+
+
+# --- JSON, read strictly -----------------------------------------------------------------------------
+
+
+class _Fault(Exception):
+    """The end of a sentence about a value that is not read."""
+
+
+def parse_json(text: str, where: str, *, whole: bool = True) -> Any:
+    """The value in ``text``; ``where`` ("pool.jsonl line 3") opens the sentence of any error.
+
+    NaN, which Python and pandas write for a missing value, becomes None. Refused: infinite numbers, integers
+    of more digits than Python reads, a key twice in one object, nesting beyond Python's recursion limit and,
+    if ``whole``, half a surrogate pair.
+    """
+    return guarded_json(text, where, lambda: DECODER.decode(text), whole=whole)
+
+
+def guarded_json(text: str, where: str, read: Any, *, whole: bool = True) -> Any:
+    """``read()``, which decodes ``text``, with the errors of `parse_json`."""
+    try:
+        value = read()
+    except json.JSONDecodeError as err:
+        inside = err.lineno > 1 and " line " not in where
+        at = f"{where} line {err.lineno}" if inside or " line " not in where else where
+        raise SaerlError(f"{at} is not valid JSON ({err.msg}); mend it") from None
+    except RecursionError:
+        raise SaerlError(f"{where} is nested too deeply to be read; flatten it") from None
+    except _Fault as fault:
+        raise SaerlError(f"{where} {fault}") from None
+    except ValueError:  # sys.get_int_max_str_digits
+        raise SaerlError(
+            f"{where} holds an integer of more digits than Python reads; write it as text, in quotes"
+        ) from None
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [part for one in level for part in _parts(one) if isinstance(part, (dict, list))]
+    if level:
+        raise SaerlError(f"{where} is nested too deeply to be read; flatten it")
+    if whole and _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise SaerlError(
+                f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; mend it"
+            ) from None
+    return value
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _Fault(f"has the key {twice!r} twice in one object; keep one of them")
+    return made
+
+
+def _constant(name: str) -> None:
+    if name != "NaN":
+        raise _Fault(f"holds {name}, which is no number of JSON; write null or text")
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise _Fault(f"holds a number too large to be read ({digits[:20]}); write it as text, in quotes")
+    return value
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)

@@ -12,13 +12,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from saerl_fast.errors import SaerlError
+
 WAIT = 3.0  # seconds for an answer to the name and the connection
 _SWITCHES = (("huggingface_hub.constants", "HF_HUB_OFFLINE"), ("datasets.config", "HF_HUB_OFFLINE"))
 
 
 def is_local(name: str | Path) -> bool:
     """Whether ``name`` is a file or folder here, so that nothing has to be fetched."""
-    return Path(name).expanduser().exists()
+    return at_home(name).exists()
+
+
+def at_home(name: str | Path) -> Path:
+    """``name`` as a path, with ~ as the home folder; SaerlError where it is that of nobody."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise SaerlError(f"{name} names the home folder of a user who has none; write the path out") from None
 
 
 @contextmanager

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from saerl_fast.config import ModelConfig
-from saerl_fast.errors import SaerlError
-from saerl_fast.hub import hub_access, is_local
+from saerl_fast.errors import SaerlError, halved
+from saerl_fast.hub import at_home, hub_access, is_local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,6 +92,7 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.to(device)
+    _check_finite(model, cfg.path)
     check_causal(model.eval(), cfg.path)
     return model, tokenizer
 
@@ -202,6 +203,9 @@ def token_ids(
     """
     if not texts:
         return []
+    if halved("".join(texts)):
+        text = next(text for text in texts if halved(text))
+        raise SaerlError(f"the text {text[:60]!r} holds half of a surrogate pair, no character; mend it")
     if not special:
         return [list(row) for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
     *ids, probe = (list(row) for row in tokenizer([*texts, "a"], add_special_tokens=True)["input_ids"])
@@ -234,7 +238,7 @@ def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
     """(folder or hub id, GGUF file name or None), checked as far as the local disk allows."""
     if not cfg.path:
         raise SaerlError("model.path is empty; set it to a hub id, a folder or a .gguf file")
-    path = Path(cfg.path).expanduser()
+    path = at_home(cfg.path)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise SaerlError(
@@ -374,3 +378,16 @@ def _check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if tied and output is not None and output.weight is not embeddings:
         model.tie_weights()
+
+
+def _check_finite(model: nn.Module, path: str) -> None:
+    """One NaN makes every logit NaN. Sums are looked at first: they cost one pass and no memory."""
+    named = [(name, p.data) for name, p in model.named_parameters() if p.is_floating_point()]
+    for name, weight in named:
+        exact = weight if weight.element_size() > 1 else weight.float()  # float8 cannot be summed
+        if not exact.sum(dtype=torch.float32).isfinite() and not exact.isfinite().all():
+            count = int((~exact.isfinite()).sum())
+            raise SaerlError(
+                f"model {path}: {count} of {weight.numel()} values of {name} are NaN or infinite; copy it "
+                "again, or use another checkpoint"
+            )

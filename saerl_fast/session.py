@@ -16,6 +16,7 @@ from saerl_fast.models import load_model, max_positions
 from saerl_fast.prompts.pool import Pool, load_split
 from saerl_fast.prompts.render import Prompts, prepare
 from saerl_fast.prompts.sources import is_source
+from saerl_fast.records import manifest
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Session:
     def open(cls, config: Config, echo: Callable[[str], None] | None = None) -> Session:
         """Load what the config names. ``echo`` is told what was loaded, in two lines."""
         train, evaluation = load_pools(config)
+        manifest.check(config.model.path, "model", "saerl train")
         model, tokenizer = load_model(config.model)
         new = config.train.rollout.max_new_tokens
         session = cls.of(model, tokenizer, train, evaluation, config.data, max_new_tokens=new)

@@ -125,8 +125,8 @@ def test_a_package_that_is_not_installed_is_one_sentence(argv, missing, tmp_path
     assert code == 2 and 'run `pip install -e ".[all]"`' in error and "Traceback" not in error
     monkeypatch.setitem(sys.modules, "nobodys_module", None)
     monkeypatch.setattr(cli, "run", lambda args: __import__("nobodys_module"))
-    with pytest.raises(ModuleNotFoundError):  # a fault of ours or of the user's own code
-        cli.main(argv)
+    code, error = code_and_error(argv, capsys)
+    assert code == 1 and error.startswith("saerl: unexpected ModuleNotFoundError")  # ours, or the user's code
 
 
 COMMANDS = [

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from saerl_fast.config import load_config
+from saerl_fast.config import load_config, to_dict
 from saerl_fast.errors import SaerlError
+from saerl_fast.records import manifest
 from saerl_fast.records.lock import lock
 from saerl_fast.stages import compare as module
 from saerl_fast.stages.compare import compare, parse_arm
@@ -51,10 +52,12 @@ def recorded(monkeypatch):
         mark = module.fingerprint(config, module.run_sections(config))
         described = {"arm": arm, "seed": config.train.seed, "fingerprint": mark}
         (out / "run.json").write_text(json.dumps(described))
+        manifest.record(out, "run", ["run.json"], {"fingerprint": mark, "config": to_dict(config)})
         rows = [{"step": s, "kind": "eval", "accuracy": 0.1 * s} for s in range(3)]
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if arm != "global":
             (out / "summary.json").write_text("{}")
+            manifest.record(out, "result", ["summary.json", "metrics.jsonl"])
 
     monkeypatch.setattr(module, "train_stage", fake)
     monkeypatch.setattr(module, "_check_plans", lambda arms, echo: None)

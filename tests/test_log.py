@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.records.log import JsonlLog, MetricsLog, format_row, keep_until, read_jsonl, read_metrics
+from saerl_fast.records.log import (
+    JsonlLog,
+    MetricsLog,
+    damage,
+    end_rows,
+    format_row,
+    keep_until,
+    read_jsonl,
+    read_metrics,
+)
 
 
 def write_steps(folder, steps, **options):
@@ -202,6 +211,84 @@ def test_tensorboard_gets_every_number_under_its_kind(tmp_path, monkeypatch):
         ("train/time/eval", 2.0, 5),
         "close",
     ]
+
+
+def written(path, n=6):
+    log = JsonlLog(path)
+    log.write({"step": step, "kind": "train"} for step in range(1, n + 1))
+    log.close()
+    return log.digest()
+
+
+def without(number):
+    return lambda data: b"".join(line for i, line in enumerate(data.splitlines(True)) if i != number)
+
+
+HARM = {
+    "cut": (lambda data: data[: len(data) // 2 - 9], "rows.jsonl has 2 of the 6 rows that were written"),
+    "emptied": (lambda data: b"", "rows.jsonl has 0 of the 6 rows that were written"),
+    "a row gone": (without(2), "rows.jsonl has 5 of the 6 rows that were written"),
+    "the last row gone": (without(5), "rows.jsonl has 5 of the 6 rows that were written"),
+    "edited": (lambda data: data.replace(b'"step": 2', b'"step": 3'), "rows.jsonl was changed"),
+    "longer": (lambda data: data.replace(b'"step": 2', b'"step":  2'), "rows.jsonl was changed"),
+}
+
+
+@pytest.mark.parametrize("name", HARM)
+def test_a_log_is_compared_with_what_was_written(tmp_path, name):
+    path = tmp_path / "rows.jsonl"
+    digest = written(path)
+    assert damage(path, digest) == ""
+    harm, says = HARM[name]
+    whole = path.read_bytes()
+    path.write_bytes(harm(whole))
+    assert damage(path, digest).startswith(says)
+    resumed = JsonlLog(path, 6, digest)
+    resumed.close()
+    assert resumed.damage.startswith(says)
+    assert damage(path, resumed.digest()) == ""  # the next time it is as it was left
+    path.write_bytes(whole + b'{"step": 7, "kind": "train"}\n{"st')
+    assert damage(path, digest) == ""
+
+
+def test_a_log_that_is_gone_is_said_and_one_that_never_had_a_row_is_not(tmp_path):
+    digest = written(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl").unlink()
+    assert "rows.jsonl is missing, and the 6 rows" in JsonlLog(tmp_path / "rows.jsonl", 6, digest).damage
+    assert JsonlLog(tmp_path / "none.jsonl", 6, written(tmp_path / "empty.jsonl", 0)).damage == ""
+
+
+def test_resume_cuts_where_the_checkpoint_was_and_counts_on(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    digest, whole = written(path, 3), path.read_bytes()
+    path.write_bytes(whole + b'{"step": 4, "kind": "train"}\n{"step": 5, "ki')
+    log = JsonlLog(path, 3, digest)
+    assert path.read_bytes() == whole and log.digest() == digest and log.damage == ""
+    log.write([{"step": 4, "kind": "train"}])
+    log.close()
+    assert log.digest() == written(tmp_path / "other.jsonl", 4)
+
+
+def test_damaged_lines_are_dropped_when_a_run_goes_on(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    digest = written(path)
+    path.write_bytes(
+        path.read_bytes().replace(b'{"step": 3', b'{"step" 3').replace(b'{"step": 4', b"\xff" * 10)
+    )
+    log = JsonlLog(path, 6, digest)
+    log.close()
+    assert log.damage == "rows.jsonl has 4 of the 6 rows that were written (2 damaged lines were dropped)"
+    assert [row["step"] for row in read_jsonl(path)] == [1, 2, 5, 6]
+
+
+@pytest.mark.parametrize("long", [10, 3_000_000])
+def test_the_ends_of_a_log_are_read_without_the_rest(tmp_path, long):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"step": step, "i": i, "text": "x" * long} for step in (1, 2, 3) for i in range(2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4')
+    assert [(row["step"], row["i"]) for row in end_rows(path, last=True)] == [(3, 0), (3, 1)]
+    assert [(row["step"], row["i"]) for row in end_rows(path, last=False)] == [(1, 0), (1, 1)]
+    assert end_rows(tmp_path / "none", last=True) == []
 
 
 def test_a_log_that_is_removed_is_noticed(tmp_path):

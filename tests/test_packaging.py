@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels" / "torch-ext" / "saerl_kernels"
 # The storeys of saerl_fast, from the ground up: each may import itself and what is below it.
 STOREYS = [
-    {"errors", "hub"},
-    {"plugins"},
+    {"errors"},
+    {"hub", "plugins"},
     {"config", "fileio"},
     {"records", "models"},
     {"prompts"},

@@ -191,7 +191,7 @@ def test_a_schedule_that_is_a_path_is_refused(tmp_path, schedule):
     path = save_plan(make_plan("global"), tmp_path / "plan.json")
     body = json.loads(path.read_text()) | {"schedule": schedule}
     path.write_text(json.dumps(body | {"sha256": _content_hash(body)}))
-    with pytest.raises(SaerlError, match="no schedule's name"):
+    with pytest.raises(SaerlError, match="schedule"):
         load_plan(path)
 
 
@@ -201,5 +201,5 @@ def test_tensors_are_beside_the_plan(tmp_path, name):
     body = json.loads(path.read_text())
     body["tensors"]["file"] = name
     path.write_text(json.dumps(body | {"sha256": _content_hash(body)}))
-    with pytest.raises(SaerlError, match="names no file beside it"):
+    with pytest.raises(SaerlError, match="names no file beside it|file is .*, not text"):
         load_plan(path)

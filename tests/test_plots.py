@@ -1,3 +1,4 @@
+import json
 import struct
 
 import numpy as np
@@ -8,6 +9,7 @@ pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
 
 from saerl_fast.records import plots
+from saerl_fast.records.rows import parse
 from saerl_fast.records.runs import RunRecord
 
 TIMES = {"generate": 0.5, "update": 0.5, "encode": 0.25, "eval": 9.0}
@@ -20,14 +22,14 @@ COLUMNS = {
 }
 
 
-def make_run(arm, seed=0, mode="prob", scale=1.0):
+def make_run(arm, seed=0, mode="prob", scale=1.0, lift=0.0):
     time = {name: scale * seconds for name, seconds in TIMES.items()}
-    train = [
-        {"step": s, "pass_rate": 0.5, "groups": 8, "groups_used": 6, "rollouts": 64, "time": time}
-        for s in range(1, 11)
-    ]
-    evaluations = [{"step": s, "accuracy": s / 20, "mode": mode} for s in (0, 5, 10)]
-    return RunRecord(arm, seed, None, {}, train, evaluations)
+    figures = {"kind": "train", "pass_rate": 0.5, "groups": 8, "groups_used": 6, "rollouts": 64, "time": time}
+    rows = [{"step": s, **figures} for s in range(1, 11)]
+    rows += [{"step": s, "kind": "eval", "accuracy": s / 20 + lift, "mode": mode} for s in (0, 5, 10)]
+    run = RunRecord(arm, seed, None, {})
+    run.add(parse("\n".join(map(json.dumps, rows)).encode()))
+    return run
 
 
 @pytest.fixture
@@ -89,8 +91,7 @@ def test_the_axis_says_what_was_measured(tmp_path, drawn, modes, label):
 
 
 def test_curves_are_means_over_seeds_and_count_rollouts(tmp_path, drawn):
-    low, high = make_run("a", 0), make_run("a", 1)
-    high.eval = [row | {"accuracy": row["accuracy"] + 0.2} for row in high.eval]
+    low, high = make_run("a", 0), make_run("a", 1, lift=0.2)
     plots.learning_curves([low, high], {}, tmp_path / "figure.png")
     mean = next(line for line in drawn[0].axes[0].lines if line.get_label() == "a (mean of 2)")
     np.testing.assert_allclose(mean.get_ydata(), [0.1, 0.35, 0.6])

@@ -113,7 +113,7 @@ def test_an_answer_that_was_begun_is_continued(chat_tokenizer, caplog):
 
 
 @pytest.mark.parametrize(
-    "fault", ["{{ 1 + messages[0]['content'] }}", "{{ range(10 ** 30) }}", "{{ 1 / 0 }}"]
+    "fault", ["{{ 1 + messages[0]['content'] }}", "{{ range(9999999999) }}", "{{ 1 / 0 }}"]
 )
 def test_whatever_a_template_raises_is_one_sentence(chat_tokenizer, fault):
     chat_tokenizer.chat_template = fault

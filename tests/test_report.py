@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -317,3 +318,49 @@ def test_the_sae_is_told_of_without_its_folder(tmp_path):
     write_report(tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "## SAE training" in text and "| fvu | 0.321 |" in text and "None" not in text
+
+
+def test_holes_are_marked_in_the_tables_and_the_curves(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    record_run(tmp_path / "a", "a", 0, [0.2, 0.3, 0.4])
+    record_run(tmp_path / "a.seed-1", "a", 1, [0.2, 0.3, 0.4])
+    kept = [
+        line
+        for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines(True)
+        if json.loads(line)["step"] not in range(5, 12)
+    ]
+    (tmp_path / "a" / "metrics.jsonl").write_text("".join(kept))
+    tree = {"train": {"steps": 20, "eval": {"every": 10}}}
+    (tmp_path / "a" / "run.json").write_text(json.dumps({"arm": "a", "seed": 0, "config": tree}))
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (figures.append(self), path.touch()))
+    said = []
+    write_report(tmp_path, said.append)
+    assert said[0].endswith("a: metrics.jsonl lacks the training steps 5 to 11")
+    assert said[1].endswith("a: metrics.jsonl lacks the evaluations of the steps 10")
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert "lacks the training steps 5 to 11" in text and "2 (1 with lost rows)" in text, name
+    assert np.isnan(figures[0].axes[0].lines[0].get_ydata()).tolist() == [False, True, False]
+    write_report(tmp_path / "a")
+    rates = figures[-2].axes[0].lines[0].get_ydata()
+    assert np.flatnonzero(np.isnan(rates)).tolist() == list(range(4, 11))
+
+
+def test_warnings_of_training_have_a_table(tmp_path):
+    record_run(tmp_path / "a", "a", 0, [0.2, 0.3])
+    found = {"first": 3, "times": 1, "steps": 4}
+    (tmp_path / "a" / "summary.json").write_text(json.dumps({"steps": 10, "warnings": {"no signal": found}}))
+    write_report(tmp_path)
+    assert "| a | 0 | no signal | 3 | 1 | 4 |" in (tmp_path / "report.md").read_text()
+    assert "<td>no signal</td><td>3</td>" in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_whose_metrics_are_gone_is_said(tmp_path):
+    record_run(tmp_path / "a", "a", 0, [0.2, 0.3])
+    record_run(tmp_path / "b", "b", 0, [0.2, 0.3])
+    (tmp_path / "b" / "summary.json").write_text(json.dumps({"steps": 10}))
+    (tmp_path / "b" / "metrics.jsonl").unlink()
+    write_report(tmp_path)
+    assert "b: metrics.jsonl lacks the training steps 1 to 10" in (tmp_path / "report.md").read_text()

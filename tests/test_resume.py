@@ -18,6 +18,7 @@ from saerl_fast.config import (
 from saerl_fast.errors import SaerlError
 from saerl_fast.records.lock import lock
 from saerl_fast.records.log import read_metrics
+from saerl_fast.records.runs import load_runs
 from saerl_fast.rl.checkpoint import load_latest
 from saerl_fast.rl.interrupt import Stopped, graceful_interrupt
 from tests.tiny_lm import tiny_model
@@ -185,3 +186,53 @@ def test_adaptive_plan_with_captured_features_resumes_bit_for_bit(tmp_path: Path
     assert plan.next_batch() == again.next_batch()
     times = [row["time"] for row in read_metrics(tmp_path / "one") if row["kind"] == "train"]
     assert all(t["capture"] > 0 and t["encode"] > 0 for t in times)
+
+
+LOST = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "emptied": lambda path: os.truncate(path, 0),
+    "deleted": lambda path: path.unlink(),
+    "edited": lambda path: path.write_text(path.read_text().replace('"step": 2', '"step":  2', 1)),
+}
+
+
+CASES = [
+    *(("metrics.jsonl", harm) for harm in LOST),
+    ("rollouts.jsonl", "truncated"),
+    ("eval_items.jsonl", "deleted"),
+]
+
+
+@pytest.mark.parametrize(("name", "harm"), CASES)
+def test_rows_lost_before_a_resume_are_said(tmp_path: Path, caplog, name: str, harm: str) -> None:
+    calls: list[int] = []
+
+    def stop(prompts, completions, **columns):
+        calls.append(1)
+        if len(calls) > 4:
+            raise Die
+        return vowels(prompts, completions)
+
+    cfg = small(steps=4, save_every=1)
+    with pytest.raises(SaerlError, match="Die"):
+        run(tmp_path, cfg, reward=stop)
+    LOST[harm](tmp_path / name)
+    _, _, summary = run(tmp_path, cfg, resume=True)
+    word = {"deleted": "is missing", "edited": "was changed"}.get(harm, "has ")
+    assert summary["damage"][0].startswith(f"{name} {word}") and summary["damage"][0].endswith("(step 2)")
+    assert f"{name} {word}" in caplog.text and len(summary["damage"]) == 1
+    said: list[str] = []
+    load_runs(tmp_path, said.append)
+    assert said[0].endswith(summary["damage"][0])
+    if name == "metrics.jsonl" and harm in ("emptied", "deleted"):
+        assert said[1].endswith("metrics.jsonl lacks the training steps 1 to 2") and len(said) == 2
+    caplog.clear()
+    _, _, again = run(tmp_path, small(steps=5, save_every=1), resume=True)
+    assert again["damage"] == summary["damage"] and name not in caplog.text
+
+
+def test_a_whole_run_has_no_damage(tmp_path: Path) -> None:
+    run(tmp_path / "a", small(steps=2))
+    _, _, summary = run(tmp_path / "a", small(steps=4), resume=True)
+    said: list[str] = []
+    assert "damage" not in summary and load_runs(tmp_path, said.append) and said == []

@@ -165,7 +165,7 @@ def broken(folder: Path, case: str) -> None:
     [
         ("no weights", "but sae_weights.safetensors does not exist"),
         ("no config", "does not say how it encodes"),
-        ("truncated", "not readable safetensors"),
+        ("truncated", "is damaged .*; copy these SAE weights again"),
         ("shape", r"b_dec has shape \(3,\), expected \(12,\)"),
         ("missing", "lacks W_dec"),
         ("nan", "b_enc holds NaN"),

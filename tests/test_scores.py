@@ -147,6 +147,10 @@ def test_damaged_and_mixed_up_files_are_refused(tmp_path):
     turned.save(tmp_path / "b")
     file = tmp_path / "a" / "features.safetensors"
     kept = file.read_bytes()
+    with pytest.raises(SaerlError, match="features.safetensors is damaged.*make it again with `saerl score`"):
+        file.write_bytes(kept[:-1] + b"?")
+        Scores.load(tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").unlink()  # as files that were copied alone
     file.write_bytes((tmp_path / "b" / "features.safetensors").read_bytes())
     with pytest.raises(SaerlError, match="other prompts"):
         Scores.load(tmp_path / "a")

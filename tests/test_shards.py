@@ -40,7 +40,7 @@ def test_other_settings_and_damage_are_computed_again(tmp_path):
     calls = []
     Shards(tmp_path, "new", 10).collect(IDS, computing(calls))
     assert len(calls) == 3 and not (tmp_path / "features.partial-old").exists()
-    damaged = sorted((tmp_path / "features.partial-new").glob("*.prompt.safetensors"))[1]
+    damaged = sorted((tmp_path / "features.partial-new").glob("*.prompt-*.safetensors"))[1]
     damaged.write_bytes(damaged.read_bytes()[:40])
     again = []
     prompt, _ = Shards(tmp_path, "new", 10).collect(IDS, computing(again))

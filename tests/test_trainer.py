@@ -260,7 +260,10 @@ def test_a_mismatch_beyond_rounding_is_said_and_counted(tmp_path: Path, monkeypa
     _, _, summary = run(tmp_path / "off", small(steps=3))
     assert summary["mismatch_steps"] == 3
     said = [r.message for r in caplog.records if "(mismatch)" in r.message]
-    assert [line[:7] for line in said] == ["step 1:", "step 2:"] and "differ by 0.2 per token" in said[0]
+    assert (
+        len(said) == 1 and said[0].startswith("step 1: mismatch: ") and "differ by 0.2 per token" in said[0]
+    )
+    assert summary["warnings"] == {"mismatch": {"first": 1, "times": 1, "steps": 3}}
     monkeypatch.undo()
     caplog.clear()
     assert run(tmp_path / "fine", small(steps=1))[2]["mismatch_steps"] == 0

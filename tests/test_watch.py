@@ -151,6 +151,40 @@ def test_ctrl_c_ends_the_command_quietly(tmp_path: Path) -> None:
     assert process.returncode == 0 and err == "" and out.startswith("step     2 eval")
 
 
+def test_warnings_stand_behind_the_row_and_holes_are_said_once(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "run", echo=lambda line: None) as log:
+        for step in (1, 2, 6):
+            log.log(rows(step)[0] | ({"alarms": ["no signal"], "begun": ["no signal"]} if step == 6 else {}))
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    said: list[str] = []
+    watch(tmp_path / "run", said.append, every=0.01)
+    assert said[0].startswith("step     6 train") and said[0].endswith("  ! no signal: 1 steps")
+    assert said[1] == f"{tmp_path / 'run'}: metrics.jsonl lacks the training steps 3 to 5" and len(said) == 3
+
+
+def test_a_copy_does_not_end_a_comparison(tmp_path: Path, monkeypatch) -> None:
+    from saerl_fast.records import watch as module
+
+    (tmp_path / "compare.json").write_text(json.dumps({"arms": ["vanilla", "adaptive"], "seeds": [0]}))
+    for name in ("vanilla", "old/vanilla"):
+        write(tmp_path / name, 1, 2, None)
+        (tmp_path / name / "run.json").write_text(json.dumps({"arm": "vanilla", "seed": 0, "id": "x"}))
+        (tmp_path / name / "summary.json").write_text("{}")
+    looks: list[float] = []
+
+    def add(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 2:
+            write(tmp_path / "adaptive", 1, 2, None)
+            (tmp_path / "adaptive" / "run.json").write_text(json.dumps({"arm": "adaptive", "seed": 0}))
+            (tmp_path / "adaptive" / "summary.json").write_text("{}")
+
+    monkeypatch.setattr(module.time, "sleep", add)
+    said: list[str] = []
+    watch(tmp_path, said.append, every=0.01)
+    assert len(looks) == 2 and sum("is a copy of" in line for line in said) == 1
+
+
 def test_a_run_that_loads_its_model_is_waited_for(tmp_path, monkeypatch):
     def wait(seconds):
         raise KeyboardInterrupt

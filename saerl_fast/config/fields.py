@@ -177,7 +177,7 @@ class Given(str):
 
         try:
             return yaml.safe_load(self) if self else ""
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):  # 2001-99-99 looks like a date
             return str(self)
 
 
@@ -233,6 +233,9 @@ def read(value: Any, hint: Any, key: str, about: Setting | None = None) -> Any:
         if hint is str:
             if not isinstance(value, TEXT):
                 raise ValueError
+            if "\0" in str(value):
+                raise SaerlError(f"{key}={value!r} holds a null character; remove it")
+            str(value).encode()  # what came from the command line may be bytes that are no UTF-8
             return choose(str(value), about.choices, key, about.or_function) if about else str(value)
     except SaerlError:  # of an item of a list
         raise

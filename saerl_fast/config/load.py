@@ -34,7 +34,9 @@ def load_config(path: str | Path | None = None, overrides: Overrides = ()) -> Co
             loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
         except OSError as err:
             raise SaerlError(f"config file {file} cannot be read: {err.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as err:
+        except RecursionError:
+            raise SaerlError(f"config file {file} is nested too deeply to be read; flatten it") from None
+        except (yaml.YAMLError, ValueError) as err:  # no UTF-8, a date such as 2001-99-99
             raise SaerlError(f"config file {file} is not valid YAML: {' '.join(str(err).split())}") from None
         if loaded is not None and not isinstance(loaded, dict):
             raise SaerlError(f"config file {file} must hold sections, not a {type(loaded).__name__}")

@@ -128,7 +128,7 @@ class QualityConfig(Section):
 class DifficultyConfig(Section):
     label_column: str | None = setting(None, "pass rate in [0, 1], null: unknown; null rolls out a subset")
     n_labels: int = setting(128, "prompts rolled out for labels, before any warm-up; 0: none", at_least=0)
-    rollouts: int = setting(4, "per labelled prompt", at_least=1)
+    rollouts: int = setting(4, "per labelled prompt", at_least=1, at_most=1 << 20)
     probe: Literal["ridge", "elasticnet"] = setting("ridge", "elasticnet: the paper's, on SAE features alone")
     features: list[Kind] = setting(KINDS, FEATURES, filled=True, distinct=True)
     alpha: float = setting(0.05, "of elasticnet: penalty, as a share of what leaves no coefficient", above=0)
@@ -185,7 +185,7 @@ class PlanConfig(Section):
 @dataclass
 class RolloutConfig(Section):
     prompts_per_step: int = setting(16, "a batch of the plan", at_least=1)
-    group_size: int = setting(8, "rollouts per prompt", at_least=2)
+    group_size: int = setting(8, "rollouts per prompt", at_least=2, at_most=1 << 20)
     max_new_tokens: int = setting(64, "tokens of a completion at most", at_least=1)
     temperature: float = setting(1.0, "of sampling; the loss uses the same", above=0)
     top_p: float = setting(1.0, "nucleus sampling; 1 samples from everything", above=0, at_most=1)
@@ -227,7 +227,7 @@ class LoRAConfig(Section):
 class WarmupConfig(Section):
     steps: int = setting(0, "supervised steps on `prompt -> answer` before GRPO", at_least=0)
     batch_size: int = setting(16, "rows a step", at_least=1)
-    lr: float = setting(1e-5, "after the first tenth of the steps", at_least=0)
+    lr: float = setting(1e-5, "after the first tenth of the steps", at_least=0, at_most=1e6)
     rows: int | None = setting(None, "how many training rows it may see", at_least=1)
 
 
@@ -237,7 +237,7 @@ class EvalConfig(Section):
     mode: Literal["sample", "greedy", "prob"] = setting(
         "sample", "sample: avg@k; prob: teacher-forced probability of the reference answer"
     )
-    samples: int = setting(4, "k of avg@k", at_least=1)
+    samples: int = setting(4, "k of avg@k", at_least=1, at_most=1 << 20)
     temperature: float = setting(1.0, "of sample and prob", above=0)
 
 
@@ -245,7 +245,7 @@ class EvalConfig(Section):
 class TrainConfig(Section):
     steps: int = setting(100, "optimizer steps, one for each batch of rollouts", at_least=0)
     seed: int | None = setting(None, "of sampling and order, not of the data split; null: the run's", **SEED)
-    lr: float = setting(1e-6, "about ten times as much with train.lora", at_least=0)
+    lr: float = setting(1e-6, "about ten times as much with train.lora", at_least=0, at_most=1e6)
     warmup_steps: int = setting(10, "of the learning rate", at_least=0)
     weight_decay: float = setting(0.0, "of AdamW", at_least=0)
     betas: tuple[float, float] = setting((0.9, 0.999), "of AdamW", at_least=0, below=1)
@@ -263,6 +263,12 @@ class TrainConfig(Section):
     reward_weights: list[float] | None = setting(None, "of several rewards, in their order; null: 1 each")
     reward_truncated: bool = setting(False, "the built-in rewards also pay completions that were cut off")
     pass_threshold: float | None = setting(None, "the reward of a pass, at least; null: clip to [0, 1]")
+    warn_after: int = setting(
+        5,
+        "steps in a row in which something is wrong before it is said; 0: no warnings",
+        at_least=0,
+        result=False,
+    )
     reward_timeout: float = setting(
         0.0,
         "seconds for one call of the reward, in a child process; 0: no limit",

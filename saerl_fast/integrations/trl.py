@@ -73,7 +73,7 @@ class PlanRepeatSampler(Sampler[int]):
         for event in events:
             if len(event) == 2:
                 self.observe(*event)
-            elif self._batch(len(self._drawn)) != event[0]:
+            elif [self._batch(len(self._drawn))] != event:
                 raise SaerlError(
                     "the checkpoint was made with another plan; load the one it was started with"
                 )
@@ -129,7 +129,7 @@ def plan_trainer(
             if folder is True:
                 folder = get_last_checkpoint(self.args.output_dir)
             if folder:
-                sampler.replay(read_json(Path(folder) / STATE, "a run of plan_trainer"))
+                sampler.replay(read_json(Path(folder) / STATE, "a run of plan_trainer", [[([str], [float])]]))
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **more)
 
     trainer = PlanGRPOTrainer(**kwargs)

@@ -11,7 +11,6 @@ batches (rows of ids) are in the safetensors file too, a tensor a column; there 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -20,19 +19,28 @@ from typing import Any
 
 import numpy as np
 
-from saerl_fast.config import PlanConfig, from_dict, to_dict
+from saerl_fast.config import SCHEDULES, PlanConfig, from_dict, to_dict
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import read_json, write_text
+from saerl_fast.fileio import first_line, mismatch, read_json, write_text
 from saerl_fast.plan.adaptive import AdaptivePlan, Embedding
 from saerl_fast.plan.base import Plan
 from saerl_fast.plan.packed import Packed
 from saerl_fast.plan.static import StaticPlan
 from saerl_fast.plan.tensors import Blocks, read_tensors, write_tensors
+from saerl_fast.plugins import check_name
+from saerl_fast.records.manifest import digest, json_digest
 
 FORMAT, VERSIONS = "saerl-plan", (1, 2)
 COLUMNAR = 20_000
 BLOCK = 1 << 14  # rows written at a time
 COLUMNS = {"cluster": np.int32, "difficulty": np.float32, "quality": np.float32, "pass_rate": np.float32}
+FORM = {
+    **dict.fromkeys(("seed", "batch_size", "total_steps"), int),
+    **{"schedule": str, "config": dict, "notes": [str], "prompts": (int, [dict])},
+    **{"dropped": (int, [{"reason": str}]), "batches": (None, int, [list])},
+    **{"tensors": (None, {"file": str, "sha256": str})},
+}
+LARGEST = 1e30  # of a score
 AGAIN = "make it again with `saerl plan`"
 
 
@@ -72,7 +80,7 @@ def save_plan(plan: Plan, path: str | Path) -> Path:
     if tensors:
         file = path.with_suffix(".safetensors")
         write_tensors(file, tensors, "saerl-plan-tensors-1")
-        body["tensors"] = {"file": file.name, "sha256": _file_hash(file)}
+        body["tensors"] = {"file": file.name, "sha256": digest(file)}
     body["sha256"] = _content_hash(body)
     return write_text(path, _layout(body))
 
@@ -84,21 +92,32 @@ def load_plan(path: str | Path) -> Plan:
     """
     path = Path(path)
     body = read_json(path, "saerl plan")
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
+    if body.get("format") != FORMAT:
         raise SaerlError(f"{path} is not a plan file; {AGAIN}")
     if body.get("version") not in VERSIONS:
         raise SaerlError(f"{path} has version {body.get('version')!r}, this release reads 1 and 2; {AGAIN}")
     if body.get("sha256") != _content_hash(body):
         raise SaerlError(f"{path} was changed or damaged: its content does not match its sha256; {AGAIN}")
-    schedule = body.get("schedule")
-    if not isinstance(schedule, str) or not re.fullmatch(r"\w[\w.:-]{0,199}", schedule) or ".." in schedule:
-        raise SaerlError(f"{path} has no schedule's name but {schedule!r:.60}; {AGAIN}")
+    try:
+        return _plan(body, path)
+    except (LookupError, TypeError, ValueError, OverflowError) as err:  # a crafted one fits its hash
+        why = f"{err} is missing or unknown" if isinstance(err, KeyError) else first_line(err)
+        raise SaerlError(f"{path} cannot be followed ({why.removesuffix(f'; {AGAIN}')}); {AGAIN}") from err
+
+
+def _plan(body: dict[str, Any], path: Path) -> Plan:
+    """The plan that ``body`` describes; ValueError, LookupError and their like where it does not."""
+    if fault := mismatch(body, FORM):
+        raise ValueError(fault)
+    check_name(body["schedule"], SCHEDULES, "its schedule")
+    schedule, steps, size = body["schedule"], body["total_steps"], body["batch_size"]
+    if not re.fullmatch(r"\w[\w.:-]{0,199}", schedule) or ".." in schedule:
+        raise ValueError(f"its schedule {schedule!r:.60} is no name")
     cfg = from_dict(PlanConfig, body["config"])
     tensors = _tensors(path, body["tensors"]) if body["tensors"] else {}
     ids: Sequence[str]
     out: Sequence[str]
     reasons: Sequence[str]
-    batches: Any
     if body["version"] == 2:
         ids, table = _unpacked("", tensors, body["prompts"])
         out, dropped_table = _unpacked("dropped.", tensors, body["dropped"])
@@ -107,23 +126,28 @@ def load_plan(path: str | Path) -> Plan:
         ids, table = _columns(body["prompts"])
         out, dropped_table = _columns(body["dropped"])
         reasons = [record["reason"] for record in body["dropped"]]
+        if len({*ids, *out}) < len(ids) + len(out):
+            raise ValueError("a prompt stands in it twice")
     common: dict[str, Any] = {
-        "batch_size": body["batch_size"],
-        "total_steps": body["total_steps"],
-        "seed": body["seed"],
+        **{name: body[name] for name in ("batch_size", "total_steps", "seed", "notes")},
         "table": table,
         "dropped": dict(zip(out, reasons, strict=True)),
         "dropped_table": dropped_table,
-        "notes": body["notes"],
     }
-    if body["schedule"] == "adaptive":
-        return AdaptivePlan(ids, cfg, embedding=_read_embedding(tensors), **common)
+    if schedule == "adaptive":
+        return AdaptivePlan(ids, cfg, embedding=_read_embedding(tensors, len(ids)), **common)
     if body["version"] == 2:
         batches = tensors["batches"]
+        if batches.dtype != np.int32 or batches.size and not 0 <= batches.min() <= batches.max() < len(ids):
+            raise ValueError("its batches name rows that it does not have")
     else:
         row = {name: i for i, name in enumerate(ids)}
-        batches = [[row[name] for name in batch] for batch in body["batches"]]
-    return StaticPlan(body["schedule"], ids, cfg, batches=batches, **common)
+        batches = np.array([[row[name] for name in batch] for batch in body["batches"]])
+    if batches.shape != (steps, size):
+        raise ValueError("its batches are not total_steps of batch_size prompts")
+    if len(ids) >= size and (np.diff(np.sort(batches, axis=1)) == 0).any():
+        raise ValueError("a batch holds a prompt twice")
+    return StaticPlan(schedule, ids, cfg, batches=batches, **common)
 
 
 def _tensors(path: Path, entry: dict[str, str]) -> dict[str, np.ndarray]:
@@ -133,7 +157,7 @@ def _tensors(path: Path, entry: dict[str, str]) -> dict[str, np.ndarray]:
     file = path.parent / name
     if not file.is_file():
         raise SaerlError(f"{file} is missing: it belongs beside {path}; {AGAIN}")
-    if _file_hash(file) != entry["sha256"]:
+    if digest(file) != entry["sha256"]:
         raise SaerlError(f"{file} was changed or damaged: it does not match the hash in {path}; {AGAIN}")
     return read_tensors(file, AGAIN)
 
@@ -154,6 +178,7 @@ def _unpacked(
     lengths = {len(ends) - 1, *map(len, table.values())}
     if lengths != {count} or ends[0] != 0 or ends[-1] != len(text) or (np.diff(ends) < 0).any():
         raise SaerlError(f"the plan's tensors do not hold its {count} prompts; {AGAIN}")
+    _check_table(table)
     return Packed(text, ends), table
 
 
@@ -176,12 +201,28 @@ def _records(
 
 
 def _columns(records: list[dict]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Ids and score columns; ValueError and its like for what is no id and no score."""
     table = {}
     for name, dtype in COLUMNS.items():
         if records and name in records[0]:
             values = [np.nan if record[name] is None else record[name] for record in records]
-            table[name] = np.array(values, dtype=dtype)
-    return [record["id"] for record in records], table
+            if not set(map(type, values)) <= ({int} if dtype == np.int32 else {int, float}):
+                raise ValueError(f"{name} of some prompt is no number")
+            with np.errstate(over="ignore"):  # infinite then, and refused
+                table[name] = np.array(values, dtype=dtype)
+    _check_table(table)
+    ids = [record["id"] for record in records]
+    if not set(map(type, ids)) <= {str}:
+        raise ValueError("the id of some prompt is no text")
+    return ids, table
+
+
+def _check_table(table: dict[str, np.ndarray]) -> None:
+    for name, values in table.items():
+        least, most = {"cluster": (0, 2**31), "pass_rate": (0, 1)}.get(name, (-LARGEST, LARGEST))
+        known = values[~np.isnan(values)]
+        if values.dtype != COLUMNS[name] or (len(known) and not least <= known.min() <= known.max() <= most):
+            raise ValueError(f"{name} of some prompt is not from {least:g} to {most:g}")
 
 
 def _layout(body: dict[str, Any]) -> str:
@@ -197,17 +238,7 @@ def _layout(body: dict[str, Any]) -> str:
 
 
 def _content_hash(body: dict[str, Any]) -> str:
-    rest = {key: value for key, value in body.items() if key != "sha256"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
+    return json_digest({key: value for key, value in body.items() if key != "sha256"})
 
 
 def _embedding(plan: AdaptivePlan) -> dict[str, np.ndarray | Blocks]:
@@ -220,8 +251,17 @@ def _embedding(plan: AdaptivePlan) -> dict[str, np.ndarray | Blocks]:
     return tensors
 
 
-def _read_embedding(tensors: dict[str, np.ndarray]) -> Embedding:
-    rows, mean = tensors["rows"], tensors["mean"]
+def _read_embedding(tensors: dict[str, np.ndarray], n_rows: int) -> Embedding:
+    rows, mean, scale = tensors["rows"], tensors["mean"], tensors["scale"]
     idf = tensors.get("idf", np.zeros(0, dtype=np.float32))
     components = tensors.get("components", np.zeros((len(mean), 0), dtype=np.float32))
-    return Embedding(rows, idf, components, mean, float(tensors["scale"][0]))
+    width = len(mean)
+    shapes = {"rows": (n_rows, width), "mean": (width,), "components": (width, len(idf)), "scale": (1,)}
+    for name, array in (("rows", rows), ("mean", mean), ("components", components), ("scale", scale)):
+        if array.shape != shapes[name] or array.dtype != (np.float64 if name == "scale" else np.float32):
+            raise ValueError(f"it holds {name} {list(array.shape)}, not {list(shapes[name])}")
+        if not all(np.isfinite(array[at : at + BLOCK]).all() for at in range(0, len(array), BLOCK)):
+            raise ValueError(f"it holds {name} that are NaN or infinite")
+    if scale[0] <= 0:
+        raise ValueError(f"it holds the scale {scale[0]}")
+    return Embedding(rows, idf, components, mean, float(scale[0]))

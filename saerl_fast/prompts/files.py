@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import parse_json
 from saerl_fast.prompts import jsontext
 
 _TEXTUAL = (".jsonl", ".json", ".csv", ".tsv")
@@ -139,7 +140,7 @@ def _rows(path: Path, lines: Any) -> Iterator[dict[str, Any]]:
         line = _text(raw, path, number)
         if not line.strip():
             continue
-        row = jsontext.parse(line, f"{path} line {number}")
+        row = parse_json(line, f"{path} line {number}")
         if not isinstance(row, dict):
             raise SaerlError(f"{path} line {number} must be a JSON object, not a {type(row).__name__}")
         yield row
@@ -156,7 +157,7 @@ def _read_json(path: Path, _: set[str]) -> Columns:
     elif text.lstrip()[:1] == "{" and _one_a_line(text):
         return columns_of(list(_rows(path, raw.splitlines())))
     else:
-        value = jsontext.parse(text, str(path))
+        value = parse_json(text, str(path))
         if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
             if len({len(column) for column in value.values()}) <= 1:
                 return value
@@ -208,19 +209,19 @@ def _read_cells(path: Path, text: str, text_columns: set[str], dialect: str) -> 
 def _read_parquet(path: Path, _: set[str]) -> Columns:
     """All columns of one Parquet file as Python values."""
     try:
-        import pyarrow as pa
         import pyarrow.parquet as parquet
     except ImportError:
         raise SaerlError(f"reading {path} needs pyarrow; pip install pyarrow") from None
     try:
         table = parquet.read_table(path)
-    except (pa.ArrowException, OSError) as err:
+        columns = [column.to_pylist() for column in table.columns]
+    except Exception as err:  # Arrow's own, and what values raise: no UTF-8, a date beyond year 9999
         raise SaerlError(f"{path} is not a Parquet file ({_first_line(err)}); write it again") from None
     names = table.column_names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise SaerlError(f"{path} has the column {twice!r} twice; rename one of them")
-    return {name: table.column(name).to_pylist() for name in names}
+    return dict(zip(names, columns, strict=True))
 
 
 _READERS: dict[str, Callable[[Path, set[str]], Columns]] = {

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from saerl_fast.config import DataConfig
-from saerl_fast.errors import SaerlError
+from saerl_fast.errors import SaerlError, halved
 from saerl_fast.prompts import chats, files, layouts, sources
 from saerl_fast.prompts.chats import Messages
 
@@ -53,9 +54,12 @@ class Pool:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of ids, prompts and answers: what a stage's output depends on."""
-        rows = [self.columns[name] for name in ("prompt_id", "prompt", "answer")]
-        return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+        """Hash of all columns: what a stage's output depends on, labels and a reward's columns too."""
+
+        def plain(value: Any) -> str:  # an object without a text of its own shows its address
+            return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+        return hashlib.sha256(json.dumps(self.columns, default=plain, skipkeys=True).encode()).hexdigest()
 
     def column(self, name: str) -> list[Any]:
         """One column, or the values at a path such as ``extra_info.level``; SaerlError when there is none."""
@@ -93,6 +97,7 @@ def load_prompts(spec: str, cfg: DataConfig, *, split_role: Role = "train", seed
         )
     columns = _canonical(files.without_nan(columns), spec, cfg, split_role)
     columns["prompt"] = [chats.wrap(prompt, cfg.template) for prompt in columns["prompt"]]
+    _check_texts(columns, spec)
     return Pool(columns)
 
 
@@ -164,6 +169,17 @@ def _canonical(columns: files.Columns, spec: str, cfg: DataConfig, role: Role) -
             row = prompts.index(prompt)
             raise SaerlError(f"{spec} row {row}: the prompt {fault}; mend or remove the row") from None
     return columns | {"prompt": read}
+
+
+def _check_texts(columns: dict[str, list[Any]], spec: str) -> None:
+    """SaerlError for text that no file and no tokenizer takes."""
+    for name, column in columns.items():
+        cells = [cell if isinstance(cell, str) else "" for cell in column]
+        if halved(name + "".join(cells)):
+            row = next((f" row {i}" for i, cell in enumerate(cells) if halved(cell)), "'s name")
+            raise SaerlError(
+                f"{spec} column {name!r}{row} holds half of a surrogate pair, which is no character; mend it"
+            )
 
 
 def _texts(cells: list[Any], name: str, spec: str, what: str) -> list[str | None]:

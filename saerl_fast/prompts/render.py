@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,7 @@ from saerl_fast.prompts.pool import Pool
 
 log = logging.getLogger(__name__)
 
+_SECONDS = 10.0  # for a prompt to be rendered: real templates take milliseconds
 _OURS = (  # arguments of apply_chat_template that decide the form of its result
     *("conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "padding"),
     *("continue_final_message", "truncation", "max_length", "return_tensors", "return_dict"),
@@ -112,6 +116,7 @@ def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> list[str]:
             "the tokenizer's chat template needs jinja2; pip install jinja2, or set data.chat=never"
         ) from None
     _check_arguments(str(tokenizer.chat_template), cfg.chat_template_kwargs)
+    _check_powers(str(tokenizer.chat_template))
     begun = sum(map(is_prefilled, prompts))
     if begun:
         log.warning(
@@ -124,7 +129,10 @@ def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> list[str]:
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         how = {"continue_final_message": True} if is_prefilled(prompt) else {"add_generation_prompt": True}
         try:
-            text = tokenizer.apply_chat_template(chat, tokenize=False, **how, **cfg.chat_template_kwargs)
+            with _within(_SECONDS):
+                text = tokenizer.apply_chat_template(chat, tokenize=False, **how, **cfg.chat_template_kwargs)
+            if not isinstance(text, str):
+                raise TypeError(f"it gives a {type(text).__name__}, not text")
         except Exception as err:  # templates raise what they like, from TemplateError to OverflowError
             roles = ", ".join(message["role"] for message in chat)
             reason = (str(err).strip().splitlines() or [""])[0].rstrip(".") or type(err).__name__
@@ -134,6 +142,37 @@ def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> list[str]:
             ) from None
         texts.append(text + cfg.prefill)
     return texts
+
+
+@contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """TimeoutError in a block that takes longer, where signals can end it: in the main thread, on POSIX."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(number: int, frame: Any) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} s")
+
+    handler = signal.signal(signal.SIGALRM, ring)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def _check_powers(template: str) -> None:
+    """jinja's sandbox bounds ranges but not 9 ** 9 ** 9, which no signal ends."""
+    from jinja2 import Environment, TemplateError
+
+    with suppress(TemplateError):  # said when it is rendered
+        if any(token[1:] == ("operator", "**") for token in Environment().lex(template)):
+            raise SaerlError(
+                "the chat template computes powers (**), which may never end; use another one, or set "
+                "data.chat=never"
+            )
 
 
 def _check_arguments(template: str, arguments: dict[str, Any]) -> None:

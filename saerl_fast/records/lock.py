@@ -33,6 +33,7 @@ from typing import Any
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import LEFTOVER, has_ended, process_mark, reason
+from saerl_fast.records.manifest import FILE as MANIFEST
 
 log = logging.getLogger(__name__)
 NAME = ".saerl.lock"
@@ -131,8 +132,9 @@ def holder(folder: str | Path) -> str | None:
 
 
 def vacant(folder: Path) -> bool:
-    """Whether there is nothing in ``folder`` but, perhaps, its lock."""
-    return not folder.exists() or all(path.name.startswith(NAME) for path in folder.iterdir())
+    """Whether there is nothing in ``folder`` but, perhaps, its lock and a manifest of files never written."""
+    names = (path.name for path in folder.iterdir()) if folder.exists() else ()
+    return all(name.startswith(NAME) or name == MANIFEST for name in names)
 
 
 def sweep(folder: Path) -> None:

@@ -2,60 +2,122 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path
+from saerl_fast.fileio import atomic_path, write_json, writing
 
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+LOGS = "logs.json"  # what had been written to the logs of a run at its latest checkpoint
 _SHOWN = ("reward", "pass_rate", "accuracy", "loss", "entropy", "lr", "tokens", "n")  # console order
 
 
 class JsonlLog:
     """An append-only file of JSON objects, one a line, flushed after every write.
 
-    A fresh log (``resume_step=None``) moves an older file of the same name aside, to ``*.previous``.
-    A resumed one drops the rows whose ``step`` is later than ``resume_step``, atomically, since a run that
-    stopped after its last checkpoint will write those steps again.
+    A fresh log (``resume_step=None``) moves an older file of the same name aside, to ``*.previous``. A
+    resumed one drops what was written after the checkpoint, since a run that stopped later will write those
+    steps again: everything behind the bytes that ``written`` counts (what `digest` was at the checkpoint),
+    or, where the file is no longer what was written then, the rows whose ``step`` is later than
+    ``resume_step`` and the lines that cannot be read. ``damage`` then says what is wrong with the file.
     """
 
-    def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
-        self.path = Path(path)
-        try:
+    def __init__(
+        self, path: str | Path, resume_step: int | None = None, written: Mapping[str, Any] | None = None
+    ) -> None:
+        self.path, self.damage = Path(path), ""
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists():
-                if resume_step is None:
-                    self.path.replace(self.path.with_name(self.path.name + ".previous"))
-                else:
-                    keep_until(self.path, resume_step)
-            self._file = self.path.open("a", encoding="utf-8")
-        except OSError as err:
-            raise SaerlError(f"cannot write {self.path}: {err.strerror}; choose another run_dir") from None
+            if resume_step is not None:
+                self.damage = _cut(self.path, resume_step, written)
+            elif self.path.exists():
+                self.path.replace(self.path.with_name(self.path.name + ".previous"))
+            self._file = self.path.open("ab")
+            self._rows, self._bytes, self._sha = _hashed(self.path)
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows. NumPy and torch scalars become numbers, NaN and infinity null."""
-        text = "".join(json.dumps(_json_value(row), allow_nan=False) + "\n" for row in rows)
+        lines = [json.dumps(_json_value(row), allow_nan=False) + "\n" for row in rows]
+        data = "".join(lines).encode()
         if not os.fstat(self._file.fileno()).st_nlink:
             raise SaerlError(f"{self.path} was removed while it was being written; resume, or start again")
-        try:
-            self._file.write(text)
+        with writing(self.path):
+            self._file.write(data)
             self._file.flush()
-        except OSError as err:
-            raise SaerlError(
-                f"cannot write {self.path}: {err.strerror}; free some space and resume"
-            ) from None
+        self._rows, self._bytes = self._rows + len(lines), self._bytes + len(data)
+        self._sha.update(data)
+
+    def digest(self) -> dict[str, Any]:
+        """Rows and bytes written so far, and their SHA-256."""
+        return {"rows": self._rows, "bytes": self._bytes, "sha256": self._sha.hexdigest()}
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what a full disk did not take was said when it was written
+            self._file.close()
+
+
+def _hashed(path: Path, size: int | None = None) -> tuple[int, int, Any]:
+    """Lines, bytes and SHA-256 of the first ``size`` bytes of a file (of all of it)."""
+    rows, left, sha = 0, size if size is not None else path.stat().st_size, hashlib.sha256()
+    done = 0
+    with path.open("rb") as file:
+        while block := file.read(min(left - done, 1 << 20)):
+            sha.update(block)
+            rows, done = rows + block.count(b"\n"), done + len(block)
+    return rows, done, sha
+
+
+def write_logs(out_dir: str | Path, written: Mapping[str, Any], counters: Mapping[str, Any]) -> None:
+    """Record in ``<out_dir>/logs.json`` what ``written`` says, the digest of each log by its name, and the
+    ``damage`` that the run has counted."""
+    write_json(Path(out_dir) / LOGS, {"logs": written, "damage": counters.get("damage", [])})
+
+
+def damage(path: str | Path, written: Mapping[str, Any]) -> str:
+    """What is wrong with a log of which ``written`` was the `JsonlLog.digest`; "" when nothing is.
+
+    Rows that were appended later, and a torn last line, are no damage.
+    """
+    path = Path(path)
+    if not written["rows"]:
+        return ""
+    if not path.is_file():
+        return f"{path.name} is missing, and the {written['rows']} rows that it held"
+    rows, size, sha = _hashed(path, written["bytes"])
+    if size == written["bytes"] and sha.hexdigest() == written["sha256"]:
+        return ""
+    if size < written["bytes"] and rows < written["rows"]:
+        return f"{path.name} has {rows} of the {written['rows']} rows that were written"
+    return f"{path.name} was changed after it was written"
+
+
+def _cut(path: Path, step: int, written: Mapping[str, Any] | None) -> str:
+    """Bring a log back to a checkpoint; what was wrong with it."""
+    if written is not None and not damage(path, written):
+        if path.is_file():
+            os.truncate(path, written["bytes"])
+        return ""
+    if not path.is_file():
+        return damage(path, written) if written is not None else ""
+    unreadable = keep_until(path, step)
+    rows = _hashed(path)[0]
+    if written is None:
+        return f"{path.name} had {unreadable} damaged lines" if unreadable else ""
+    if rows == written["rows"]:
+        return f"{path.name} was changed after it was written"
+    what = f"{path.name} has {rows} of the {written['rows']} rows that were written"
+    return what + (f" ({unreadable} damaged lines were dropped)" if unreadable else "")
 
 
 class MetricsLog:
@@ -64,6 +126,7 @@ class MetricsLog:
     ``echo`` receives one line of text per row (by default it goes to `logging` at level INFO).
     ``steps``: how many there will be, for those lines.
     ``resume_step`` is the step of the checkpoint that training continues from; None starts afresh.
+    ``written``: as for `JsonlLog`.
     ``trackers``: tensorboard (written to ``<out_dir>/tensorboard``), wandb, trackio; every number of a row
     goes to each as ``<kind>/<name>``. wandb and trackio read their own environment variables; the project is
     "saerl-fast" unless WANDB_PROJECT or TRACKIO_PROJECT names one, a run is called by its folder, and a
@@ -79,11 +142,12 @@ class MetricsLog:
         echo: Callable[[str], None] | None = None,
         trackers: Sequence[str] = (),
         steps: int | None = None,
+        written: Mapping[str, Any] | None = None,
     ) -> None:
         self._echo, self._steps = echo if echo is not None else log.info, steps
         self._trackers = [_open_tracker(name, Path(out_dir), resume_step) for name in trackers]
-        self._lines = JsonlLog(Path(out_dir) / "metrics.jsonl", resume_step)
-        self.path = self._lines.path
+        self.lines = JsonlLog(Path(out_dir) / "metrics.jsonl", resume_step, written)
+        self.path = self.lines.path
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Record one row; it must hold ``step`` (int) and ``kind`` ("train", "eval", ...)."""
@@ -91,14 +155,14 @@ class MetricsLog:
         if missing:
             raise SaerlError(f"a metrics row needs the key {missing[0]!r}; it has {', '.join(row)}")
         plain = _json_value(row)
-        self._lines.write([plain])
+        self.lines.write([plain])
         self._echo(format_row(plain, self._steps))
         values = {f"{plain['kind']}/{name}": value for name, value in _flat(plain)}
         for send, _ in self._trackers:
             send(values, plain["step"])
 
     def close(self) -> None:
-        self._lines.close()
+        self.lines.close()
         for _, close in self._trackers:
             close()
 
@@ -134,12 +198,40 @@ def read_jsonl(path: str | Path) -> list[Row]:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError("not an object")
-        except ValueError as err:
+        except (ValueError, RecursionError) as err:
             if number == len(lines):
                 break
             raise SaerlError(f"{path} line {number} is damaged ({err}); remove that line") from None
         rows.append(row)
     return rows
+
+
+def end_rows(path: str | Path, *, last: bool) -> list[Row]:
+    """The rows of the first or the last step in a JSON-lines file, read from that end only; what cannot be
+    read is passed over. [] without a file."""
+    path, found = Path(path), list[Row]()
+    for line in (_backwards(path) if last else path.open("rb")) if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            if found and row.get("step") != found[0].get("step"):
+                break
+            found.append(row)
+    return found[::-1] if last else found
+
+
+def _backwards(path: Path) -> Iterator[bytes]:
+    """The lines of a file, the last one first."""
+    with path.open("rb") as file:
+        at, rest = file.seek(0, os.SEEK_END), b""
+        while at > 0:
+            size = min(at, 1 << 20)
+            at = file.seek(at - size)
+            rest, *lines = (file.read(size) + rest).split(b"\n")
+            yield from reversed(lines)
+        yield rest
 
 
 def read_metrics(path: str | Path) -> list[Row]:
@@ -148,11 +240,19 @@ def read_metrics(path: str | Path) -> list[Row]:
     return read_jsonl(path / "metrics.jsonl" if path.is_dir() else path)
 
 
-def keep_until(path: str | Path, step: int) -> None:
-    """Rewrite a JSON-lines file without the rows later than ``step`` and without a torn last line."""
-    rows = [row for row in read_jsonl(path) if row.get("step", 0) <= step]
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def keep_until(path: str | Path, step: int) -> int:
+    """Rewrite a JSON-lines file without the rows later than ``step``, a torn last line and damaged lines;
+    returns how many of these were damaged."""
+    unreadable = 0
+    with atomic_path(path) as temporary, open(path, "rb") as old, temporary.open("wb") as new:
+        for line in old:
+            try:
+                row = json.loads(line)
+                if row.get("step", 0) <= step:
+                    new.write(line.rstrip(b"\n") + b"\n")
+            except (ValueError, AttributeError, TypeError, RecursionError):
+                unreadable += line.endswith(b"\n") and bool(line.strip())
+    return unreadable
 
 
 def _json_value(value: Any) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from saerl_fast.errors import printable
 from saerl_fast.fileio import atomic_path
 from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes
 
@@ -16,6 +17,7 @@ MODE_LABELS = {
     "greedy": "held-out accuracy (greedy)",
     "prob": "P(reference answer), held out",
 }
+POINTS = 2000  # of a curve, at most
 PALETTE = ("#4a5568", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d6a9f", "#2e4057", "#b56576")
 
 
@@ -33,7 +35,7 @@ def _figure(
         "axes.grid": True,
         "grid.alpha": 0.25,
     }
-    style |= {"font.size": 10, "axes.axisbelow": True}
+    style |= {"font.size": 10, "axes.axisbelow": True, "text.parse_math": False}  # an arm may hold a $
     with plt.rc_context(style):
         figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained")
         draw(figure, axes)
@@ -41,6 +43,12 @@ def _figure(
             figure.savefig(temporary, dpi=130, format="png")
         plt.close(figure)
     return path
+
+
+def _cut(name: str) -> str:
+    """``name`` as a label: printable, and of a length that leaves room for the figure."""
+    name = printable(name).replace("\n", " ")
+    return name if len(name) <= 40 else f"{name[:24]}...{name[-13:]}"
 
 
 def colours(runs: list[RunRecord]) -> dict[str, str]:
@@ -63,22 +71,21 @@ def learning_curves(runs: list[RunRecord], targets: dict[str, float], path: Path
 
     def draw(figure: Any, axes: Any) -> None:
         for arm, shade in colour.items():
-            mine = [run for run in runs if run.arm == arm and run.eval]
+            mine = [run for run in runs if run.arm == arm and run.eval_steps]
             for run in mine:
-                axes[0].plot(
-                    run.eval_steps, run.accuracy, color=shade, lw=0.8, alpha=0.4 if len(mine) > 1 else 0
-                )
-                rollouts = np.cumsum([0] + [row.get("rollouts", 0) for row in run.train])
-                at = [rollouts[min(step, len(rollouts) - 1)] for step in run.eval_steps]
-                axes[1].plot(at, run.accuracy, color=shade, lw=1.6, alpha=0.9 if len(mine) == 1 else 0.5)
-            steps = [run.eval_steps for run in mine]
-            if mine and all(s == steps[0] for s in steps):
-                mean = np.mean([run.accuracy for run in mine], axis=0)
-                label = arm if len(mine) == 1 else f"{arm} (mean of {len(mine)})"
-                axes[0].plot(steps[0], mean, color=shade, lw=2.2, label=label)
+                steps, values = _curve(run)
+                axes[0].plot(steps, values, color=shade, lw=0.8, alpha=0.4 if len(mine) > 1 else 0)
+                rollouts = np.append(0, np.cumsum(np.nan_to_num(run.train["rollouts"])))
+                at = rollouts[np.searchsorted(run.train["step"], steps, side="right")]
+                axes[1].plot(at, values, color=shade, lw=1.6, alpha=0.9 if len(mine) == 1 else 0.5)
+            curves = [_curve(run) for run in mine]
+            if mine and all(np.array_equal(steps, curves[0][0]) for steps, _ in curves):
+                mean = np.mean([values for _, values in curves], axis=0)
+                label = _cut(arm) if len(mine) == 1 else f"{_cut(arm)} (mean of {len(mine)})"
+                axes[0].plot(curves[0][0], mean, color=shade, lw=2.2, label=label)
         for name, value in targets.items():
             axes[0].axhline(value, color="#999999", lw=0.8, ls="--")
-            axes[0].annotate(name, (0, value), fontsize=8, color="#777777", va="bottom")
+            axes[0].annotate(_cut(name), (0, value), fontsize=8, color="#777777", va="bottom")
         axes[0].set(xlabel="GRPO steps", ylabel=accuracy_label(runs))
         axes[1].set(xlabel="rollouts spent")
         axes[0].legend(frameon=False)
@@ -92,15 +99,14 @@ def live(runs: list[RunRecord], path: Path) -> Path:
 
     def draw(figure: Any, axes: Any) -> None:
         for run in runs:
-            label = f"{run.arm}, seed {run.seed}"
-            axes[0].plot(run.eval_steps, run.accuracy, color=colour[run.arm], marker=".", label=label)
-            rewards = [(row["step"], row["reward"]) for row in run.train if row.get("reward") is not None]
-            axes[1].plot(*zip(*rewards, strict=True) if rewards else ((), ()), color=colour[run.arm], lw=1)
+            label = f"{_cut(run.arm)}, seed {run.seed}"
+            axes[0].plot(*_curve(run), color=colour[run.arm], marker=".", label=label)
+            axes[1].plot(*course([run], "reward"), color=colour[run.arm], lw=1)
         axes[0].set(xlabel="GRPO steps", ylabel=accuracy_label(runs))
         axes[1].set(xlabel="GRPO steps", ylabel="mean reward of the batch")
-        if not any(run.eval for run in runs):
+        if not any(run.eval_steps for run in runs):
             _nothing(axes[0], "no evaluation yet")
-        if not any(row.get("reward") is not None for run in runs for row in run.train):
+        if not any(np.isfinite(run.train["reward"]).any() for run in runs):
             _nothing(axes[1], "no step yet")
         axes[0].legend(frameon=False, fontsize=8)
 
@@ -128,8 +134,10 @@ def phases(runs: list[RunRecord], path: Path) -> Path:
         greys = iter(np.linspace(0.35, 0.85, max(len(names), 1)))
         for name in names:
             width = np.array([sum(s.get(name, 0) for s in seconds[a]) / max(steps[a], 1) for a in arms])
-            axis.barh(arms, width, left=left, label=name, color=colour.get(name, str(next(greys))))
+            shade = colour.get(name, str(next(greys)))
+            axis.barh(range(len(arms)), width, left=left, label=_cut(name), color=shade)
             left += width
+        axis.set_yticks(range(len(arms)), [_cut(arm) for arm in arms])
         axis.invert_yaxis()
         axis.set(xlabel="seconds per step (without evaluation)")
         axis.legend(frameon=False, ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.35))
@@ -143,17 +151,9 @@ def batches(runs: list[RunRecord], path: Path) -> Path:
 
     def draw(figure: Any, axes: Any) -> None:
         for arm, shade in colour.items():
-            rows = [row for run in runs if run.arm == arm for row in run.train]
-            steps = sorted({row["step"] for row in rows})
-            by_step: dict[int, list[Any]] = {step: [] for step in steps}
-            for row in rows:
-                by_step[row["step"]].append(row)
-            rates = [_mean(row.get("pass_rate") for row in by_step[step]) for step in steps]
-            used = [
-                _mean(r.get("groups_used", 0) / max(r.get("groups", 0), 1) for r in by_step[s]) for s in steps
-            ]
-            axes[0].plot(steps, _smooth(rates), color=shade, label=arm)
-            axes[1].plot(steps, _smooth(used), color=shade)
+            mine = [run for run in runs if run.arm == arm]
+            for axis, name in zip(axes, ("pass_rate", "used"), strict=True):
+                axis.plot(*_smooth(*course(mine, name)), color=shade, label=_cut(arm))
         axes[0].axhline(0.5, color="#999999", lw=0.8, ls="--")
         axes[0].set(xlabel="GRPO steps", ylabel="pass rate of the batch", ylim=(0, 1))
         axes[1].set(xlabel="GRPO steps", ylabel="groups with mixed rewards", ylim=(0, 1))
@@ -162,15 +162,43 @@ def batches(runs: list[RunRecord], path: Path) -> Path:
     return _figure(path, (10, 3.4), draw, columns=2)
 
 
-def _mean(values: Iterable[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else float("nan")
+def _curve(run: RunRecord) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and accuracies of the evaluations, unknown where some were lost; of many, means of neighbours."""
+    lost = run.evals_lost()
+    steps = np.append(np.array(run.eval_steps, np.float64), lost)
+    values = np.append(run.accuracy, np.full(len(lost), np.nan))
+    order = np.argsort(steps, kind="stable")
+    starts = np.arange(0, len(steps), -(-len(steps) // POINTS) or 1)
+    if len(starts) == len(steps):
+        return steps[order], values[order]
+    counts = np.diff(np.append(starts, len(steps)))
+    means = (np.add.reduceat(column[order], starts) / counts for column in (steps, values))
+    return next(means), next(means)
 
 
-def _smooth(values: list[float], width: int = 9) -> list[float]:
-    """Running mean over up to ``width`` neighbours, fewer at the ends."""
-    half = width // 2
-    return [_mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+def course(runs: list[RunRecord], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and means of a column of the training rows of ``runs``, unknown where no row is, so that no line
+    crosses a gap. Of many steps, `POINTS` stretches of equal length."""
+    last = max((int(run.train["step"].max(initial=0)) for run in runs), default=0)
+    width = max(1, -(-last // POINTS))
+    size = -(-last // width)
+    sums, counts = np.zeros(size), np.zeros(size)
+    for run in runs:
+        values = run.train[name]
+        known = np.isfinite(values) & (run.train["step"] > 0)
+        at = (run.train["step"][known].astype(np.int64) - 1) // width
+        sums += np.bincount(at, values[known], size)
+        counts += np.bincount(at, minlength=size)
+    means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return np.arange(size) * width + (width + 1) / 2, means
+
+
+def _smooth(steps: np.ndarray, values: np.ndarray, width: int = 9) -> tuple[np.ndarray, np.ndarray]:
+    """Running mean over up to ``width`` neighbours, fewer at the ends; what is unknown stays so."""
+    known, window = np.isfinite(values), np.ones(width)
+    middle = slice(width // 2, width // 2 + len(values))
+    sums, counts = (np.convolve(x, window)[middle] for x in (np.where(known, values, 0.0), known))
+    return steps, np.where(known, sums / np.maximum(counts, 1), np.nan)
 
 
 def signals(columns: dict[str, list[Any]], path: Path) -> Path:

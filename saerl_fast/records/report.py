@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from saerl_fast.config import CompareConfig
-from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import write_text
+from saerl_fast.errors import SaerlError, printable
+from saerl_fast.fileio import first_line, read_table, write_text
 from saerl_fast.records import plots, samples
 from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes, load_runs, read_object
 from saerl_fast.records.stats import area_under_curve, paired_ratio, smooth, steps_to_target
@@ -51,8 +51,10 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
     ``root`` is a run_dir or the folder of a single run in one, whose scores and SAE lie a level above.
     Raises SaerlError when ``root`` holds no run.
     """
-    root = Path(root)
-    runs = [run for run in load_runs(root) if run.train or run.eval]
+    root, said = Path(root), list[str]()
+    runs = [run for run in load_runs(root, said.append) if run.last]
+    for line in said:
+        echo(line)
     if not runs:
         raise SaerlError(f"the runs in {root} recorded no step yet; let `saerl train` finish one first")
     settings = _settings(root)
@@ -61,12 +63,14 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
     paired = paired_table(runs, targets, settings)
     paired = (*paired[:3], f"{paired[3]} {label_cost(runs, scores)}".strip())
     results = [main_table(runs, targets, settings), paired, samples.merged_table(runs)]
-    opening = [samples.about_table(runs), samples.settings_table(runs), samples.arms_table(root)]
+    opening = [samples.damage_table(said), samples.about_table(runs), samples.settings_table(runs)]
+    opening += [samples.arms_table(root), samples.warnings_table(runs)]
     sae = read_object(_shared(root, "sae/train.json")) or scores.pop("sae", {})
     closing = [*samples.samples_tables(runs), phase_table(runs), *signal_tables(scores, sae)]
-    shown = [table for table in [*opening, *results, *closing] if table[2]]
+    results = [_shown(table) for table in results]
+    shown = [table for table in [*map(_shown, opening), *results, *map(_shown, closing)] if table[2]]
     figures = _draw(runs, targets, root)
-    title = f"{root.name}: {', '.join(dict.fromkeys(run.arm for run in runs))}"
+    title = printable(f"{root.name}: {', '.join(dict.fromkeys(run.arm for run in runs))}")
     for table in results:
         if table[2]:
             echo(_text(table))
@@ -75,6 +79,12 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
         write_text(root / "report.html", _html(title, shown, figures)),
         *figures,
     ]
+
+
+def _shown(table: Table) -> Table:
+    """``table`` without characters that a terminal would obey."""
+    name, header, rows, note = table
+    return name, [*map(printable, header)], [[*map(printable, row)] for row in rows], printable(note)
 
 
 def _shared(root: Path, name: str) -> Path:
@@ -88,12 +98,12 @@ def find_targets(runs: list[RunRecord], settings: CompareConfig) -> dict[str, fl
     """Accuracies to reach: registered values, else shares of the first arm's mean gain."""
     if settings.target_values:
         return {f"{value:.3f}": value for value in settings.target_values}
-    first = [run for run in runs if run.arm == runs[0].arm and len(run.eval) > 1]
+    first = [run for run in runs if run.arm == runs[0].arm and len(run.accuracy) > 1]
     if not first:
         return {}
     start = float(np.mean([run.accuracy[0] for run in first]))
     gain = float(np.mean([smooth(run.accuracy, settings.smooth)[-1] for run in first])) - start
-    if gain <= 0:
+    if not gain > 0:
         return {}
     return {f"{share:.0%} of {runs[0].arm}'s gain": start + share * gain for share in settings.targets}
 
@@ -107,8 +117,9 @@ def main_table(runs: list[RunRecord], targets: dict[str, float], settings: Compa
     rows = []
     for arm in dict.fromkeys(run.arm for run in runs):
         mine = [run for run in runs if run.arm == arm]
-        known = [run for run in mine if run.eval]
-        row = [arm, str(len(mine))]
+        known = [run for run in mine if run.accuracy]
+        holed = sum(bool(run.holes()) for run in mine)
+        row = [arm, str(len(mine)) + (f" ({holed} with lost rows)" if holed else "")]
         row.append(_mean([run.accuracy[0] for run in known if run.eval_steps[0] == 0]))
         row.append(_mean([run.accuracy[-1] for run in known]))
         row += [_mean([area_under_curve(run.eval_steps, run.accuracy) for run in known])]
@@ -119,8 +130,8 @@ def main_table(runs: list[RunRecord], targets: dict[str, float], settings: Compa
             row.append(
                 text + (f" ({len(found)} of {len(known)} runs)" if 0 < len(found) < len(known) else "")
             )
-        row.append(_mean([run.total("rollouts") for run in mine], 0))
-        row.append(_mean([_step_seconds(run) for run in mine if run.train], 2))
+        row.append(_mean([run.rollouts() for run in mine], 0))
+        row.append(_mean([_step_seconds(run) for run in mine if len(run.train)], 2))
         overheads = [share for share in (run.overhead() for run in mine) if share is not None]
         row.append(f"{np.mean(overheads):.1%}" if overheads else "-")
         rows.append(row)
@@ -147,7 +158,7 @@ def _mode_note(runs: list[RunRecord]) -> str:
 def paired_table(runs: list[RunRecord], targets: dict[str, float], settings: CompareConfig) -> Table:
     """Steps to target relative to the first arm, paired by seed, with a t interval."""
     arms = list(dict.fromkeys(run.arm for run in runs))
-    by_key = {(run.arm, run.seed): run for run in runs if run.eval}
+    by_key = {(run.arm, run.seed): run for run in runs if run.accuracy}
     seeds = sorted({run.seed for run in runs})
     rows = []
     for arm in arms[1:]:
@@ -186,7 +197,7 @@ def paired_table(runs: list[RunRecord], targets: dict[str, float], settings: Com
 def label_cost(runs: list[RunRecord], scores: dict[str, Any]) -> str:
     """What the difficulty labels cost before the first step, in steps of these runs."""
     spent = scores.get("difficulty_labels", {}).get("rollouts", 0)
-    steps = [(run.total("rollouts"), len(run.train)) for run in runs if run.train]
+    steps = [(run.rollouts(), len(run.train)) for run in runs if len(run.train)]
     if not spent or not steps or not steps[0][0]:
         return ""
     worth = spent * steps[0][1] / steps[0][0]
@@ -259,17 +270,20 @@ def _draw(runs: list[RunRecord], targets: dict[str, float], root: Path) -> list[
     except ImportError:
         return []
     figures = []
-    if any(run.eval for run in runs):
+    if any(run.accuracy for run in runs):
         figures.append(plots.learning_curves(runs, targets, root / "learning_curves.png"))
-    if any(run.train for run in runs):
+    if any(len(run.train) for run in runs):
         figures.append(plots.batches(runs, root / "batches.png"))
         figures.append(plots.phases(runs, root / "phases.png"))
     scores = _shared(root, "scores.parquet")
     if scores.is_file():
-        import pyarrow.parquet as pq
-
-        columns = pq.read_table(scores).to_pydict()
-        figures.append(plots.signals(columns, root / "signals.png"))
+        again = "make it again with `saerl score`"
+        try:
+            figures.append(plots.signals(read_table(scores, again), root / "signals.png"))
+        except SaerlError:
+            raise
+        except (LookupError, TypeError, ValueError, OverflowError) as err:
+            raise SaerlError(f"{scores} is damaged ({first_line(err)}); {again}") from err
     return figures
 
 
@@ -303,11 +317,11 @@ def _cell(value: Any) -> str:
 
 
 def _markdown(title: str, tables: list[Table], figures: list[Path]) -> str:
-    parts = [f"# {title}", ""]
+    parts = [f"# {_markdown_cell(title)}", ""]
     for name, header, rows, note in tables:
-        parts += [f"## {name}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        parts += ["| " + " | ".join(map(_markdown_cell, row)) + " |" for row in rows]
-        parts += ["", note, ""] if note else [""]
+        lines = ["| " + " | ".join(map(_markdown_cell, row)) + " |" for row in [header, *rows]]
+        parts += [f"## {name}", "", lines[0], "|" + "---|" * len(header), *lines[1:]]
+        parts += ["", _markdown_cell(note), ""] if note else [""]
     parts += ["## Figures\n"] if figures else []
     parts += [f"![{figure.stem}]({figure.name})\n\n*{CAPTIONS[figure.stem]}*\n" for figure in figures]
     return "\n".join(parts) + "\n"
@@ -316,12 +330,15 @@ def _markdown(title: str, tables: list[Table], figures: list[Path]) -> str:
 def _markdown_cell(text: str) -> str:
     """``text`` as one line that a table may hold: no markup, no HTML, no column ends."""
     lines = html.escape(text, quote=False).replace("\\", "\\\\").splitlines() or [""]
-    return re.sub(r"([|`*_\[\]$])", r"\\\1", "<br>".join(lines)) if not PLAIN.fullmatch(text) else text
+    if PLAIN.fullmatch(text) and "](" not in text:  # no link
+        return text
+    return re.sub(r"([|`*_\[\]$])", r"\\\1", "<br>".join(lines))
 
 
 def _text(table: Table) -> str:
     """The table for a terminal: one block an arm would be too long, so columns are padded."""
-    name, header, rows, note = table
+    name, header, rows, _ = table
+    header, *rows = [[" ".join(cell.splitlines()) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

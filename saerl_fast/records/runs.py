@@ -3,55 +3,148 @@
 from __future__ import annotations
 
 import difflib
-import json
+import logging
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saerl_fast.errors import SaerlError
-from saerl_fast.records.log import read_metrics
+import numpy as np
 
+from saerl_fast.errors import SaerlError, printable
+from saerl_fast.fileio import mismatch, read_json
+from saerl_fast.records import manifest
+from saerl_fast.records.log import LOGS, damage
+from saerl_fast.records.rows import Block, as_row, blocks
+
+log = logging.getLogger(__name__)
+_NUMBER = (None, float)
+ROWS: dict[str, Any] = {  # what a line of these files must hold
+    "rollouts.jsonl": {"step": int, "rewards?": (None, [_NUMBER]), "completions?": (None, [str])},
+    "eval_items.jsonl": {"step": int, "prompt_id": str, "score?": _NUMBER},
+    "eval_prompts.jsonl": {"prompt_id": str},
+}
+RUN = {"arm?": str, "seed?": int, "id?": str, "made?": {str: Any}, "resumed?": [dict], "plan?": (None, str)}
+RUN |= {"config?": {"train?": {"steps?": int}}}
+MERGED = {"change_kept": float, "accuracy": float, "rounded_to": str, "saved_as": str}
+COMPARED = {"arms?": [str], "seeds?": [int], "notes?": list}
+COMPARED |= {"targets?": [float], "target_values?": (None, [float]), "smooth?": int}
+SCORED = {"metadata?": {"difficulty_labels?": {"rollouts?": float}, "sae?": dict}}
+WRITTEN = {"logs": {str: {"rows": int, "bytes": int, "sha256": str}}, "damage": [str]}
+FORMS: dict[str, tuple[str, Any]] = {  # name -> the command that writes it, and what it must hold
+    "run.json": ("saerl train", RUN),
+    "summary.json": ("saerl train", {"merged?": MERGED, "accuracy?": _NUMBER, "damage?": [str]}),
+    "compare.json": ("saerl compare", COMPARED),
+    "scores.json": ("saerl score", SCORED),
+    "train.json": ("saerl sae train", {}),
+    LOGS: ("saerl train", WRITTEN),
+}
 SAERL_PHASES = ("capture", "encode", "plan")  # what this project adds to a vanilla step
+
+
+class Course:
+    """Columns of the training rows, float64 each: step, reward, pass_rate, rollouts and used, the share of
+    groups with a gradient. Ordered by step."""
+
+    NAMES = ("step", "reward", "pass_rate", "rollouts", "used")
+
+    def __init__(self) -> None:
+        self._parts = [np.zeros((len(self.NAMES), 0))]
+
+    def __len__(self) -> int:
+        return sum(part.shape[1] for part in self._parts)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if len(self._parts) > 1:
+            whole = np.concatenate(self._parts, axis=1)
+            self._parts = [
+                whole if (np.diff(whole[0]) >= 0).all() else whole[:, whole[0].argsort(kind="stable")]
+            ]
+        return self._parts[0][self.NAMES.index(name)]
+
+    def add(self, block: Block, rows: np.ndarray) -> None:
+        with np.errstate(invalid="ignore"):
+            used = block.figures["groups_used"] / np.maximum(block.figures["groups"], 1)
+        columns = [block.step, *(block.figures[name] for name in self.NAMES[1:4]), used]
+        self._parts.append(np.stack([column[rows] for column in columns]).astype(np.float64))
 
 
 @dataclass
 class RunRecord:
-    """One training run: its configuration, metrics and summary."""
+    """One training run: its configuration, metrics and summary. `read` takes in what is new on disk."""
 
     arm: str
     seed: int
     folder: Path
     config: dict[str, Any]  # what run.json holds
-    train: list[dict[str, Any]] = field(default_factory=list)
-    eval: list[dict[str, Any]] = field(default_factory=list)
-
     summary: dict[str, Any] = field(default_factory=dict)  # empty until the run has ended
+
+    def __post_init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self.train = Course()
+        self.eval_steps: list[int] = []
+        self.accuracy: list[float] = []
+        self.eval_mode: str | None = None  # sample, greedy or prob, as last recorded
+        self.alarms: dict[str, dict[str, int]] = {}  # name -> times, steps and the first step
+        self.last: dict[str, Any] = {}  # the latest row
+        self.first_line = b""
+        self.damaged = 0  # lines
+        self._seconds: dict[str, float] = {}
+        self._active: dict[str, set[str]] = {}  # alarms in the latest row, by kind of row
+        self._offset, self._end = 0, b""
+
+    def read(self, *, whole: bool = False) -> bool:
+        """Take in the lines that metrics.jsonl gained since the last call; whether there were any.
+
+        A file that was cut or replaced meanwhile is read anew. ``whole``: a last line that lacks its line end
+        counts as well, if it is a row.
+        """
+        path = self.folder / "metrics.jsonl"
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            file.seek(self._offset - len(self._end))
+            if file.read(len(self._end)) != self._end:
+                self._clear()
+                self.config = read_object(self.folder / "run.json")
+        before = self._offset
+        for block, lines in blocks(path, self._offset, whole=whole):
+            self.first_line = self.first_line or lines[: lines.find(b"\n")]
+            self._offset, self._end = self._offset + len(lines), lines[-256:]
+            self.last = as_row(lines[lines.rfind(b"\n", 0, -1) + 1 :]) or self.last
+            self.add(block)
+        return self._offset > before
+
+    def add(self, block: Block) -> None:
+        """Count the rows of a block."""
+        train, evals = block.kind == "train", block.kind == "eval"
+        self.damaged += block.damaged
+        self.train.add(block, train)
+        for name, values in block.seconds.items():
+            known = values[train & np.isfinite(values)]
+            if len(known):
+                self._seconds[name] = self._seconds.get(name, 0.0) + float(known.sum())
+        evals &= np.isfinite(block.figures["accuracy"])
+        self.eval_steps += block.step[evals].tolist()
+        self.accuracy += block.figures["accuracy"][evals].tolist()
+        self.eval_mode = next((mode for mode in block.mode[evals][::-1] if mode), self.eval_mode)
+        for i, (names, begun) in block.alarms.items():
+            for name in names:
+                found = self.alarms.setdefault(name, {"times": 0, "steps": 0, "first": int(block.step[i])})
+                found["steps"] += 1
+                found["times"] += name in begun
 
     @property
     def steps(self) -> int | None:
         """Training steps in all, where they are recorded."""
-        return self.config.get("config", {}).get("train", {}).get("steps")
-
-    @property
-    def eval_steps(self) -> list[int]:
-        return [row["step"] for row in self.eval]
-
-    @property
-    def eval_mode(self) -> str | None:
-        """How the last evaluation measured ``accuracy``: sample, greedy or prob; None if not recorded."""
-        return next((row["mode"] for row in reversed(self.eval) if row.get("mode")), None)
-
-    @property
-    def accuracy(self) -> list[float]:
-        return [row["accuracy"] for row in self.eval]
+        return _inside(self.config, "config", "train", "steps")
 
     def phase_seconds(self) -> dict[str, float]:
         """Seconds per phase over all training steps."""
-        total: dict[str, float] = {}
-        for row in self.train:
-            for phase, seconds in row.get("time", {}).items():
-                total[phase] = total.get(phase, 0.0) + seconds
-        return total
+        return dict(self._seconds)
 
     def overhead(self) -> float | None:
         """Seconds of capture, encoding and plan as a share of everything else in the training steps."""
@@ -60,33 +153,158 @@ class RunRecord:
         rest = sum(seconds for name, seconds in phases.items() if name not in (*SAERL_PHASES, "eval"))
         return added / rest if rest else None
 
-    def total(self, key: str) -> int:
-        return int(sum(row.get(key, 0) for row in self.train))
+    def rollouts(self) -> int:
+        return int(np.nansum(self.train["rollouts"]))
+
+    def steps_lost(self) -> str:
+        """The sentence about training steps that have no row though later ones do, or the run has ended."""
+        ended = _inside(self.summary, "steps")
+        edges = np.unique(np.append(self.train["step"], [0] if ended is None else [0, ended + 1])).astype(
+            np.int64
+        )
+        before = np.flatnonzero(np.diff(edges) > 1)
+        gaps = zip(edges[before] + 1, edges[before + 1] - 1, strict=True)
+        return f"metrics.jsonl lacks the training steps {_ranges([*gaps])}" if len(before) else ""
+
+    def holes(self) -> list[str]:
+        """What is missing from this run's record or was changed in it, a sentence each; [] when whole."""
+        said = [str(line) for line in self.summary.get("damage", [])]
+        try:
+            kept = read_object(self.folder / LOGS)
+            said += [str(line) for line in kept.get("damage", [])]
+            said += [damage(self.folder / name, written) for name, written in kept.get("logs", {}).items()]
+        except (SaerlError, AttributeError, KeyError, TypeError):
+            said.append(f"{LOGS} is damaged, so nothing shows whether the logs are whole")
+        if self.damaged:
+            said.append(f"metrics.jsonl has {self.damaged} damaged lines, which were left out")
+        said.append(self.steps_lost())
+        if twice := len(self.train) - len(np.unique(self.train["step"])):
+            said.append(f"metrics.jsonl has {twice} training steps more than once")
+        if lost := self.evals_lost():
+            said.append(f"metrics.jsonl lacks the evaluations of the steps {_ranges([(s, s) for s in lost])}")
+        if len(set(self.eval_steps)) < len(self.eval_steps):
+            said.append("metrics.jsonl has evaluations more than once")
+        return [line for line in dict.fromkeys(said) if line]
+
+    def evals_lost(self) -> list[int]:
+        """Steps whose evaluation has no row, or none with an accuracy, by the settings of the run."""
+        every = _inside(self.config, "config", "train", "eval", "every")
+        if every is None or not len(self.train):
+            return []
+        done = int(self.train["step"][-1])
+        due = set(range(0, done, every)) if every else set()
+        due |= {done} if self.summary and done == self.steps else set()
+        return sorted(due.difference(self.eval_steps))
 
 
-def load_runs(root: str | Path) -> list[RunRecord]:
+def _inside(tree: Any, *path: str) -> int | None:
+    """The whole number that stands at ``path`` in nested objects, if one does."""
+    for name in path:
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, int) and not isinstance(tree, bool) and tree >= 0 else None
+
+
+def _ranges(gaps: list[tuple[int, int]]) -> str:
+    shown = [str(a) if a == b else f"{a} to {b}" for a, b in gaps[:5]]
+    return ", ".join(shown) + (f" and {len(gaps) - 5} more stretches" if len(gaps) > 5 else "")
+
+
+def find_runs(root: str | Path) -> list[Path]:
+    """The folders below ``root``, and ``root`` itself, that hold a run: metrics.jsonl, or run.json and what a
+    run writes later. Links are followed; a folder that is reached twice is listed once, not as a link."""
+    found, seen, links = [], set(), [Path(root)]
+    while links:
+        for at, folders, files in os.walk(links.pop(0)):
+            real = os.path.realpath(at)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            if "metrics.jsonl" in files or ("run.json" in files and {LOGS, "summary.json"} & set(files)):
+                found.append(Path(at))
+            links += [path for name in sorted(folders) if (path := Path(at, name)).is_symlink()]
+    return sorted(found)
+
+
+def load_runs(root: str | Path, say: Callable[[str], None] = log.warning) -> list[RunRecord]:
     """Every run below ``root`` (or ``root`` itself), ordered as the comparison listed its arms.
 
     Without a compare.json the arm ``vanilla`` comes first, since the first arm is the baseline; the others
-    follow by name. Raises SaerlError when there is no run or a file is damaged.
+    follow by name. ``say`` is told, a sentence each, what was left out (see `one_of_each`) and which runs
+    have lost rows. Raises SaerlError when there is no run, a file is damaged, or two runs that differ have
+    one arm and seed.
     """
     root = Path(root)
     if not root.is_dir():
         raise SaerlError(no_folder(root))
-    files = sorted(root.rglob("metrics.jsonl"))
-    if not files:
+    folders = find_runs(root)
+    if not folders:
         raise SaerlError(f"{root} holds no metrics.jsonl; run `saerl train` or `saerl compare` first")
-    runs = [_load_run(file.parent) for file in files]
-    order: list[str] = []
-    comparison = root / "compare.json"
-    if comparison.is_file():
-        listed = read_object(comparison)
-        order = [arm.partition(":")[0] for arm in listed.get("arms", [])]
-        runs = [run for run in runs if run.arm in order and run.seed in listed.get("seeds", [])] or runs
+    runs = [open_run(folder) for folder in folders]
+    order, seeds = listed(root)
+    runs = [run for run in runs if run.arm in order and run.seed in seeds] or runs
+    for run in runs:
+        run.read(whole=True)
+    runs = one_of_each(root, runs, say)
+    for run in runs:
+        for line in run.holes():
+            say(f"{run.folder}: {line}")
     rank = {arm: i for i, arm in enumerate(order)}
     return sorted(
         runs, key=lambda run: (rank.get(run.arm, len(rank)), run.arm != "vanilla", run.arm, run.seed)
     )
+
+
+def listed(root: Path) -> tuple[list[str], list[int]]:
+    """Arms and seeds of the comparison in ``root``; empty when there is none."""
+    comparison = read_object(root / "compare.json")
+    arms, seeds = comparison.get("arms", []), comparison.get("seeds", [])
+    if not isinstance(arms, list) or not isinstance(seeds, list) or not all(isinstance(a, str) for a in arms):
+        raise SaerlError(f"{root / 'compare.json'} is damaged (no list of arms); run `saerl compare` again")
+    return [arm.partition(":")[0] for arm in arms], seeds
+
+
+def one_of_each(
+    root: Path, runs: list[RunRecord], say: Callable[[str], None], *, strict: bool = True
+) -> list[RunRecord]:
+    """``runs`` without copies: of one arm and seed there is one run.
+
+    Copies have one id, or one first row with its clock times, wherever they lie and whatever they are called.
+    The run nearest to ``root`` counts, then the one in the folder that its arm's runs have, then the longest.
+    Runs that differ may share arm and seed only where one is nearer or has that folder; else SaerlError, or,
+    not ``strict``, both are kept.
+    """
+    kept: list[RunRecord] = []
+
+    def rank(run: RunRecord) -> tuple[int, bool]:
+        named = run.folder.name in (run.arm, f"{run.arm}.seed-{run.seed}")
+        return len(run.folder.relative_to(root).parts), not named
+
+    for run in sorted(runs, key=lambda run: (*rank(run), -len(run.train), str(run.folder))):
+        same = [one for one in kept if _copy(one, run)]
+        rival = [one for one in kept if (one.arm, one.seed) == (run.arm, run.seed)]
+        if same:
+            say(f"{run.folder} is a copy of {same[0].folder}, not another seed: it is not counted")
+        elif rival and rank(rival[0]) < rank(run):
+            both = f"{rival[0].folder} and {run.folder} are different runs of arm {run.arm}, seed {run.seed}"
+            say(f"{both}: only the first is counted")
+        elif rival and strict:
+            both = f"{rival[0].folder} and {run.folder} are different runs of arm {run.arm}, seed {run.seed}"
+            raise SaerlError(f"{both}; move one of them out of {root}")
+        else:
+            kept.append(run)
+    return kept
+
+
+def _copy(one: RunRecord, two: RunRecord) -> bool:
+    ids = one.config.get("id"), two.config.get("id")
+    if all(ids):
+        return ids[0] == ids[1]
+    return (one.arm, one.seed, one.first_line) == (
+        two.arm,
+        two.seed,
+        two.first_line,
+    ) and one.first_line != b""
 
 
 def no_folder(root: Path) -> str:
@@ -107,20 +325,23 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``, {} when there is no such file; SaerlError when it is damaged."""
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # no JSON, or no text
-        value = None
-    if not isinstance(value, dict):
-        raise SaerlError(f"{path} is damaged (not a JSON object); make it again or remove it")
-    return value
+    return read_json(path, *FORMS.get(path.name, ("saerl score", {})))
 
 
-def _load_run(folder: Path) -> RunRecord:
-    rows = read_metrics(folder / "metrics.jsonl")
+def checked(rows: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
+    """``rows`` themselves; SaerlError where one is not what lines of ``file`` hold."""
+    for number, row in enumerate(rows, 1):
+        if fault := mismatch(row, ROWS[file.name]):
+            raise SaerlError(f"{file} row {number} is damaged ({fault}); remove that line")
+    return rows
+
+
+def open_run(folder: Path) -> RunRecord:
+    """The run in ``folder``, no row read yet. SaerlError where a file that describes it is damaged."""
+    for part in ("run", "result"):
+        kept = manifest.look(folder, part)
+        if kept.entry and kept.fault:
+            raise SaerlError(f"{kept.fault}; make the run again with `saerl train --overwrite`")
     config = read_object(folder / "run.json")
-    record = RunRecord(config.get("arm", folder.name), int(config.get("seed", 0)), folder, config)
-    record.summary = read_object(folder / "summary.json")
-    record.train = [row for row in rows if row.get("kind") == "train"]
-    record.eval = [row for row in rows if row.get("kind") == "eval"]
-    return record
+    arm = printable(config.get("arm", folder.name)).replace("\n", " ")
+    return RunRecord(arm, config.get("seed", 0), folder, config, read_object(folder / "summary.json"))

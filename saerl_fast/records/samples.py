@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from saerl_fast.config import Config, to_dict
-from saerl_fast.records.log import read_jsonl
-from saerl_fast.records.runs import RunRecord, read_object
+from saerl_fast.records.log import end_rows, read_jsonl
+from saerl_fast.records.runs import RunRecord, checked, read_object
 
 Table = tuple[str, list[str], list[list[str]], str]  # title, header, rows, note
 CUT = 400  # characters of a text that are shown
@@ -80,6 +80,24 @@ def merged_table(runs: list[RunRecord]) -> Table:
     return ("What the figures are of", header, rows, note)
 
 
+def damage_table(said: list[str]) -> Table:
+    """What is missing from the records, or was not counted."""
+    note = "Figures and curves below are of the rows that are left; a curve has a gap where rows are missing."
+    return ("Damaged or left out", ["mind"], [[line] for line in said], note)
+
+
+def warnings_table(runs: list[RunRecord]) -> Table:
+    """The warnings that training gave, and for how many steps (or evaluations) each held."""
+    rows = []
+    for run in runs:
+        for name, found in (run.summary.get("warnings") or run.alarms).items():
+            rows.append(
+                [run.arm, str(run.seed), name, *(str(found[key]) for key in ("first", "times", "steps"))]
+            )
+    note = "What the warnings mean stands in rl/health.py; steps of an accuracy are evaluations."
+    return ("Warnings of training", ["arm", "seed", "warning", "first at step", "times", "steps"], rows, note)
+
+
 def samples_tables(runs: list[RunRecord]) -> list[Table]:
     """Completions of the last training step, and held-out items, of the first run of each arm."""
     trained: list[list[str]] = []
@@ -104,8 +122,8 @@ def samples_tables(runs: list[RunRecord]) -> list[Table]:
 
 
 def _rollouts(run: RunRecord) -> list[list[str]]:
-    rows = _jsonl(run.folder / "rollouts.jsonl")
-    last = [row for row in rows if row.get("step") == rows[-1].get("step")][:SHOWN]
+    path = run.folder / "rollouts.jsonl"
+    last = checked(end_rows(path, last=True)[:SHOWN], path)
     found = []
     for row in last:
         rewards, texts = row.get("rewards") or [], row.get("completions") or []
@@ -117,13 +135,14 @@ def _rollouts(run: RunRecord) -> list[list[str]]:
 
 
 def _items(run: RunRecord) -> list[list[str]]:
-    rows = _jsonl(run.folder / "eval_items.jsonl")
-    prompts = {row.get("prompt_id"): row for row in _jsonl(run.folder / "eval_prompts.jsonl")}
-    first, last = ({row["prompt_id"]: row for row in rows if row.get("step") == at} for at in _ends(rows))
-    if not last:
-        return []
+    path, asked_of = run.folder / "eval_items.jsonl", run.folder / "eval_prompts.jsonl"
+    prompts = {row["prompt_id"]: row for row in _jsonl(asked_of)}
+    ends = (checked(end_rows(path, last=end), path) for end in (False, True))
+    first, last = ({row["prompt_id"]: row for row in rows} for rows in ends)
     change = {
-        name: abs((row.get("score") or 0) - (first[name].get("score") or 0)) for name, row in last.items()
+        name: abs((row.get("score") or 0) - (first[name].get("score") or 0))
+        for name, row in last.items()
+        if name in first
     }
     found = []
     for name in sorted(change, key=lambda name: -change[name])[:SHOWN]:
@@ -137,12 +156,8 @@ def _items(run: RunRecord) -> list[list[str]]:
     return found
 
 
-def _ends(rows: list[dict[str, Any]]) -> tuple[Any, Any]:
-    return (rows[0].get("step"), rows[-1].get("step")) if rows else (None, None)
-
-
 def _jsonl(path: Path) -> list[dict[str, Any]]:
-    return read_jsonl(path) if path.is_file() else []
+    return checked(read_jsonl(path), path) if path.is_file() else []
 
 
 def _cut(text: Any) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.records.lock import NAME
 from saerl_fast.records.log import format_row
 from saerl_fast.records.plots import live
-from saerl_fast.records.runs import RunRecord, load_runs, no_folder, read_object
+from saerl_fast.records.runs import RunRecord, find_runs, listed, no_folder, one_of_each, open_run
 
 BEGINNINGS = (
     "metrics.jsonl",
@@ -29,11 +30,12 @@ BARS = "▁▂▃▄▅▆▇█"
 def watch(root: str | Path, echo: Callable[[str], None], *, every: float = 5.0) -> Path:
     """Follow the run (or the comparison) in ``root`` until it ends; returns the figure, ``root/live.png``.
 
-    Looks every ``every`` seconds. When something is new it redraws the figure, which most viewers reload by
-    themselves, and gives ``echo`` the latest row of each run that went on, with the recent course of its
-    reward as a bar chart of one line. A run has ended when it has written its summary; a comparison, when
-    all its runs have. Waits for a run that has not started training yet, whose folder is empty or holds an
-    SAE or labels. Raises SaerlError on a damaged file, and at once for a folder that is none or is no run's.
+    Looks every ``every`` seconds, and reads only what is new. When there is something, it redraws the figure,
+    which most viewers reload by themselves, and gives ``echo`` the latest row of each run that went on, with
+    the recent course of its reward as a bar chart of one line and the warnings of training so far. A run has
+    ended when it has written its summary; a comparison, when all its runs have. Waits for a run that has not
+    started training yet, whose folder is empty or holds an SAE or labels. Raises SaerlError on a damaged
+    file, and at once for a folder that is none or is no run's.
     """
     root = Path(root)
     if every <= 0:
@@ -44,19 +46,34 @@ def watch(root: str | Path, echo: Callable[[str], None], *, every: float = 5.0) 
         raise SaerlError(no_folder(root))
     if any(root.iterdir()) and not any(any(root.rglob(name)) for name in BEGINNINGS):
         raise SaerlError(f"{root} holds no run; pass the run_dir of one")
-    figure, shown, waiting = root / "live.png", dict[Path, int](), False
+    figure, known, said, waiting = root / "live.png", dict[Path, RunRecord](), set[str](), False
+
+    def say(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            echo(line)
+
     while True:
-        if any(root.rglob("metrics.jsonl")):
-            runs = [run for run in load_runs(root) if run.train or run.eval]
-            ended = _ended(root, runs)  # asked first: what a run writes after this is drawn the next time
-            fresh = [run for run in runs if shown.get(run.folder) != len(run.train) + len(run.eval)]
+        if folders := [folder for folder in find_runs(root) if (folder / "metrics.jsonl").is_file()]:
+            order, seeds = listed(root)
+            for folder in folders:
+                if folder not in known or (not known[folder].config and (folder / "run.json").is_file()):
+                    known[folder] = open_run(folder)
+            ended = {folder for folder in folders if (folder / "summary.json").is_file()}  # before it is read
+            grown = [folder for folder in folders if known[folder].read(whole=folder in ended)]
+            runs = [known[folder] for folder in folders if known[folder].last]
+            runs = [run for run in runs if run.arm in order and run.seed in seeds] or runs
+            runs = one_of_each(root, runs, say, strict=False)
+            fresh = [run for run in runs if run.folder in grown]
             for run in fresh:
-                shown[run.folder] = len(run.train) + len(run.eval)
                 name = f"{run.arm}, seed {run.seed}: " if len(runs) > 1 else ""
                 echo(name + _latest(run))
+                if lost := run.steps_lost():
+                    say(f"{run.folder}: {lost}")
             if fresh:
                 live(runs, figure)
-            if ended:
+            expected = max(1, len(order) * len(seeds))
+            if len(runs) >= expected and all(run.folder in ended for run in runs):
                 echo(f"ended; {figure} holds the curves")
                 return figure
         elif not waiting:
@@ -65,16 +82,11 @@ def watch(root: str | Path, echo: Callable[[str], None], *, every: float = 5.0) 
         time.sleep(every)
 
 
-def _ended(root: Path, runs: list[RunRecord]) -> bool:
-    plan = read_object(root / "compare.json")
-    expected = max(1, len(plan.get("arms", [])) * len(plan.get("seeds", [])))
-    return len(runs) >= expected and all((run.folder / "summary.json").is_file() for run in runs)
-
-
 def _latest(run: RunRecord) -> str:
-    """The last row, and the rewards of up to 40 steps before it."""
-    rows: list[dict[str, Any]] = sorted([*run.train, *run.eval], key=lambda row: row["step"])
-    values = [row["reward"] for row in run.train if row.get("reward") is not None][-40:]
+    """The last row, the rewards of up to 40 steps before it, and the warnings so far."""
+    rewards = run.train["reward"]
+    values = rewards[np.isfinite(rewards)][-40:].tolist()
     low, span = (min(values), max(values) - min(values)) if values else (0.0, 0.0)
     bars = "".join(BARS[round((value - low) / span * (len(BARS) - 1)) if span else 0] for value in values)
-    return f"{format_row(rows[-1], run.steps)}  {bars}".rstrip()
+    warnings = "; ".join(f"{name}: {found['steps']} steps" for name, found in run.alarms.items())
+    return f"{format_row(run.last, run.steps)}  {bars}".rstrip() + (f"  ! {warnings}" if warnings else "")

@@ -7,10 +7,10 @@ the file's metadata. Nothing is pickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import reason, remove, use_umask, written
+from saerl_fast.fileio import first_line, remove, use_umask, writing, written
+from saerl_fast.records.manifest import digest
 
 log = logging.getLogger(__name__)
 FORMAT = "2"
 FOLDER = "checkpoints"
+_NAME = re.compile(r"step-\d+-[0-9a-f]{16}\.safetensors")  # nothing else in the folder is one
 PARTS = ("model", "optimizer", "reference")
 
 
@@ -96,25 +98,24 @@ def save_checkpoint(
     values = {name: value for name, value in plan.items() if name not in arrays}
     state = {"step": step, "plan": values, "numpy": numpy, "counters": dict(counters)}
     temporary = root / f"step-{step:06d}.tmp"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob("*.tmp"):
-            leftover.unlink()
-        _write(temporary, tensors, {"format": FORMAT, "state": json.dumps(state, default=float)})
-        final = root / f"{temporary.stem}-{_digest(temporary)}.safetensors"
-        use_umask(temporary)
-        _sync(temporary)
-        os.replace(temporary, final)
-        _sync(root)
-        files = _files(root)
-        older = [file for file in files if _step(file) < step]
-        for file in set(files) - {final, *older[: keep - 1]}:
-            file.unlink()
-    except OSError as err:
-        raise SaerlError(f"cannot write a checkpoint to {root}: {reason(err)}") from err
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with writing(f"a checkpoint to {root}"):
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            for leftover in root.glob("*.tmp"):
+                leftover.unlink()
+            _write(temporary, tensors, {"format": FORMAT, "state": json.dumps(state, default=float)})
+            final = root / f"{temporary.stem}-{digest(temporary)[:16]}.safetensors"
+            use_umask(temporary)
+            _sync(temporary)
+            os.replace(temporary, final)
+            _sync(root)
+            files = _files(root)
+            older = [file for file in files if _step(file) < step]
+            for file in set(files) - {final, *older[: keep - 1]}:
+                file.unlink()
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
     written[final] = None
     return final
 
@@ -127,9 +128,10 @@ def set_aside(out_dir: str | Path) -> None:
     root = Path(os.path.realpath(Path(out_dir) / FOLDER))
     if root.is_dir():
         previous = root.with_name(f"{root.name}.previous")
-        remove(previous)
-        os.replace(root, previous)
-        root.mkdir()
+        with writing(previous):
+            remove(previous)
+            os.replace(root, previous)
+            root.mkdir()
 
 
 def load_latest(out_dir: str | Path) -> Checkpoint | None:
@@ -141,8 +143,8 @@ def load_latest(out_dir: str | Path) -> Checkpoint | None:
     for file in files:
         try:
             return _load(file)
-        except (OSError, ValueError) as err:
-            log.warning("checkpoint %s is damaged (%s); trying the one before it", file, err)
+        except Exception as err:  # whatever a crafted file raises; safetensors has a type of its own
+            log.warning("checkpoint %s is damaged (%s); trying the one before it", file, first_line(err))
     if files:
         raise SaerlError(f"every checkpoint in {out_dir} is damaged; start the run again without --resume")
     return None
@@ -151,7 +153,7 @@ def load_latest(out_dir: str | Path) -> Checkpoint | None:
 def _load(file: Path) -> Checkpoint:
     from safetensors import safe_open
 
-    if _digest(file) != file.stem.rpartition("-")[2]:
+    if digest(file)[:16] != file.stem.rpartition("-")[2]:
         raise ValueError("the content does not match the checksum in its name")
     with safe_open(file, "pt") as opened:
         about = opened.metadata() or {}
@@ -169,7 +171,8 @@ def _load(file: Path) -> Checkpoint:
 
 def _files(root: Path) -> list[Path]:
     """Complete checkpoints, latest first."""
-    return sorted(root.glob("step-*-*.safetensors"), key=_step, reverse=True)
+    found = (file for file in root.glob("step-*.safetensors") if _NAME.fullmatch(file.name))
+    return sorted(found, key=_step, reverse=True)
 
 
 def _step(file: Path) -> int:
@@ -183,14 +186,6 @@ def _write(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> 
     save_file(
         {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, path, about
     )
-
-
-def _digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()[:16]
 
 
 def _sync(path: Path) -> None:

@@ -68,6 +68,7 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -
         # strictly below the mass, so a token of probability 0 can never be picked
         point = torch.minimum(uniforms[:, None] * mass, mass.nextafter(torch.zeros_like(mass)))
         token = torch.searchsorted(reach, point, right=True)
+        token.clamp_(max=reach.shape[1] - 1)  # past the end where logits are NaN, which `generate` refuses
         if order is not None:
             token = order.gather(1, token)
     return token[:, 0], (scaled.gather(1, token) - total)[:, 0]

@@ -85,6 +85,11 @@ def generate(
             rows = (mine[:, None] * group + torch.arange(group, device=ids.device)).flatten()
             try:
                 made = _decode(model, *inputs, uniforms[rows], stops, cfg, capture, timings, decoders, state)
+                if not bool(made[1].isfinite().all()):
+                    raise SaerlError(
+                        f"the logits of {type(model).__name__} are NaN or infinite; check its weights and "
+                        "model.dtype or, where training did it, start again with a lower train.lr"
+                    )
                 off = _off(model, state, *inputs, made, cfg.temperature)
             except torch.OutOfMemoryError:
                 decoders.clear()

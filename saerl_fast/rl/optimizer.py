@@ -83,7 +83,7 @@ class Optimizer:
         """Clip to ``max_norm`` (0: no clipping), update, clear; returns the norm before clipping.
 
         Gradients of several processes are added up first, so all of them make the same update. A norm that
-        is not finite leaves weights and moments as they are, with a line in the log.
+        is not finite leaves weights and moments as they are.
         """
         distributed.all_reduce_gradients(self.masters)
         norm = float(nn.utils.clip_grad_norm_(self.masters, max_norm if max_norm > 0 else math.inf))
@@ -94,8 +94,6 @@ class Optimizer:
             with torch.no_grad():
                 for parameter, master in self._copies():
                     parameter.copy_(master)
-        else:
-            log.warning("the gradient norm is %s: this update is skipped", norm)
         self._clear()
         return norm
 

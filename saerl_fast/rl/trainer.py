@@ -6,7 +6,8 @@ policy-gradient step is made from micro-batches. As there is exactly one step pe
 log-probabilities are those of the policy being updated, so they serve as the old ones and no forward
 pass is spent on recomputing them. What the two engines (cached decoding, full forward) disagree by is
 logged as ``mismatch``, the mean absolute difference per token; steps where it is more than rounding explains
-are warned of and counted in the summary (``mismatch_steps``). gspo's clip range is narrower than that
+are counted in the summary (``mismatch_steps``), and warned of, as is all that goes wrong in training
+(``saerl_fast.rl.health``). gspo's clip range is narrower than that
 difference in half precision, so it alone takes the full forward's values, detached, as the old ones.
 
 Groups whose rewards are all equal have zero advantages: they are left out of the forward and backward
@@ -38,14 +39,16 @@ from torch import Tensor
 
 from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import reason, use_umask, write_json, write_text, written
+from saerl_fast.fileio import use_umask, write_json, write_text, writing, written
+from saerl_fast.records import manifest
 from saerl_fast.records.lock import Lock, lock
-from saerl_fast.records.log import JsonlLog, MetricsLog
+from saerl_fast.records.log import LOGS, JsonlLog, MetricsLog, write_logs
 from saerl_fast.rl import checkpoint as ckpt
 from saerl_fast.rl import distributed, lora, seeds
 from saerl_fast.rl.clock import Clock
 from saerl_fast.rl.evaluate import evaluate, known_mean, pass_rates, score_rollouts, warn_of_range
 from saerl_fast.rl.generate import generate
+from saerl_fast.rl.health import Health
 from saerl_fast.rl.interrupt import Stopped, graceful_interrupt
 from saerl_fast.rl.loss import advantages, overlong_penalty
 from saerl_fast.rl.rescue import DUE, Rescue
@@ -176,8 +179,8 @@ class _Run:
         self.held: Lock | None = None  # by the process that writes
         self.interrupted: Callable[[], int] = lambda: 0
         self.counters: dict[str, Any] = dict.fromkeys(("rollouts", "tokens", "groups", "groups_used"), 0)
-        self.counters |= {"mismatch_steps": 0, "seconds": {}}
-        self.rescue = Rescue(lambda: {"plan": self.plan.state_dict(), "counters": self.counters}, self._save)
+        self.counters |= {"seconds": {}}
+        self.rescue = Rescue(self._state, self._save)
 
     def say(self, line: str) -> None:
         if self.writes:
@@ -191,6 +194,8 @@ class _Run:
     def open(self, resume: bool) -> int | None:
         """Restore the latest checkpoint when resuming, open the logs; its step, or None for a fresh start."""
         found = ckpt.load_latest(self.out_dir) if resume else None
+        logs: dict[str, Any] = {}
+        health = None
         self.model = lora.add_adapters(self.model, self.cfg.lora, derived_seed(self.seed, seeds.ADAPTER, 0))
         if found is not None:
             ckpt.load_model_tensors(self.model, found.model)
@@ -201,6 +206,7 @@ class _Run:
             self.plan.load_state_dict(found.plan)
             self.counters = found.counters
             fitted = self.counters.pop("micro_tokens")
+            logs, health = self.counters.pop("logs", {}), self.counters.pop("health", None)
             self.learner.optimizer.micro_tokens = min(self.cfg.micro_tokens, fitted)
             self.say(f"resuming after step {found.step} from {found.path}")
             written[found.path] = None
@@ -210,18 +216,37 @@ class _Run:
         self.rescue.saved = -1 if at is None else at
         if len(set(distributed.gather(lambda: at))) > 1:
             raise SaerlError(f"the processes find different checkpoints in {self.out_dir}; share the folder")
+        self.health = Health(self.cfg, tolerance(self.model, self.cfg.rollout.temperature), health)
         distributed.broadcast(list(ckpt.model_tensors(self.model).values()))
         if not self.writes:
             return at
         if found is None:
             ckpt.set_aside(self.out_dir)
             self._write_held_out()
-        (self.out_dir / "summary.json").unlink(missing_ok=True)  # until the run has ended again
+        manifest.forget(self.out_dir, "result")  # until the run has ended again
+        (self.out_dir / "summary.json").unlink(missing_ok=True)
+        write_logs(self.out_dir, logs, self.counters)  # before they are cut
         told: dict[str, Any] = {"echo": self.echo, "trackers": self.cfg.trackers, "steps": self.cfg.steps}
-        self.metrics = MetricsLog(self.out_dir, at, **told)
-        self.eval_items = JsonlLog(self.out_dir / "eval_items.jsonl", at)
-        self.rollout_log = JsonlLog(self.out_dir / "rollouts.jsonl", at)
+        self.metrics = MetricsLog(self.out_dir, at, written=logs.get("metrics.jsonl"), **told)
+        names = ("eval_items.jsonl", "rollouts.jsonl")
+        items, rollouts = (JsonlLog(self.out_dir / name, at, logs.get(name)) for name in names)
+        self.eval_items, self.rollout_log = items, rollouts
+        if damage := [line for line in (file.damage for file in self.logs) if line]:
+            self.counters["damage"] = [
+                *self.counters.get("damage", []),
+                *(f"{d} (step {at})" for d in damage),
+            ]
+            for line in damage:
+                log.warning("%s: %s; the run goes on, its record has a hole", self.out_dir, line)
+            write_logs(self.out_dir, self._written(), self.counters)
         return at
+
+    @property
+    def logs(self) -> tuple[JsonlLog, ...]:
+        return self.metrics.lines, self.eval_items, self.rollout_log
+
+    def _written(self) -> dict[str, Any]:
+        return {file.path.name: file.digest() for file in self.logs} if self.writes else {}
 
     def _write_held_out(self) -> None:
         """The held-out prompts, to which eval_items.jsonl refers by id."""
@@ -251,17 +276,23 @@ class _Run:
             self.save(0)
 
     def save(self, step: int) -> None:
-        state = {"plan": self.plan.state_dict(), "counters": self.counters}
+        state = self._state()
         with self.clock()("save"):
             distributed.on_first(self.check)
             distributed.on_first(lambda: self._save(step, state))
         self.rescue.saved = step
+
+    def _state(self) -> dict[str, Any]:
+        """Of plan, counters, alarms and logs, as they are after a whole step."""
+        counters = self.counters | {"logs": self._written(), "health": self.health.state}
+        return {"plan": self.plan.state_dict(), "counters": counters}
 
     def _save(self, step: int, state: dict[str, Any]) -> None:
         learner, counters = self.learner, state["counters"]
         state |= {"counters": counters | {"micro_tokens": learner.optimizer.micro_tokens}}
         state |= {"model": self.model, "reference": learner.reference, "keep": self.cfg.keep}
         ckpt.save_checkpoint(self.out_dir, step, optimizer=learner.optimizer.state_dict(), **state)
+        write_logs(self.out_dir, counters["logs"], counters)
 
     def rescued(self, kind: type[BaseException] | None, *_: object) -> None:
         """At an error: save what came before it, unless ``out_dir`` is held no longer."""
@@ -288,7 +319,9 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Write the final model and the summary."""
         summary = {"schedule": self.plan.schedule, "seed": self.seed, "steps": self.cfg.steps}
-        summary |= {"mode": self.cfg.eval.mode, **self.counters, "figures_of": "model/"}
+        warnings = self.health.warnings
+        summary |= {"mode": self.cfg.eval.mode, **self.counters, "figures_of": "model/", "warnings": warnings}
+        summary["mismatch_steps"] = warnings.get("mismatch", {}).get("steps", 0)
         state = None
         if self.cfg.lora.rank:
             save = partial(self.model.save_pretrained, save_embedding_layers=False)
@@ -304,7 +337,12 @@ class _Run:
             else:
                 self._export("model", partial(lora.save_float32, self.model, state))
             self._export("model", self.tokenizer.save_pretrained)
+            for name in ("model", "adapter"):
+                if (self.out_dir / name).is_dir():
+                    manifest.record(self.out_dir / name, "model")
             write_json(self.out_dir / "summary.json", summary)
+            write_logs(self.out_dir, self._written(), self.counters)
+            manifest.record(self.out_dir, "result", (LOGS, "eval_prompts.jsonl", "summary.json"))
 
         distributed.on_first(write)
         return summary
@@ -328,13 +366,10 @@ class _Run:
 
     def _export(self, name: str, write: Callable[[Path], Any]) -> None:
         if self.cfg.save_model:
-            target = self.out_dir / name
-            try:
+            with writing(target := self.out_dir / name):
                 write(target)
                 for file in target.glob("*.safetensors"):
                     use_umask(file)
-            except OSError as err:
-                raise SaerlError(f"cannot write {target}: {reason(err)}") from err
 
     def close(self) -> None:
         if self.writes:
@@ -349,9 +384,13 @@ class _Run:
 
         set_seed(derived_seed(self.seed, seeds.GLOBAL, step, distributed.rank()))
 
-    def _record(self, row: dict[str, Any]) -> None:
-        if self.writes:
-            self.metrics.log(row)
+    def _record(self, row: dict[str, Any], *, blind: bool = False) -> None:
+        if not self.writes:
+            return
+        begun = self.health.see(row, blind=blind) if row["kind"] in ("train", "eval") else {}
+        self.metrics.log(row)
+        for name, sentence in begun.items():
+            log.warning("step %d: %s: %s", row["step"], name, sentence)
 
     # --- one step ----------------------------------------------------------------------------------
 
@@ -368,7 +407,6 @@ class _Run:
         lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
         self.rescue.drop()
         update = self.learner.update(rollouts, advantage, used, lr, clock)
-        self._watch_mismatch(step, update["mismatch"])
         lengths = torch.cat([draw.rollouts.lengths for draw in draws])
         counts = {
             "rollouts": len(lengths),
@@ -400,7 +438,9 @@ class _Run:
             **notes.means(),
             "time": clock.seconds,
         }
-        self._record(row | ({"draws": len(draws)} if cfg.dynamic_sampling else {}))
+        active = [getattr(draw.rollouts.features, "nnz", None) for draw in draws]
+        blind = self.plan.wants_features and active == [0] * len(draws)
+        self._record(row | ({"draws": len(draws)} if cfg.dynamic_sampling else {}), blind=blind)
 
     def _draw(self, step: int, number: int, clock: Clock) -> Draw:
         """The plan's next batch: sampled, rewarded, told to the plan."""
@@ -457,20 +497,6 @@ class _Run:
         elif len(known):
             some = None if features is None else features.select_rows(torch.from_numpy(known))
             self.plan.observe([ids[i] for i in known], rates[known], some)
-
-    def _watch_mismatch(self, step: int, found: float | None) -> None:
-        """Count a step whose sampled log-probabilities are not the model's; say so, ever less often."""
-        bound = tolerance(self.model, self.cfg.rollout.temperature)
-        if found is None or found <= bound:
-            return
-        count = self.counters["mismatch_steps"] = self.counters.get("mismatch_steps", 0) + 1
-        if count & (count - 1) == 0:  # a power of two
-            log.warning(
-                "step %d: sampled and trained log-probabilities differ by %.2g per token (mismatch), and "
-                "rounding explains %.2g (steps so far: %d); compare with train.rollout.engine=transformers, "
-                "train.rollout.decode=dynamic and model.dtype=float32",
-                *(step, found, bound, count),
-            )
 
     # --- around the steps --------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@ Prompt and answer are tokenised apart, as in rollouts, where a completion's toke
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +24,8 @@ from saerl_fast.rl.logprobs import completion_logprobs
 from saerl_fast.rl.optimizer import Optimizer
 from saerl_fast.rl.rewards import check_answers
 from saerl_fast.rl.rollouts import stop_tokens
+
+log = logging.getLogger(__name__)
 
 
 def answer_rows(
@@ -72,6 +76,8 @@ def warm_up(
     order = np.concatenate([rng.permutation(rows) for _ in range(passes)])
     optimizer = Optimizer(model, cfg)
 
+    skipped: list[int] = []
+
     def learn(step: int) -> float:
         chosen = order[(step - 1) * settings.batch_size : step * settings.batch_size]
         prompts, answers = ([part[i] for i in chosen] for part in (pool.ids, pool.answer_ids))
@@ -88,9 +94,17 @@ def warm_up(
             return loss.detach()[None]
 
         loss = optimizer.accumulate(starts + lengths, backward, 1)
-        optimizer.step(settings.lr * min(1.0, step / max(1, settings.steps // 10)), max_norm=1.0)
+        lr = settings.lr * min(1.0, step / max(1, settings.steps // 10))
+        if not math.isfinite(optimizer.step(lr, max_norm=1.0)):
+            skipped.append(step)
         after_step()
         return float(loss)
 
     losses = [learn(step) for step in range(1, settings.steps + 1)]
+    if skipped:
+        log.warning(
+            "%d of the %d updates of the warm-up were skipped, from step %d on, since their gradients are "
+            "not finite; lower train.warmup.lr",
+            *(len(skipped), settings.steps, skipped[0]),
+        )
     return {"loss_first": losses[0], "loss": losses[-1], "steps": float(settings.steps)}

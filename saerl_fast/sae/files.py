@@ -7,11 +7,15 @@ would not be followed exactly is refused by its name.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path, write_json
+from saerl_fast.fileio import first_line
+from saerl_fast.hub import at_home
+from saerl_fast.records import manifest
 from saerl_fast.records.lock import lock, vacant
 from saerl_fast.sae import formats, hub, saelens
 from saerl_fast.sae.formats import SAELENS_WEIGHTS
@@ -32,7 +36,7 @@ _SAID = {  # what a user may say about a checkpoint that does not say it, and ho
 
 def check_source(source: str | Path) -> None:
     """SaerlError where ``source`` is neither a path that exists nor the form of a name."""
-    if not Path(source).expanduser().exists():
+    if not at_home(source).exists():
         hub.find(str(source))
 
 
@@ -40,16 +44,28 @@ def load_sae(source: str | Path, said: dict[str, Any] | None = None) -> SAE:
     """The SAE in a folder or a file, of a SAELens release ("release/id") or of a hub repository.
 
     ``said``: settings that its files leave open (`convert_sae`). float32 on the CPU. Raises SaerlError on a
-    missing or incomplete checkpoint, wrong shapes, pickles of anything but tensors, and on architectures,
-    settings or tensors whose encoding would not be reproduced exactly.
+    missing or incomplete checkpoint, one of `save_sae` whose files have changed, wrong shapes, pickles of
+    anything but tensors, and on architectures, settings or tensors whose encoding would not be reproduced
+    exactly.
     """
-    path = Path(source).expanduser()
+    path = at_home(source)
     where = f"SAE {path if path.exists() else source}"
+    try:
+        return _load(source, path, where, said or {})
+    except SaerlError:
+        raise
+    except Exception as err:  # values of another type than a layout has can stumble anywhere
+        why = f"{type(err).__name__}: {first_line(err)}"
+        raise SaerlError(f"{where} is not understood ({why}); copy its files again, or correct them") from err
+
+
+def _load(source: str | Path, path: Path, where: str, said: dict[str, Any]) -> SAE:
     if path.exists():
+        manifest.check(path, "sae", "saerl sae train` or `saerl sae convert")
         config, weights, scale = formats.read(path)
     else:
         config, weights, scale = hub.read(str(source))
-    for name, value in (said or {}).items():
+    for name, value in said.items():
         if name in ("hook_name", "model_name"):
             config["metadata"] = dict(config.get("metadata") or {}) | {name: value}
         config = config | {name: value}
@@ -77,7 +93,7 @@ def convert_sae(source: str | Path, folder: str | Path, said: list[str] | tuple[
         if not vacant(folder):
             raise SaerlError(f"{folder} exists and is not empty; name a new folder")
         sae = load_sae(source, dict(_parsed(item) for item in said))
-        save_sae(sae, folder)
+        save_sae(sae, folder, made={"inputs": {"source": str(source)}})
     return sae
 
 
@@ -94,13 +110,19 @@ def _parsed(item: str) -> tuple[str, Any]:
     return name, int(value) if kind is float and value.is_integer() else value
 
 
-def save_sae(sae: SAE, folder: str | Path) -> Path:
+def save_sae(
+    sae: SAE,
+    folder: str | Path,
+    *,
+    train: Mapping[str, Any] | None = None,
+    made: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a folder that SAELens' ``SAE.load_from_disk`` loads with equal encodings, and return it.
 
     BatchTopK is written as the JumpReLU SAE it is at inference, as SAELens itself does; so is a gated SAE.
+    ``train``: figures of its training, for train.json. ``made``: what a ``manifest.json`` is to say of the
+    SAE beside the hashes of its files; without it there is none, and the files may be edited.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     architecture = "jumprelu" if sae.threshold is not None else sae.architecture
     weights = {name: getattr(sae, name).detach() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
@@ -120,9 +142,14 @@ def save_sae(sae: SAE, folder: str | Path) -> Path:
     }
     if architecture == "topk":
         config |= {"k": sae.k, "rescale_acts_by_decoder_norm": sae.cfg.rescale_acts_by_decoder_norm}
-    with atomic_path(folder / SAELENS_WEIGHTS) as temporary:
-        save_file({name: w.float().cpu().contiguous() for name, w in weights.items()}, temporary)
-    write_json(folder / "cfg.json", config)
+    from safetensors.torch import save_file
+
+    texts = {"cfg.json": config} | ({} if train is None else {"train.json": train})
+    shown = {name: json.dumps(value, indent=1, allow_nan=False) + "\n" for name, value in texts.items()}
+    with manifest.publish(folder, "sae", made) as new:
+        save_file({name: w.float().cpu().contiguous() for name, w in weights.items()}, new(SAELENS_WEIGHTS))
+        for name, text in shown.items():
+            new(name).write_text(text)
     return folder
 
 

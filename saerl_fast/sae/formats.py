@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import read_json
+from saerl_fast.fileio import read_json, read_tensors
 from saerl_fast.sae.saelens import Config, Weights, need, neutral, number
 
 SAELENS_WEIGHTS = "sae_weights.safetensors"
@@ -391,10 +390,7 @@ def _dataset_scale(where: str, config: Config, d_in: int) -> float | None:
 
 
 def _config(file: Path) -> Config:
-    config = read_json(file, _MADE_BY)
-    if not isinstance(config, dict):
-        raise SaerlError(f"SAE config {file} must hold an object, not a {type(config).__name__}")
-    return config
+    return read_json(file, _MADE_BY)
 
 
 def _tensors(file: Path) -> dict[str, Any]:
@@ -405,7 +401,7 @@ def _tensors(file: Path) -> dict[str, Any]:
         return _arrays(file)
     try:
         value = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as err:
+    except Exception as err:  # a pickle that is cut or crafted raises what it likes
         reason = (str(err).strip().splitlines() or [type(err).__name__])[0][:120]
         raise SaerlError(
             f"SAE weights {file} do not load as plain tensors ({reason}); whatever else a pickle holds may "
@@ -418,26 +414,14 @@ def _tensors(file: Path) -> dict[str, Any]:
 
 
 def _safetensors(file: Path) -> dict[str, Any]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise SaerlError(f"reading {file} needs safetensors; pip install safetensors") from None
-    try:
-        return dict(load_file(file, device="cpu"))
-    except (SafetensorError, OSError) as err:
-        raise SaerlError(
-            f"SAE weights {file} are not readable safetensors ({err}); copy them again"
-        ) from None
+    return read_tensors(file, "copy these SAE weights again")[0]
 
 
 def _arrays(file: Path) -> dict[str, Any]:
-    import zipfile
-
     import numpy as np
 
     try:
         with np.load(file, allow_pickle=False) as data:
             return {name: torch.from_numpy(data[name]) for name in data.files}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as err:
+    except Exception as err:  # of the archive, of an array, or of a dtype that torch lacks
         raise SaerlError(f"SAE weights {file} are no readable arrays ({err}); copy them again") from None

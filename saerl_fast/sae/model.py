@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import mismatch
 from saerl_kernels import (
     CSR,
     PackedEncoder,
@@ -196,6 +197,10 @@ class SAE(nn.Module):
 
 def _check_spec(cfg: SAESpec, d_sae: int, threshold: Tensor | None) -> None:
     architecture, k = cfg.architecture, cfg.k
+    number, text = (None, float), (None, str)
+    form = {"k": number, "hook_layer": (None, int), "max_norm": number, "hook_name": text}
+    if fault := mismatch(vars(cfg), form):
+        raise SaerlError(f"{fault}: correct it in the SAE's configuration")
     if architecture not in ARCHITECTURES:
         raise SaerlError(
             f"SAE architecture {architecture!r} is not supported; use one of {', '.join(ARCHITECTURES)}"

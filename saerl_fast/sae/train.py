@@ -33,6 +33,7 @@ _DEAD_EVERY = 10  # steps between recounts of the dead features
 _AUX_WEIGHT = 1 / 32  # of the auxiliary loss, as in Gao et al.
 _THRESHOLD_RATE = 0.03  # of BatchTopK's running threshold; SAELens' 0.01 is meant for longer runs
 _HELD_OUT = 8192  # at most this many tokens, and at most a tenth
+_LOST = 1e4  # times the variance: an error that no SAE comes back from
 _WEIGHTS = ("W_enc_t", "b_enc", "W_dec", "b_dec")
 _MEASURED = 32768  # training tokens on which dead features are also looked for
 
@@ -75,6 +76,7 @@ def train_sae(
         if on_step is not None and (step % _LOG_EVERY == 0 or step == cfg.steps):
             shown = {"loss": loss, "fvu": fvu, "dead": run.dead(step).float().mean()}
             figures = {name: float(value) for name, value in shown.items()}
+            _check_course(figures["loss"], step)
             on_step(step, {"steps": float(cfg.steps), **figures, "lr": run.lr(step)})
         if keep is not None and keep.due():
             keep.save("state", step, run.state(step))
@@ -84,6 +86,7 @@ def train_sae(
 
     held_fvu, l0, fired = _measure(sae, test, backend)
     train_fvu, _, fired_too = _measure(sae, x[train[:_MEASURED]], backend)
+    _check_course(held_fvu + train_fvu, cfg.steps)
     metrics = {
         "fvu": held_fvu,
         "l0": l0,
@@ -325,6 +328,12 @@ def _check(x: Tensor) -> None:
     bad = sum(int((~torch.isfinite(part)).any(1).sum()) for part in x.split(1 << 16))
     if bad:
         raise SaerlError(f"{bad} of {len(x)} activations are not finite; check the model and its dtype")
+
+
+def _check_course(error: float, step: int) -> None:
+    """SaerlError when the error says that training has diverged: 1 is that of a constant."""
+    if not error < _LOST:
+        raise SaerlError(f"SAE training diverged (error {error:.3g} at step {step}); lower sae.lr")
 
 
 def _drop_sinks(x: Tensor, ratio: float) -> tuple[Tensor, float | None]:

@@ -8,6 +8,7 @@ once, where they come in (``checked``); what follows takes them as they are and 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,14 @@ import numpy as np
 import torch
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path
+from saerl_fast.fileio import mismatch, parse_json, read_tensors
 from saerl_kernels import CSR, csr
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-FORMAT = "saerl-features-1"
+FORMAT = "saerl-features-2"
+_TENSORS = ("indptr", "indices", "values")
 SAMPLE = 1 << 17  # rows from which clusters and components are fitted to a sample of as many
 BLOCK = 1 << 14
 
@@ -113,36 +115,51 @@ def ids_hash(prompt_ids: Sequence[str]) -> str:
 
 
 def save_features(path: str | Path, X: CSR, prompt_ids: Sequence[str]) -> Path:
-    """Write ``X`` [n, n_cols] to a safetensors file that also records which prompts its rows are."""
+    """Write ``X`` [n, n_cols] to a safetensors file that also records which prompts its rows are.
+
+    Equal features make equal files: safetensors orders the tensors, but not more than one metadata key.
+    """
     from safetensors.torch import save_file
 
     if len(X.indptr) - 1 != len(prompt_ids):
         raise SaerlError(f"{len(X.indptr) - 1} feature rows cannot belong to {len(prompt_ids)} prompts")
     tensors = {name: getattr(X, name).detach().cpu().contiguous() for name in ("indptr", "indices", "values")}
-    metadata = {"format": FORMAT, "n_cols": str(int(X.n_cols)), "prompt_ids_sha256": ids_hash(prompt_ids)}
-    with atomic_path(path) as temporary:
-        save_file(tensors, str(temporary), metadata=metadata)
+    about = {"format": FORMAT, "n_cols": int(X.n_cols), "prompt_ids_sha256": ids_hash(prompt_ids)}
+    save_file(tensors, str(path), metadata={"saerl": json.dumps(about)})
     return Path(path)
 
 
 def load_features(path: str | Path, prompt_ids: Sequence[str] | None = None) -> CSR:
     """The CSR in a file of ``save_features``; ``prompt_ids`` must be those it was saved with."""
-    from safetensors import safe_open
-
     path = Path(path)
     if not path.is_file():
         raise SaerlError(f"{path} does not exist; make it with `saerl score`")
-    tensors: dict[str, torch.Tensor] = {}
-    metadata: dict[str, Any] = {}
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in ("indptr", "indices", "values")}
-    except Exception as err:  # safetensors raises its own type, built in Rust
-        raise SaerlError(f"{path} is damaged ({err}); make it again with `saerl score`") from None
+    tensors, about = read_tensors(path, "make it again with `saerl score`")
+    metadata = parse_json(about.get("saerl", "{}"), f"the metadata of {path}")
+    if fault := mismatch(metadata, {}):
+        raise SaerlError(f"{path} is damaged ({fault}); make it again with `saerl score`")
     if metadata.get("format") != FORMAT:
         found = metadata.get("format")
         raise SaerlError(f"{path} has format {found!r}, not {FORMAT!r}; make it again with `saerl score`")
     if prompt_ids is not None and metadata.get("prompt_ids_sha256") != ids_hash(prompt_ids):
         raise SaerlError(f"{path} belongs to other prompts than the scores; run `saerl score` again")
+    if fault := _fault(tensors, metadata.get("n_cols")):
+        raise SaerlError(f"{path} is damaged ({fault}); make it again with `saerl score`")
     return CSR(tensors["indptr"], tensors["indices"], tensors["values"], int(metadata["n_cols"]))
+
+
+def _fault(tensors: dict[str, torch.Tensor], n_cols: Any) -> str | None:
+    """What is wrong with the parts of a CSR, or None: the kernels take them at their word."""
+    types = dict(zip(_TENSORS, (torch.int64, torch.int32, torch.float32), strict=True))
+    for name, dtype in types.items():
+        if name not in tensors or tensors[name].dtype != dtype or tensors[name].dim() != 1:
+            return f"it holds no {name} as a row of {dtype}"
+    indptr, indices, values = (tensors[name] for name in _TENSORS)
+    if mismatch(n_cols, int) or not 0 < n_cols < 2**31:
+        return "n_cols is no number of columns"
+    if len(indptr) < 1 or indptr[0] != 0 or indptr[-1] != len(indices) or bool((indptr.diff() < 0).any()):
+        return "indptr does not divide the entries into rows"
+    inside = len(indices) == 0 or 0 <= indices.min() <= indices.max() < n_cols
+    if len(values) != len(indices) or not inside:
+        return f"its entries do not lie in {n_cols} columns"
+    return None

@@ -52,21 +52,25 @@ def fit_quality(bank: Bank, labels: Any, cfg: QualityConfig, *, seed: int = 0) -
         "n_labels": int(known.sum()),
         "auc": None,
         "spearman": None,
-        "note": _why_not(cfg, values[known]),
+        "note": None,
         "threshold": cfg.threshold,
         "filter_ratio": cfg.filter_ratio,
         "reads_answers": "answer" in bank.kinds,
     }
+    names = [*cfg.features, *(["answer"] if "answer" in bank.kinds else [])]
+    at = bank.fitted(known, seed)
+    metrics["note"] = _why_not(cfg, values[known])
+    if not metrics["note"]:
+        made = bank.blocks([*names, *BASELINES], at)
+        if not any(len(made[name].mean) for name in names):
+            metrics["note"] = "no feature is active, and all texts are equal: quality was not scored"
     if metrics["note"]:
         if known.any():
             log.warning(metrics["note"])
         return QualityResult(np.full(bank.n_rows, np.nan, dtype=np.float32), metrics)
 
-    names = [*cfg.features, *(["answer"] if "answer" in bank.kinds else [])]
-    at = bank.fitted(known, seed)
     rows = np.flatnonzero(known[at])
     y = values[at[rows]]
-    made = bank.blocks([*names, *BASELINES], at)
     splits = list(_folds(cfg, y, seed))
     alone = {name: ridge.held_out({name: made[name]}, rows, y, splits, seed) for name in BASELINES}
     chosen = {name: made[name] for name in names}

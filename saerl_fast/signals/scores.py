@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ import numpy as np
 
 from saerl_fast.config import Config, QualityConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path, read_json, write_json
+from saerl_fast.fileio import read_json, read_table
+from saerl_fast.records import manifest
 from saerl_fast.signals.bank import Bank
 from saerl_fast.signals.clusters import cluster_prompts
 from saerl_fast.signals.difficulty import fit_difficulty
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from saerl_kernels import CSR
 
 FORMAT = "saerl-scores-1"
+SUMMARY = {"format": str, "n_prompts": int, "features": (None, str), "metadata": dict}  # of scores.json
+TIMED = ("seconds", "difficulty_labels", "sae")  # metadata that a second time differ; in scores.json alone
 # The columns this package adds. A float is NaN (null on disk) where the signal is not known.
 SCORE_COLUMNS = {
     "saerl_cluster": np.int32,
@@ -79,64 +82,79 @@ class Scores:
         array = np.array(values, dtype=dtype)
         return array if np.isfinite(array).any() else None
 
-    def save(self, run_dir: str | Path) -> Path:
-        """Write scores.parquet, scores.json and, with features, features.safetensors; the folder."""
+    def save(self, run_dir: str | Path, made: Mapping[str, Any] | None = None) -> Path:
+        """Write scores.parquet, scores.json and, with features, features.safetensors; the folder.
+
+        ``made``: what ``manifest.json`` says of them beside their hashes.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         folder = Path(run_dir)
-        arrays = {}
-        for name, column in self.columns.items():
-            try:
-                if name in SCORE_COLUMNS:
-                    arrays[name] = pa.array(np.asarray(column, SCORE_COLUMNS[name]), from_pandas=True)
-                else:
-                    arrays[name] = pa.array(column)
-            except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError, TypeError) as err:
-                reason = " ".join(str(err).split())
-                raise SaerlError(f"column {name!r} cannot be written to Parquet: {reason}") from None
-        text = json.dumps(self.metadata, allow_nan=False)
-        table = pa.table(arrays).replace_schema_metadata({"saerl": text, "saerl_format": FORMAT})
-        if self.features is not None:
-            save_features(folder / "features.safetensors", self.features, self.prompt_ids)
-        with atomic_path(folder / "scores.parquet") as temporary:
-            pq.write_table(table, temporary)
+        arrays = {name: to_arrow(name, column) for name, column in self.columns.items()}
+        told = {key: value for key, value in self.metadata.items() if key not in TIMED}
+        told_text = json.dumps(told, allow_nan=False)
+        table = pa.table(arrays).replace_schema_metadata({"saerl": told_text, "saerl_format": FORMAT})
         summary = {"format": FORMAT, "n_prompts": len(self), "columns": list(self.columns)}
         summary["features"] = None if self.features is None else "features.safetensors"
-        write_json(folder / "scores.json", {**summary, "metadata": self.metadata})
+        text = json.dumps({**summary, "metadata": self.metadata}, indent=1, allow_nan=False) + "\n"
+        with manifest.publish(folder, "scores", made or {}) as new:
+            if self.features is not None:
+                save_features(new("features.safetensors"), self.features, self.prompt_ids)
+            pq.write_table(table, new("scores.parquet"))
+            new("scores.json").write_text(text)
         return folder
 
     @classmethod
     def load(cls, run_dir: str | Path) -> Scores:
-        """What ``save`` wrote. Raises SaerlError when a file is missing, damaged or of other prompts."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        """What ``save`` wrote; checked against its hashes in a folder that has a ``manifest.json``.
 
+        Raises SaerlError when a file is missing, damaged, of other prompts, or not of one writing.
+        """
         folder = Path(run_dir)
-        summary = read_json(folder / "scores.json", "saerl score")
-        if not isinstance(summary, dict) or summary.get("format") != FORMAT:
+        manifest.check(folder, "scores", "saerl score")
+        summary = read_json(folder / "scores.json", "saerl score", SUMMARY)
+        if summary["format"] != FORMAT:
             raise SaerlError(f"{folder / 'scores.json'} is not of format {FORMAT}; run `saerl score` again")
         file = folder / "scores.parquet"
         if not file.is_file():
             raise SaerlError(f"{file} does not exist; make it with `saerl score`")
-        try:
-            table = pq.read_table(file)
-        except (pa.ArrowException, OSError) as err:
-            reason = " ".join(str(err).split())
-            raise SaerlError(f"{file} is damaged ({reason}); make it again with `saerl score`") from None
-        if table.num_rows != summary["n_prompts"]:
+        again = "make it again with `saerl score`"
+        columns: dict[str, Any] = read_table(file, again)
+        rows = len(next(iter(columns.values()), []))
+        if rows != summary["n_prompts"]:
             raise SaerlError(
-                f"{file} has {table.num_rows} rows but scores.json {summary['n_prompts']}; "
-                "run `saerl score` again"
+                f"{file} has {rows} rows but scores.json {summary['n_prompts']}; run `saerl score` again"
             )
-        columns: dict[str, Any] = table.to_pydict()
         for name in SCORE_COLUMNS.keys() & columns.keys():
             values = [np.nan if value is None else value for value in columns[name]]
-            columns[name] = np.array(values, dtype=SCORE_COLUMNS[name])
+            try:
+                columns[name] = np.array(values, dtype=SCORE_COLUMNS[name])
+            except (TypeError, ValueError, OverflowError) as err:
+                raise SaerlError(f"{file} is damaged (column {name}: {err}); {again}") from None
         features = None
         if summary["features"] is not None:
-            features = load_features(folder / summary["features"], columns["prompt_id"])
+            features = load_features(folder / "features.safetensors", columns.get("prompt_id"))
         return cls(columns, summary["metadata"], features)
+
+
+def to_arrow(name: str, column: Any) -> Any:
+    """A column as an Arrow array; SaerlError for one that Parquet cannot hold."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if name in SCORE_COLUMNS:
+            return pa.array(np.asarray(column, SCORE_COLUMNS[name]), from_pandas=True)
+        array = pa.array(column)
+        pq.write_table(pa.table({name: array[:1]}), pa.BufferOutputStream())  # not every type can be
+        return array
+    except Exception as err:  # Arrow's own, and OverflowError for an integer beyond 64 bits
+        reason = " ".join(str(err).split())
+        raise SaerlError(
+            f"column {name!r} cannot be written to Parquet ({reason}); leave it out of the pool, or write it "
+            "as text"
+        ) from err
 
 
 def score_features(
@@ -283,6 +301,6 @@ def _numbers(column: Sequence[Any], setting: str) -> np.ndarray:
     for i, value in enumerate(column):
         try:
             numbers[i] = np.nan if value is None else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise SaerlError(f"{setting} names a column that holds {value!r}; use numbers or null") from None
     return numbers

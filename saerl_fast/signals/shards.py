@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import atomic_path, written
+from saerl_fast.records.manifest import digest
 from saerl_fast.signals.features import load_features, save_features
 
 if TYPE_CHECKING:
     from saerl_kernels import CSR
 
+log = logging.getLogger(__name__)
 Pair = tuple["CSR", "CSR | None"]
 Compute = Callable[[int, int, Callable[[int, int], None] | None], Pair]
 
@@ -68,26 +73,32 @@ class Shards:
         """Remove the shards; call it when what they make up is safely written elsewhere."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _files(self, start: int) -> tuple[Path, Path]:
-        return (
-            self.folder / f"{start:09d}.answer.safetensors",
-            self.folder / f"{start:09d}.prompt.safetensors",
-        )
-
     def _read(self, start: int, ids: Sequence[str]) -> Pair | None:
-        answer, prompt = self._files(start)
-        if not prompt.is_file():
-            return None
-        try:
-            return load_features(prompt, ids), load_features(answer, ids) if answer.is_file() else None
-        except SaerlError:  # damaged, or of other prompts: made again
-            return None
+        """The shard where its files have the content that their names tell; None where it is to be made."""
+        found: dict[str, CSR] = {}
+        for file in sorted(self.folder.glob(f"{start:09d}.*.safetensors")):
+            try:
+                part, told = file.stem.split(".")[1].split("-")
+                if digest(file)[:16] != told:
+                    raise SaerlError(f"{file} does not have the content that its name tells")
+                found[part] = load_features(file, ids)
+            except (SaerlError, OSError, ValueError) as err:
+                log.warning("%s; this part is made again", err)
+                file.unlink(missing_ok=True)
+        if "alone" in found:
+            return found["alone"], None
+        return (found["prompt"], found["answer"]) if len(found) == 2 else None
 
     def _write(self, start: int, ids: Sequence[str], pair: Pair) -> None:
-        answer, prompt = self._files(start)
-        if pair[1] is not None:
-            save_features(answer, pair[1], ids)
-        save_features(prompt, pair[0], ids)  # last: its presence says that the shard is complete
+        """A file for each part, named after the start of its SHA-256; ``alone``: there are no answers."""
+        prompt, answer = pair
+        parts = {"alone": prompt} if answer is None else {"answer": answer, "prompt": prompt}
+        for part, rows in parts.items():
+            with atomic_path(self.folder / f"{start:09d}.{part}") as temporary:
+                save_features(temporary, rows, ids)
+                name = f"{start:09d}.{part}-{digest(temporary)[:16]}.safetensors"
+            os.replace(self.folder / f"{start:09d}.{part}", self.folder / name)
+            written[self.folder / name] = None
 
     def _shifted(
         self, on_progress: Callable[[int, int], None] | None, start: int, total: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import secrets
 import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +12,7 @@ from typing import Any
 
 from saerl_fast import __version__
 from saerl_fast.fileio import read_json
+from saerl_fast.records.runs import RUN
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "peft", "vllm", "numpy")
 
@@ -43,11 +45,13 @@ def about(device: Any) -> dict[str, Any]:
 
 
 def runs_of(out: Path, made: dict[str, Any]) -> dict[str, Any]:
-    """For run.json in ``out``: ``made`` by the process that began, and ``resumed`` by those that went on."""
-    before = read_json(out / "run.json", "saerl train") if (out / "run.json").is_file() else {}
+    """For run.json in ``out``: ``made`` by the process that began, and ``resumed`` by those that went on; the
+    run's ``id``, which a copy of it has too."""
+    before = read_json(out / "run.json", "saerl train", RUN) if (out / "run.json").is_file() else {}
     if "made" not in before:
-        return {"made": made}
-    return {"made": before["made"], "resumed": [*before.get("resumed", []), made]}
+        return {"id": secrets.token_hex(8), "made": made}
+    kept = {key: before[key] for key in ("id", "made") if key in before}
+    return {**kept, "resumed": [*before.get("resumed", []), made]}
 
 
 def _commit() -> str | None:

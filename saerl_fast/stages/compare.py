@@ -20,9 +20,18 @@ from saerl_fast.rl.lora import check_targets
 from saerl_fast.session import Session, load_pools
 from saerl_fast.stages.console import Echo
 from saerl_fast.stages.fingerprint import changes, fingerprint, flat
-from saerl_fast.stages.made import needs_scores, refuse_other, run_sections, set_aside
+from saerl_fast.stages.made import (
+    finished,
+    needs_scores,
+    other_inputs,
+    refuse_other,
+    run_entry,
+    run_sections,
+    score_hashes,
+    set_aside,
+)
 from saerl_fast.stages.pipeline import find_scores, make_plan, open_session, train_stage
-from saerl_fast.stages.preflight import check_functions, check_packages
+from saerl_fast.stages.preflight import UNRECORDED, check_functions, check_packages
 
 
 def parse_arm(text: str) -> tuple[str, list[str]]:
@@ -103,8 +112,8 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
             echo(f"[{i}/{len(jobs)}] {name}, seed {mine.train.seed}")
             try:
                 with lock(out):
-                    started, finished = _state(mine, out, redo)
-                    if finished:
+                    started, ended = _state(mine, out, redo)
+                    if ended:
                         echo(f"{out} is finished already; kept")
                     else:
                         train_stage(mine, echo, out=out, arm=name, resume=started, redo=redo, session=session)
@@ -186,16 +195,21 @@ def _check_plans(arms: list[Config], echo: Echo) -> Session:
 
 def _state(config: Config, out: Path, redo: bool) -> tuple[bool, bool]:
     """Whether a run with exactly these settings has started in ``out``, and whether it has finished."""
-    described = out / "run.json"
-    if not described.is_file():
+    if not (out / "run.json").is_file():
         return False, False
-    record = read_json(described, "saerl compare")
-    if record.get("fingerprint") != fingerprint(config, run_sections(config)):
-        if redo:
-            return False, False
-        why = changes(record.get("config"), config, run_sections(config))
-        raise SaerlError(
-            f"{out} holds a run with other settings ({why}); add --redo to replace it, remove it, or choose "
-            "another run_dir"
-        )
-    return True, (out / "summary.json").is_file()
+    record, (ended, fault) = run_entry(out), finished(out)
+    if record is None:
+        why = f"that cannot be kept: {UNRECORDED}"
+    elif fault:
+        why = f"that cannot be kept: {fault}"
+    elif record.get("fingerprint") != fingerprint(config, run_sections(config)):
+        why = f"with other settings ({changes(record.get('config'), config, run_sections(config))})"
+    elif other_inputs(record, score_hashes(config)):
+        why = "made from other scores than those in run_dir"
+    else:
+        return True, ended
+    if redo:
+        return False, False
+    raise SaerlError(
+        f"{out} holds a run {why}; add --redo to replace it, remove it, or choose another run_dir"
+    )

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+from saerl_fast.errors import printable
+
 # tqdm's own, with whole numbers for work that is part done
 FORMAT = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
@@ -28,6 +30,7 @@ class Echo:
 
     def result(self, line: str) -> None:
         """A line that is shown even when quiet."""
+        line = printable(line)
         write: Callable[[str], Any] = sys.stdout.write
         if self.bars and sys.stdout.isatty():
             from tqdm import tqdm

@@ -1,17 +1,25 @@
-"""What an output was made from, as a short hash beside it, so that stages never mix what does not belong."""
+"""What an output was made from, recorded beside it, so that stages never mix what does not belong."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
+import os
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from saerl_fast.config import Config, Section, to_dict
+from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import write_json
 from saerl_fast.plugins import is_function, source_digest
+from saerl_fast.records import manifest
 from saerl_fast.session import load_pools
 
+log = logging.getLogger(__name__)
+LARGE = 1 << 24  # bytes of a file whose hash is kept for the next command
 SAE_SECTIONS = ("model", "data", "sae")  # what a trained SAE depends on
 SCORE_SECTIONS = (*SAE_SECTIONS, "score", "quality", "difficulty", "diversity", "labels")
 RUN_SECTIONS = (*SCORE_SECTIONS, "plan", "train")
@@ -58,12 +66,7 @@ def _kept(section: type[Section], tree: dict[str, Any], planned: bool) -> dict[s
 
 
 def fingerprint(config: Config, sections: tuple[str, ...], *, without: tuple[str, ...] = ()) -> str:
-    """A short hash of what a stage's output depends on: settings, and the prompts themselves.
-
-    ``labels`` stands for what the difficulty labels depend on beyond their own section. A model or SAE is
-    known by its name, and a local one by the sizes and ends of its files too; a ``module:function`` by its
-    name and the content of its file; a data source by its name and the training rows it gives.
-    """
+    """A short hash of what a stage's output depends on: settings, and the content of its ``inputs``."""
     tree = settings(to_dict(config), sections, without)
     if "train" in tree:
         tree["train"]["seed"] = training_seed(config)
@@ -72,13 +75,36 @@ def fingerprint(config: Config, sections: tuple[str, ...], *, without: tuple[str
         tree["labels"] = {key.rpartition(".")[2]: plain[key] for key in LABELS} | {"seed": config.seed}
     if "score" in sections:
         tree["seed"] = config.seed
-    functions = _functions(config, sections)
-    if functions:
-        tree["functions"] = functions
-    tree["prompts"] = load_pools(config)[0].digest
-    names = (config.model.path, config.sae.path if "sae" in sections else None)
-    tree["files"] = [_files_digest(Path(name)) for name in names if name]
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+    return manifest.json_digest(tree | {"inputs": inputs(config, sections)})[:16]
+
+
+def inputs(config: Config, sections: tuple[str, ...]) -> dict[str, Any]:
+    """What a stage reads beside its settings, each by a hash of its content.
+
+    ``prompts``: the training rows; ``eval``, for a run: those it is evaluated on. ``model``, ``sae``: all
+    files of a local one; one of the hub is known by its name, and is left out. ``functions``: the files of
+    each ``module:function``.
+    """
+    train, evaluation = load_pools(config)
+    found: dict[str, Any] = {"prompts": train.digest}
+    if "train" in sections:
+        found["eval"] = evaluation.digest
+    named = {"model": config.model.path, "sae": config.sae.path if "sae" in sections else None}
+    for name, path in named.items():
+        if path and (files := _contents(Path(path).expanduser(), Path(config.run_dir))):
+            found[name] = manifest.json_digest(files)
+    if functions := _functions(config, sections):
+        found["functions"] = functions
+    return found
+
+
+def made_from(config: Config, sections: tuple[str, ...]) -> dict[str, Any]:
+    """What a manifest says of an output that ``config`` makes."""
+    return {
+        "fingerprint": fingerprint(config, sections),
+        "config": to_dict(config),
+        "inputs": inputs(config, sections),
+    }
 
 
 def _functions(config: Config, sections: tuple[str, ...]) -> dict[str, str | None]:
@@ -91,13 +117,50 @@ def _functions(config: Config, sections: tuple[str, ...]) -> dict[str, str | Non
     return {name: source_digest(name) for name in names if is_function(name)}
 
 
-def _files_digest(path: Path, tail: int = 1 << 16) -> list[list[Any]]:
-    """Name, size and hash of the last bytes of a local model's files; nothing for a hub id."""
-    found = []
-    for file in sorted(f for f in (path.iterdir() if path.is_dir() else [path]) if f.is_file()):
-        with open(file, "rb") as opened:
-            opened.seek(max(0, file.stat().st_size - tail))
-            found.append([file.name, file.stat().st_size, hashlib.sha256(opened.read()).hexdigest()])
+def _contents(path: Path, run_dir: Path) -> dict[str, str]:
+    """Name -> SHA-256 of the files in a folder (or of the one file), without hidden ones and the outputs."""
+    if path.is_file():
+        return {path.name: _remembered([path])[path]}
+    path, run_dir = path.absolute(), run_dir.absolute()
+    kept, holds_run = {}, path in run_dir.parents
+    for file in path.rglob("*"):
+        name = file.relative_to(path)
+        hidden = any(part.startswith(".") for part in name.parts) or name.name == manifest.FILE
+        if not hidden and not (holds_run and run_dir in file.parents) and file.is_file():
+            kept[name.as_posix()] = file
+    hashes = _remembered(list(kept.values()))
+    return {name: hashes[kept[name]] for name in sorted(kept)}
+
+
+def _remembered(files: list[Path]) -> dict[Path, str]:
+    """The hashes of these files; those of large ones are kept in the user's cache folder.
+
+    A kept hash counts as long as size, times and number of the file stay the same; a cache that cannot be
+    read or written is done without.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    cache = Path(home) / "saerl-fast" / "digests.json"
+    stamps = {file: manifest.stamp(file) for file in files}
+    large = {file: json.dumps(stamp) for file, stamp in stamps.items() if stamp[1] >= LARGE}
+    known: dict[str, str] = {}
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        held = json.loads(cache.read_text(encoding="utf-8"))
+        known = held["digests"] if held["sha256"] == manifest.json_digest(held["digests"]) else {}
+    new = {file for file, key in large.items() if key not in known}
+    if (size := sum(stamps[file][1] for file in new)) >= 1 << 30:
+        log.info("reading %.1f GB of model files once, to know them by their content", size / 1e9)
+    try:
+        found = {file: known.get(large.get(file, "")) or manifest.digest(file) for file in files}
+    except OSError as err:
+        raise SaerlError(f"cannot read {err.filename}: {err.strerror}; make it readable") from None
+    now = time.time() - manifest.SETTLED
+    settled = {large[file]: found[file] for file in new if max(stamps[file][2:4]) / 1e9 < now}
+    if settled:
+        read = {stamps[file][0] for file in new}
+        places = ((key, json.loads(key)[0]) for key in known)
+        others = {key: known[key] for key, at in places if at not in read and os.path.exists(at)}
+        with suppress(SaerlError, OSError):
+            write_json(cache, {"digests": others | settled, "sha256": manifest.json_digest(others | settled)})
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from saerl_fast.config import Config
-from saerl_fast.fileio import read_json, write_json
+from saerl_fast.fileio import read_json
+from saerl_fast.records import manifest
 from saerl_fast.session import Session
 from saerl_fast.signals.scores import label_columns
 from saerl_fast.stages.console import Echo, within_calls
-from saerl_fast.stages.fingerprint import LABEL_SECTIONS, fingerprint
+from saerl_fast.stages.fingerprint import LABEL_SECTIONS, made_from
 
 LABEL_CHUNK = 16  # prompts rolled out for labels before they are saved
 
@@ -42,11 +44,13 @@ def difficulty_labels(
 
     chosen = np.random.default_rng([config.seed, 1]).permutation(len(pool))[: settings.n_labels]
     file = Path(config.run_dir) / "labels.json"
-    mark = fingerprint(config, LABEL_SECTIONS)
-    record: dict[str, Any] = {"fingerprint": mark, "rates": {}, "tokens": 0, "seconds": 0.0}
-    if file.is_file():
-        saved = read_json(file, "saerl score")
-        record = saved if saved.get("fingerprint") == mark else record
+    form = {"rates": {str: (None, float)}, "tokens": int, "seconds": float}
+    about, kept = made_from(config, LABEL_SECTIONS), manifest.look(config.run_dir, "labels")
+    record: dict[str, Any] = {"rates": {}, "tokens": 0, "seconds": 0.0}
+    if file.is_file() and (kept.fault or kept.entry is None):
+        echo(f"{file} is made again: {kept.fault or f'{manifest.FILE} does not record it'}")
+    elif kept.entry and kept.entry.get("fingerprint") == about["fingerprint"] and not kept.fault:
+        record = read_json(file, "saerl score", form)
     train = config.train
     reward = with_timeout(get_reward(train.reward, train.reward_weights), train.reward_timeout)
     warned = False
@@ -71,7 +75,8 @@ def difficulty_labels(
             record["rates"].update({ids[i]: None if np.isnan(rate) else float(rate) for i, rate in found})
             record["tokens"] += int(made.lengths.sum())
             record["seconds"] += time.perf_counter() - began
-            write_json(file, record)
+            with manifest.publish(config.run_dir, "labels", about) as new:
+                new(file.name).write_text(json.dumps(record, indent=1) + "\n")
         bar(min(start + width, len(chosen)), len(chosen))
     rates = np.full(len(pool), np.nan)
     rates[chosen] = np.array([record["rates"][ids[i]] for i in chosen], dtype=float)  # None: not judged

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 import time
 from collections.abc import Callable
@@ -19,10 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from saerl_fast import __version__
-from saerl_fast.config import Config, to_dict
+from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import read_json, remove, write_json
+from saerl_fast.fileio import read_json, remove
 from saerl_fast.hub import hub_access, is_local
+from saerl_fast.records import manifest
 from saerl_fast.records.lock import lock
 from saerl_fast.session import Session
 from saerl_fast.stages.about import about, runs_of
@@ -31,10 +33,19 @@ from saerl_fast.stages.fingerprint import (
     SAE_SECTIONS,
     SCORE_SECTIONS,
     fingerprint,
+    made_from,
     training_seed,
 )
 from saerl_fast.stages.labels import difficulty_labels
-from saerl_fast.stages.made import needs_scores, refuse_other, run_sections, set_aside
+from saerl_fast.stages.made import (
+    is_there,
+    needs_scores,
+    refuse_other,
+    run_sections,
+    sae_weights,
+    score_hashes,
+    set_aside,
+)
 from saerl_fast.stages.preflight import (
     check_functions,
     check_packages,
@@ -93,7 +104,7 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None, *, red
     folder = Path(config.run_dir) / "sae"
     if redo:
         set_aside(config, echo, scores=False)
-        if folder.is_dir():
+        if is_there(config, "sae", echo):
             for old in Path(config.run_dir).glob("sae.partial-*"):
                 remove(old)  # of a command that was killed after it had written the SAE
             return load_sae(folder)
@@ -127,15 +138,8 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None, *, red
             device=session.model.device,
             keep=keep,
         )
-    save_sae(sae, folder)
-    record = {
-        "layer": layer,
-        **metrics,
-        "seconds_capture": captured - started,
-        "fingerprint": mark,
-        "config": to_dict(config),
-    }
-    write_json(folder / "train.json", record)
+    record = {"layer": layer, **metrics, "seconds_capture": captured - started}
+    save_sae(sae, folder, train=record, made=made_from(config, SAE_SECTIONS))
     keep.clear()
     echo(
         f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.cfg.k}, unexplained variance "
@@ -159,13 +163,17 @@ def find_sae(config: Config, echo: Echo, session: Session) -> SAE:
     if config.sae.path is not None:
         with hub_access(not is_local(config.sae.path)):
             sae = load_sae(config.sae.path)
-    elif path.is_dir():
+    elif is_there(config, "sae", echo):
         refuse_other(config, scores=False)
         sae = load_sae(path)
     else:
         _refuse_together(path, "saerl sae train")
         with lock(config.run_dir):
-            sae = load_sae(path) if path.is_dir() else sae_stage(config, echo, session)
+            if is_there(config, "sae", Echo(quiet=True)):  # another process has made it meanwhile
+                refuse_other(config, scores=False)
+                sae = load_sae(path)
+            else:
+                sae = sae_stage(config, echo, session)
     check_width(session.model, sae)
     resolve_layer(session.model, sae, config.sae.layer)
     return sae.to(session.model.device)
@@ -182,7 +190,7 @@ def describe_sae(path: str) -> str:
     trained = Path(path) / "train.json"
     if trained.is_file():
         record = read_json(trained, "saerl sae train")
-        lines += [f"  {key}: {value}" for key, value in record.items() if key != "config"]
+        lines += [f"  {key}: {value}" for key, value in record.items()]
     return "\n".join(lines)
 
 
@@ -197,11 +205,11 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
     """
     from saerl_fast.rl.generate import prove
     from saerl_fast.rl.rewards.dry import try_reward
-    from saerl_fast.signals.scores import Scores, label_columns, score
+    from saerl_fast.signals.scores import Scores, label_columns, score, to_arrow
 
     if redo:
         set_aside(config, echo)
-        if (Path(config.run_dir) / "scores.parquet").is_file():
+        if is_there(config, "scores", echo):
             for old in Path(config.run_dir).glob("features.partial-*"):
                 remove(old)  # of a command that was killed after it had written the scores
             return Scores.load(config.run_dir)
@@ -213,17 +221,19 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
     if rolled_out:
         prove(session.model, session.tokenizer)
     label_columns(session.train, config)  # before an SAE is trained
+    for name, column in session.train.columns.items():
+        to_arrow(name, column)
     sae = find_sae(config, echo, session)
+    entry = made_from(config, SCORE_SECTIONS)
+    entry["inputs"]["sae_weights"] = sae_weights(config)
     labels, label_costs = difficulty_labels(config, echo, session)
     shards, bar = score_shards(config, sae), echo.bar("features", "prompt")
     scores = score(session, sae, config, pass_rates=labels, on_progress=bar, shards=shards)
     scores.metadata["difficulty_labels"] = label_costs
     trained = Path(config.run_dir) / "sae" / "train.json"
     if config.sae.path is None and trained.is_file():
-        record = read_json(trained, "saerl sae train")
-        scores.metadata["sae"] = {key: v for key, v in record.items() if key not in ("config", "fingerprint")}
-    scores.metadata |= {"fingerprint": fingerprint(config, SCORE_SECTIONS), "config": to_dict(config)}
-    folder = scores.save(config.run_dir)
+        scores.metadata["sae"] = read_json(trained, "saerl sae train")
+    folder = scores.save(config.run_dir, entry)
     shards.clear()
     echo(f"wrote {folder / 'scores.parquet'}, scores.json and features.safetensors")
     return scores
@@ -231,12 +241,12 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
 
 def score_shards(config: Config, sae: SAE) -> Shards:
     """Where the features of these settings and this SAE are kept until they are complete."""
-    import torch
-
     from saerl_fast.signals.shards import Shards
 
-    weights = torch.cat([sae.b_enc, sae.b_dec, sae.W_enc[0]]).detach().float().cpu().numpy().tobytes()
-    mark = f"{fingerprint(config, SCORE_SECTIONS)}-{hashlib.sha256(weights).hexdigest()[:8]}"
+    weights = hashlib.sha256()
+    for _, tensor in sorted(sae.state_dict().items()):
+        weights.update(tensor.detach().float().cpu().contiguous().numpy())
+    mark = f"{fingerprint(config, SCORE_SECTIONS)}-{weights.hexdigest()[:8]}"
     return Shards(config.run_dir, mark, config.score.shard)
 
 
@@ -245,10 +255,10 @@ def find_scores(config: Config, echo: Echo, session: Session | None = None) -> S
     from saerl_fast.signals.scores import Scores
 
     file = Path(config.run_dir) / "scores.parquet"
-    if not file.is_file():
+    if not is_there(config, "scores", echo):
         _refuse_together(file, "saerl score")
         with lock(config.run_dir):
-            if not file.is_file():  # another process may have made them meanwhile
+            if not is_there(config, "scores", Echo(quiet=True)):  # another process has made them
                 return score_stage(config, echo, session)
     refuse_other(config)
     return Scores.load(config.run_dir)
@@ -259,7 +269,7 @@ def _refuse_together(missing: Path, command: str) -> None:
 
     if distributed.size() > 1:
         raise SaerlError(
-            f"{missing} does not exist; make it with `{command}`, in one process, before torchrun"
+            f"{missing} is missing or incomplete; make it with `{command}`, in one process, before torchrun"
         )
 
 
@@ -294,17 +304,27 @@ def make_plan(config: Config, echo: Echo, session: Session | None = None) -> Pla
 @alone
 def plan_stage(config: Config, echo: Echo, *, redo: bool = False) -> Path:
     """Write ``<run_dir>/plan.json``: the order for this loop, TRL or verl."""
-    from saerl_fast.plan import save_plan
-
     check_functions(config)
     if needs_scores(config):
         if redo:
             set_aside(config, echo)
         refuse_other(config)
     path = Path(config.run_dir) / "plan.json"
-    save_plan(make_plan(config, echo), path)
+    plan = make_plan(config, echo)
+    entry = made_from(config, run_sections(config)) | {"seed": training_seed(config)}
+    entry["inputs"] |= score_hashes(config)
+    _record_plan(plan, path.parent, entry)
     echo(f"wrote {path}")
     return path
+
+
+def _record_plan(plan: Plan, folder: Path, entry: dict[str, Any]) -> None:
+    from saerl_fast.plan import save_plan
+
+    manifest.forget(folder, "plan")
+    file = save_plan(plan, folder / "plan.json")
+    files = [part.name for part in (file, file.with_suffix(".safetensors")) if part.is_file()]
+    manifest.record(folder, "plan", files, entry)
 
 
 def folder_name(schedule: str) -> str:
@@ -373,7 +393,6 @@ def _train(
     with_report: bool,
     session: Session | None,
 ) -> dict[str, Any]:
-    from saerl_fast.plan import save_plan
     from saerl_fast.records.report import write_report
     from saerl_fast.rl import distributed
     from saerl_fast.rl.generate import prove
@@ -384,14 +403,11 @@ def _train(
     from saerl_fast.sae.capture import FeatureCapture
 
     sections = run_sections(config, planned=given is not None)
-    described = {
-        "arm": arm,
-        "seed": training_seed(config),
-        "fingerprint": fingerprint(config, sections),
+    described = made_from(config, sections) | {
         "resumable": fingerprint(config, sections, without=("steps",)),
-        "plan": hashlib.sha256(Path(plan_file).read_bytes()).hexdigest() if plan_file else None,
-        "config": to_dict(config),
+        "plan": manifest.digest(plan_file) if plan_file else None,
     }
+    described["inputs"] |= {} if plan_file else score_hashes(config)
     if distributed.size() > 1 and ":" in config.model.device:
         raise SaerlError(f"model.device={config.model.device} is one device for all processes; set auto")
     check_packages(config)
@@ -429,14 +445,26 @@ def _train(
             session.model, sae, config.score.reduce, config.score.backend, layer=config.sae.layer
         )
         capture.warm_up()
+        if given is None:
+            refuse_other(config)  # an SAE that was made just now may differ from the one behind the scores
+    if given is None:
+        described["inputs"] |= score_hashes(config)  # of scores that were made just now, too
+    if resume:
+        distributed.on_first(lambda: check_target(out, described, config, resume=True, overwrite=False))
     engine = {} if config.train.rollout.engine == "transformers" else {"engine": _vllm(config, echo, session)}
     machine = about(session.model.device)
 
     def prepare() -> None:
         if overwrite:
             clear(out)
-        write_json(out / "run.json", described | runs_of(out, machine))
-        save_plan(plan, out / "plan.json")
+        if (fault := manifest.look(out, "run").fault) and (out / "run.json").exists():
+            echo(f"{fault}; it is written anew")
+            (out / "run.json").unlink()
+        kept = {key: described[key] for key in ("fingerprint", "resumable", "plan", "config")}
+        text = {"arm": arm, "seed": training_seed(config), **kept, **runs_of(out, machine)}
+        with manifest.publish(out, "run", described) as new:
+            new("run.json").write_text(json.dumps(text, indent=1) + "\n")
+        _record_plan(plan, out, {"fingerprint": described["fingerprint"]})
 
     distributed.on_first(prepare)
     echo(f"training into {out}")

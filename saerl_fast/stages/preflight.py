@@ -11,10 +11,12 @@ from typing import Any
 
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import check_writable, read_json, remove
+from saerl_fast.fileio import check_writable, remove
 from saerl_fast.records.lock import NAME, vacant
 from saerl_fast.stages.fingerprint import changes
-from saerl_fast.stages.made import run_sections
+from saerl_fast.stages.made import finished, other_inputs, run_entry, run_sections
+
+UNRECORDED = "its manifest.json does not record it, as in a folder of an earlier version"
 
 
 def set_up(config: Config, *, new_sae: bool = False) -> None:
@@ -128,8 +130,10 @@ def check_target(
             f"{out} holds a run already; add --resume to go on, --redo to make it again where settings have "
             "changed, or --overwrite to replace it"
         )
-    before = read_json(out / "run.json", "saerl train")
-    if any(before.get(key) != described[key] for key in ("resumable", "plan")):
+    before, fault = run_entry(out), finished(out)[1]
+    if before is None or fault:
+        raise SaerlError(f"{out} cannot go on: {fault or UNRECORDED}; add --overwrite to make the run again")
+    if not _resumable(before, described):
         raise SaerlError(
             f"{out} was started with other settings ({_why(before, described, config)}); resume with the "
             "same ones (train.steps may grow), add --redo instead to replace it, or choose another run_dir"
@@ -143,20 +147,28 @@ def redo_target(out: Path, described: dict[str, Any], config: Config, say: Calla
     """What ``--redo`` does about the run in ``out``: fresh, kept, resume or overwrite; said aloud."""
     if not (out / "run.json").is_file():
         return "fresh"
-    before = read_json(out / "run.json", "saerl train")
-    if all(before.get(key) == described[key] for key in ("resumable", "plan")):
+    before, (ended, fault) = run_entry(out), finished(out)
+    if before is None or fault:
+        say(f"--redo: {out} is made again ({fault or UNRECORDED})")
+        return "overwrite"
+    if _resumable(before, described):
         steps = described["config"]["train"]["steps"], before["config"]["train"]["steps"]
-        if steps[0] == steps[1] and (out / "summary.json").is_file():
+        if steps[0] == steps[1] and ended:
             say(f"--redo: {out} is kept, for nothing that it depends on has changed")
             return "kept"
         if steps[0] >= steps[1]:
             say(f"--redo: {out} goes on from where it stopped")
             return "resume"
     why = _why(before, described, config)
-    if before.get("resumable") == described["resumable"] and before.get("plan") == described["plan"]:
+    if _resumable(before, described):
         why = f"train.steps was {before['config']['train']['steps']}"
     say(f"--redo: {out} is made again ({why})")
     return "overwrite"
+
+
+def _resumable(before: dict[str, Any], described: dict[str, Any]) -> bool:
+    same = all(before.get(key) == described[key] for key in ("resumable", "plan"))
+    return same and not other_inputs(before, described["inputs"])
 
 
 def clear(out: Path) -> None:
@@ -171,5 +183,7 @@ def clear(out: Path) -> None:
 def _why(before: dict[str, Any], described: dict[str, Any], config: Config) -> str:
     if before.get("plan") != described["plan"]:
         return "another --plan"
+    if before.get("resumable") == described["resumable"]:
+        return "the same settings, but other scores"
     sections = run_sections(config, planned=described["plan"] is not None)
     return changes(before.get("config"), config, sections, ("steps",))

@@ -1,0 +1,1 @@
+"""Faults on purpose: every command killed, starved, raced and given damaged files (``make faults``)."""

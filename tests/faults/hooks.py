@@ -1,0 +1,74 @@
+"""What is done to a command from the inside: it dies, or its disk is full, at its n-th operation on files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
+MAKING = {"open", "os.rename", "os.mkdir", "os.link", "os.symlink"}  # what a full disk refuses
+CHANGING = MAKING | {"os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
+
+
+def each_operation(
+    run_dir: Path, call: Callable[[int], None], among: set[str] = CHANGING
+) -> Callable[[], None]:
+    """Before every write, renaming or deletion in run_dir, ``call`` with its number, from 1."""
+
+    def install() -> None:
+        seen, inside = [0], str(run_dir)
+
+        def hook(event: str, args: tuple[Any, ...]) -> None:
+            if event in among and _changes(event, args, inside):
+                seen[0] += 1
+                call(seen[0])
+
+        sys.addaudithook(hook)
+
+    return install
+
+
+def _changes(event: str, args: tuple[Any, ...], inside: str) -> bool:
+    if not isinstance(args[0], (str, bytes, os.PathLike)) or not os.fsdecode(args[0]).startswith(inside):
+        return False
+    if event != "open":
+        return True
+    _, mode, flags = args
+    return bool((flags or 0) & WRITING) or any(letter in (mode or "") for letter in "wax+")
+
+
+def counted(run_dir: Path, to: Path, among: set[str] = CHANGING) -> Callable[[], None]:
+    """Leave a byte in ``to`` for every operation."""
+    handle = os.open(to, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    return each_operation(run_dir, lambda number: os.write(handle, b".") and None, among)
+
+
+def killed_at(run_dir: Path, number: int) -> Callable[[], None]:
+    """SIGKILL before the operation of this number."""
+    return each_operation(run_dir, lambda n: os.kill(os.getpid(), signal.SIGKILL) if n == number else None)
+
+
+def full_at(run_dir: Path, number: int) -> Callable[[], None]:
+    """No space left on the device at the operation of this number and all after it."""
+
+    def refuse(n: int) -> None:
+        if n >= number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return each_operation(run_dir, refuse, MAKING)
+
+
+def no_file_above(size: int) -> Callable[[], None]:
+    """No file may grow beyond ``size`` bytes: what a full disk is to libraries that write by themselves."""
+
+    def install() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return install

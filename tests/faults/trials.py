@@ -1,0 +1,241 @@
+"""The trials: each spoils one thing, goes on as a user would, and says how it ended."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import combinations_with_replacement, product
+from pathlib import Path
+
+from tests.faults.hooks import CHANGING, MAKING, counted, full_at, killed_at, no_file_above
+from tests.faults.workbench import STAGES, Ended, command, fresh, leftovers, run, scratch, start, written
+
+SAME, SAID, REFUSED = "same result", "said aloud", "refused in a sentence"
+TRACEBACK, WRONG, STUCK, HUNG, LEFT = "traceback", "silently wrong", "stuck folder", "hung", "leftovers"
+GOOD, BAD = (SAME, SAID, REFUSED), (TRACEBACK, WRONG, STUCK, HUNG, LEFT)
+OTHER = {"sae train": "sae.seed=7", "score": "score.reduce=max", "plan": "plan.adaptive.svd=6"}
+ON = {"train": "train --resume"}  # how a user goes on
+
+
+@dataclass(frozen=True)
+class Trial:
+    kind: str
+    name: str
+    call: Callable[[], tuple[str, str]]  # outcome, and what was said
+
+
+class Bench:
+    """The templates, what they hold, and the trials over them."""
+
+    def __init__(self, folders: dict[str, Path]) -> None:
+        self.folders = folders
+        names = list(folders)
+        self.after = {stage: folders[names[names.index(stage) + 1]] for stage in STAGES}
+        self.expected = {stage: written(self.after[stage], STAGES[stage]) for stage in STAGES}
+
+    def all(self) -> Iterator[Trial]:
+        """Every trial, in an order that mixes the kinds."""
+        yield from self.kills()
+        yield from self.mixtures()
+        yield from self.full_disks()
+        yield from self.damages()
+        yield from self.signals()
+        yield from self.races()
+
+    def operations(self, stage: str, template: Path, *settings: str, among: set[str] = CHANGING) -> int:
+        """How often the stage writes, renames or deletes."""
+        folder, to = fresh(template), scratch("count")
+        run(stage, folder, *settings, before=counted(folder, to, among))
+        return to.stat().st_size
+
+    # --- judging ---------------------------------------------------------------------------------------
+
+    def judge(
+        self,
+        stage: str,
+        folder: Path,
+        ended: Ended,
+        about: str = "\0",
+        wanted: dict[str, str] | None = None,
+        patterns: tuple[str, ...] | None = None,
+    ) -> tuple[str, str]:
+        """Whether what ``stage`` has written is as it should be. ``about``: what a line that tells names."""
+        wanted = self.expected[stage] if wanted is None else wanted
+        patterns = STAGES[stage] if patterns is None else patterns
+        if ended.code is None:
+            return HUNG, ended.text[-300:]
+        if ended.traceback:
+            return TRACEBACK, ended.text[-600:]
+        if ended.code:
+            return (REFUSED, ended.said) if ended.said else (TRACEBACK, ended.text[-300:])
+        found = written(folder, patterns)
+        if found != wanted:
+            differing = [n for n in sorted(found.keys() | wanted.keys()) if found.get(n) != wanted.get(n)]
+            return (SAID if about in ended.text else WRONG), f"{', '.join(differing)} differ"
+        left = leftovers(folder)
+        return (LEFT, ", ".join(left)) if left else (SAME, "")
+
+    def go_on(self, stage: str, folder: Path, *settings: str) -> tuple[str, str]:
+        """The command again; where it is refused, with --redo, which has to work."""
+        found = self.judge(stage, folder, run(ON.get(stage, stage), folder, *settings))
+        if found[0] != REFUSED or stage in ("report", "sae convert"):
+            return found
+        redone = self.judge(stage, folder, run(f"{stage} --redo", folder, *settings))
+        return (REFUSED, found[1]) if redone[0] == SAME else (STUCK, f"{found[1]} / --redo: {redone}")
+
+    # --- kinds -----------------------------------------------------------------------------------------
+
+    def kills(self) -> Iterator[Trial]:
+        """SIGKILL at every operation on files; then the same command again."""
+        for stage in STAGES:
+            for number in range(1, self.operations(stage, self.folders[stage]) + 1):
+
+                def trial(stage: str = stage, number: int = number) -> tuple[str, str]:
+                    folder = fresh(self.folders[stage])
+                    run(stage, folder, before=killed_at(folder, number))
+                    return self.go_on(stage, folder)
+
+                yield Trial("killed at an operation", f"{stage} {number}", trial)
+
+    def mixtures(self) -> Iterator[Trial]:
+        """Made again with other settings, killed on the way; then on with the first ones."""
+        for stage, setting in OTHER.items():
+            complete = self.folders["train"]  # SAE, scores and plan
+            total = self.operations(f"{stage} --redo", complete, setting)
+            for number in range(1, total + 1):
+
+                def trial(stage: str = stage, said: str = setting, number: int = number) -> tuple[str, str]:
+                    folder = fresh(self.folders["train"])
+                    run(f"{stage} --redo", folder, said, before=killed_at(folder, number))
+                    return self.go_on("plan", folder)
+
+                yield Trial("killed under other settings", f"{stage} {number}", trial)
+
+    def full_disks(self) -> Iterator[Trial]:
+        """No space left at every operation, or for large files only; then with space again."""
+        for stage in STAGES:
+            total = self.operations(stage, self.folders[stage], among=MAKING)
+            sizes = [0, 100, 3_000, 20_000, 100_000, 400_000, 1_000_000]
+            for number in [*range(1, total + 1), *(-size for size in sizes)]:
+
+                def trial(stage: str = stage, number: int = number) -> tuple[str, str]:
+                    folder = fresh(self.folders[stage])
+                    fault = full_at(folder, number) if number > 0 else no_file_above(-number)
+                    first = run(stage, folder, before=fault)
+                    found = self.judge(stage, folder, first)
+                    return found if found[0] in (TRACEBACK, HUNG) else self.go_on(stage, folder)
+
+                yield Trial("disk full", f"{stage} {number}", trial)
+
+    def damages(self) -> Iterator[Trial]:
+        """Every file of a finished run damaged in four ways, read by every command."""
+        whole, longer, again = self.folders["end"], fresh(self.folders["end"]), fresh(self.folders["end"])
+        assert run("train --resume", longer, "train.steps=6").code == 0
+        assert run("compare", again).code == 0
+        files = [file.relative_to(whole) for file in sorted(whole.rglob("*")) if _matters(file)]
+        readers = {
+            "plan": ("plan", whole, ("plan.*",)),
+            "train": ("train --resume", longer, ("*.parquet", "adaptive/*.jsonl", "adaptive/model/*")),
+            "compare": ("compare", again, ("report.md",)),
+            "report": ("report", again, ("report.md",)),
+            "sae info": ("sae info", whole, ()),
+        }
+        for name, (way, spoil), reader in product(files, WAYS.items(), readers):
+
+            def trial(
+                name: Path = name, spoil: Callable[[Path], None] = spoil, reader: str = reader
+            ) -> tuple[str, str]:
+                command, goal, patterns = readers[reader]
+                folder = fresh(whole)
+                spoil(folder / name)
+                before = written(folder, (str(name),))
+                ended = run(command, folder, *["train.steps=6"] * (reader == "train"))
+                untouched = before if written(folder, (str(name),)) == before else {}
+                wanted = written(goal, patterns)
+                wanted |= {key: value for key, value in untouched.items() if key in wanted}  # it was not read
+                return self.judge(reader, folder, ended, name.name, wanted, patterns)
+
+            yield Trial("damaged", f"{name} {way} {reader}", trial)
+
+    def signals(self) -> Iterator[Trial]:
+        """Signals at random times; then the same command again."""
+        for stage in STAGES:
+            began = time.monotonic()
+            folder = fresh(self.folders[stage])
+            run(stage, folder)
+            lasts = time.monotonic() - began
+            for sent in ("KILL", "TERM", "INT", "HUP"):
+                for number in range(4):
+
+                    def trial(
+                        stage: str = stage, sent: str = sent, number: int = number, lasts: float = lasts
+                    ) -> tuple[str, str]:
+                        folder = fresh(self.folders[stage])
+                        child = start(command(stage, folder))
+                        time.sleep(lasts * random.Random(f"{stage} {sent} {number}").uniform(0.02, 0.95))
+                        os.kill(child.pid, getattr(signal, f"SIG{sent}"))  # not waited for yet: it is there
+                        ended = child.wait()
+                        if ended.code is None or "Traceback" in ended.text:
+                            return self.judge(stage, folder, ended)
+                        return self.go_on(stage, folder)
+
+                    yield Trial("signal", f"{stage} {sent} {number}", trial)
+
+    def races(self) -> Iterator[Trial]:
+        """Two commands on one folder at once; then both again, one after the other."""
+        pairs = combinations_with_replacement([stage for stage in STAGES if stage != "sae convert"], 2)
+        for first, second in pairs:
+            for delay in (0.0, 0.02, 0.3):
+
+                def trial(first: str = first, second: str = second, delay: float = delay) -> tuple[str, str]:
+                    folder = fresh(self.folders[first])
+                    one = start(command(first, folder))
+                    time.sleep(delay)
+                    two = start(command(second, folder))
+                    for ended in (one.wait(), two.wait()):
+                        if ended.code is None or ended.traceback:
+                            return self.judge(first, folder, ended)
+                    for stage in dict.fromkeys((first, second)) if second != "report" else (first,):
+                        found = self.go_on(stage, folder)
+                        if found[0] not in (SAME, REFUSED):
+                            return found
+                    return found
+
+                yield Trial("two at once", f"{first} + {second} after {delay} s", trial)
+
+
+def _matters(file: Path) -> bool:
+    return file.suffix in (".json", ".jsonl", ".safetensors", ".parquet")
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    place = random.Random(file.name).randrange(len(content) // 3, len(content))
+    content[place] ^= 1 << 2
+    file.write_bytes(content)
+
+
+def _zero(file: Path) -> None:
+    content = file.read_bytes()
+    half = len(content) // 2
+    file.write_bytes(content[:half] + bytes(len(content) - half))
+
+
+WAYS: dict[str, Callable[[Path], None]] = {
+    "truncated": _truncate,
+    "emptied": _empty,
+    "one bit flipped": _flip,
+    "second half zeroed": _zero,
+}

@@ -1,0 +1,254 @@
+"""A small run of every command, run in forks of a process that has the libraries loaded."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "data.limit=120",
+    "sae.steps=20",
+    "sae.d_sae=96",
+    "sae.batch_size=256",
+    "difficulty.n_labels=12",
+    "difficulty.rollouts=2",
+    "diversity.n_clusters=4",
+    "diversity.svd=8",
+    "plan.adaptive.svd=8",
+    "train.steps=4",
+    "train.save_every=2",
+    "score.shard=40",
+    "train.rollout.prompts_per_step=4",
+    "train.rollout.group_size=2",
+    "train.rollout.max_new_tokens=4",
+    "train.eval.every=2",
+    "data.eval_limit=16",
+    "compare.arms=[vanilla,adaptive]",
+    "compare.seeds=[0]",
+    "compare.target_values=null",
+]
+STAGES = {  # what each command adds to a folder in which those before it have run
+    "sae train": ("sae/*.safetensors", "sae/cfg.json"),
+    "score": ("scores.parquet", "features.safetensors", "labels.json"),
+    "plan": ("plan.json", "plan.safetensors"),
+    "train": ("adaptive/*.jsonl", "adaptive/plan.*", "adaptive/model/*"),
+    "compare": ("*/*.jsonl", "*/plan.*", "*/model/*"),
+    "report": ("report.md",),
+    "sae convert": ("converted/*",),
+}
+VOLATILE = re.compile(r"seconds|time|date|per_second|phases|overhead|machine|started|memory|^id$|run_id")
+LIMIT = 120.0  # seconds that no command here needs
+
+
+@dataclass
+class Ended:
+    """How a command ended: exit code (negative: by that signal), what it printed, None where it hung."""
+
+    code: int | None
+    text: str
+
+    @property
+    def traceback(self) -> bool:
+        return "Traceback (most recent call last)" in self.text or self.code not in (
+            0,
+            2,
+            None,
+            130,
+            143,
+            129,
+        )
+
+    @property
+    def said(self) -> str:
+        """The last line that the command itself put into words."""
+        return next((line for line in reversed(self.text.splitlines()) if line.startswith("saerl: ")), "")
+
+
+@dataclass
+class Started:
+    """A command in a child process."""
+
+    pid: int
+    out: int  # a pipe with room for all that a command says
+    began: float = field(default_factory=time.monotonic)
+
+    def wait(self, limit: float = LIMIT) -> Ended:
+        while time.monotonic() - self.began < limit:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                return Ended(os.waitstatus_to_exitcode(status), self._text())
+            time.sleep(0.01)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        return Ended(None, self._text())
+
+    def _text(self) -> str:
+        with open(self.out, "rb", buffering=0) as pipe:
+            os.set_blocking(self.out, False)
+            return (pipe.read() or b"").decode(errors="replace")
+
+
+def command(name: str, run_dir: Path, *settings: str) -> list[str]:
+    """The arguments of one of the STAGES, or of ``sae info``."""
+    if name == "report":
+        return ["report", str(run_dir)]
+    if name == "sae info":
+        return ["sae", "info", str(run_dir / "sae")]
+    if name == "sae convert":
+        return ["sae", "convert", str(run_dir / "sae"), str(run_dir / "converted")]
+    head, *flags = name.split(" --")
+    config = ["--config", str(ROOT / "examples" / "demo.yaml"), "--quiet"]
+    return [*head.split(), *(f"--{flag}" for flag in flags), *config, f"run_dir={run_dir}", *SMALL, *settings]
+
+
+def scratch(kind: str) -> Path:
+    """A name that is free in the folder of the trial, which FAULTS_WORK holds."""
+    return Path(os.environ["FAULTS_WORK"]) / f"{kind}-{time.monotonic_ns()}-{os.getpid()}"
+
+
+def start(arguments: list[str], *, before: Callable[[], None] | None = None) -> Started:
+    """Run ``saerl`` with these arguments in a fork; ``before`` is called in the child first."""
+    out, to = os.pipe()
+    fcntl.fcntl(to, fcntl.F_SETPIPE_SZ, 1 << 20)
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        os.close(to)
+        return Started(pid, out)
+    code = 1
+    try:
+        os.dup2(to, 1)
+        os.dup2(to, 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if before is not None:
+            before()
+        from saerl_fast.cli import main
+
+        code = main(arguments)
+    except SystemExit as err:
+        code = err.code if isinstance(err.code, int) else 1
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+
+def run(name: str, run_dir: Path, *settings: str, before: Callable[[], None] | None = None) -> Ended:
+    """A command from beginning to end."""
+    return start(command(name, run_dir, *settings), before=before).wait()
+
+
+# --- what was written ----------------------------------------------------------------------------------
+
+
+def written(run_dir: Path, patterns: tuple[str, ...]) -> dict[str, str]:
+    """A digest of every file that matches, of its content without times and dates."""
+    found = sorted({file for pattern in patterns for file in run_dir.glob(pattern) if file.is_file()})
+    return {str(file.relative_to(run_dir)): _digest(file) for file in found}
+
+
+def _digest(file: Path) -> str:
+    try:
+        value: Any = _content(file)
+    except Exception:  # damaged
+        value = file.read_bytes()
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def _content(file: Path) -> Any:
+    if file.suffix == ".safetensors":
+        from safetensors.numpy import load_file
+
+        tensors = load_file(file)
+        return [(n, t.shape, hashlib.sha256(t.tobytes()).hexdigest()) for n, t in sorted(tensors.items())]
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return pq.read_table(file).to_pydict()
+    if file.suffix == ".json":
+        return _steady(json.loads(file.read_text()))
+    if file.suffix == ".jsonl":
+        return [_steady(json.loads(line)) for line in file.read_text().splitlines()]
+    return file.read_bytes()
+
+
+def _steady(value: Any) -> Any:
+    if isinstance(value, dict):
+        volatile = ("sha256", "config", "fingerprint")  # of safetensors files: their keys have no order
+        return {k: _steady(v) for k, v in value.items() if not VOLATILE.search(k) and k not in volatile}
+    return [_steady(item) for item in value] if isinstance(value, list) else value
+
+
+def leftovers(run_dir: Path) -> list[str]:
+    """Temporary files that nothing will ever clean."""
+    return [
+        str(f.relative_to(run_dir)) for f in run_dir.rglob("*") if ".tmp" in f.name or ".partial" in f.name
+    ]
+
+
+# --- templates -----------------------------------------------------------------------------------------
+
+
+def warm_up() -> None:
+    """Load what the children need, on one thread; no gradients, for a fork must not inherit them."""
+    if not Path("/dev/nvidia0").exists():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+    import matplotlib
+    import pyarrow.parquet
+    import sklearn.cluster
+    import sklearn.decomposition
+    import sklearn.linear_model
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    import saerl_fast.integrations
+    import saerl_fast.rl.trainer
+    import saerl_fast.stages.compare
+    import saerl_fast.stages.pipeline
+
+    torch.set_num_threads(1)
+    matplotlib.use("Agg")
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "examples" / "demo" / "model")
+    assert model and transformers and pyarrow.parquet and sklearn and saerl_fast
+
+
+def templates(home: Path) -> dict[str, Path]:
+    """A folder for every stage in which all before it have run, and ``compare``'s end under ``end``."""
+    made, before = {}, None
+    for name in (*STAGES, "end"):
+        folder = home / name.replace(" ", "-") / "run"
+        if not (done := folder.with_name("done")).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(made[before], folder) if before else folder.mkdir(parents=True)
+            if before:
+                ended = run(before, folder)
+                assert ended.code == 0, f"{before}: {ended.text}"
+            done.touch()
+        made[name], before = folder, name
+    return made
+
+
+def fresh(template: Path) -> Path:
+    """A copy of a template, to be spoilt, in the folder of the trial that asks."""
+    folder = scratch("trial") / "run"  # reports tell the folder's name
+    shutil.copytree(template, folder, symlinks=True)
+    return folder
