@@ -219,6 +219,7 @@ def test_logits_that_are_no_numbers(temperature, top_p, decode):
 def test_no_feature_at_all_is_a_note():
     from saerl_fast.config import QualityConfig
     from saerl_fast.signals.bank import Bank
+    from saerl_kernels import CSR
 
     for head in ("logistic", "ridge"):
         bank = Bank(CSR.empty(40, 5), ["the same"] * 40)

@@ -156,7 +156,7 @@ def test_a_probe_below_its_baselines_is_named():
     bank, rates = knowing("text", 300)
     result = fit_difficulty(bank, rates, DifficultyConfig(features=["sae"]))
     best = max(result.metrics["baselines"].values())
-    assert best - result.metrics["spearman"] > 2 * result.metrics["spearman_error"] > 0
+    assert best - result.metrics["spearman"] > 2.5 * result.metrics["spearman_error"] > 0
     assert "by more than noise" in result.metrics["note"] and "difficulty.features=" in result.metrics["note"]
     assert fit_difficulty(bank, rates, DifficultyConfig()).metrics["note"] is None
 

@@ -27,7 +27,7 @@ SIGNALS_NOTE = (
 )
 BASELINES_NOTE = (
     "Out of fold, on the same folds, by the same regression. difficulty.spearman_error, of the signals, is "
-    "the standard error of the difference to the best of them: less than two of it is noise."
+    "the standard error of the difference to the best of them: less than 2.5 of it is noise."
 )
 CAPTIONS = {
     "learning_curves": "Held-out accuracy against steps and against rollouts; thin lines are single seeds.",

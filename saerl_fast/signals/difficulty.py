@@ -100,7 +100,7 @@ def fit_difficulty(bank: Bank, pass_rates: Any, cfg: DifficultyConfig, *, seed: 
     metrics["spearman_error"] = _error(found, alone[best], labels, seed)
     behind = metrics["baselines"][best] - metrics["spearman"]
     chance = 2 / np.sqrt(len(rows))  # what the best of some useless kinds may reach
-    if behind > 2 * metrics["spearman_error"] and metrics["baselines"][best] > chance:
+    if behind > 2.5 * metrics["spearman_error"] and metrics["baselines"][best] > chance:
         metrics["note"] = (
             f"{best} alone predicts difficulty better, by more than noise: Spearman "
             f"{metrics['baselines'][best]:.2f} against {metrics['spearman']:.2f}; try difficulty.probe=ridge "
