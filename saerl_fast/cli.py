@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
         return
 
     config = demo_config(args) if args.command == "demo" else read_config(args)
-    from saerl_fast.stages import compare, pipeline, preflight
+    from saerl_fast.stages import compare, pipeline, preflight, train
     from saerl_fast.stages.console import Echo
 
     echo = Echo(quiet=args.quiet or RANK > 0)
@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.command == "plan":
         pipeline.plan_stage(config, echo, redo=args.redo)
     elif args.command == "train":
-        pipeline.train_stage(
+        train.train_stage(
             config,
             echo,
             plan_file=args.plan,

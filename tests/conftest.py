@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import random  # noqa: E402
+import signal  # noqa: E402
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -27,6 +28,7 @@ import torch  # noqa: E402
 pytest_plugins = ["tests.smollm2"]  # the fixture `smollm2`, a real language model
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts with &
 
 if importlib.util.find_spec("hypothesis"):
     import hypothesis

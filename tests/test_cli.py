@@ -133,7 +133,7 @@ COMMANDS = [
     ("pipeline", "sae_stage", ["sae", "train"]),
     ("pipeline", "score_stage", ["score"]),
     ("pipeline", "plan_stage", ["plan"]),
-    ("pipeline", "train_stage", ["train", "train.steps=2"]),
+    ("train", "train_stage", ["train", "train.steps=2"]),
     ("compare", "compare", ["compare"]),
 ]
 

@@ -51,8 +51,8 @@ def recorded(monkeypatch):
         out.mkdir(parents=True, exist_ok=True)
         mark = module.fingerprint(config, module.run_sections(config))
         described = {"arm": arm, "seed": config.train.seed, "fingerprint": mark}
-        (out / "run.json").write_text(json.dumps(described))
-        manifest.record(out, "run", ["run.json"], {"fingerprint": mark, "config": to_dict(config)})
+        with manifest.publish(out, "run", {"fingerprint": mark, "config": to_dict(config)}) as new:
+            new("run.json").write_text(json.dumps(described))
         rows = [{"step": s, "kind": "eval", "accuracy": 0.1 * s} for s in range(3)]
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if arm != "global":

@@ -8,6 +8,7 @@ UNCOVERED = {  # where, how fast and what is kept: an old record would no longer
     *("score.batch_tokens", "score.shard", "score.backend", "diversity.backend"),
     *("train.micro_tokens", "train.save_every", "train.keep", "train.rollout_log", "train.trackers"),
     *("train.save_model", "train.reward_timeout", "train.lora.merge_dtype"),
+    "train.warn_after",
 }
 FILTER = {"quality.threshold", "quality.filter_ratio"}
 

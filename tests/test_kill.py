@@ -29,11 +29,11 @@ PLACES = {
     "backward": ("saerl_fast.rl.update", "policy_loss", 3, "after", 2),
     "optimizer": ("saerl_fast.rl.optimizer", "Optimizer.step", 2 + 3, "after", 2),
     "evaluation": ("saerl_fast.rl.evaluate", "score_rewards", 4, "before", 0),
-    "rollouts logged": ("saerl_fast.rl.trainer", "JsonlLog.write", 13, "after", 2),
+    "rollouts logged": ("saerl_fast.rl.logs", "JsonlLog.write", 13, "after", 2),
     "checkpoint written": ("saerl_fast.rl.checkpoint", "_write", 3, "after", 2),
     "checkpoint not renamed": ("saerl_fast.rl.checkpoint", "_sync", 5, "after", 2),
     "checkpoint renamed": ("saerl_fast.rl.checkpoint", "_files", 3, "before", 4),
-    "summary": ("saerl_fast.rl.trainer", "write_json", 1, "before", 4),
+    "summary": ("saerl_fast.rl.finish", "write_json", 1, "before", 4),
 }
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from saerl_fast import cli
 from saerl_fast.records.lock import NAME, lock
-from saerl_fast.rl.trainer import _Run
+from saerl_fast.rl.trainer import Run
 from tests.test_lock import fork, status
 
 ROOT = Path(__file__).parents[1]
@@ -573,13 +573,13 @@ def test_what_is_left_of_a_killed_run_is_taken_and_a_signal_saves(tmp_path, monk
     vanilla = ["plan.schedule=vanilla", "train.save_every=100"]
 
     def kill(number):
-        def step(self, at, real=_Run.step):
+        def step(self, at, real=Run.step):
             real(self, at)
             if at == 1:
                 os.kill(os.getpid(), number)
 
         with monkeypatch.context() as patch:
-            patch.setattr(_Run, "step", step)
+            patch.setattr(Run, "step", step)
             return saerl("train", tmp_path / "r", *vanilla)
 
     with monkeypatch.context() as patch:  # SIGKILL while the first file is being written

@@ -5,8 +5,8 @@ import pytest
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
 from saerl_fast.records.lock import NAME, lock
-from saerl_fast.stages.pipeline import folder_name
 from saerl_fast.stages.preflight import check_packages, clear, set_up
+from saerl_fast.stages.train import folder_name
 
 
 def test_many_may_set_up_in_one_folder_at_once(tmp_path):

@@ -10,8 +10,8 @@ from saerl_fast.config import load_config
 from saerl_fast.errors import SaerlError
 from saerl_fast.prompts.pool import Pool
 from saerl_fast.session import Session, load_pools
-from saerl_fast.stages import pipeline
 from saerl_fast.stages.console import Echo
+from saerl_fast.stages.train import train_stage
 from tests.test_pipeline import ROOT, SMALL
 from tests.tiny_lm import char_tokenizer, prompts_of, session_of, tiny_model, token_rows
 
@@ -42,7 +42,7 @@ def test_one_train_renders_and_tokenises_each_pool_once(monkeypatch, tmp_path):
     counted(PreTrainedTokenizerBase, "__call__", tokenised)
     settings = [*SMALL, "train.steps=1", "train.warmup.steps=1", "difficulty.n_labels=8"]
     config = load_config("examples/demo.yaml", [*settings, f"run_dir={tmp_path / 'run'}"])
-    pipeline.train_stage(config, Echo(quiet=True))
+    train_stage(config, Echo(quiet=True))
     assert calls == {"render": 2, "__call__": 4}  # prompts and answers of the two pools
 
 

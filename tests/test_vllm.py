@@ -17,7 +17,7 @@ from saerl_fast.rl.logprobs import completion_logprobs
 from saerl_fast.rl.vllm import VllmEngine
 from saerl_fast.sae.capture import FeatureCapture
 from saerl_fast.stages.console import Echo
-from saerl_fast.stages.pipeline import _vllm
+from saerl_fast.stages.train import _vllm
 from tests.test_capture import sae_for
 from tests.tiny_lm import char_tokenizer, tiny_model, token_rows
 from tests.training import run, small

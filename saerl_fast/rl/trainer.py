@@ -24,7 +24,6 @@ global generators, which a reward may use, are seeded at the start of every step
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -35,21 +34,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import use_umask, write_json, write_text, writing, written
-from saerl_fast.records import manifest
+from saerl_fast.fileio import written
 from saerl_fast.records.lock import Lock, lock
-from saerl_fast.records.log import LOGS, JsonlLog, MetricsLog, write_logs
+from saerl_fast.records.log import write_logs
 from saerl_fast.rl import checkpoint as ckpt
 from saerl_fast.rl import distributed, lora, seeds
 from saerl_fast.rl.clock import Clock
 from saerl_fast.rl.evaluate import evaluate, known_mean, pass_rates, score_rollouts, warn_of_range
+from saerl_fast.rl.finish import finish
 from saerl_fast.rl.generate import generate
 from saerl_fast.rl.health import Health
 from saerl_fast.rl.interrupt import Stopped, graceful_interrupt
+from saerl_fast.rl.logs import RunLogs, write_held_out
 from saerl_fast.rl.loss import advantages, overlong_penalty
 from saerl_fast.rl.rescue import DUE, Rescue
 from saerl_fast.rl.rewards import Notes, State, with_timeout
@@ -100,7 +99,7 @@ def train(
     error (of a reward, say) saves what came before it. ``out_dir`` is held as long (see
     `saerl_fast.records.lock`).
     """
-    run = _Run(
+    run = Run(
         session.model,
         session,
         plan=plan,
@@ -137,13 +136,13 @@ def train(
                 progress(step, cfg.steps)
             if not last:
                 run.heed(f"step {step} is saved", step)
-        summary = run.finish()
+        summary = finish(run)
         run.heed("the run was at its end and is complete")
     return summary
 
 
 @dataclass
-class _Run:
+class Run:
     """The state of a run between steps: model, optimizer, plan, counters, logs."""
 
     model: Any  # the session's, or the adapters around it
@@ -177,6 +176,7 @@ class _Run:
         self.warned = False  # of rewards outside [0, 1]
         self.writes = distributed.rank() == 0
         self.held: Lock | None = None  # by the process that writes
+        self.logs: RunLogs | None = None  # of the process that writes
         self.interrupted: Callable[[], int] = lambda: 0
         self.counters: dict[str, Any] = dict.fromkeys(("rollouts", "tokens", "groups", "groups_used"), 0)
         self.counters |= {"seconds": {}}
@@ -222,42 +222,10 @@ class _Run:
             return at
         if found is None:
             ckpt.set_aside(self.out_dir)
-            self._write_held_out()
-        manifest.forget(self.out_dir, "result")  # until the run has ended again
-        (self.out_dir / "summary.json").unlink(missing_ok=True)
-        write_logs(self.out_dir, logs, self.counters)  # before they are cut
+            write_held_out(self.out_dir, self.session.eval)
         told: dict[str, Any] = {"echo": self.echo, "trackers": self.cfg.trackers, "steps": self.cfg.steps}
-        self.metrics = MetricsLog(self.out_dir, at, written=logs.get("metrics.jsonl"), **told)
-        names = ("eval_items.jsonl", "rollouts.jsonl")
-        items, rollouts = (JsonlLog(self.out_dir / name, at, logs.get(name)) for name in names)
-        self.eval_items, self.rollout_log = items, rollouts
-        if damage := [line for line in (file.damage for file in self.logs) if line]:
-            self.counters["damage"] = [
-                *self.counters.get("damage", []),
-                *(f"{d} (step {at})" for d in damage),
-            ]
-            for line in damage:
-                log.warning("%s: %s; the run goes on, its record has a hole", self.out_dir, line)
-            write_logs(self.out_dir, self._written(), self.counters)
+        self.logs = RunLogs(self.out_dir, at, logs, self.counters, **told)
         return at
-
-    @property
-    def logs(self) -> tuple[JsonlLog, ...]:
-        return self.metrics.lines, self.eval_items, self.rollout_log
-
-    def _written(self) -> dict[str, Any]:
-        return {file.path.name: file.digest() for file in self.logs} if self.writes else {}
-
-    def _write_held_out(self) -> None:
-        """The held-out prompts, to which eval_items.jsonl refers by id."""
-        pool = self.session.eval
-        columns = {
-            "prompt_id": pool.column("prompt_id"),
-            "prompt": pool.texts,
-            "answer": pool.column("answer"),
-        }
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        write_text(self.out_dir / "eval_prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def begin(self) -> None:
         """Warm-up, the frozen reference, the first evaluation, and a checkpoint of what training changed."""
@@ -284,7 +252,8 @@ class _Run:
 
     def _state(self) -> dict[str, Any]:
         """Of plan, counters, alarms and logs, as they are after a whole step."""
-        counters = self.counters | {"logs": self._written(), "health": self.health.state}
+        written = self.logs.written() if self.logs else {}
+        counters = self.counters | {"logs": written, "health": self.health.state}
         return {"plan": self.plan.state_dict(), "counters": counters}
 
     def _save(self, step: int, state: dict[str, Any]) -> None:
@@ -316,65 +285,9 @@ class _Run:
             self.say(f"interrupted: {said} in {self.out_dir}")
             raise Stopped(number)
 
-    def finish(self) -> dict[str, Any]:
-        """Write the final model and the summary."""
-        summary = {"schedule": self.plan.schedule, "seed": self.seed, "steps": self.cfg.steps}
-        warnings = self.health.warnings
-        summary |= {"mode": self.cfg.eval.mode, **self.counters, "figures_of": "model/", "warnings": warnings}
-        summary["mismatch_steps"] = warnings.get("mismatch", {}).get("steps", 0)
-        state = None
-        if self.cfg.lora.rank:
-            save = partial(self.model.save_pretrained, save_embedding_layers=False)
-            distributed.on_first(lambda: self._export("adapter", save))
-            summary["figures_of"] = "the model with adapter/"
-            state, merged = self._merge()
-            summary |= {"merged": merged} if merged else {}
-
-        def write() -> None:
-            self.check()
-            if state is None:
-                self._export("model", self.model.save_pretrained)
-            else:
-                self._export("model", partial(lora.save_float32, self.model, state))
-            self._export("model", self.tokenizer.save_pretrained)
-            for name in ("model", "adapter"):
-                if (self.out_dir / name).is_dir():
-                    manifest.record(self.out_dir / name, "model")
-            write_json(self.out_dir / "summary.json", summary)
-            write_logs(self.out_dir, self._written(), self.counters)
-            manifest.record(self.out_dir, "result", (LOGS, "eval_prompts.jsonl", "summary.json"))
-
-        distributed.on_first(write)
-        return summary
-
-    def _merge(self) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
-        """Merge the adapters; float32 weights to be saved instead of the model's own, and the record."""
-        half = lora.half_dtype(self.model)
-        if half is None:  # float32: the merged model gives the same figures
-            self.model = lora.merge(self.model)
-            return None, {}
-        weights, kept = lora.merged_weights(self.model)
-        self.model = lora.merge(self.model, weights)
-        seed = derived_seed(self.seed, seeds.EVAL, 0)
-        pool = self.session.eval
-        found = evaluate(self.model, self.tokenizer, pool, self.reward, self.cfg, seed, self.state)
-        dtype = str(half).removeprefix("torch.")
-        saved = "float32" if self.cfg.lora.merge_dtype == "float32" else dtype
-        record = {"saved_as": saved, "rounded_to": dtype, "change_kept": kept, "accuracy": found.mean}
-        self.say(lora.sentence(record, self.counters["accuracy"]))
-        return (weights if saved == "float32" else None), record
-
-    def _export(self, name: str, write: Callable[[Path], Any]) -> None:
-        if self.cfg.save_model:
-            with writing(target := self.out_dir / name):
-                write(target)
-                for file in target.glob("*.safetensors"):
-                    use_umask(file)
-
     def close(self) -> None:
-        if self.writes:
-            for file in (self.metrics, self.eval_items, self.rollout_log):
-                file.close()
+        if self.logs:
+            self.logs.close()
         if self.cfg.lora.rank and hasattr(self.model, "unload"):
             self.model.unload()  # stopped early: the caller gets its model back as it was
 
@@ -385,10 +298,10 @@ class _Run:
         set_seed(derived_seed(self.seed, seeds.GLOBAL, step, distributed.rank()))
 
     def _record(self, row: dict[str, Any], *, blind: bool = False) -> None:
-        if not self.writes:
+        if self.logs is None:
             return
         begun = self.health.see(row, blind=blind) if row["kind"] in ("train", "eval") else {}
-        self.metrics.log(row)
+        self.logs.metrics.log(row)
         for name, sentence in begun.items():
             log.warning("step %d: %s: %s", row["step"], name, sentence)
 
@@ -416,8 +329,8 @@ class _Run:
         }
         for name, value in counts.items():
             self.counters[name] += value
-        if self.writes:
-            self._log_rollouts(step, draws[0])
+        if self.logs:
+            self.logs.write_rollouts(step, draws[0], cfg.rollout_log)
         rewards = np.concatenate([draw.rewards for draw in draws])
         rates = pass_rates(rewards, cfg.pass_threshold)
         notes = Notes()
@@ -507,22 +420,11 @@ class _Run:
             pool, seed = self.session.eval, derived_seed(self.seed, seeds.EVAL, 0)
             self.state.global_step = step
             result = evaluate(self.model, self.tokenizer, pool, self.reward, self.cfg, seed, self.state)
-        if self.writes:
-            self.eval_items.write({"step": step, **item} for item in result.items)
+        if self.logs:
+            self.logs.items.write({"step": step, **item} for item in result.items)
         self.counters.setdefault("accuracy_first", result.mean)
         self.counters["accuracy"] = result.mean
         self.counters["accuracy_best"] = max(result.mean, self.counters.get("accuracy_best", result.mean))
         judged = sum(item["score"] is not None for item in result.items)
         row = {"step": step, "kind": "eval", "accuracy": result.mean, "n": judged}
         self._record(row | {"mode": result.mode, "tokens": result.tokens, "time": clock.seconds})
-
-    def _log_rollouts(self, step: int, draw: Draw) -> None:
-        """The first few prompts of the step with all their completions."""
-        group = draw.rollouts.group_size
-        for i in range(min(self.cfg.rollout_log, len(draw.ids))):
-            row = {"step": step, "prompt_id": draw.ids[i], "prompt": draw.prompts[i]}
-            row |= {"answer": draw.columns["answer"][i], "rewards": draw.rewards[i].tolist()}
-            row["completions"] = draw.rollouts.texts[i * group : (i + 1) * group]
-            whole = {k: v for k, v in draw.notes.extra.items() if len(v) == len(draw.rollouts.texts)}
-            row |= {f"extra_{k}": v[i * group : (i + 1) * group] for k, v in whole.items()}
-            self.rollout_log.write([row])

@@ -30,8 +30,9 @@ from saerl_fast.stages.made import (
     score_hashes,
     set_aside,
 )
-from saerl_fast.stages.pipeline import find_scores, make_plan, open_session, train_stage
+from saerl_fast.stages.pipeline import find_scores, make_plan, open_session
 from saerl_fast.stages.preflight import UNRECORDED, check_functions, check_packages
+from saerl_fast.stages.train import train_stage
 
 
 def parse_arm(text: str) -> tuple[str, list[str]]:

@@ -48,7 +48,7 @@ STAGES = {  # what each command adds to a folder in which those before it have r
     "train": ("adaptive/*.jsonl", "adaptive/plan.*", "adaptive/model/*"),
     "compare": ("*/*.jsonl", "*/plan.*", "*/model/*"),
     "report": ("report.md",),
-    "sae convert": ("converted/*",),
+    "sae convert": ("converted/cfg.json", "converted/*.safetensors"),  # its manifest names the source
 }
 VOLATILE = re.compile(r"seconds|time|date|per_second|phases|overhead|machine|started|memory|^id$|run_id")
 LIMIT = 120.0  # seconds that no command here needs
