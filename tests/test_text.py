@@ -18,6 +18,7 @@ def test_counts_are_of_the_text() -> None:
 def test_chats_are_read_as_their_contents() -> None:
     assert plain("a") == "a"
     assert plain([{"role": "system", "content": "b"}, {"role": "user", "content": "c"}]) == "b\nc"
+    assert plain([{"role": "assistant", "tool_calls": []}]) == ""
 
 
 def test_tfidf_knows_words_commands_signs_and_scripts_without_spaces() -> None:

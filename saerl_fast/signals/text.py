@@ -37,7 +37,7 @@ NAMED = 5  # duplicates that a message names
 
 def plain(prompt: Any) -> str:
     """The text of a prompt that may be chat messages."""
-    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(str(m.get("content") or "") for m in prompt)
 
 
 def surface(texts: Sequence[str]) -> np.ndarray:
