@@ -62,6 +62,7 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     common: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
     if gguf_file is not None:
         common["gguf_file"] = gguf_file
+    _check_attention(cfg.attn)
     extra: dict[str, Any] = {} if cfg.attn is None else {"attn_implementation": cfg.attn}
     extra |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused by name
     with hub_access(not is_local(source)) as reached:
@@ -149,6 +150,17 @@ def hidden_size(model: nn.Module) -> int:
 
 def named_width(cfg: ModelConfig) -> int | None:
     """The hidden size in the configuration of the model ``cfg``, without its weights; None: unknown."""
+    return _named(cfg, "hidden_size")
+
+
+def check_named_layer(cfg: ModelConfig, layer: int | None) -> None:
+    """SaerlError for a layer (sae.layer) beyond the blocks in the configuration of the model ``cfg``."""
+    blocks = None if layer is None else _named(cfg, "num_hidden_layers")
+    if layer is not None and blocks is not None and layer > blocks:
+        raise SaerlError(f"sae.layer={layer} does not exist in a model of {blocks} blocks; use 0 to {blocks}")
+
+
+def _named(cfg: ModelConfig, name: str) -> int | None:
     source, gguf_file = _locate(cfg)
     if gguf_file is not None:
         return None
@@ -157,7 +169,7 @@ def named_width(cfg: ModelConfig) -> int | None:
     with hub_access(not is_local(source)):
         try:
             found = AutoConfig.from_pretrained(source, trust_remote_code=cfg.trust_remote_code)
-            return int(found.get_text_config().hidden_size)
+            return int(getattr(found.get_text_config(), name))
         except Exception:  # loading the model itself says what is wrong
             return None
 
@@ -295,6 +307,15 @@ def _load_failure(path: str, source: str, err: Exception, reached: bool) -> str:
         f"model {path} is no local folder and could not be fetched from the hub ({first}); "
         "check the spelling and the network, or pass a folder"
     )
+
+
+def _check_attention(name: str | None) -> None:
+    """SaerlError for an attention that transformers lacks; kernels of the hub ("a/b") are left to it."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as KNOWN
+
+    names = ["eager", *KNOWN.valid_keys()]
+    if name is not None and "/" not in name and name not in names:
+        raise SaerlError(f"model.attn={name} is unknown; choose one of {', '.join(sorted(names))}")
 
 
 def _check_kind(path: str, settings: Any) -> None:

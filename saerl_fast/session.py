@@ -12,7 +12,7 @@ from typing import Any
 from saerl_fast.config import Config, DataConfig, to_dict
 from saerl_fast.errors import SaerlError
 from saerl_fast.hub import hub_access, is_local
-from saerl_fast.models import load_model, max_positions
+from saerl_fast.models import check_named_layer, load_model, max_positions
 from saerl_fast.prompts.pool import Pool, load_split
 from saerl_fast.prompts.render import Prompts, prepare
 from saerl_fast.prompts.sources import is_source
@@ -31,7 +31,9 @@ class Session:
     @classmethod
     def open(cls, config: Config, echo: Callable[[str], None] | None = None) -> Session:
         """Load what the config names. ``echo`` is told what was loaded, in two lines."""
+        config.recheck()
         train, evaluation = load_pools(config)
+        check_named_layer(config.model, config.sae.layer)
         manifest.check(config.model.path, "model", "saerl train")
         model, tokenizer = load_model(config.model)
         new = config.train.rollout.max_new_tokens

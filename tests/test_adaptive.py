@@ -291,3 +291,11 @@ def test_components_of_a_large_pool_are_those_of_a_sample(monkeypatch):
     assert not make_plan(make_pool(900)[0]).notes[1:]
     monkeypatch.setattr(build, "SAMPLE", 400)
     assert any("of a sample of 400 of 900 prompts" in note for note in make_plan(make_pool(900)[0]).notes)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_a_plan_whose_prompts_have_the_same_features_says_so(caplog, value):
+    ids = [str(i) for i in range(100)]
+    same = Scores({"prompt_id": ids}, {}, CSR.from_dense(torch.full((100, 5), value)))
+    assert any("all prompts have the same features" in note for note in make_plan(same).notes)
+    assert caplog.text.count("the plan cannot tell them apart") == 1

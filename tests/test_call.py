@@ -236,3 +236,14 @@ def test_rewards_of_trl_run_as_they_are():
     both = get_reward("trl.rewards:accuracy_reward,trl.rewards:think_format_reward", [1.0, 0.5])
     assert run(both) == [1.5, 0.0]
     assert json.dumps(notes.extra)
+
+
+def test_the_logging_functions_take_the_keywords_of_trl():
+    def noted(completions, log_extra, log_metric, **columns):
+        log_extra(column="size", values=[1, 2])
+        log_metric(name="share", value=0.5)
+        return [0.0] * len(completions)
+
+    notes = Notes()
+    score_rewards(noted, ["p", "p"], ["a", "b"], {}, notes=notes)
+    assert notes.extra == {"size": [1, 2]} and notes.metrics == {"share": [0.5]}

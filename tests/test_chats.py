@@ -19,6 +19,8 @@ PLAIN = [{"role": "system", "content": "short"}, {"role": "user", "content": "1+
         [{"from": "system", "value": "short"}, {"from": "human", "value": "1+1?"}],
         {"role": ["system", "user"], "content": ["short", "1+1?"]},
         {"from": ["system", "human"], "value": ["short", "1+1?"]},
+        json.dumps(PLAIN),
+        [{"role": "System", "content": "short"}, {"role": "human", "content": "1+1?"}],
     ],
 )
 def test_chats_are_read_in_all_their_forms(cell) -> None:
@@ -51,6 +53,7 @@ def test_text_parts_are_joined_and_further_keys_kept() -> None:
         ([{"role": "user", "content": []}], "without text content"),
         ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "type image, and only text is read"),
         ([{"from": "alien", "value": "a"}], "from 'alien'.*user, assistant or system"),
+        ([{"role": "user", "content": " "}], "no message with a text"),
         ([{"role": "assistant", "content": "a"}], "no message but the assistant's"),
     ],
 )
@@ -69,3 +72,12 @@ def test_sharegpt_files_are_read_and_faults_name_the_row(tmp_path) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(SaerlError, match="row 1: the prompt has a chat message without text content"):
         load_prompts(str(path), cfg)
+
+
+def test_text_that_is_no_chat_stays_text_and_calls_of_tools_have_none() -> None:
+    for text in ('[{"role": "user"', '["role": 3]', '[1, 2] "role":', '[{"role": "a"}, 3]', "[x] and more"):
+        assert read_prompt(text) == text
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    found = read_prompt([PLAIN[1], call, {"role": "tool", "content": "2"}])
+    assert [message["role"] for message in found] == ["user", "assistant", "tool"]
+    assert found[1] == call | {"content": ""} and call["content"] is None

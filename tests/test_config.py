@@ -392,3 +392,27 @@ def test_a_mapping_is_part_of_what_a_stage_was_made_from():
 def test_an_override_is_text():
     with pytest.raises(SaerlError, match="override 3 is not of the form key.sub=value"):
         load_config(None, [3])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train:\n  lr: 1\n  lr: 2\n", "has the key 'lr' twice in one section"),
+        ("seed: 1\nseed: 1\n", "has the key 'seed' twice"),
+        ("train.lr: 1\n", "has the key 'train.lr'; write it in its section, as train: {lr: VALUE}"),
+    ],
+)
+def test_keys_that_yaml_would_pass_over(tmp_path, text, words):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(SaerlError) as caught:
+        load_config(path)
+    assert words in str(caught.value)
+
+
+def test_changes_in_place_are_found_by_a_recheck():
+    config = Config()
+    config.recheck()
+    config.compare.seeds.append(-3)
+    with pytest.raises(SaerlError, match="compare.seeds=0,-3 must hold numbers at least 0"):
+        config.recheck()

@@ -158,7 +158,7 @@ def test_a_run_without_signal_says_so_once(tmp_path: Path, caplog) -> None:
     _, _, summary = run(tmp_path, small(), reward=constant)
     assert summary["warnings"]["no signal"] == {"first": 5, "times": 1, "steps": 2}
     assert json.loads((tmp_path / "summary.json").read_text())["warnings"] == summary["warnings"]
-    said = [r.message for r in caplog.records if "no signal" in r.message]
+    said = [r.message for r in caplog.records if "no signal: " in r.message]
     assert len(said) == 1 and said[0].startswith("step 5: no signal: no group has two different rewards")
     rows = {row["step"]: row for row in read_metrics(tmp_path) if row["kind"] == "train"}
     assert "no signal" in rows[5]["begun"] and "no signal" in rows[6]["alarms"] and "alarms" not in rows[4]

@@ -209,3 +209,13 @@ def test_sharegpt_conversations_end_in_their_answers(tmp_path, caplog):
         pool = load(save(tmp_path / "pool.jsonl", rows))
     assert pool.column("prompt") == [[USER]] and pool.column("answer") == ["2"]
     assert "each conversation in `conversations` up to its last assistant message" in caplog.text
+
+
+def test_a_system_column_of_sharegpt_opens_the_conversation(tmp_path):
+    chat = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    own = [{"from": "system", "value": "mine"}, *chat]
+    rows = [("be brief", chat), ("", chat), (None, chat), ("other", own)]
+    rows = [{"system": system, "conversations": talk} for system, talk in rows]
+    pool = load(save(tmp_path / "a.jsonl", rows))
+    first = [chat[0]["content"] if chat[0]["role"] == "system" else "" for chat in pool.column("prompt")]
+    assert first == ["be brief", "", "", "mine"] and pool.column("answer") == ["a"] * 4

@@ -146,8 +146,9 @@ def test_gguf_by_file_by_name_and_found_in_its_folder(tmp_path: Path) -> None:
         (ModelConfig(path="missing.gguf"), "missing.gguf does not exist"),
         (ModelConfig(path="no-such-org/no-such-model", device="cpu"), "could not be fetched from the hub"),
         (ModelConfig(path="x/y", device="cuda:99"), "'cuda:99' does not exist here"),
+        (ModelConfig(path="x/y", device="cpu", attn="nonsense"), "model.attn=nonsense is unknown; .* eager"),
     ],
-    ids=["empty", "folder", "gguf", "hub", "no-device"],
+    ids=["empty", "folder", "gguf", "hub", "no-device", "attention"],
 )
 def test_bad_settings_are_one_sentence(config: ModelConfig, message: str) -> None:
     with pytest.raises(SaerlError, match=message) as caught:

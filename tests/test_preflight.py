@@ -1,4 +1,7 @@
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import ModuleType
 
 import pytest
 
@@ -78,3 +81,26 @@ def test_no_schedule_names_a_folder_outside_or_in_use(name):
         assert "cannot be called" in str(err)
     else:
         assert found == "x"
+
+
+def test_settings_changed_in_place_are_checked_before_a_stage():
+    config = Config()
+    config.train.reward.append("")
+    with pytest.raises(SaerlError, match="train.reward='' is unknown"):
+        check_packages(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "mode", "refused"), [(True, None, False), (False, None, True), (False, "offline", False)]
+)
+def test_wandb_without_a_key_is_refused_before_anything_slow(monkeypatch, key, mode, refused):
+    module = ModuleType("wandb")
+    module.login = lambda prompt=True, verify=True: key and not prompt and not verify
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if mode:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    config = Config()
+    config.train.trackers = ["wandb"]
+    with pytest.raises(SaerlError, match="wandb login") if refused else nullcontext():
+        check_packages(config)

@@ -213,3 +213,25 @@ def test_hub_sets_are_asked_for_by_split_and_configuration(monkeypatch):
     ]
     message = message_of(load_prompts, "gone/gone", cfg)
     assert "gone/gone (configuration main)" in message and "not on the hub" in message
+
+
+def test_what_spreadsheets_write(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(
+        'prompt, answer, code, key, rate\n"a, b", "2", 007, 12345678901234567, 0.5\n  \nc, 3, 8, 1, 1e5\n'
+    )
+    pool = load(path)
+    assert pool.column("prompt") == ["a, b", "c"] and pool.column("answer") == ["2", "3"]
+    assert pool.column("code") == ["007", "8"] and pool.column("key") == ["12345678901234567", "1"]
+    assert pool.column("rate") == [0.5, 1e5]
+    path.write_text("prompt;answer\n1+1;2\n")
+    assert "line 1 is separated by ';'" in message_of(load, path)
+
+
+@pytest.mark.parametrize("name", ["a.xlsx", "a.txt", "a.jsonl.zst", "a.parquet.gz"])
+def test_a_file_of_another_kind_is_not_looked_for_on_the_hub(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("x")
+    assert f"data file {name} is of a kind that is not read; save it as one of .parquet" in message_of(
+        load, name
+    )

@@ -95,3 +95,24 @@ def test_rollouts_training_and_scoring_read_the_same_ids():
 def test_a_session_is_made_of_pools():
     with pytest.raises(SaerlError, match="train must be a Pool, not a list"):
         Session.of(None, None, ["1+1="], ["2+2="])
+    with pytest.raises(SaerlError, match="evaluation must be a Pool, not a NoneType"):
+        Session.of(tiny_model(), char_tokenizer(), pool("1+1="), None)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (
+            lambda config: setattr(config.sae, "layer", 99),
+            "sae.layer=99 does not exist in a model of . blocks",
+        ),
+        (lambda config: config.compare.seeds.append(-3), "compare.seeds=.*-3 must hold numbers at least 0"),
+    ],
+)
+def test_what_the_model_cannot_follow_is_said_before_it_is_loaded(monkeypatch, changed, words):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("saerl_fast.session.load_model", lambda *_: pytest.fail("loaded"))
+    config = load_config("examples/demo.yaml")
+    changed(config)
+    with pytest.raises(SaerlError, match=words):
+        Session.open(config)

@@ -123,6 +123,10 @@ class Section:
             self.__dict__.update(before)
             raise SaerlError(fault)
 
+    def recheck(self) -> None:
+        """SaerlError for a value changed in place (``cfg.compare.seeds.append(-3)``) that is wrong."""
+        from_dict(type(self), to_dict(self))
+
     def conflict(self) -> str | None:
         """A sentence about settings that do not go together; asked once all are set."""
         return None

@@ -31,7 +31,9 @@ def load_config(path: str | Path | None = None, overrides: Overrides = ()) -> Co
         if not file.is_file():
             raise SaerlError(f"config file {file} does not exist; pass an existing YAML file to --config")
         try:
-            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
+            loaded = yaml.safe_load(text)
+            _check_keys(yaml.compose(text, yaml.SafeLoader), file)
         except OSError as err:
             raise SaerlError(f"config file {file} cannot be read: {err.strerror}") from None
         except RecursionError:
@@ -42,6 +44,24 @@ def load_config(path: str | Path | None = None, overrides: Overrides = ()) -> Co
             raise SaerlError(f"config file {file} must hold sections, not a {type(loaded).__name__}")
         tree = loaded or {}
     return from_dict(Config, _override(tree, overrides))
+
+
+def _check_keys(node: Any, file: Path, seen: set[int] | None = None) -> None:
+    """SaerlError for a key with dots, or twice in one mapping, of which YAML keeps the last."""
+    seen = set() if seen is None else seen
+    if not isinstance(getattr(node, "value", None), list) or id(node) in seen:
+        return
+    seen.add(id(node))
+    pairs = node.value if node.id == "mapping" else []
+    keys = [key.value for key, _ in pairs if isinstance(key.value, str)]
+    for i, key in enumerate(keys):
+        if key in keys[:i] and key != "<<":
+            raise SaerlError(f"config file {file} has the key {key!r} twice in one section; keep one of them")
+        if "." in key and len(seen) == 1:
+            fix = ": {".join(key.split(".")) + ": VALUE" + "}" * key.count(".")
+            raise SaerlError(f"config file {file} has the key {key!r}; write it in its section, as {fix}")
+    for child in [value for _, value in pairs] or node.value:
+        _check_keys(child, file, seen)
 
 
 def apply_overrides(config: Config, overrides: Overrides) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from saerl_fast.signals.features import SAMPLE
 if TYPE_CHECKING:
     from saerl_fast.signals.scores import Scores
 
+log = logging.getLogger(__name__)
 MISSING = {
     "difficulty": "difficulty scores; set difficulty.label_column or difficulty.n_labels, and",
     "cluster": "clusters;",
@@ -90,6 +92,11 @@ def build_plan(
     if len(rows) > SAMPLE:
         notes.append(f"components were fitted to the features of a sample of {SAMPLE} of {len(rows)} prompts")
     embedding = embed(scores.features, rows, cfg.adaptive, seed=common["seed"])
+    if embedding.scale == 1.0:  # there was nothing to scale
+        notes.append(
+            "all prompts have the same features: the plan cannot tell them apart; train the SAE again"
+        )
+        log.warning("plan: %s", notes[-1])
     return AdaptivePlan(kept_ids, cfg, embedding=embedding, **common)
 
 

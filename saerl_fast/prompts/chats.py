@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 Messages = list[dict[str, Any]]
@@ -16,14 +18,18 @@ _ROLES = {  # of ShareGPT and its many relatives
 def read_prompt(value: Any) -> str | Messages:
     """A prompt cell as text or chat messages with text contents.
 
-    Read are: text; messages; messages whose content is a list of text parts (joined by line breaks, as vLLM
-    does); ShareGPT's ``from`` and ``value``; a dictionary of lists, which `datasets` may make of a list of
-    dictionaries. Raises ValueError with the end of a sentence on anything else.
+    Read are: text; messages, also written as JSON text; messages whose content is a list of text parts
+    (joined by line breaks, as vLLM does); ShareGPT's ``from`` and ``value``; a dictionary of lists, which
+    `datasets` may make of a list of dictionaries. Raises ValueError with the end of a sentence on anything
+    else.
     """
     if isinstance(value, str):
         if not value.strip():
             raise ValueError("is empty")
-        return value
+        chat = _written_chat(value)
+        if chat is None:
+            return value
+        value = chat
     if value is None:
         raise ValueError("is null")
     if isinstance(value, dict) and value and all(isinstance(part, (list, tuple)) for part in value.values()):
@@ -35,7 +41,21 @@ def read_prompt(value: Any) -> str | Messages:
     messages = [_message(message) for message in value]
     if all(message["role"] == "assistant" for message in messages):
         raise ValueError("has no message but the assistant's")
+    if not any(message["content"].strip() for message in messages if message["role"] != "assistant"):
+        raise ValueError("has no message with a text")
     return messages
+
+
+def _written_chat(text: str) -> list[Any] | None:
+    """The chat in a text that is one as JSON, as in a CSV file; None for any other text."""
+    if not text.lstrip().startswith("[") or not re.search(r'"(role|from)"\s*:', text):
+        return None
+    try:
+        chat = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    named = isinstance(chat, list) and all(isinstance(m, dict) and m.keys() & {"role", "from"} for m in chat)
+    return chat if named else None
 
 
 def _message(message: Any) -> dict[str, Any]:
@@ -50,7 +70,13 @@ def _message(message: Any) -> dict[str, Any]:
         message = {"role": role, "content": message.get("value"), **rest}
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError("has a chat message without a role")
+    role = _ROLES.get(message["role"].lower(), "")  # "human" is no role that a template knows
+    if role in ("user", "assistant", "system") and role != message["role"]:
+        message = message | {"role": role}
     content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        message = message | {"content": ""}
+        content = ""
     return message if isinstance(content, str) else message | {"content": _text(content)}
 
 

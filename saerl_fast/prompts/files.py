@@ -42,9 +42,11 @@ def read_rows(spec: str, *, split: str, hub_config: str | None, text_columns: se
         return _read_file(path, text_columns)
     if path.is_dir():
         return _read_folder(path, split, hub_config, text_columns)
+    kinds = "/".join(SUFFIXES)
+    if path.is_file():
+        raise SaerlError(f"data file {spec} is of a kind that is not read; save it as one of {kinds}")
     if _HUB_ID.match(spec):
         return _read_hub(spec, split, hub_config)
-    kinds = "/".join(SUFFIXES)
     raise SaerlError(
         f"data source {spec!r} is no {kinds} file, folder, hub id, reasoning-gym:NAME or module:function"
     )
@@ -185,11 +187,20 @@ def _read_tsv(path: Path, text_columns: set[str]) -> Columns:
 
 
 def _read_cells(path: Path, text: str, text_columns: set[str], dialect: str) -> Columns:
-    reader = csv.DictReader(io.StringIO(text, newline=""), dialect=dialect)
+    header = text.split("\n", 1)[0]
+    spaced = ", " in header  # written with blanks after its commas
+    reader = csv.DictReader(io.StringIO(text, newline=""), dialect=dialect, skipinitialspace=spaced)
     rows = []
     try:
-        names = list(reader.fieldnames or [])
+        names = [name.strip() for name in reader.fieldnames or []]
+        reader.fieldnames = names
+        if len(names) == 1 and (mark := re.search(r"\w([;\t|])\w", names[0])):
+            raise SaerlError(
+                f"{path} line 1 is separated by {mark[1]!r}; save it with commas, or tabs as .tsv"
+            )
         for row in reader:
+            if len(names) > 1 and not (row[names[0]] or "").strip() and {*list(row.values())[1:]} == {None}:
+                continue  # a line of blanks
             if None in row or None in row.values():
                 raise SaerlError(f"{path} line {reader.line_num} has another number of cells than its header")
             rows.append(row)
@@ -266,6 +277,9 @@ def without_nan(columns: Columns) -> Columns:
 
 
 def _numbers(cells: list[str | None]) -> list[Any]:
+    """Cells as numbers, where all are; 007, and more digits than a float keeps, are names."""
+    if any(cell and re.match(r"\s*[-+]?(0\d|\d{16})", cell) for cell in cells):
+        return list(cells)
     try:
         return [None if cell is None else float(cell) for cell in cells]
     except ValueError:

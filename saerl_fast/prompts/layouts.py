@@ -143,9 +143,14 @@ def _paths(head: str, cells: list[Any]) -> Iterable[str]:
 def _split_messages(columns: Columns, name: str, cfg: DataConfig) -> tuple[Columns, str]:
     """Columns with ``prompt`` (and ``answer``, where there is none) from ``messages``; what was cut off."""
     prompts, answers = [], []
-    for cell in columns[name]:
+    systems = columns.get("system", []) if name == "conversations" else []
+    for i, cell in enumerate(columns[name]):
         with contextlib.suppress(ValueError):  # said with its row, later
             cell = chats.read_prompt(cell)
+            system = systems[i] if i < len(systems) else None  # ShareGPT has it in a column
+            if isinstance(system, str) and system.strip() and isinstance(cell, list):
+                begun = cell[0]["role"] == "system"
+                cell = cell if begun else [{"role": "system", "content": system}, *cell]
         last = cell[-1] if isinstance(cell, list) and cell and isinstance(cell[-1], dict) else {}
         cut = last.get("role") == "assistant" and len(cell) > 1
         prompts.append(cell[:-1] if cut else cell)

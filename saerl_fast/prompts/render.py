@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -180,7 +181,7 @@ def _check_arguments(template: str, arguments: dict[str, Any]) -> None:
     for name in arguments:
         if name in _OURS:
             raise SaerlError(f"data.chat_template_kwargs.{name} is set by this project; remove it")
-        if name not in template:
+        if not re.search(rf"\b{re.escape(name)}\b", template):
             raise SaerlError(
                 f"the tokenizer's chat template does not read {name!r} (data.chat_template_kwargs); "
                 "correct the name or remove it"

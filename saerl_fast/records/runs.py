@@ -28,13 +28,15 @@ ROWS: dict[str, Any] = {  # what a line of these files must hold
 RUN = {"arm?": str, "seed?": int, "id?": str, "made?": {str: Any}, "resumed?": [dict], "plan?": (None, str)}
 RUN |= {"config?": {"train?": {"steps?": int}}}
 MERGED = {"change_kept": float, "accuracy": float, "rounded_to": str, "saved_as": str}
+WARNED = {"first": int, "times": int, "steps": int}
+SUMMARY = {"merged?": MERGED, "accuracy?": _NUMBER, "damage?": [str], "warnings?": {str: WARNED}}
 COMPARED = {"arms?": [str], "seeds?": [int], "notes?": list}
 COMPARED |= {"targets?": [float], "target_values?": (None, [float]), "smooth?": int}
 SCORED = {"metadata?": {"difficulty_labels?": {"rollouts?": float}, "sae?": dict}}
 WRITTEN = {"logs": {str: {"rows": int, "bytes": int, "sha256": str}}, "damage": [str]}
 FORMS: dict[str, tuple[str, Any]] = {  # name -> the command that writes it, and what it must hold
     "run.json": ("saerl train", RUN),
-    "summary.json": ("saerl train", {"merged?": MERGED, "accuracy?": _NUMBER, "damage?": [str]}),
+    "summary.json": ("saerl train", SUMMARY),
     "compare.json": ("saerl compare", COMPARED),
     "scores.json": ("saerl score", SCORED),
     "train.json": ("saerl sae train", {}),

@@ -23,6 +23,9 @@ def finish(run: Any) -> dict[str, Any]:
     warnings = run.health.warnings
     summary |= {"mode": run.cfg.eval.mode, **run.counters, "figures_of": "model/", "warnings": warnings}
     summary["mismatch_steps"] = warnings.get("mismatch", {}).get("steps", 0)
+    if warnings:
+        told = (f"{name} ({found['steps']} from step {found['first']})" for name, found in warnings.items())
+        run.say(f"warnings of training: {', '.join(told)}")
     state = None
     if run.cfg.lora.rank:
         save = partial(run.model.save_pretrained, save_embedding_layers=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -46,8 +48,7 @@ def set_up(config: Config, *, new_sae: bool = False) -> None:
 
 def check_packages(config: Config) -> None:
     """SaerlError for a setting of training whose package is missing, before anything takes long."""
-    if fault := config.train.conflict():  # of settings that were assigned one by one
-        raise SaerlError(fault)
+    config.recheck()
     needs: dict[str, str] = {name: f"train.trackers={name}" for name in config.train.trackers}
     if config.train.lora.rank:
         needs["peft"] = f"train.lora.rank={config.train.lora.rank}"
@@ -57,6 +58,18 @@ def check_packages(config: Config) -> None:
         missing = sys.modules[package] is None if package in sys.modules else not find_spec(package)
         if missing:
             raise SaerlError(f"{setting} needs {package}; run `pip install {package}`, or leave it out")
+    if "wandb" in config.train.trackers and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        asks = "prompt" in inspect.signature(getattr(wandb, "login", print)).parameters  # older ones may ask
+        try:
+            known = not asks or wandb.login(prompt=False, verify=False)
+        except Exception:  # a key of another form
+            known = False
+        if not known:
+            raise SaerlError(
+                "train.trackers=wandb has no key that it takes; run `wandb login`, or set WANDB_MODE=offline"
+            )
 
 
 def check_scoring(config: Config) -> None:

@@ -100,8 +100,8 @@ def ask(fn: Reward, rows: Rows, notes: Notes) -> np.ndarray:
     """
     n = len(rows.completions)
 
-    def log_extra(name: str, values: Any) -> None:
-        notes.extra.setdefault(str(name), []).extend(values)
+    def log_extra(column: str, values: Any) -> None:  # TRL's names: they may be given as keywords
+        notes.extra.setdefault(str(column), []).extend(values)
 
     def log_metric(name: str, value: float) -> None:
         notes.metrics.setdefault(str(name), []).append(float(value))
