@@ -34,9 +34,9 @@ from saerl_fast.plan import base, build_plan, load_plan, save_plan
 from saerl_fast.plan.adaptive import AdaptivePlan, Embedding
 from saerl_fast.plan.packed import Packed
 from saerl_fast.records.runs import load_runs
+from saerl_fast.signals.bank import Bank
 from saerl_fast.signals.clusters import cluster_prompts
 from saerl_fast.signals.difficulty import fit_difficulty
-from saerl_fast.signals.features import ProbeMatrix
 from saerl_fast.signals.scores import Scores
 from saerl_kernels import CSR
 
@@ -131,6 +131,19 @@ class Once:
         return found[0]
 
 
+class Texts:
+    """So many prompts of some 400 characters, made when they are read."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row: int) -> str:
+        return " ".join(f"w{word}" for word in np.random.default_rng(row).integers(0, 3000, 80))
+
+
 def record(benchmark: Any, shape: dict[str, Any], table: dict[str, Any], call: Callable[[], Any]) -> None:
     benchmark.extra_info.update(shape, contenders=table, environment=environment(DEVICE))
     benchmark.pedantic(call, rounds=1)
@@ -193,9 +206,9 @@ def test_scoring(benchmark: Any, shape: Sparse, tmp_path: Path) -> None:
         rates = np.full(shape.rows, np.nan)
         rates[rng.permutation(shape.rows)[:512]] = rng.integers(0, 9, 512) / 8
         cfg, once = Config(), Once()
-        matrix = once("probe matrix", ProbeMatrix, features)
-        difficulty = once("difficulty", fit_difficulty, matrix, rates, cfg.difficulty).scores
-        del matrix
+        bank = Bank(features, Texts(shape.rows))
+        difficulty = once("difficulty", fit_difficulty, bank, rates, cfg.difficulty).scores
+        del bank
         labels = once("clusters", cluster_prompts, features, cfg.diversity).labels
         found = {"prompt_id": [f"prompt-{i}" for i in range(shape.rows)]}
         scores = Scores(found | {"saerl_difficulty": difficulty, "saerl_cluster": labels}, {}, features)

@@ -46,7 +46,10 @@ def parts(gpu: bool, tiny: bool, results: Path) -> list[Part]:
         found.append(Part("correctness", [*pytest, *tests, *(["--collect-only"] if tiny else [])], 2.0))
     if gpu and not tiny:
         found.append(Part("tuning", [sys.executable, "-m", "benchmarks.tune_encode", "{seconds}"], 2.0))
-    files = sorted((ROOT / "benchmarks").glob("bench_*.py"), key=lambda p: (p.stem != "bench_encode", p.stem))
+    files = (ROOT / "benchmarks").glob("bench_*.py")
+    files = sorted(
+        (f for f in files if f.stem != "bench_signals"), key=lambda p: (p.stem != "bench_encode", p.stem)
+    )
     for file in files:
         name = file.stem.removeprefix("bench_")
         output = results / f"{name}.json"

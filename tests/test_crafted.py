@@ -217,12 +217,13 @@ def test_logits_that_are_no_numbers(temperature, top_p, decode):
 
 
 def test_no_feature_at_all_is_a_note():
-    from scipy.sparse import csr_matrix
-
     from saerl_fast.config import QualityConfig
+    from saerl_fast.signals.bank import Bank
+    from saerl_kernels import CSR
 
     for head in ("logistic", "ridge"):
-        found = fit_quality(csr_matrix((40, 0)), np.arange(40) % 2, QualityConfig(head=head))
+        bank = Bank(CSR.empty(40, 5), ["the same"] * 40)
+        found = fit_quality(bank, np.arange(40) % 2, QualityConfig(head=head))
         assert np.isnan(found.scores).all() and "no feature is active" in found.metrics["note"]
 
 

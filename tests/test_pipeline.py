@@ -250,7 +250,7 @@ def test_the_setting_that_differs_is_named(scored, tmp_path, capsys):
 
 
 def test_filter_and_group_size_need_no_new_scores(scored, tmp_path):
-    settings = ["data.limit=300", f"sae.path={scored / 'sae'}"]
+    settings = ["data.limit=1000", f"sae.path={scored / 'sae'}"]
     assert saerl("score", tmp_path, *settings) == 0
     dropped = []
     for threshold in (0.3, 0.6):

@@ -3,24 +3,23 @@
 import numpy as np
 import pytest
 import torch
-from scipy.sparse import csr_matrix
 from sklearn.metrics import roc_auc_score
 
 from saerl_fast.config import QualityConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.signals.features import ProbeMatrix
+from saerl_fast.signals.bank import Bank
 from saerl_fast.signals.quality import _calibrate, fit_quality
 from saerl_kernels import CSR
 
 
-def planted(n: int = 400, d: int = 200, bad: float = 0.25, seed: int = 0) -> tuple[csr_matrix, np.ndarray]:
-    """Weighted sparse features and good/bad (1/0); bad rows have some of ten features more often."""
+def planted(n: int = 400, d: int = 200, bad: float = 0.25, seed: int = 0) -> tuple[Bank, np.ndarray]:
+    """Sparse features and good/bad (1/0); bad rows have some of ten features more often."""
     rng = np.random.default_rng(seed)
     good = (rng.random(n) >= bad).astype(float)
     on = rng.random((n, d)) < 0.1
     on[:, :10] = rng.random((n, 10)) < np.where(good[:, None] == 1, 0.05, 0.5)
     dense = torch.tensor(on * rng.gamma(2.0, 1.0, (n, d)), dtype=torch.float32)
-    return ProbeMatrix(CSR.from_dense(dense)), good
+    return Bank(CSR.from_dense(dense), ["what is it?"] * n), good
 
 
 def test_held_out_auc_agrees_with_the_unlabelled_rows():
@@ -54,9 +53,9 @@ def test_a_probe_that_learns_nothing_drops_nothing():
 def test_labels_do_not_leak_into_their_own_scores():
     X, good = planted(120, 600)
     noise = np.random.default_rng(5).permutation(good)
-    result = fit_quality(X, noise, QualityConfig(c=1e4))  # a fit that memorises
+    result = fit_quality(X, noise, QualityConfig())
     assert result.metrics["auc"] < 0.7
-    told = fit_quality(X, good, QualityConfig(c=1e4))
+    told = fit_quality(X, good, QualityConfig())
     assert roc_auc_score(good, told.scores) < 0.95  # nor do true labels: the folds decide, not the whole fit
 
 
@@ -71,9 +70,9 @@ def test_a_curve_that_falls_gives_every_row_the_same():
 def test_answers_show_what_prompts_cannot():
     blank, good = planted(bad=0.5)
     dense = torch.rand(400, 50) * (torch.rand(400, 50, generator=torch.manual_seed(0)) < 0.2)
-    X = ProbeMatrix(CSR.from_dense(dense))
-    blind = fit_quality(X, good, QualityConfig())
-    seeing = fit_quality(X, good, QualityConfig(), answers=blank)
+    X = CSR.from_dense(dense)
+    blind = fit_quality(Bank(X, blank.prompts), good, QualityConfig())
+    seeing = fit_quality(Bank(X, blank.prompts, blank.X), good, QualityConfig())
     assert blind.metrics["auc"] < 0.65 and seeing.metrics["auc"] > 0.85
     assert seeing.metrics["reads_answers"] and not blind.metrics["reads_answers"]
 
@@ -125,3 +124,16 @@ def test_accuracy_is_measured_on_rows_the_calibration_did_not_see(monkeypatch):
     monkeypatch.setattr("saerl_fast.signals.quality._calibrate", memorise)
     accuracy = fit_quality(X, good, QualityConfig()).metrics["accuracy"]
     assert accuracy == pytest.approx(1 - good.mean(), abs=0.02)
+
+
+def test_baselines_stand_beside_the_probe_and_text_alone_can_carry_it():
+    X, good = planted(300)
+    noise = np.random.default_rng(1).permutation(good)
+    texts = ["what is it" + "? because the answer" * int(flag) for flag in noise]
+    bank = Bank(X.X, texts)
+    by_features, by_text = (fit_quality(bank, labels, QualityConfig()).metrics for labels in (good, noise))
+    assert by_features["baselines"]["sae"] > 0.85 > 0.6 > by_features["baselines"]["tfidf"]
+    assert by_text["baselines"]["tfidf"] > 0.99 and by_text["auc"] > 0.97
+    assert by_features["auc"] > by_features["baselines"]["sae"] - 0.03
+    ridge = fit_quality(bank, good, QualityConfig(head="ridge", features=["sae"])).metrics
+    assert set(ridge["baselines"]) == set(by_text["baselines"]) and set(ridge["share"]) == {"sae", "noise"}

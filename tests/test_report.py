@@ -132,6 +132,22 @@ def test_signals_say_what_is_out_of_fold(tmp_path):
     assert "Out of fold" in text
 
 
+def test_probes_stand_beside_what_is_cheaper(tmp_path):
+    record_run(tmp_path / "adaptive", "adaptive", 0, [0.2, 0.3])
+    write_scores(tmp_path, 0.777)
+    difficulty = {"spearman": 0.212, "note": "length alone predicts better", "baselines": {"length": 0.263}}
+    quality = {"auc": 0.9, "spearman": None, "baselines": {"length": 0.5, "tfidf": 0.75}}
+    record = {"metadata": {"difficulty": difficulty, "quality": quality}}
+    (tmp_path / "scores.json").write_text(json.dumps(record))
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| features | difficulty (spearman) | quality (auc) |" in text
+    for row in ("| as set | 0.212 | 0.9 |", "| length alone | 0.263 | 0.5 |", "| tfidf alone | - | 0.75 |"):
+        assert row in text
+    assert "noise. Length alone predicts better" in text and "baselines" not in text
+    assert "<td>length alone</td><td>0.263</td>" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("mode", "head", "note"),
     [

@@ -58,6 +58,18 @@ def test_all_three_signals_with_their_held_out_figures():
     assert plan.schedule == "adaptive" and 5 < len(plan.dropped) < 60
 
 
+def test_equal_prompts_are_counted_and_contradictions_named(caplog):
+    texts = [f"question {'abcdefghij'[i % 10]}{'klmnopqrst'[i // 10 % 10]}{i // 100}x" for i in range(120)]
+    texts[5], texts[9], texts[11] = "Question  ak0x", "question bk0x ", "question bk7x"
+    answers = [str(i) for i in range(120)]
+    answers[9] = answers[1]
+    pool, features = make_pool(prompt=texts, answer=answers)
+    found = score_features(pool, features, None, make_config()).metadata["duplicates"]
+    assert found["rows"] == 2 and found["conflicting"] == 1 and found["conflicts"] == "p0, p5"
+    assert found["renumbered"] == 18  # of the twenty from 100 on, all but those of 5, 9 and 11; and 11 itself
+    assert "p0, p5" in caplog.text and "2 of 120" in caplog.text
+
+
 def test_pass_rates_given_replace_the_column():
     pool, features = make_pool()
     rates = np.full(len(pool), np.nan)
@@ -197,11 +209,10 @@ def test_a_pool_scored_by_a_model_and_its_sae():
     scores = score(session, sae, config, on_progress=lambda part, whole: done.append((part, whole)))
     expected, _ = pooled_features(model, sae, session.train.ids, reduce="mean")
     torch.testing.assert_close(scores.features.to_dense(), expected.to_dense())
-    assert scores.metadata["quality"]["reads_answers"] and scores.metadata["quality"]["auc"] > 0.9
+    assert not scores.metadata["quality"]["reads_answers"] and scores.metadata["quality"]["auc"] > 0.9
     assert scores.metadata["seconds"]["features"] > 0 and done[-1][0] == done[-1][1]
-    config.score.include_answer = False
-    without = score(session, sae, config)
-    assert not without.metadata["quality"]["reads_answers"]
+    config.score.include_answer = True
+    assert score(session, sae, config).metadata["quality"]["reads_answers"]
 
 
 def test_the_config_offers_every_reduction():

@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 from saerl_fast.config.fields import SEED, Section, name_sections, section, setting
 
+Kind = Literal["sae", "text", "tfidf", "length"]
+KINDS: list[Kind] = ["sae", "text", "tfidf"]
+FEATURES = "what the ridge reads; each kind weighs what the labels say for it"
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 LOSSES = ("dapo", "grpo", "dr_grpo", "gspo", "cispo")
 SCHEDULES = ("vanilla", "literal", "global", "medium", "adaptive")
@@ -94,7 +97,7 @@ class ScoreConfig(Section):
     shard: int = setting(
         4096, "prompts saved together; an interrupted pass loses one shard", at_least=1, result=False
     )
-    include_answer: bool = setting(True, "quality also reads the features of the reference answer")
+    include_answer: bool = setting(False, "quality also reads the features of the reference answer")
     backend: str = setting("auto", "of saerl_kernels, or the name of a registered one", result=False)
 
 
@@ -112,7 +115,7 @@ class QualityConfig(Section):
         result="plan",
     )
     threshold: float = setting(0.5, "a probability of being good (logistic), or a score", result="plan")
-    c: float = setting(10.0, "inverse regularisation, both heads", above=0)
+    features: list[Kind] = setting(KINDS, FEATURES, filled=True, distinct=True)
     folds: int = setting(5, "of the held-out figures", at_least=2)
 
     def conflict(self) -> str | None:
@@ -126,8 +129,12 @@ class DifficultyConfig(Section):
     label_column: str | None = setting(None, "pass rate in [0, 1], null: unknown; null rolls out a subset")
     n_labels: int = setting(128, "prompts rolled out for labels, before any warm-up; 0: none", at_least=0)
     rollouts: int = setting(4, "per labelled prompt", at_least=1, at_most=1 << 20)
-    alpha: float = setting(0.05, "ElasticNet penalty, as a share of what leaves no coefficient", above=0)
-    l1_ratio: float = setting(0.2, "share of the absolute values in the penalty", above=0, at_most=1)
+    probe: Literal["ridge", "elasticnet"] = setting("ridge", "elasticnet: the paper's, on SAE features alone")
+    features: list[Kind] = setting(KINDS, FEATURES, filled=True, distinct=True)
+    alpha: float = setting(0.05, "of elasticnet: penalty, as a share of what leaves no coefficient", above=0)
+    l1_ratio: float = setting(
+        0.2, "of elasticnet: share of the absolute values in the penalty", above=0, at_most=1
+    )
     folds: int = setting(5, "of the held-out figures", at_least=2)
 
 

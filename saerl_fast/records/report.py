@@ -26,6 +26,10 @@ SIGNALS_NOTE = (
     "quality.accuracy (calibrated on the other folds), difficulty.spearman and difficulty.r2. Silhouette and "
     "purity describe the rows that were clustered, next to their values by chance."
 )
+BASELINES_NOTE = (
+    "Out of fold, on the same folds, by the same regression. difficulty.spearman_error, of the signals, is "
+    "the standard error of the difference to the best of them: less than 2.5 of it is noise."
+)
 CAPTIONS = {
     "learning_curves": "Held-out accuracy against steps and against rollouts; thin lines are single seeds.",
     "batches": "What each step trained on: its pass rate, and the share of groups that carry a gradient. "
@@ -223,11 +227,31 @@ def phase_table(runs: list[RunRecord]) -> Table:
 def signal_tables(scores: dict[str, Any], sae: dict[str, Any]) -> list[Table]:
     """Figures of every probe and the one-off costs, as scoring recorded them."""
     tables: list[Table] = []
+    probes = {name: scores.get(name) or {} for name in ("difficulty", "quality")}
+    baselines = {name: probe.pop("baselines", None) for name, probe in probes.items()}
+    shown = [name for name in probes if baselines[name]]
+    if shown:
+        kinds = list(dict.fromkeys(kind for name in shown for kind in baselines[name] or ()))
+        header = ["features", *(f"{name} ({_measure(probes[name])})" for name in shown)]
+        rows = [["as set", *(_cell(probes[name].get(_measure(probes[name]))) for name in shown)]]
+        behind = (probes["difficulty"].get("note") or "").capitalize()
+        rows += [
+            [f"{kind} alone", *(_cell((baselines[name] or {}).get(kind, "-")) for name in shown)]
+            for kind in kinds
+        ]
+        tables.append(
+            ("Probes against one kind of features", header, rows, f"{BASELINES_NOTE} {behind}".strip())
+        )
     for title, record, note in (("Signals", scores, SIGNALS_NOTE), ("SAE training", sae, "")):
         known = [(key, value) for key, value in _flatten(record) if value is not None]
         rows = [[key, _cell(value)] for key, value in known if not isinstance(value, (list, dict))]
         tables.append((title, ["figure", "value"], rows, note))
     return tables
+
+
+def _measure(probe: dict[str, Any]) -> str:
+    """The figure that a probe's baselines are figures of."""
+    return "auc" if probe.get("auc") is not None else "spearman"
 
 
 def _flatten(record: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

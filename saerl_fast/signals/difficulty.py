@@ -1,6 +1,8 @@
-"""Difficulty: predict each prompt's failure rate from its SAE features and a few labelled prompts.
+"""Difficulty: each prompt's failure rate, predicted from a few labelled prompts, beside what is cheaper.
 
-An ElasticNet regression, as published for SAERL (arXiv 2605.27354); the label is 1 - pass rate.
+``difficulty.probe=ridge`` is a ridge regression over kinds of features, whose weights the evidence chooses
+(see `ridge`). ``elasticnet``, on weighted SAE features, is what was published for SAERL (arXiv 2605.27354).
+The label is 1 - pass rate.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import numpy as np
 
 from saerl_fast.config import DifficultyConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.signals import ridge
+from saerl_fast.signals.bank import BASELINES, Bank, spearman
 from saerl_fast.signals.features import ProbeMatrix, blocks
 
 if TYPE_CHECKING:
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MIN_LABELS = 10  # fewer cannot be split into folds that mean anything
+LEVEL = 0.8  # of the interval
 
 
 class DifficultyResult(NamedTuple):
@@ -29,55 +34,101 @@ class DifficultyResult(NamedTuple):
     metrics: dict[str, Any]
 
 
-def fit_difficulty(
-    X: ProbeMatrix | csr_matrix, pass_rates: Any, cfg: DifficultyConfig, *, seed: int = 0
-) -> DifficultyResult:
-    """Difficulty of every row of ``X`` [n, columns], a ``ProbeMatrix``.
+def fit_difficulty(bank: Bank, pass_rates: Any, cfg: DifficultyConfig, *, seed: int = 0) -> DifficultyResult:
+    """Difficulty, a predicted failure rate, of every row of ``bank``.
 
-    ``pass_rates`` [n] in [0, 1], NaN where unknown. Unlabelled rows get the prediction of a fit on
-    all labels, labelled rows that of the fold that did not see their label, so that the scores of
-    both mean the same. The metrics compare those with the labels: ``spearman`` and ``r2`` are held
-    out. With fewer than 10 labels, or all alike, every score is 0.5 and ``note`` says so.
+    ``pass_rates`` [n] in [0, 1], NaN where unknown. Unlabelled rows get the prediction of a fit on all
+    labels, labelled rows that of the fold that did not see their label, so that the scores of both mean the
+    same. The metrics compare those with the labels: ``spearman`` and ``r2`` are held out, and so are those of
+    ``baselines``, the same regression on one kind of features; ``spearman_error`` is the standard error, by a
+    paired bootstrap, of the difference to the best of them. ``interval``: so far from the score, either way,
+    lay 80 % of the held-out labels (Vovk et al., Algorithmic Learning in a Random World, 2005). ``share``:
+    the part of the labels' variance that the regression expects each kind to explain. With fewer than 10
+    labels, or all alike, every score is 0.5 and ``note`` says so.
     """
     rates = np.asarray(pass_rates, dtype=np.float64)
-    if rates.shape != (X.shape[0],):
-        raise SaerlError(f"{len(rates)} pass rates cannot belong to {X.shape[0]} prompts")
+    if rates.shape != (bank.n_rows,):
+        raise SaerlError(f"{len(rates)} pass rates cannot belong to {bank.n_rows} prompts")
     known = ~np.isnan(rates)
     outside = known & ~((rates >= 0) & (rates <= 1))
     if outside.any():
         raise SaerlError(f"pass rate {rates[outside][0]} is not in [0, 1]; check difficulty.label_column")
-    rows = np.flatnonzero(known)
-    metrics: dict[str, Any] = {"n_labels": len(rows), "spearman": None, "r2": None, "note": None}
-    if not len(rows):
+    total = int(known.sum())
+    metrics: dict[str, Any] = {"n_labels": total, "spearman": None, "r2": None, "note": None}
+    if not total:
         metrics["note"] = "no pass rates are known: difficulty was not scored"
         return DifficultyResult(np.full(len(rates), np.nan, dtype=np.float32), metrics)
-    labels = 1.0 - rates[rows]
-    metrics["mean_label"] = float(labels.mean())
-    if len(rows) < MIN_LABELS or np.ptp(labels) == 0:
-        why = (
-            f"only {len(rows)} pass rates are known" if len(rows) < MIN_LABELS else "all pass rates are equal"
-        )
+    metrics["mean_label"] = float(1.0 - rates[known].mean())
+    if total < MIN_LABELS or np.ptp(rates[known]) == 0:
+        why = f"only {total} pass rates are known" if total < MIN_LABELS else "all pass rates are equal"
         metrics["note"] = f"{why}: every prompt has the neutral difficulty 0.5"
         log.warning(metrics["note"])
         return DifficultyResult(np.full(len(rates), 0.5, dtype=np.float32), metrics)
 
-    from scipy.stats import spearmanr
     from sklearn.model_selection import KFold
 
-    scores, used = _fit_predict(X[rows], labels, map(X.__getitem__, blocks(len(rates))), cfg)
-    held_out = np.empty(len(rows))
-    for fit, test in KFold(min(cfg.folds, len(rows)), shuffle=True, random_state=seed).split(rows):
-        held_out[test] = _fit_predict(X[rows[fit]], labels[fit], [X[rows[test]]], cfg)[0]
-    scores[rows] = held_out
-    varied = np.ptp(held_out) > 1e-12
+    at = bank.fitted(known, seed)
+    rows = np.flatnonzero(known[at])  # within the blocks; at[rows] within the pool
+    labels = 1.0 - rates[at[rows]]
+    made = bank.blocks(list(dict.fromkeys([*cfg.features, *BASELINES])), at)
+
+    splits = list(KFold(min(cfg.folds, len(rows)), shuffle=True, random_state=seed).split(rows))
+
+    def held_out(names: Iterable[str]) -> np.ndarray:
+        return ridge.held_out({name: made[name] for name in names}, rows, labels, splits, seed)
+
+    alone = {name: held_out([name]) for name in BASELINES}
+    if cfg.probe == "ridge":
+        chosen = {str(name): made[name] for name in cfg.features}
+        fit = ridge.fit(chosen, rows, labels, seed)
+        scores, found = bank.predict(fit, chosen), held_out(cfg.features)
+        metrics["share"] = fit.share
+    else:
+        scores, found, metrics["features_used"] = _elastic(ProbeMatrix(bank.X), at[rows], labels, cfg, splits)
+    scores[at[rows]] = found
     spread = float(np.square(labels - labels.mean()).sum())
+    rank = min(int(np.ceil(LEVEL * (len(rows) + 1))), len(rows))
     metrics.update(
-        spearman=float(spearmanr(held_out, labels)[0]) if varied else 0.0,
-        r2=1.0 - float(np.square(labels - held_out).sum()) / spread,
-        features_used=used,
+        probe=cfg.probe,
+        spearman=spearman(found, labels),
+        r2=1.0 - float(np.square(labels - found).sum()) / spread,
+        interval=float(np.sort(np.abs(labels - np.clip(found, 0.0, 1.0)))[rank - 1]),
         folds=min(cfg.folds, len(rows)),
+        baselines={name: spearman(other, labels) for name, other in alone.items()},
     )
+    best = max(alone, key=lambda name: metrics["baselines"][name])
+    metrics["spearman_error"] = _error(found, alone[best], labels, seed)
+    behind = metrics["baselines"][best] - metrics["spearman"]
+    chance = 2 / np.sqrt(len(rows))  # what the best of some useless kinds may reach
+    if behind > 2.5 * metrics["spearman_error"] and metrics["baselines"][best] > chance:
+        metrics["note"] = (
+            f"{best} alone predicts difficulty better, by more than noise: Spearman "
+            f"{metrics['baselines'][best]:.2f} against {metrics['spearman']:.2f}; try difficulty.probe=ridge "
+            f"difficulty.features={best}"
+        )
+        log.warning(metrics["note"])
     return DifficultyResult(np.clip(scores, 0.0, 1.0).astype(np.float32), metrics)
+
+
+def _error(scores: np.ndarray, others: np.ndarray, labels: np.ndarray, seed: int, draws: int = 200) -> float:
+    """Standard deviation of the difference of two Spearmans over resampled rows."""
+    rng = np.random.default_rng([seed, 5])
+    found = []
+    for _ in range(draws):
+        some = rng.integers(0, len(labels), min(len(labels), 4000))
+        found.append(spearman(scores[some], labels[some]) - spearman(others[some], labels[some]))
+    return float(np.std(found) * np.sqrt(min(len(labels), 4000) / len(labels)))
+
+
+def _elastic(
+    matrix: ProbeMatrix, rows: np.ndarray, labels: np.ndarray, cfg: DifficultyConfig, splits: ridge.Splits
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Predictions of all rows, held-out ones of ``rows``, and how many features the whole fit uses."""
+    scores, used = _fit_predict(matrix[rows], labels, map(matrix.__getitem__, blocks(matrix.shape[0])), cfg)
+    held_out = np.empty(len(rows))
+    for fit, test in splits:
+        held_out[test] = _fit_predict(matrix[rows[fit]], labels[fit], [matrix[rows[test]]], cfg)[0]
+    return scores, held_out, used
 
 
 def _fit_predict(

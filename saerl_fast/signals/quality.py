@@ -1,24 +1,22 @@
-"""Quality: a probe on SAE features that tells sound rows from noisy, wrong or off-task ones.
+"""Quality: a probe that tells sound rows from noisy or off-task ones, beside what is cheaper.
 
-Public reports on SAERL (arXiv 2605.27354) name two heads, a linear classifier and a ridge regression
-of a score; both are here. The features are those of the prompt and, when given, of its reference
-answer: a wrong answer cannot be seen in the prompt alone.
+Public reports on SAERL (arXiv 2605.27354) name two heads, a linear classifier and a ridge regression of a
+score; both are here, as the regression of `ridge`, whose penalties the evidence chooses. It reads the prompt
+alone: where defects were planted, features of the reference answer (``score.include_answer``) made it worse,
+and neither found wrong answers.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from saerl_fast.config import QualityConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.signals.features import ProbeMatrix, blocks
-
-if TYPE_CHECKING:
-    from scipy.sparse import csr_matrix
+from saerl_fast.signals import ridge
+from saerl_fast.signals.bank import BASELINES, Bank, spearman
 
 log = logging.getLogger(__name__)
 MIN_LABELS = 10  # of them, for the logistic head, at least MIN_CLASS good and MIN_CLASS bad
@@ -32,76 +30,68 @@ class QualityResult(NamedTuple):
     metrics: dict[str, Any]
 
 
-def fit_quality(
-    X: ProbeMatrix | csr_matrix,
-    labels: Any,
-    cfg: QualityConfig,
-    *,
-    answers: ProbeMatrix | csr_matrix | None = None,
-    seed: int = 0,
-) -> QualityResult:
-    """Quality of every row of ``X`` [n, columns] and ``answers``, each a ``ProbeMatrix``.
+def fit_quality(bank: Bank, labels: Any, cfg: QualityConfig, *, seed: int = 0) -> QualityResult:
+    """Quality of every row of ``bank``, from the kinds of features in ``cfg`` and, if it has any, answers.
 
     ``labels`` [n], NaN where unlabelled: 1 good and 0 bad for the logistic head, any score for the
     ridge head. Unlabelled rows are scored by a fit on all labels, labelled rows by the fold that
-    did not see their label. Held out are ``auc`` (logistic) and ``spearman`` (ridge). Logistic
-    scores are probabilities of a good row, calibrated on the held-out ones (Platt, 1999), so that
-    a threshold of 0.5 means what it says; a probe no better than chance gives every row the same.
-    ``accuracy``, at that threshold, takes each row's curve from the other folds.
+    did not see their label. Held out are ``auc`` (logistic) and ``spearman`` (ridge), and the same of each
+    of ``baselines``. Logistic scores are probabilities of a good row, calibrated on the held-out ones (Platt,
+    1999), so that a threshold of 0.5 means what it says; a probe no better than chance gives every row the
+    same. ``accuracy``, at that threshold, takes each row's curve from the other folds.
 
     Too few labels are no error: the scores are NaN, ``metrics["note"]`` says why, and plans filter
     nothing (unless told to: then they refuse).
     """
-    n_rows = X.shape[0]
     values = np.asarray(labels, dtype=np.float64)
-    if values.shape != (n_rows,):
-        raise SaerlError(f"{len(values)} quality labels cannot belong to {n_rows} prompts")
-    rows = np.flatnonzero(np.isfinite(values))
-    known = values[rows]
+    if values.shape != (bank.n_rows,):
+        raise SaerlError(f"{len(values)} quality labels cannot belong to {bank.n_rows} prompts")
+    known = np.isfinite(values)
     metrics: dict[str, Any] = {
         "head": cfg.head,
-        "n_labels": len(rows),
+        "n_labels": int(known.sum()),
         "auc": None,
         "spearman": None,
         "note": None,
         "threshold": cfg.threshold,
         "filter_ratio": cfg.filter_ratio,
-        "reads_answers": answers is not None,
+        "reads_answers": "answer" in bank.kinds,
     }
-    widths = X.shape[1] + (0 if answers is None else answers.shape[1])
-    metrics["note"] = _why_not(cfg, known) if widths else "no feature is active: quality was not scored"
+    names = [*cfg.features, *(["answer"] if "answer" in bank.kinds else [])]
+    at = bank.fitted(known, seed)
+    metrics["note"] = _why_not(cfg, values[known])
+    if not metrics["note"]:
+        made = bank.blocks([*names, *BASELINES], at)
+        if not any(len(made[name].mean) for name in names):
+            metrics["note"] = "no feature is active, and all texts are equal: quality was not scored"
     if metrics["note"]:
-        if len(rows):
+        if known.any():
             log.warning(metrics["note"])
-        return QualityResult(np.full(n_rows, np.nan, dtype=np.float32), metrics)
+        return QualityResult(np.full(bank.n_rows, np.nan, dtype=np.float32), metrics)
 
-    from scipy.sparse import hstack
-
-    def pick(at: Any) -> csr_matrix:
-        return X[at] if answers is None else hstack([X[at], answers[at]], format="csr")
-
-    fit = _logistic if cfg.head == "logistic" else _ridge
-    scores = fit(pick(rows), known, map(pick, blocks(n_rows)), cfg.c)
-    held_out = np.empty(len(rows))
-    folds = list(_folds(cfg, known, seed))
-    for train, test in folds:
-        held_out[test] = fit(pick(rows[train]), known[train], [pick(rows[test])], cfg.c)
-    scores[rows] = held_out
+    rows = np.flatnonzero(known[at])
+    y = values[at[rows]]
+    splits = list(_folds(cfg, y, seed))
+    alone = {name: ridge.held_out({name: made[name]}, rows, y, splits, seed) for name in BASELINES}
+    chosen = {name: made[name] for name in names}
+    fit = ridge.fit(chosen, rows, y, seed)
+    scores, held_out = bank.predict(fit, chosen), ridge.held_out(chosen, rows, y, splits, seed)
+    scores[at[rows]] = held_out
     if cfg.head == "logistic":
         from sklearn.metrics import roc_auc_score
 
-        metrics["auc"] = float(roc_auc_score(known, held_out))
-        metrics["good_share"] = float(known.mean())
-        scores = _calibrate(held_out, known, scores)
+        metrics["auc"] = float(roc_auc_score(y, held_out))
+        metrics["baselines"] = {name: float(roc_auc_score(y, found)) for name, found in alone.items()}
+        metrics["good_share"] = float(y.mean())
+        scores = _calibrate(held_out, y, scores)
         calibrated = np.empty(len(rows))
-        for train, test in folds:
-            calibrated[test] = _calibrate(held_out[train], known[train], held_out[test])
-        metrics["accuracy"] = float(((calibrated >= 0.5) == (known == 1)).mean())
+        for train, test in splits:
+            calibrated[test] = _calibrate(held_out[train], y[train], held_out[test])
+        metrics["accuracy"] = float(((calibrated >= 0.5) == (y == 1)).mean())
     else:
-        from scipy.stats import spearmanr
-
-        metrics["spearman"] = float(spearmanr(known, held_out)[0]) if np.ptp(held_out) > 0 else 0.0
-    metrics["folds"] = cfg.folds
+        metrics["spearman"] = spearman(held_out, y)
+        metrics["baselines"] = {name: spearman(found, y) for name, found in alone.items()}
+    metrics |= {"share": fit.share, "folds": len(splits)}
     return QualityResult(scores.astype(np.float32), metrics)
 
 
@@ -131,23 +121,8 @@ def _folds(cfg: QualityConfig, labels: np.ndarray, seed: int) -> Any:
     return StratifiedKFold(count, shuffle=True, random_state=seed).split(labels, labels)
 
 
-def _logistic(X: csr_matrix, labels: np.ndarray, target: Iterable[csr_matrix], c: float) -> np.ndarray:
-    """Log-odds of a good row for the rows of all of ``target``."""
-    from sklearn.linear_model import LogisticRegression
-
-    model = LogisticRegression(C=c, max_iter=500).fit(X, labels)
-    return np.concatenate([model.decision_function(part) for part in target])
-
-
-def _ridge(X: csr_matrix, labels: np.ndarray, target: Iterable[csr_matrix], c: float) -> np.ndarray:
-    from sklearn.linear_model import Ridge
-
-    model = Ridge(alpha=1.0 / c, solver="sparse_cg", tol=1e-6).fit(X, labels)
-    return np.concatenate([model.predict(part) for part in target])
-
-
 def _calibrate(held_out: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Probabilities for ``scores`` (log-odds) by a logistic curve through the held-out log-odds.
+    """Probabilities for ``scores`` by a logistic curve through the held-out ones.
 
     A curve that falls means the probe is no better than chance: all rows get the share of good ones.
     """

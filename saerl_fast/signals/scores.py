@@ -15,10 +15,12 @@ from saerl_fast.config import Config, QualityConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, read_table
 from saerl_fast.records import manifest
+from saerl_fast.signals.bank import Bank
 from saerl_fast.signals.clusters import cluster_prompts
 from saerl_fast.signals.difficulty import fit_difficulty
-from saerl_fast.signals.features import ProbeMatrix, checked, load_features, save_features
+from saerl_fast.signals.features import checked, load_features, save_features
 from saerl_fast.signals.quality import fit_quality
+from saerl_fast.signals.text import duplicates
 
 if TYPE_CHECKING:
     from saerl_fast.prompts.pool import Pool
@@ -185,12 +187,17 @@ def score_features(
         clock = time.perf_counter()
 
     labels, known = label_columns(pool, config)
-    prompts = ProbeMatrix(prompt_features)
-    answers = None if answer_features is None else ProbeMatrix(checked(answer_features))
-    quality = fit_quality(prompts, labels, config.quality, answers=answers, seed=config.seed)
+    bank = Bank(
+        prompt_features,
+        pool.columns["prompt"],
+        None if answer_features is None else checked(answer_features),
+    )
+    copies = duplicates(bank.texts(slice(0, count)), pool.columns["answer"], pool.columns["prompt_id"])
+    lap("duplicates")
+    quality = fit_quality(bank, labels, config.quality, seed=config.seed)
     lap("quality")
     rates = known if pass_rates is None else np.asarray(pass_rates, dtype=np.float64)
-    difficulty = fit_difficulty(prompts, rates, config.difficulty, seed=config.seed)
+    difficulty = fit_difficulty(bank, rates, config.difficulty, seed=config.seed)
     lap("difficulty")
     clusters = cluster_prompts(prompt_features, config.diversity, tasks=pool.columns.get("task"))
     lap("clusters")
@@ -201,6 +208,7 @@ def score_features(
         "quality": quality.metrics,
         "difficulty": difficulty.metrics,
         "clusters": clusters.metrics,
+        "duplicates": copies,
         "features": {
             "d_sae": int(prompt_features.n_cols),
             "active_per_prompt": active,

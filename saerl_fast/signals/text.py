@@ -1,0 +1,112 @@
+"""What the text of a prompt says by itself: counts of its marks, TF-IDF, and which prompts are the same."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+log = logging.getLogger(__name__)
+
+_NUMBER = re.compile(r"\d+")
+COUNTS: dict[str, Callable[[str], int]] = {  # the columns of `surface`; the first is the length
+    "characters": len,
+    "words": lambda text: len(text.split()),
+    "lines": lambda text: text.count("\n"),
+    "digits": lambda text: sum(map(str.isdigit, text)),
+    "numbers": lambda text: len(_NUMBER.findall(text)),
+    "sentence ends": lambda text: len(re.findall(r"[.?!;。？！]", text)),
+    "question marks": lambda text: text.count("?") + text.count("？"),
+    "equals signs": lambda text: text.count("="),
+    "powers": lambda text: text.count("^"),
+    "braces": lambda text: text.count("{"),
+    "LaTeX commands and escapes": lambda text: text.count("\\"),
+    "LaTeX formulas": lambda text: text.count("$"),
+}
+SINGLE = "\u3040-\u9fff"  # of scripts without spaces a letter is a term
+TOKEN = rf"[{SINGLE}]|\\?[^\W\d_{SINGLE}]+|\d+|[^\w\s]"  # else words and LaTeX commands, numbers, signs
+NAMED = 5  # duplicates that a message names
+
+
+def plain(prompt: Any) -> str:
+    """The text of a prompt that may be chat messages."""
+    return prompt if isinstance(prompt, str) else "\n".join(str(m.get("content") or "") for m in prompt)
+
+
+def surface(texts: Sequence[str]) -> np.ndarray:
+    """log(1 + count) of the marks in COUNTS, float64 [n, len(COUNTS)]."""
+    counts = np.array([[count(text) for count in COUNTS.values()] for text in texts], dtype=np.float64)
+    return np.log1p(counts.reshape(len(texts), len(COUNTS)))
+
+
+class Tfidf:
+    """TF-IDF of single terms and pairs (scikit-learn's), of at most ``columns`` columns, the most frequent in
+    the texts that it is made from. Of few or empty texts there may be no columns at all.
+    """
+
+    def __init__(self, texts: Sequence[str], columns: int = 1 << 15) -> None:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        few = 2 if len(texts) < 1000 else 3  # a term must occur in so many texts
+        self._terms = TfidfVectorizer(
+            token_pattern=TOKEN,
+            ngram_range=(1, 2),
+            sublinear_tf=True,
+            min_df=few,
+            max_features=columns,
+            dtype=np.float32,
+        )
+        self._none = False
+        try:
+            self._terms.fit(texts)
+        except ValueError:  # no term is left
+            self._none = True
+
+    def __call__(self, texts: Sequence[str]) -> csr_matrix:
+        """CSR float32 [n, columns], rows of norm 1."""
+        from scipy.sparse import csr_matrix
+
+        return csr_matrix((len(texts), 0), dtype=np.float32) if self._none else self._terms.transform(texts)
+
+
+def duplicates(texts: Sequence[str], answers: Sequence[Any], ids: Sequence[str]) -> dict[str, Any]:
+    """Prompts whose texts are equal but for spaces and case, and those that also differ in numbers only.
+
+    ``rows`` have a text that occurs before; ``conflicting`` texts have several answers, ``conflicts`` names
+    their rows (of the first few); ``renumbered`` rows repeat an earlier, different text with other numbers.
+    """
+    same = _groups(" ".join(text.lower().split()) for text in texts)
+    apart = [
+        rows for rows in same.values() if len({" ".join(str(answers[i]).lower().split()) for i in rows}) > 1
+    ]
+    shapes = _groups(_NUMBER.sub("0", text) for text in same)
+    found: dict[str, Any] = {
+        "rows": len(texts) - len(same),
+        "conflicting": len(apart),
+        "conflicts": "; ".join(", ".join(str(ids[i]) for i in rows[:NAMED]) for rows in apart[:NAMED])
+        or None,
+        "renumbered": len(same) - len(shapes),
+    }
+    if found["rows"]:
+        log.warning("%d of %d prompts repeat an earlier prompt's text", found["rows"], len(texts))
+    if apart:
+        log.warning(
+            "%d prompts occur with different answers, so at least one is wrong; ids: %s",
+            len(apart),
+            found["conflicts"],
+        )
+    return found
+
+
+def _groups(keys: Iterable[Hashable]) -> dict[Any, list[int]]:
+    groups = defaultdict(list)
+    for i, key in enumerate(keys):
+        groups[key].append(i)
+    return groups
