@@ -33,6 +33,7 @@ def test_a_bar_shows_done_total_rate_and_time_left(monkeypatch):
     import tqdm.std
 
     screen = terminal(monkeypatch)
+    monkeypatch.setattr(Echo, "bars", [])  # those of commands that were stopped in earlier tests
 
     now = [100.0]
     monkeypatch.setattr(tqdm.std, "time", lambda: now[0])

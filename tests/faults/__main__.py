@@ -57,13 +57,11 @@ def main(argv: list[str] | None = None) -> int:
 def chosen(trials: list[Trial], kinds: str, share: int) -> list[Trial]:
     """Every ``share``-th trial of each kind that is asked for."""
     asked = tuple(kind for kind in kinds.split(",") if kind)
-    picked, seen = [], Counter[str]()
+    kinds_of: dict[str, list[Trial]] = {}
     for trial in trials:
         if trial.kind.startswith(asked or ("",)):
-            if seen[trial.kind] % share == share // 2:
-                picked.append(trial)
-            seen[trial.kind] += 1
-    return picked
+            kinds_of.setdefault(trial.kind, []).append(trial)
+    return [trial for some in kinds_of.values() for trial in some[min(share, len(some)) // 2 :: share]]
 
 
 def table(results: list[dict[str, Any]]) -> str:
