@@ -22,7 +22,7 @@ demo: $(VENV)/.installed ## the whole pipeline on a tiny shipped model, in minut
 	$(BIN)/saerl demo
 
 test: $(VENV)/.installed ## the whole test suite; kernels run in Triton's interpreter where there is no GPU
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 
 # uv resolves to the lowest versions that pyproject.toml allows; what those need in turn is the newest that fits.
 OLDEST_PYTHON ?= $(firstword $(shell command -v python3.10 python3.11) $(PYTHON))

@@ -13,7 +13,7 @@ def _has_gpu() -> bool:
 
 if not _has_gpu():  # before anything imports triton, which reads it at import (sae_lens imports triton)
     os.environ["TRITON_INTERPRET"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -27,7 +27,7 @@ import torch  # noqa: E402
 
 pytest_plugins = ["tests.smollm2"]  # the fixture `smollm2`, a real language model
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(min(int(os.environ["OMP_NUM_THREADS"]), 2, torch.get_num_threads()))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts with &
 
 if importlib.util.find_spec("hypothesis"):

