@@ -1,11 +1,12 @@
 import contextlib
+import os
 import signal
 import threading
 import time
 
 import pytest
 
-from saerl_fast.rl.interrupt import TimeUp, call_within
+from saerl_fast.rl.interrupt import Stopped, TimeUp, call_within, handled
 
 came_back: list[str] = []  # what waited to its own end instead of being ended
 
@@ -88,3 +89,19 @@ def test_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert found == ["time is up", 5, "divided"]
+
+
+def test_a_signal_inside_a_destructor_is_not_lost() -> None:
+    class Closing:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000):
+                pass  # the handler runs in here, where Python drops what it raises
+
+    gone = []
+    with pytest.raises(Stopped, match="SIGTERM"), handled():
+        closing = Closing()
+        del closing
+        gone.append(True)
+        time.sleep(30)
+    assert gone

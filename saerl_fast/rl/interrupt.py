@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,16 +35,28 @@ def _stop(number: int, frame: Any) -> None:
 def handled(handle: Callable[[int, Any], None] = _stop) -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP go to ``handle``, by default raise `Stopped`; ignored ones (nohup) stay so.
 
+    Python drops what is raised inside a ``__del__`` or a callback of C code; such a `Stopped` is sent again.
     Only the main thread may handle signals; in another this does nothing.
     """
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in ENDING if main}
     before = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+    dropped = sys.unraisablehook
+
+    def again(lost: Any) -> None:
+        if isinstance(lost.exc_value, Stopped):  # not here, where it would be dropped too
+            threading.Timer(0.05, os.kill, (os.getpid(), lost.exc_value.number)).start()
+        else:
+            dropped(lost)
+
     try:
+        if before:
+            sys.unraisablehook = again
         for number in before:
             signal.signal(number, handle)
         yield
     finally:
+        sys.unraisablehook = dropped
         for number, old in before.items():
             signal.signal(number, old)
 
