@@ -18,6 +18,7 @@ SAME, SAID, REFUSED = "same result", "said aloud", "refused in a sentence"
 TRACEBACK, WRONG, STUCK, HUNG, LEFT = "traceback", "silently wrong", "stuck folder", "hung", "leftovers"
 GOOD, BAD = (SAME, SAID, REFUSED), (TRACEBACK, WRONG, STUCK, HUNG, LEFT)
 OTHER = {"sae train": "sae.seed=7", "score": "score.reduce=max", "plan": "plan.adaptive.svd=6"}
+OTHER |= {"train": "train.lr=1e-4", "compare": "train.lr=1e-4"}
 ON = {"train": "train --resume"}  # how a user goes on
 
 
@@ -104,14 +105,22 @@ class Bench:
     def mixtures(self) -> Iterator[Trial]:
         """Made again with other settings, killed on the way; then on with the first ones."""
         for stage, setting in OTHER.items():
-            complete = self.folders["train"]  # SAE, scores and plan
+            trains = stage in ("train", "compare")
+            complete = self.after[stage] if trains else self.folders["train"]  # SAE, scores and plan
+            then = stage if trains else "plan"
             total = self.operations(f"{stage} --redo", complete, setting)
             for number in range(1, total + 1):
 
-                def trial(stage: str = stage, said: str = setting, number: int = number) -> tuple[str, str]:
-                    folder = fresh(self.folders["train"])
+                def trial(
+                    stage: str = stage,
+                    said: str = setting,
+                    number: int = number,
+                    complete: Path = complete,
+                    then: str = then,
+                ) -> tuple[str, str]:
+                    folder = fresh(complete)
                     run(f"{stage} --redo", folder, said, before=killed_at(folder, number))
-                    return self.go_on("plan", folder)
+                    return self.go_on(then, folder)
 
                 yield Trial("killed under other settings", f"{stage} {number}", trial)
 
