@@ -313,7 +313,7 @@ def _main(argv: Sequence[str]) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        if hasattr(getattr(sys, name), "reconfigure"):  # a terminal without UTF-8 gets escapes
+        with suppress(AttributeError, OSError, ValueError):  # a terminal without UTF-8 gets escapes
             getattr(sys, name).reconfigure(errors="backslashreplace")
     top = parser()
     args, extra = top.parse_known_args(argv)  # argparse takes settings in one place only; users mix them

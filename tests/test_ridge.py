@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from sklearn.model_selection import KFold
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.signals.ridge import Block, fit, held_out
+from saerl_fast.signals.ridge import Block, _of_one, _of_several, fit, held_out
 
 
 def rows_of(n: int, d: int, seed: int = 0) -> np.ndarray:
@@ -81,3 +81,31 @@ def test_columns_without_variance_and_rows_without_features() -> None:
 def test_nan_is_refused() -> None:
     with pytest.raises(SaerlError, match="NaN or infinite"):
         Block(np.array([[1.0], [np.nan]]))
+
+
+def test_one_block_is_the_general_case() -> None:
+    X = rows_of(60, 9)
+    y = X[:, 0] + np.random.default_rng(0).normal(size=60)
+    kernel, y = Block(X).kernel(np.arange(60)), (y - y.mean()) / y.std()
+    for s in ([0.3, 0.8], [2.0, 0.01], [1e-4, 1.0]):
+        one, several = (made(np.array(s)) for made in (_of_one(kernel, y), _of_several([kernel], y)))
+        np.testing.assert_allclose(one[0], several[0], rtol=1e-9)
+        np.testing.assert_allclose(one[1], several[1], rtol=1e-6, atol=1e-9)
+
+
+def test_the_slope_is_that_of_the_evidence() -> None:
+    X, Z = rows_of(40, 6), rows_of(40, 5, seed=1)
+    y = X[:, 0] + np.random.default_rng(0).normal(size=40)
+    evidence = _of_several([Block(part).kernel(np.arange(40)) for part in (X, Z)], (y - y.mean()) / y.std())
+    s, step = np.array([0.3, 0.1, 0.7]), 1e-6
+    for i, slope in enumerate(evidence(s)[1]):
+        ahead, behind = (evidence(s + sign * step * np.eye(3)[i])[0] for sign in (1, -1))
+        assert slope == pytest.approx((ahead - behind) / (2 * step), rel=1e-5)
+
+
+def test_a_start_elsewhere_finds_the_same() -> None:
+    X, Z = rows_of(80, 8), rows_of(80, 5, seed=1)
+    y = X[:, 0] + np.random.default_rng(0).normal(size=80)
+    blocks = {"x": Block(X), "z": Block(Z)}
+    fits = [fit(blocks, np.arange(80), y, start=s) for s in (None, np.array([1.0, 0.01, 0.2]))]
+    np.testing.assert_allclose(fits[0].predict(blocks), fits[1].predict(blocks), atol=1e-3)

@@ -32,7 +32,9 @@ WARNED = {"first": int, "times": int, "steps": int}
 SUMMARY = {"merged?": MERGED, "accuracy?": _NUMBER, "damage?": [str], "warnings?": {str: WARNED}}
 COMPARED = {"arms?": [str], "seeds?": [int], "notes?": list}
 COMPARED |= {"targets?": [float], "target_values?": (None, [float]), "smooth?": int}
-SCORED = {"metadata?": {"difficulty_labels?": {"rollouts?": float}, "sae?": dict}}
+PROBE = {"note?": (None, str), "auc?": _NUMBER, "spearman?": _NUMBER, "baselines?": (None, {str: _NUMBER})}
+SCORED = {"difficulty_labels?": {"rollouts?": float}, "sae?": dict}
+SCORED = {"metadata?": SCORED | {"difficulty?": (None, PROBE), "quality?": (None, PROBE)}}
 WRITTEN = {"logs": {str: {"rows": int, "bytes": int, "sha256": str}}, "damage": [str]}
 FORMS: dict[str, tuple[str, Any]] = {  # name -> the command that writes it, and what it must hold
     "run.json": ("saerl train", RUN),

@@ -13,7 +13,7 @@ enough: there are as many s as blocks, plus one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -83,6 +83,7 @@ class Fit:
     mean: float
     dual: dict[str, np.ndarray]  # s_b S^-1 (y - mean), by block
     share: dict[str, float]
+    scales: np.ndarray  # the s
 
     def predict(self, blocks: Mapping[str, Block], at: np.ndarray | None = None) -> np.ndarray:
         """The expected label of all rows, or of those ``at``."""
@@ -91,29 +92,37 @@ class Fit:
 
 
 def fit(
-    blocks: Mapping[str, Block], rows: Sequence[int] | np.ndarray, labels: np.ndarray, seed: int = 0
+    blocks: Mapping[str, Block],
+    rows: Sequence[int] | np.ndarray,
+    labels: np.ndarray,
+    seed: int = 0,
+    start: np.ndarray | None = None,
 ) -> Fit:
-    """Fit to ``labels`` [len(rows)] of ``rows``; at least two labels that differ."""
+    """Fit to ``labels`` [len(rows)] of ``rows``; at least two labels that differ.
+
+    ``start``: ``scales`` that may be near, as those of a fit to most of the same labels.
+    """
     rows, labels = np.asarray(rows), np.asarray(labels, dtype=np.float64)
     mean, spread = float(labels.mean()), float(labels.std())
     y = (labels - mean) / spread
     some = np.random.default_rng([seed, 2]).permutation(len(rows))[:SEARCHED]
-    scales = _search([block.kernel(rows[some]) for block in blocks.values()], y[some])
+    scales = _search([block.kernel(rows[some]) for block in blocks.values()], y[some], start)
     dual = spread * _solve(list(blocks.values()), rows, scales, y)
     share = dict(zip((*blocks, "noise"), (scales / scales.sum()).tolist(), strict=True))
-    return Fit(rows, mean, {name: s * dual for name, s in zip(blocks, scales, strict=False)}, share)
+    return Fit(rows, mean, {name: s * dual for name, s in zip(blocks, scales, strict=False)}, share, scales)
 
 
 def held_out(
     blocks: Mapping[str, Block], rows: np.ndarray, labels: np.ndarray, splits: Splits, seed: int = 0
 ) -> np.ndarray:
     """Predictions [len(rows)] by fits that did not see the label: ``splits`` are (seen, tested) positions."""
-    found = np.empty(len(rows))
+    found, start = np.empty(len(rows)), None
     for seen, test in splits:
         if np.ptp(labels[seen]) == 0:
             found[test] = labels[seen].mean()
         else:
-            found[test] = fit(blocks, rows[seen], labels[seen], seed).predict(blocks, rows[test])
+            fitted = fit(blocks, rows[seen], labels[seen], seed, start)
+            found[test], start = fitted.predict(blocks, rows[test]), fitted.scales
     return found
 
 
@@ -136,27 +145,54 @@ def _solve(blocks: list[Block], rows: np.ndarray, scales: np.ndarray, y: np.ndar
     return np.asarray(cg(LinearOperator((len(y), len(y)), matvec=times), y, rtol=1e-6, maxiter=500)[0])
 
 
-def _search(kernels: list[np.ndarray], y: np.ndarray) -> np.ndarray:
+def _search(kernels: list[np.ndarray], y: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
     """The s [blocks + 1], noise last, of largest posterior density given ``y``."""
-    from scipy.linalg import cho_factor, cho_solve
     from scipy.optimize import minimize
 
-    count, eye = len(kernels), np.eye(len(y))
+    count = len(kernels)
     centre = np.log(np.r_[np.full(count, SIGNAL / count), NOISE])
     precision = np.r_[np.full(count, WIDTH**-2), (1.4 * WIDTH) ** -2]
+    evidence = _of_one(kernels[0], y) if count == 1 else _of_several(kernels, y)
 
     def cost(logs: np.ndarray) -> tuple[float, np.ndarray]:
         s = np.exp(logs)
+        value, slope = evidence(s)
+        off = logs - centre
+        return value + 0.5 * (precision * off * off).sum(), s * slope + precision * off
+
+    bounds = [(-9.0, 3.0)] * (count + 1)  # exp(-9): a share that no longer matters
+    first = centre if start is None else np.log(start)
+    return np.exp(minimize(cost, first, jac=True, method="L-BFGS-B", bounds=bounds).x)
+
+
+Evidence = Callable[[np.ndarray], tuple[float, np.ndarray]]  # s -> -log p(y | s) and its slope
+
+
+def _of_several(kernels: list[np.ndarray], y: np.ndarray) -> Evidence:
+    from scipy.linalg import cho_factor, cho_solve
+
+    eye = np.eye(len(y))
+
+    def evidence(s: np.ndarray) -> tuple[float, np.ndarray]:
         S = sum(a * kernel for a, kernel in zip(s, kernels, strict=False)) + s[-1] * eye
         factor = cho_factor(S, lower=True)
         inverse = cho_solve(factor, eye)
         dual = inverse @ y
-        slope = np.outer(dual, dual) - inverse
-        gradient = [-0.5 * a * (slope * kernel).sum() for a, kernel in zip(s, kernels, strict=False)]
-        gradient.append(-0.5 * s[-1] * np.trace(slope))
-        value = 0.5 * y @ dual + np.log(np.diag(factor[0])).sum()
-        off = logs - centre
-        return value + 0.5 * (precision * off * off).sum(), np.array(gradient) + precision * off
+        rise = np.outer(dual, dual) - inverse
+        slope = [-0.5 * np.vdot(rise, kernel) for kernel in kernels] + [-0.5 * np.trace(rise)]
+        return 0.5 * y @ dual + np.log(np.diag(factor[0])).sum(), np.array(slope)
 
-    bounds = [(-9.0, 3.0)] * (count + 1)  # exp(-9): a share that no longer matters
-    return np.exp(minimize(cost, centre, jac=True, method="L-BFGS-B", bounds=bounds).x)
+    return evidence
+
+
+def _of_one(kernel: np.ndarray, y: np.ndarray) -> Evidence:
+    """The same of one block, in the basis of its kernel, where S is diagonal."""
+    values, vectors = np.linalg.eigh(kernel)
+    values, square = np.maximum(values, 0.0), np.square(vectors.T @ y)
+
+    def evidence(s: np.ndarray) -> tuple[float, np.ndarray]:
+        S = s[0] * values + s[1]
+        rise = square / S**2 - 1.0 / S
+        return 0.5 * (square / S + np.log(S)).sum(), np.array([-0.5 * rise @ values, -0.5 * rise.sum()])
+
+    return evidence

@@ -133,6 +133,7 @@ def start(arguments: list[str], *, before: Callable[[], None] | None = None) -> 
     try:
         os.dup2(to, 1)
         os.dup2(to, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if before is not None:
             before()
