@@ -41,6 +41,7 @@ class Mute(Exception):
         ([1.0, 2.0, Evil()], "returned Evil for completion 2 ('c')"),
         (np.array([1.0, {}, None], dtype=object), "returned {} for completion 1 ('b')"),
         ([0, "\x1b[31m", 0], "for completion 1 ('b')"),
+        ([0, np.complex64(1 + 2j), 0], "for completion 1 ('b'); return a number"),
         ([3e38, 0, 0], "returned 3e+38 for completion 0 ('a'); return finite numbers of at most 1e+12"),
         ([0, 0, 2e12], "returned 2000000000000.0 for completion 2 ('c')"),
         ([0, -1e308, 0], "returned -1e+308 for completion 1 ('b')"),

@@ -98,6 +98,15 @@ def test_curves_are_means_over_seeds_and_count_rollouts(tmp_path, drawn):
     np.testing.assert_allclose(drawn[0].axes[1].lines[0].get_xdata(), [0, 320, 640])
 
 
+def test_an_arm_that_has_only_its_first_evaluation_is_drawn_beside_one_that_trains(tmp_path):
+    begun = RunRecord("adaptive", 0, None, {})
+    begun.add(parse(json.dumps({"step": 0, "kind": "eval", "accuracy": 0.1}).encode()))
+    for draw in (plots.batches, plots.live):
+        draw([make_run("vanilla"), begun], tmp_path / "figure.png")
+    plots.learning_curves([make_run("vanilla"), begun], {}, tmp_path / "figure.png")
+    assert png_size(tmp_path / "figure.png")
+
+
 def test_phases_are_seconds_per_step_without_evaluation(tmp_path, drawn):
     runs = [make_run("vanilla", 0, scale=1.0), make_run("vanilla", 1, scale=3.0), make_run("adaptive")]
     plots.phases(runs, tmp_path / "figure.png")

@@ -249,3 +249,21 @@ def test_records_of_another_shape_are_one_sentence(tmp_path, name, content):
     (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(SaerlError, match=f"{name} is damaged"):
         load_runs(tmp_path)
+
+
+def test_runs_that_the_comparison_does_not_name_are_said(tmp_path):
+    for arm in ("vanilla", "renamed"):
+        record_run(tmp_path / arm, arm, rows=[timed(1, 1.0)])
+    (tmp_path / "compare.json").write_text(json.dumps({"arms": ["vanilla", "adaptive"], "seeds": [0]}))
+    runs, said = runs_and_words(tmp_path)
+    assert [run.arm for run in runs] == ["vanilla"]
+    assert any("renamed (arm renamed, seed 0) is not of the comparison" in line for line in said)
+
+
+@pytest.mark.parametrize("total", [8, 10**12])
+def test_a_row_of_an_absurd_step_costs_no_memory(tmp_path, total):
+    recorded(tmp_path / "a", [1, 2, 2**61], total=total)
+    (tmp_path / "a" / "summary.json").write_text(json.dumps({"steps": 10**30}))
+    run = open_run(tmp_path / "a")
+    run.read(whole=True)
+    assert any("lacks the training steps" in line for line in run.holes())

@@ -181,7 +181,7 @@ def course(runs: list[RunRecord], name: str) -> tuple[np.ndarray, np.ndarray]:
     crosses a gap. Of many steps, `POINTS` stretches of equal length."""
     last = max((int(run.train["step"].max(initial=0)) for run in runs), default=0)
     width = max(1, -(-last // POINTS))
-    size = -(-last // width)
+    size = max(1, -(-last // width))  # one unknown point where no row is yet
     sums, counts = np.zeros(size), np.zeros(size)
     for run in runs:
         values = run.train[name]

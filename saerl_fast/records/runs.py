@@ -44,6 +44,7 @@ FORMS: dict[str, tuple[str, Any]] = {  # name -> the command that writes it, and
     "train.json": ("saerl sae train", {}),
     LOGS: ("saerl train", WRITTEN),
 }
+MOST_STEPS = 10**6  # of which lost evaluations are told
 SAERL_PHASES = ("capture", "encode", "plan")  # what this project adds to a vanilla step
 
 
@@ -195,7 +196,8 @@ class RunRecord:
         every = _inside(self.config, "config", "train", "eval", "every")
         if every is None or not len(self.train):
             return []
-        done = int(self.train["step"][-1])
+        done = min(int(self.train["step"][-1]), MOST_STEPS)  # a damaged row says nothing of what was due
+        done = done if self.steps is None else min(done, self.steps)
         due = set(range(0, done, every)) if every else set()
         due |= {done} if self.summary and done == self.steps else set()
         return sorted(due.difference(self.eval_steps))
@@ -205,7 +207,7 @@ def _inside(tree: Any, *path: str) -> int | None:
     """The whole number that stands at ``path`` in nested objects, if one does."""
     for name in path:
         tree = tree.get(name) if isinstance(tree, dict) else None
-    return tree if isinstance(tree, int) and not isinstance(tree, bool) and tree >= 0 else None
+    return tree if isinstance(tree, int) and not isinstance(tree, bool) and 0 <= tree < 2**53 else None
 
 
 def _ranges(gaps: list[tuple[int, int]]) -> str:
@@ -246,7 +248,11 @@ def load_runs(root: str | Path, say: Callable[[str], None] = log.warning) -> lis
         raise SaerlError(f"{root} holds no metrics.jsonl; run `saerl train` or `saerl compare` first")
     runs = [open_run(folder) for folder in folders]
     order, seeds = listed(root)
-    runs = [run for run in runs if run.arm in order and run.seed in seeds] or runs
+    asked = [run for run in runs if run.arm in order and run.seed in seeds] or runs
+    for run in runs:
+        if all(run is not one for one in asked):
+            say(f"{run.folder} (arm {run.arm}, seed {run.seed}) is not of the comparison: it is not counted")
+    runs = asked
     for run in runs:
         run.read(whole=True)
     runs = one_of_each(root, runs, say)

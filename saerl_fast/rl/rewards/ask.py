@@ -146,7 +146,7 @@ def _number(fn: Reward, value: Any, i: int, rows: Rows) -> float:
         return math.nan
     why = "return a number, or None for a row that it does not judge"
     try:
-        if isinstance(value, (str, bytes)):
+        if isinstance(value, (str, bytes, complex, np.complexfloating)):
             raise TypeError
         number = float(value)
         if math.isfinite(number) and abs(number) <= LARGEST:
