@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from saerl_fast.errors import SaerlError
+from saerl_fast.errors import SaerlError, halved
 
 _DEEPEST = 100  # values inside values: what reads them recurs
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that may be half a character
@@ -329,13 +329,10 @@ def guarded_json(text: str, where: str, read: Any, *, whole: bool = True) -> Any
         level = [part for one in level for part in _parts(one) if isinstance(part, (dict, list))]
     if level:
         raise SaerlError(f"{where} is nested too deeply to be read; flatten it")
-    if whole and _SURROGATE.search(text):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise SaerlError(
-                f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; mend it"
-            ) from None
+    if whole and _SURROGATE.search(text) and halved(json.dumps(value, ensure_ascii=False)):
+        raise SaerlError(
+            f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; mend it"
+        )
     return value
 
 

@@ -12,7 +12,7 @@ from saerl_fast.config import load_config
 from saerl_fast.errors import SaerlError
 from saerl_fast.records.log import read_metrics
 from saerl_fast.rl.health import Health
-from tests.training import Die, run, small, timeless
+from tests.training import dying_reward, run, small, timeless
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 GOOD = {
@@ -176,18 +176,10 @@ def test_a_healthy_run_warns_of_nothing(tmp_path: Path) -> None:
 
 
 def test_warnings_resume_bit_for_bit(tmp_path: Path) -> None:
-    calls: list[int] = []
-
-    def dying(prompts, completions, **columns):
-        calls.append(1)
-        if len(calls) > 6:
-            raise Die
-        return constant(prompts, completions)
-
     cfg = small(warn_after=2, save_every=1)
     _, _, whole = run(tmp_path / "one", cfg, reward=constant)
     with pytest.raises(SaerlError, match="Die"):
-        run(tmp_path / "two", cfg, reward=dying)
+        run(tmp_path / "two", cfg, reward=dying_reward(6, constant))
     _, _, again = run(tmp_path / "two", cfg, reward=constant, resume=True)
     assert again["warnings"] == whole["warnings"] and "no signal" in whole["warnings"]
     assert timeless(tmp_path / "one" / "metrics.jsonl") == timeless(tmp_path / "two" / "metrics.jsonl")

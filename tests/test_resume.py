@@ -23,7 +23,6 @@ from saerl_fast.rl.checkpoint import load_latest
 from saerl_fast.rl.interrupt import Stopped, graceful_interrupt
 from tests.tiny_lm import tiny_model
 from tests.training import (
-    Die,
     adaptive_plan,
     assert_same_run,
     dying_reward,
@@ -59,16 +58,9 @@ def test_rewards_that_draw_at_random_resume_too(tmp_path: Path) -> None:
     def noisy(prompts, completions, **columns):
         return [random.random() + np.random.rand() + float(torch.rand(1)) for _ in completions]
 
-    def dying(prompts, completions, **columns):
-        calls.append(1)
-        if len(calls) > 7:
-            raise Die
-        return noisy(prompts, completions)
-
-    calls: list[int] = []
     straight, _, _ = run(tmp_path / "one", small(save_every=3), reward=noisy)
     with pytest.raises(SaerlError, match="Die"):
-        run(tmp_path / "two", small(save_every=3), reward=dying)
+        run(tmp_path / "two", small(save_every=3), reward=dying_reward(7, noisy))
     resumed, _, _ = run(tmp_path / "two", small(save_every=3), reward=noisy, resume=True)
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert same_weights(straight, resumed)
@@ -205,17 +197,9 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "harm"), CASES)
 def test_rows_lost_before_a_resume_are_said(tmp_path: Path, caplog, name: str, harm: str) -> None:
-    calls: list[int] = []
-
-    def stop(prompts, completions, **columns):
-        calls.append(1)
-        if len(calls) > 4:
-            raise Die
-        return vowels(prompts, completions)
-
     cfg = small(steps=4, save_every=1)
     with pytest.raises(SaerlError, match="Die"):
-        run(tmp_path, cfg, reward=stop)
+        run(tmp_path, cfg, reward=dying_reward(4))
     LOST[harm](tmp_path / name)
     _, _, summary = run(tmp_path, cfg, resume=True)
     word = {"deleted": "is missing", "edited": "was changed"}.get(harm, "has ")

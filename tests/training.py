@@ -108,14 +108,15 @@ class Die(Exception):
     pass
 
 
-def dying_reward(after: int):
+def dying_reward(after: int, living=vowels):
+    """``living``, which raises Die after so many calls."""
     calls = []
 
     def reward(prompts, completions, **columns):
         calls.append(1)
         if len(calls) > after:
             raise Die  # becomes a SaerlError, as for any reward that raises
-        return vowels(prompts, completions)
+        return living(prompts, completions)
 
     return reward
 

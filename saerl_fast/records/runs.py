@@ -33,8 +33,8 @@ SUMMARY = {"merged?": MERGED, "accuracy?": _NUMBER, "damage?": [str], "warnings?
 COMPARED = {"arms?": [str], "seeds?": [int], "notes?": list}
 COMPARED |= {"targets?": [float], "target_values?": (None, [float]), "smooth?": int}
 PROBE = {"note?": (None, str), "auc?": _NUMBER, "spearman?": _NUMBER, "baselines?": (None, {str: _NUMBER})}
-SCORED = {"difficulty_labels?": {"rollouts?": float}, "sae?": dict}
-SCORED = {"metadata?": SCORED | {"difficulty?": (None, PROBE), "quality?": (None, PROBE)}}
+PROBES = {"difficulty?": (None, PROBE), "quality?": (None, PROBE)}
+SCORED = {"metadata?": {"difficulty_labels?": {"rollouts?": float}, "sae?": dict} | PROBES}
 WRITTEN = {"logs": {str: {"rows": int, "bytes": int, "sha256": str}}, "damage": [str]}
 FORMS: dict[str, tuple[str, Any]] = {  # name -> the command that writes it, and what it must hold
     "run.json": ("saerl train", RUN),
@@ -310,11 +310,8 @@ def _copy(one: RunRecord, two: RunRecord) -> bool:
     ids = one.config.get("id"), two.config.get("id")
     if all(ids):
         return ids[0] == ids[1]
-    return (one.arm, one.seed, one.first_line) == (
-        two.arm,
-        two.seed,
-        two.first_line,
-    ) and one.first_line != b""
+    rows = one.first_line == two.first_line != b""
+    return rows and (one.arm, one.seed) == (two.arm, two.seed)
 
 
 def no_folder(root: Path) -> str:

@@ -56,7 +56,8 @@ def handled(handle: Callable[[int, Any], None] = _stop) -> Iterator[None]:
             signal.signal(number, handle)
         yield
     finally:
-        sys.unraisablehook = dropped
+        if before:  # else it is that of another block
+            sys.unraisablehook = dropped
         for number, old in before.items():
             signal.signal(number, old)
 
