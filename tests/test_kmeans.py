@@ -184,6 +184,17 @@ def test_comparing_with_moved_centroids_only_does_not_change_a_bit(ties):
     assert again > 100
 
 
+def test_where_no_centroid_moved_nothing_changes():
+    """Also of rows whose similarity is negative, or zero for want of entries."""
+    kmeans = pytest.importorskip("saerl_kernels._numba.kmeans")
+    X = rows(200, 37, 0.05)
+    table = -torch.rand(37, 1)
+    labels, similarity = kmeans.assign(X, table)
+    assert (similarity < 0).any() and (similarity == 0).any()
+    got = kmeans.reassign(X, table, labels, similarity, torch.zeros(1, dtype=torch.bool))
+    assert torch.equal(got[0], labels) and torch.equal(got[1], similarity)
+
+
 @pytest.mark.parametrize("backend", ["torch", "numba", "reference"])
 def test_planted_topics_are_found(backend):
     from sklearn.metrics import adjusted_rand_score

@@ -53,6 +53,8 @@ def reassign(
     ids = moved.nonzero().squeeze(-1)
     if len(ids) > MOVED * len(moved):
         return assign(X, table)
+    if not len(ids):
+        return labels.clone(), similarity.clone()
     place = torch.full((len(moved),), -1, dtype=torch.int32)
     place[ids] = torch.arange(len(ids), dtype=torch.int32)
     part = table[:, ids].contiguous()
