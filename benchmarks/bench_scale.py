@@ -30,9 +30,10 @@ import torch
 
 from benchmarks.harness import DEVICE, bench_threads, environment, grid, peak_memory, process_mb, timed
 from saerl_fast.config import Config, PlanConfig
-from saerl_fast.plan import base, build_plan, load_plan, save_plan
+from saerl_fast.plan import build_plan, load_plan, save_plan
 from saerl_fast.plan.adaptive import AdaptivePlan, Embedding
-from saerl_fast.plan.packed import Packed
+from saerl_fast.records import packed
+from saerl_fast.records.packed import Packed
 from saerl_fast.records.runs import load_runs
 from saerl_fast.signals.bank import Bank
 from saerl_fast.signals.clusters import cluster_prompts
@@ -178,7 +179,7 @@ def test_plan(benchmark: Any, shape: Shape, tmp_path: Path, monkeypatch: pytest.
         table |= {"next batch, hard pool": figures(slow), "slowest batch": figures([max(taken)])}
         table["slowest batch, hard pool"] = figures([max(slow)])
         if shape.rows < 10**7:
-            monkeypatch.setattr(base, "LARGE", shape.rows)
+            monkeypatch.setattr(packed, "LARGE", shape.rows)
             plain = load_plan(tmp_path / "plan.json")
             table["scan"] = figures(pool.follow(plain, 0.0, 20)[0])
         bytes_of = sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor))

@@ -3,8 +3,8 @@
 A linear regressor from the leading SVD components of the pooled features to pass rate is refreshed
 with the pass rates that GRPO observes anyway, by least squares with forgetting: the policy improves,
 so old outcomes count less. The next batch is made of the prompts whose predicted pass rate is
-nearest a target, which eases from ``target_start`` to ``target_end`` over the run. How they are found in a
-large pool: ``saerl_fast.plan.wide``.
+nearest a target, which eases from ``target_start`` to ``target_end`` over the run. Among which of a large
+pool: ``saerl_fast.plan.wide``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 
 from saerl_fast.config import AdaptiveConfig, PlanConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.plan import base
+from saerl_fast.plan import wide
 from saerl_fast.plan.base import Plan
-from saerl_fast.plan.wide import Noise, Wide
-from saerl_fast.signals.features import SAMPLE, block, blocks, checked, svd_reduce, weighted
+from saerl_fast.records import packed
+from saerl_fast.signals.features import SAMPLE, Features, block, blocks, checked, svd_reduce, weighted
 from saerl_kernels import CSR, csr
 
 BLOCK = 1 << 14  # rows worked on at a time where all are
@@ -47,7 +47,7 @@ class Embedding(NamedTuple):
         return (dense - self.mean) * np.float32(self.scale)
 
 
-def embed(X: CSR, rows: np.ndarray, cfg: AdaptiveConfig, *, seed: int) -> Embedding:
+def embed(X: Features, rows: np.ndarray, cfg: AdaptiveConfig, *, seed: int) -> Embedding:
     """The embedding of the given rows of ``X``, in ascending order, fitted to them.
 
     With more than ``SAMPLE`` rows, frequencies and components are those of a sample of as many.
@@ -83,9 +83,8 @@ class AdaptivePlan(Plan):
     than ``cooldown`` steps ago wait; Gumbel noise on the distance to the target keeps exploring.
     Known pass rates (column ``pass_rate`` of the table) count as a first observation.
 
-    With more than ``LARGE`` prompts the noise comes from another generator, which ``notes`` says, and the
-    batch of the same rule is found without a look at every row. The rows of ``embedding`` are then used in
-    place, and written to when features are refreshed.
+    With more than ``LARGE`` prompts a step chooses among candidates (see `wide`), which ``notes`` says. The
+    rows of ``embedding`` are then used in place, and written to when features are refreshed.
     """
 
     schedule = "adaptive"
@@ -100,12 +99,12 @@ class AdaptivePlan(Plan):
         if embedding.rows.shape[0] != n_rows:
             raise SaerlError(f"{embedding.rows.shape[0]} feature rows cannot belong to {n_rows} prompts")
         rows = embedding.rows
-        self._wide: Wide | None = None
-        if n_rows > base.LARGE:
+        self._short: np.ndarray | None = None  # of a large pool: the shortlist
+        if n_rows > packed.LARGE:
             rows = np.require(rows, requirements="W")
-            self._wide = Wide(rows)
-            why = "so that batches are found without a look at every prompt"
-            self.note(f"{n_rows} prompts are more than {base.LARGE}: noise is drawn by its rank, {why}")
+            self._short = np.empty(0, dtype=np.int64)
+            which = f"each step chooses among {wide.MOST} of them, drawn anew, and those last found nearest"
+            self.note(f"{n_rows} prompts are more than {packed.LARGE}: {which}")
         else:
             self._z = np.concatenate([rows, np.ones((n_rows, 1), dtype=np.float32)], axis=1)
             rows = self._z[:, :-1]
@@ -132,7 +131,7 @@ class AdaptivePlan(Plan):
 
     def predicted(self) -> np.ndarray:
         """Current estimate of every prompt's pass rate, float32 [n], in [0, 1]."""
-        if self._wide is None:
+        if self._short is None:
             return self._clipped(self._z)
         starts = range(0, len(self.prompt_ids), BLOCK)
         return np.concatenate([self._clipped(self._with_bias(slice(at, at + BLOCK))) for at in starts])
@@ -152,9 +151,9 @@ class AdaptivePlan(Plan):
         if n_rows < self.batch_size:
             rows = np.resize(rng.permutation(n_rows), self.batch_size)
             waiting, predicted = waiting[:0], self.predicted()[rows]
-        elif self._wide is not None:
-            drawn = Noise(n_rows, noise, rng)
-            rows = self._wide.choose(self._weights, target, drawn, self.batch_size, waiting)
+        elif self._short is not None:
+            sizes = self.batch_size, waiting, self._short, wide.room(self.batch_size, self.cooldown)
+            rows, self._short = wide.choose(self.embedding.rows, self._weights, target, noise, *sizes, rng)
             predicted = self._clipped(self._with_bias(rows))
         else:
             predicted = self.predicted()
@@ -185,7 +184,7 @@ class AdaptivePlan(Plan):
                 raise SaerlError(f"observe got {len(fresh)} feature rows for {len(rows)} prompt ids")
             for row in set(rows.tolist()) - self._original.keys():
                 self._original[row] = self.embedding.rows[row].copy()
-            self._write(rows, fresh)
+            self.embedding.rows[rows] = fresh
         z = self._with_bias(rows)
         error = np.abs(self._clipped(z) - rates).mean()
         self._figures.update(observed=float(rates.mean()), error=float(error))
@@ -201,6 +200,8 @@ class AdaptivePlan(Plan):
         state["gram"] = torch.from_numpy(self._gram.copy())
         state["moment"] = torch.from_numpy(self._moment.copy())
         state["seen"] = torch.tensor(list(self._seen.items()), dtype=torch.int64).reshape(-1, 2)  # row, step
+        if self._short is not None:
+            state["short"] = torch.from_numpy(self._short)
         if self._original:
             rows = np.array(sorted(self._original), dtype=np.int64)
             state["refreshed"] = torch.from_numpy(rows)
@@ -228,13 +229,16 @@ class AdaptivePlan(Plan):
                 )
         self._gram, self._moment = arrays["gram"], arrays["moment"]
         self._seen = dict(arrays["seen"].tolist())
+        if self._short is not None:
+            short = np.array(state.get("short", ()), dtype=np.int64).ravel()
+            self._short = np.unique(short[(short >= 0) & (short < len(self.prompt_ids))])
         for row, first in self._original.items():
-            self._write([row], first)
+            self.embedding.rows[row] = first
         self._original = {}
         if "refreshed" in state:
             rows = np.array(state["refreshed"], dtype=np.int64)
             self._original = {row: self.embedding.rows[row].copy() for row in rows.tolist()}
-            self._write(rows, np.array(state["refreshed_rows"], dtype=np.float32))
+            self.embedding.rows[rows] = np.array(state["refreshed_rows"], dtype=np.float32)
         self.step = int(state["step"])
         self._figures = {k.removeprefix("metric_"): v for k, v in state.items() if k.startswith("metric_")}
         self._solve()
@@ -250,11 +254,6 @@ class AdaptivePlan(Plan):
             part = part.copy()
             part[np.array(changed) - start] = [self._original[row] for row in changed]
         return part
-
-    def _write(self, rows: Any, values: np.ndarray) -> None:
-        self.embedding.rows[rows] = values
-        if self._wide is not None:
-            self._wide.changed(rows)
 
     def _with_bias(self, rows: Any) -> np.ndarray:
         part = self.embedding.rows[rows]

@@ -1,198 +1,97 @@
 """The adaptive choice from a pool too large to look at every row in every step.
 
-The rule is the plain one: the rows with the greatest ``noise * Gumbel - |predicted - target|``. Two orders in
-which few rows need be looked at lead to the same batch, as in the threshold algorithm (Fagin, Lotem and Naor,
-2003), with noise that is drawn from the top down (Maddison, Tarlow and Minka, A* sampling, 2014):
+The rule is the plain one, the greatest ``noise * Gumbel - |predicted - target|``, over the candidates of the
+step: ``MOST`` rows drawn at random, and the shortlist, those that lay nearest to the target when they were
+last looked at. In a pool of which more than about one row in five hundred lies near the target, the batch is
+that of all rows; of rarer ones the shortlist gathers more with every step. So no step takes longer in a larger
+pool, the first included, and all that a step leaves behind is the shortlist.
 
-* by noise. The row of every rank of the noise is computed, not stored (``Noise``), so rows come greatest
-  noise first, and all rows not seen yet have less.
-* by distance. Rows lie in segments, and sorted by an earlier prediction in them. Weights that moved by ``dw``
-  since then moved no prediction by more than ``|row| |dw|``: this bounds the distance of each bucket of rows.
-
-Once the bound on all rows that were not looked at lies below the batch found, the batch is the one that a
-scan of all rows gives. Where the bounds are too loose, whole segments are scored again, at worst all.
+The noise of all rows is independent, but only that of candidates is drawn: the greatest of n exponential
+variables one after the other (Rényi, On the theory of order statistics, 1953), then, since an exponential
+variable has no memory, those of the others on top of the last (as in A* sampling, Maddison, Tarlow and Minka,
+2014). So rows come greatest noise first, and where no later one can be better, the rest is not looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 
-BUCKET = 256  # rows that share a bound
-SEGMENT = BUCKET << 8  # rows scored at a time, and sorted among themselves
-FIRST = 1 << 13  # ranks looked at before the first look at the bounds ...
-MOST = 1 << 19  # ... and at most, before segments are scored again
-LOOSE = 0.1  # share of a segment's buckets that come into question, from which it is scored again
-BLOCK = 1 << 13  # rows held in float64 at a time
+MOST = 1 << 15  # rows drawn in a step, of which repeated ones count once
+PART = 1 << 13  # of them looked at together
+SHORT = 1 << 12  # rows of the shortlist, at least
+BLOCK = 1 << 11  # rows that fit the cache
 
 
-class Noise:
-    """``scale`` times standard Gumbel noise of rows 0 .. n-1, by row and by rank (0 is the greatest).
+def room(size: int, cooldown: int) -> int:
+    """Rows of the shortlist: as many again as may be waiting."""
+    return max(SHORT, 2 * size * (cooldown + 1))
 
-    Nothing is stored. A random bijection of 2^bits > 4n places gives a row its rank; the rank, with a random
-    fraction, is the quantile. Each row's noise is exactly Gumbel; that of different rows is a little less
-    than independent, as in any draw without replacement, here of at most a quarter of the places.
+
+def choose(
+    rows: np.ndarray,
+    weights: np.ndarray,
+    target: float,
+    scale: float,
+    size: int,
+    waiting: np.ndarray,
+    short: np.ndarray,
+    short_room: int,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best ``size`` candidates int64, best first, without the ``waiting`` ones; and the next shortlist.
+
+    ``rows`` float32 [n, d], n at least ``size`` more than are waiting; ``weights`` float32 [d + 1], the last
+    one the bias, as in ``predicted = clip(row @ weights + 0.5, 0, 1)``; ``scale`` of the Gumbel noise;
+    ``waiting`` and ``short`` int64, ascending.
     """
-
-    def __init__(self, n_rows: int, scale: float, rng: np.random.Generator) -> None:
-        bits = n_rows.bit_length() + 2
-        self.n_rows, self.scale, self.places = n_rows, scale, 1 << bits
-        self._mask, self._shift = np.uint64(self.places - 1), np.uint64((bits + 1) // 2)
-        self._add = rng.integers(0, self.places, 4, dtype=np.uint64)
-        self._factor = rng.integers(0, self.places, 4, dtype=np.uint64) | np.uint64(1)
-        inverse = [pow(int(factor), -1, self.places) for factor in self._factor]
-        self._inverse = np.array(inverse, dtype=np.uint64)
-
-    def ranks(self, rows: np.ndarray) -> np.ndarray:
-        """uint64, of rows of any integer type."""
-        x = rows.astype(np.uint64)
-        for add, factor in zip(self._add, self._factor, strict=True):
-            x = ((x + add) * factor) & self._mask
-            x ^= x >> self._shift  # its own inverse: the shift is at least half of the bits
-        return x
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """int64, the rows of ranks ``start`` to ``stop``, greatest noise first."""
-        x = np.arange(start, min(stop, self.places), dtype=np.uint64)
-        for add, inverse in zip(self._add[::-1], self._inverse[::-1], strict=True):
-            x ^= x >> self._shift
-            x = (x * inverse - add) & self._mask
-        return x[x < self.n_rows].astype(np.int64)
-
-    def of(self, ranks: np.ndarray) -> np.ndarray:
-        """float64 noise of rows of these ranks."""
-        fraction = (((ranks * self._factor[0] + self._add[0]) & self._mask) + 0.5) / self.places
-        return self._at(ranks + fraction)
-
-    def below(self, rank: int) -> float:
-        """What no noise of this rank or a later one exceeds."""
-        return float(self._at(np.float64(rank))) + 1e-9
-
-    def _at(self, place: np.ndarray | np.float64) -> np.ndarray:
-        quantile = np.minimum(place / self.places, 1 - 2.0**-53)
-        return -self.scale * np.log(-np.log1p(-np.maximum(quantile, 0.1 / self.places)))
+    drawn, later, ordered = draw(len(rows), max(MOST, 16 * size), rng)
+    rest = short[~_among(short, ordered)]
+    noise = -scale * np.log(later)
+    last = -scale * np.log(later[-1] + rng.exponential(size=len(rest)))
+    seen, away = [rest], [_distance(rows, rest, weights, target)]
+    found, utility = _best(rest, last - away[0], size, waiting)
+    for at in range(0, len(drawn), PART):
+        full = len(found) == size
+        if full and noise[at] < utility[-1]:
+            break
+        part = drawn[at : at + PART]
+        seen.append(part)
+        away.append(_distance(rows, part, weights, target))
+        value = noise[at : at + PART] - away[-1]
+        may = value >= (utility[-1] if full else -np.inf)
+        better = np.concatenate([found, part[may]]), np.concatenate([utility, value[may]])
+        found, utility = _best(*better, size, waiting)
+    looked_at, distance = np.concatenate(seen), np.concatenate(away)
+    if len(looked_at) > short_room:
+        looked_at = looked_at[np.argpartition(distance, short_room)[:short_room]]
+    return found, np.sort(looked_at)
 
 
-class Wide:
-    """Chooses from ``rows`` float32 [n, d], of which it keeps no copy: 4 bytes a row and a few a bucket."""
+def draw(n_rows: int, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct ones of ``count`` random rows, int64; the least of ``n_rows`` exponential variables, float64,
+    ascending: - log of them is the greatest Gumbel noise first; the same rows in order. All rows of few.
+    """
+    if n_rows <= 2 * count:
+        drawn, ordered = rng.permutation(n_rows), np.arange(n_rows)
+    else:
+        drawn = rng.integers(0, n_rows, count)
+        keys = np.sort(drawn * count + np.arange(count))  # faster than a sort of places
+        ordered = keys // count
+        first = np.append(True, ordered[1:] != ordered[:-1])
+        ordered, drawn = ordered[first], drawn[np.sort(keys[first] % count)]
+    gaps = rng.exponential(size=len(drawn)) / (n_rows - np.arange(len(drawn)))
+    return drawn, np.maximum(np.cumsum(gaps), np.finfo(np.float64).tiny), ordered
 
-    def __init__(self, rows: np.ndarray) -> None:
-        self._rows = rows
-        n_rows, width = rows.shape
-        self._order = np.arange(n_rows, dtype=np.int32)
-        self._segments = [slice(at, min(at + SEGMENT, n_rows)) for at in range(0, n_rows, SEGMENT)]
-        self._segment = np.arange(0, n_rows, BUCKET) // SEGMENT  # of each bucket
-        self._low = np.zeros(len(self._segment))  # least score of a bucket, with the weights below
-        self._high = np.zeros(len(self._segment))
-        self._scored = np.zeros((len(self._segments), width + 1))  # weights that each segment was scored with
-        squares = [np.einsum("ij,ij->i", rows[part], rows[part]).max() for part in self._segments]
-        self._norm = np.sqrt(np.array(squares, dtype=np.float64))  # the greatest in each segment
-        self._changed: dict[int, None] = {}  # rows written to since their segment was scored
-        self._turn = 0
-        self.looked_at = 0  # rows read by the last choice, those of segments scored again included
 
-    def changed(self, rows: Iterable[int]) -> None:
-        """Must be told of every row that is written to."""
-        self._changed.update(dict.fromkeys(map(int, rows)))
-
-    def choose(
-        self, weights: np.ndarray, target: float, noise: Noise, size: int, waiting: np.ndarray
-    ) -> np.ndarray:
-        """The best ``size`` rows, int64, best first, without the ``waiting`` ones (sorted).
-
-        ``weights`` [d + 1], the last one the bias, as in ``predicted = clip(row @ weights + 0.5, 0, 1)``.
-        """
-        self.looked_at = 0
-        self._turn = (self._turn + 1) % len(self._segments)
-        self._score(self._turn, weights)  # so that bounds do not all become loose at once
-        bounds = self._bounds(slice(None), weights, target)
-        found, utility = np.empty(0, dtype=np.int64), np.empty(0)
-        seen, until = 0, max(FIRST, 16 * size)
-
-        def look(rows: np.ndarray, ranks: np.ndarray, least: np.ndarray | float) -> None:
-            nonlocal found, utility
-            drawn = noise.of(ranks)
-            may = (drawn - least >= worst) & ~_among(rows, waiting)
-            rows = rows[may]
-            value = drawn[may] - self._distance(rows, weights, target)
-            rows, value = np.concatenate([found, rows]), np.concatenate([utility, value])
-            best = np.lexsort((rows, -value))[:size]
-            found, utility = rows[best], value[best]
-
-        worst, near = -np.inf, np.ones(len(bounds), dtype=bool)
-        while seen < noise.places:
-            rows = noise.rows(seen, until)
-            look(rows, noise.ranks(rows), 0.0)
-            seen, until = until, 2 * until
-            if len(found) == size:
-                worst = utility[-1]
-                near = bounds <= noise.below(seen) - worst
-                if seen >= MOST or near.sum() * BUCKET <= 8 * seen:
-                    break
-        else:
-            return found
-
-        def look_unseen(rows: np.ndarray, least: np.ndarray | float) -> None:
-            nonlocal worst
-            ranks = noise.ranks(rows)
-            rest = ranks >= seen
-            look(rows[rest], ranks[rest], least if isinstance(least, float) else least[rest])
-            worst = utility[-1]
-
-        for at, part in enumerate(self._segments):
-            buckets = slice(part.start // BUCKET, -(-part.stop // BUCKET))
-            near = bounds[buckets] <= noise.below(seen) - worst
-            if near.mean() > LOOSE:
-                self._score(at, weights)
-                bounds[buckets] = self._bounds(buckets, weights, target)
-                near = bounds[buckets] <= noise.below(seen) - worst
-            if near.any():
-                each = np.repeat(near, BUCKET)[: part.stop - part.start]
-                least = np.repeat(bounds[buckets], BUCKET)[: len(each)]
-                look_unseen(self._order[part][each].astype(np.int64), least[each])
-        rest = np.setdiff1d(np.fromiter(self._changed, dtype=np.int64, count=len(self._changed)), found)
-        look_unseen(rest, 0.0)
-        return found
-
-    def _distance(self, rows: np.ndarray, weights: np.ndarray, target: float) -> np.ndarray:
-        """float64, to the last bit the same with whichever rows a row is asked for."""
-        self.looked_at += len(rows)
-        scores = np.empty(len(rows))
-        precise = weights[:-1].astype(np.float64)
-        for at in range(0, len(rows), BLOCK):
-            part = self._rows[rows[at : at + BLOCK]].astype(np.float64)
-            scores[at : at + BLOCK] = np.einsum("ij,j->i", part, precise)
-        return np.abs(np.clip(scores + float(weights[-1]) + 0.5, 0.0, 1.0) - target)
-
-    def _score(self, at: int, weights: np.ndarray) -> None:
-        """Sort a segment by its scores with these weights."""
-        part = self._segments[at]
-        self.looked_at += part.stop - part.start
-        scores = self._rows[part] @ weights[:-1]
-        order = np.argsort(scores)
-        self._order[part] = order + part.start
-        scores = scores[order]
-        buckets = slice(part.start // BUCKET, -(-part.stop // BUCKET))
-        self._low[buckets] = scores[::BUCKET]
-        self._high[buckets] = np.append(scores[BUCKET - 1 :: BUCKET], scores[-1:])[: len(scores[::BUCKET])]
-        self._scored[at] = weights
-        rows = [row for row in self._changed if part.start <= row < part.stop]
-        if rows:
-            self._norm[at] = max(self._norm[at], np.linalg.norm(self._rows[rows], axis=1).max())
-            for row in rows:
-                del self._changed[row]
-
-    def _bounds(self, buckets: slice, weights: np.ndarray, target: float) -> np.ndarray:
-        """float64, what no row of a bucket lies nearer to the target than; changed rows apart."""
-        moved = np.linalg.norm(weights[:-1] - self._scored[:, :-1], axis=1)
-        size = np.linalg.norm(weights[:-1]) + np.linalg.norm(self._scored[:, :-1], axis=1)
-        moved += 2 * len(weights) * np.finfo(np.float32).eps * size  # rounding of the float32 products
-        slack = ((1 + 1e-6) * moved * self._norm)[self._segment[buckets]] + 1e-6
-        middle = float(weights[-1]) + 0.5
-        low = np.clip(self._low[buckets] + middle - slack, 0.0, 1.0)
-        high = np.clip(self._high[buckets] + middle + slack, 0.0, 1.0)
-        return np.maximum(0.0, np.maximum(low - target, target - high) - 1e-9)
+def _best(
+    rows: np.ndarray, utility: np.ndarray, size: int, waiting: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of greatest utility that need not wait, best first; of equal ones the lower row."""
+    able = np.flatnonzero(~_among(rows, waiting))
+    if len(able) > 4 * size:  # equal ones of the least stay
+        able = able[utility[able] >= -np.partition(-utility[able], size - 1)[size - 1]]
+    best = able[np.lexsort((rows[able], -utility[able]))[:size]]
+    return rows[best], utility[best]
 
 
 def _among(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -200,3 +99,13 @@ def _among(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
     if not len(others):
         return np.zeros(len(rows), dtype=bool)
     return others[np.minimum(np.searchsorted(others, rows), len(others) - 1)] == rows
+
+
+def _distance(rows: np.ndarray, at: np.ndarray, weights: np.ndarray, target: float) -> np.ndarray:
+    """float64 distances to the target, to the last bit the same in whichever company a row comes."""
+    scores, held = np.empty(len(at), dtype=np.float32), np.empty((BLOCK, rows.shape[1]), dtype=np.float32)
+    for first in range(0, len(at), BLOCK):
+        part = at[first : first + BLOCK]
+        block = np.take(rows, part, axis=0, out=held[: len(part)], mode="clip")
+        np.einsum("ij,j->i", block, weights[:-1], out=scores[first : first + BLOCK])
+    return np.abs(np.clip(scores.astype(np.float64) + float(weights[-1]) + 0.5, 0.0, 1.0) - target)

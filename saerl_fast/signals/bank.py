@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from saerl_fast.signals.features import block, blocks
+from saerl_fast.signals.features import Features, block, blocks
 from saerl_fast.signals.ridge import Block, Fit
 from saerl_fast.signals.text import Tfidf, plain, surface
-from saerl_kernels import CSR
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -33,7 +32,7 @@ class Bank:
     first column of ``text``. A new kind is an entry of ``kinds``, and a choice in the config.
     """
 
-    def __init__(self, X: CSR, prompts: Sequence[Any], answers: CSR | None = None) -> None:
+    def __init__(self, X: Features, prompts: Sequence[Any], answers: Features | None = None) -> None:
         self.X, self.n_rows, self.prompts = X, len(prompts), prompts
         self.kinds: dict[str, Callable[[Rows], Any]] = {
             "sae": lambda rows: _activations(X, rows),
@@ -74,7 +73,7 @@ class Bank:
         return Tfidf(self.texts(np.sort(order)))
 
 
-def _activations(X: CSR, rows: Rows) -> csr_matrix:
+def _activations(X: Features, rows: Rows) -> csr_matrix:
     part = block(X, rows) if isinstance(rows, slice) else X.select_rows(torch.from_numpy(rows))
     return part.to_scipy()
 
