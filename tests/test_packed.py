@@ -1,5 +1,6 @@
 """Packed ids: the same as a list of strings, and every id is found in its row."""
 
+import numpy as np
 import pytest
 
 from saerl_fast.records import packed

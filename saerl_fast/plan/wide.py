@@ -3,7 +3,7 @@
 The rule is the plain one, the greatest ``noise * Gumbel - |predicted - target|``, over the candidates of the
 step: ``MOST`` rows drawn at random, and the shortlist, those that lay nearest to the target when they were
 last looked at. In a pool of which more than about one row in five hundred lies near the target, the batch is
-that of all rows; of rarer ones the shortlist gathers more with every step. So no step takes longer in a larger
+that of all rows; of rarer ones the shortlist gathers more with every step. No step takes longer in a larger
 pool, the first included, and all that a step leaves behind is the shortlist.
 
 The noise of all rows is independent, but only that of candidates is drawn: the greatest of n exponential
@@ -68,7 +68,7 @@ def choose(
 
 
 def draw(n_rows: int, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The distinct ones of ``count`` random rows, int64; the least of ``n_rows`` exponential variables, float64,
+    """The distinct ones of ``count`` random rows, int64; the least of ``n_rows`` exponential variables, float64
     ascending: - log of them is the greatest Gumbel noise first; the same rows in order. All rows of few.
     """
     if n_rows <= 2 * count:

@@ -81,11 +81,9 @@ class Rows:
         rest, found = iter(names), []
         while part := list(islice(rest, BLOCK)):
             hashes = np.fromiter(map(hash, part), dtype=np.int64, count=len(part))
-            at = np.searchsorted(self._hashes, hashes)
-            near = (
-                self._hashes[np.minimum(at, len(self._hashes) - 1)] == hashes if len(self._hashes) else at < 0
-            )
-            found += [part[i] for i in np.flatnonzero(~near)]
+            at = np.searchsorted(self._hashes[:-1], hashes)
+            known = self._hashes[at] == hashes if len(self._hashes) else np.zeros(len(part), dtype=bool)
+            found += [part[i] for i in np.flatnonzero(~known)]
         return found
 
     def get(self, name: str) -> int | None:

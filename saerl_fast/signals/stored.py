@@ -76,13 +76,13 @@ class Stored:
         values = _read(part.path, np.float32, part.values + 4 * first, last - first)
         if len(indices) and not 0 <= indices.min() <= indices.max() < self.n_cols:
             raise _damaged(part.path, f"its entries do not lie in {self.n_cols} columns")
-        tensors = (torch.from_numpy(array) for array in (indptr - first, indices, values))
-        return CSR(*tensors, self.n_cols)
+        parts = torch.from_numpy(indptr - first), torch.from_numpy(indices), torch.from_numpy(values)
+        return CSR(*parts, self.n_cols)
 
 
 def _read(path: Path, dtype: type, at: int, count: int) -> np.ndarray:
     try:
-        found = np.fromfile(path, dtype, count, offset=at)
+        found: np.ndarray = np.fromfile(path, dtype, count, offset=at)
     except OSError as err:
         raise SaerlError(f"{path} cannot be read: {err.strerror}; {AGAIN}") from None
     if len(found) != count:
