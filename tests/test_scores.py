@@ -12,7 +12,14 @@ from saerl_fast.config import Config, DifficultyConfig, DiversityConfig, Quality
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan import build_plan
 from saerl_fast.prompts.pool import Pool
+from saerl_fast.records.packed import Packed
+from saerl_fast.signals import features as features_module
+from saerl_fast.signals import scores as scores_module
+from saerl_fast.signals import table
+from saerl_fast.signals.features import block
 from saerl_fast.signals.scores import Scores, score, score_features
+from saerl_fast.signals.shards import Shards
+from saerl_fast.signals.stored import Stored
 from saerl_kernels import CSR
 
 
@@ -227,7 +234,8 @@ def test_features_in_files_are_scored_and_planned_as_those_in_memory(tmp_path, m
     expected = score_features(pool, whole, None, make_config())
     monkeypatch.setattr(features_module, "SAMPLE", 100)
     shards = Shards(tmp_path, "m", 16)
-    lying, _ = shards.collect(pool.columns["prompt_id"], lambda start, end, _: (rows_of(whole, start, end), None))
+    ids = pool.columns["prompt_id"]
+    lying, _ = shards.collect(ids, lambda start, end, _: (block(whole, slice(start, end)), None))
     scores = score_features(pool, lying, None, make_config())
     scores.save(tmp_path)
     shards.clear()
@@ -257,7 +265,8 @@ def test_the_pools_own_columns_are_read_when_they_are_asked_for(tmp_path, monkey
 
 def test_parts_of_a_column_have_one_type(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "GROUP", 2)
-    columns = {"prompt_id": list("abcde"), "level": [1, 2, None, 4, 2.5], "info": [None, None, {"a": 1}, {}, None]}
+    info = [None, None, {"a": 1}, {}, None]
+    columns = {"prompt_id": list("abcde"), "level": [1, 2, None, 4, 2.5], "info": info}
     Scores(columns).save(tmp_path)
     found = Scores.load(tmp_path).columns
     assert found["level"] == [1.0, 2.0, None, 4.0, 2.5] and found["info"][2:4] == [{"a": 1}, {"a": None}]

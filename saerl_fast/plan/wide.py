@@ -68,8 +68,8 @@ def choose(
 
 
 def draw(n_rows: int, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The distinct ones of ``count`` random rows, int64; the least of ``n_rows`` exponential variables, float64
-    ascending: - log of them is the greatest Gumbel noise first; the same rows in order. All rows of few.
+    """The distinct ones of ``count`` random rows, int64; the least of ``n_rows`` exponential variables,
+    float64 ascending: - log of them is the greatest Gumbel noise first; the same rows in order.
     """
     if n_rows <= 2 * count:
         drawn, ordered = rng.permutation(n_rows), np.arange(n_rows)
