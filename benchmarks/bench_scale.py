@@ -35,7 +35,8 @@ import torch
 from benchmarks.harness import DEVICE, bench_threads, environment, grid, peak_memory, process_mb, timed
 from saerl_fast.config import Config, PlanConfig
 from saerl_fast.plan import build_plan, load_plan, save_plan
-from saerl_fast.plan.adaptive import AdaptivePlan, Embedding
+from saerl_fast.plan.adaptive import AdaptivePlan
+from saerl_fast.plan.embedding import Embedding
 from saerl_fast.plan.sampler import PlanBatchSampler
 from saerl_fast.records import packed
 from saerl_fast.records.packed import Packed

@@ -1,10 +1,10 @@
 """The adaptive choice from a pool too large to look at every row in every step.
 
-The rule is the plain one, the greatest ``noise * Gumbel - |predicted - target|``, over the candidates of the
-step: ``MOST`` rows drawn at random, and the shortlist, those that lay nearest to the target when they were
-last looked at. In a pool of which more than about one row in five hundred lies near the target, the batch is
-that of all rows; of rarer ones the shortlist gathers more with every step. No step takes longer in a larger
-pool, the first included, and all that a step leaves behind is the shortlist.
+The rule is the plain one, the greatest ``noise * Gumbel + worth``, over the candidates of the step: ``MOST``
+rows drawn at random; the shortlist, of predictions that lay nearest to 1/2 when they were last looked at; and
+the rows with rollouts of their own. In a pool of which more than about one row in five hundred is worth as
+much as the best, the batch is that of all rows; of rarer ones the shortlist gathers more with every step. No
+step takes longer in a larger pool, the first included, and all that a step leaves behind is the shortlist.
 
 The noise of all rows is independent, but only that of candidates is drawn: the greatest of n exponential
 variables one after the other (Rényi, On the theory of order statistics, 1953), then, since an exponential
@@ -14,12 +14,41 @@ variable has no memory, those of the others on top of the last (as in A* samplin
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
+
+from saerl_fast.plan.belief import capped
 
 MOST = 1 << 15  # rows drawn in a step, of which repeated ones count once
 PART = 1 << 13  # of them looked at together
 SHORT = 1 << 12  # rows of the shortlist, at least
 BLOCK = 1 << 11  # rows that fit the cache
+
+
+class Candidates(NamedTuple):
+    """Where a step looks: ``rows`` float32 [n, d] of the pool, and of it int64, ascending, ``short``, the
+    shortlist, of which ``room`` are kept, and ``known``, which have a worth of their own, ``worth`` float64.
+    """
+
+    rows: np.ndarray
+    short: np.ndarray
+    room: int
+    known: np.ndarray
+    worth: np.ndarray
+
+
+class Draw(NamedTuple):
+    """Distinct random rows int64 [m] and, ascending, the m least of n exponential variables, float64 [m].
+
+    - log of these is Gumbel noise, greatest first. ``ordered``: the rows ascending; ``place``: in ``rows``.
+    """
+
+    rows: np.ndarray
+    least: np.ndarray
+    ordered: np.ndarray
+    place: np.ndarray
 
 
 def room(size: int, cooldown: int) -> int:
@@ -28,70 +57,83 @@ def room(size: int, cooldown: int) -> int:
 
 
 def choose(
-    rows: np.ndarray,
+    pool: Candidates,
     weights: np.ndarray,
-    target: float,
+    worth: Callable[[np.ndarray], np.ndarray],
     scale: float,
     size: int,
     waiting: np.ndarray,
-    short: np.ndarray,
-    short_room: int,
+    groups: np.ndarray | None,
+    most: int,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best ``size`` candidates int64, best first, without the ``waiting`` ones; and the next shortlist.
 
-    ``rows`` float32 [n, d], n at least ``size`` more than are waiting; ``weights`` float32 [d + 1], the last
-    one the bias, as in ``predicted = clip(row @ weights + 0.5, 0, 1)``; ``scale`` of the Gumbel noise;
-    ``waiting`` and ``short`` int64, ascending.
+    ``weights`` float32 [d + 1], the last one the bias, as in ``predicted = clip(row @ weights + 0.5, 0, 1)``;
+    ``worth`` falls with the distance of a prediction from 1/2; ``scale`` of the noise; ``waiting`` int64,
+    ascending, at least ``size`` rows fewer than the pool has. At most ``most`` rows of one of ``groups`` [n],
+    if others are left among the candidates.
     """
-    drawn, later, ordered = draw(len(rows), max(MOST, 16 * size), rng)
-    rest = short[~_among(short, ordered)]
-    noise = -scale * np.log(later)
-    last = -scale * np.log(later[-1] + rng.exponential(size=len(rest)))
-    seen, away = [rest], [_distance(rows, rest, weights, target)]
-    found, utility = _best(rest, last - away[0], size, waiting)
-    for at in range(0, len(drawn), PART):
-        full = len(found) == size
-        if full and noise[at] < utility[-1]:
+    if not size:
+        return np.empty(0, dtype=np.int64), pool.short
+    drawn = draw(len(pool.rows), max(MOST, 16 * size), rng)
+    noise, limit = -scale * np.log(drawn.least), float(worth(np.zeros(1))[0])
+    first = np.union1d(pool.short, pool.known)
+    at = np.searchsorted(drawn.ordered[:-1], first)
+    later = -scale * np.log(drawn.least[-1] + rng.exponential(size=len(first)))
+    later = np.where(drawn.ordered[at] == first, noise[drawn.place[at]], later)
+    found, utility, worst = np.empty(0, dtype=np.int64), np.empty(0), -np.inf
+    looked: list[tuple[np.ndarray, ...]] = []  # rows, distances, utilities
+
+    def look(rows: np.ndarray, drawn_noise: np.ndarray, value: np.ndarray, distance: np.ndarray) -> None:
+        nonlocal found, utility, worst
+        total = drawn_noise + value
+        looked.append((rows, distance, total))
+        may = np.flatnonzero(total >= worst)
+        may = may[~_among(rows[may], waiting)]
+        rows, total = np.concatenate([found, rows[may]]), np.concatenate([utility, total[may]])
+        order = np.lexsort((rows, -total))
+        best = order[capped(rows[order], groups, most)][:size]
+        found, utility = rows[best], total[best]
+        worst = utility[-1] if len(found) == size else -np.inf
+
+    distance = _distance(pool.rows, first, weights)
+    value = worth(distance)
+    value[np.searchsorted(first, pool.known)] = pool.worth
+    look(first, later, value, distance)
+    for start in range(0, len(drawn.rows), PART):
+        if noise[start] + limit < worst:
             break
-        part = drawn[at : at + PART]
-        seen.append(part)
-        away.append(_distance(rows, part, weights, target))
-        value = noise[at : at + PART] - away[-1]
-        may = value >= (utility[-1] if full else -np.inf)
-        better = np.concatenate([found, part[may]]), np.concatenate([utility, value[may]])
-        found, utility = _best(*better, size, waiting)
-    looked_at, distance = np.concatenate(seen), np.concatenate(away)
-    if len(looked_at) > short_room:
-        looked_at = looked_at[np.argpartition(distance, short_room)[:short_room]]
-    return found, np.sort(looked_at)
+        part = drawn.rows[start : start + PART]
+        fresh = ~_among(part, first)
+        distance = _distance(pool.rows, part[fresh], weights)
+        look(part[fresh], noise[start : start + PART][fresh], worth(distance), distance)
+    rows, distance, total = (np.concatenate(parts) for parts in zip(*looked, strict=True))
+    if len(found) < size:  # groups leave too few
+        rest = ~_among(rows, np.union1d(waiting, found))
+        order = np.lexsort((rows[rest], -total[rest]))[: size - len(found)]
+        found = np.concatenate([found, rows[rest][order]])
+    if len(rows) > pool.room:
+        rows = rows[np.argpartition(distance, pool.room)[: pool.room]]
+    return found, np.sort(rows)
 
 
-def draw(n_rows: int, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The distinct ones of ``count`` random rows, int64; the least of ``n_rows`` exponential variables,
-    float64 ascending: - log of them is the greatest Gumbel noise first; the same rows in order.
-    """
+def draw(n_rows: int, count: int, rng: np.random.Generator) -> Draw:
+    """The distinct ones of ``count`` random rows, with the noise of as many; all rows where they are few."""
     if n_rows <= 2 * count:
-        drawn, ordered = rng.permutation(n_rows), np.arange(n_rows)
+        rows = rng.permutation(n_rows)
+        ordered, place = np.arange(n_rows), np.argsort(rows)
     else:
-        drawn = rng.integers(0, n_rows, count)
-        keys = np.sort(drawn * count + np.arange(count))  # faster than a sort of places
+        rows = rng.integers(0, n_rows, count)
+        keys = np.sort(rows * count + np.arange(count))  # faster than a sort of places
         ordered = keys // count
-        first = np.append(True, ordered[1:] != ordered[:-1])
-        ordered, drawn = ordered[first], drawn[np.sort(keys[first] % count)]
-    gaps = rng.exponential(size=len(drawn)) / (n_rows - np.arange(len(drawn)))
-    return drawn, np.maximum(np.cumsum(gaps), np.finfo(np.float64).tiny), ordered
-
-
-def _best(
-    rows: np.ndarray, utility: np.ndarray, size: int, waiting: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of greatest utility that need not wait, best first; of equal ones the lower row."""
-    able = np.flatnonzero(~_among(rows, waiting))
-    if len(able) > 4 * size:  # equal ones of the least stay
-        able = able[utility[able] >= -np.partition(-utility[able], size - 1)[size - 1]]
-    best = able[np.lexsort((rows[able], -utility[able]))[:size]]
-    return rows[best], utility[best]
+        once = np.append(True, ordered[1:] != ordered[:-1])
+        ordered, place = ordered[once], keys[once] % count
+        kept = np.zeros(count, dtype=np.int64)
+        kept[place] = 1
+        rows, place = rows[kept == 1], np.cumsum(kept)[place] - 1
+    gaps = rng.exponential(size=len(rows)) / (n_rows - np.arange(len(rows)))
+    return Draw(rows, np.maximum(np.cumsum(gaps), np.finfo(np.float64).tiny), ordered, place)
 
 
 def _among(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -101,11 +143,11 @@ def _among(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
     return others[np.minimum(np.searchsorted(others, rows), len(others) - 1)] == rows
 
 
-def _distance(rows: np.ndarray, at: np.ndarray, weights: np.ndarray, target: float) -> np.ndarray:
-    """float64 distances to the target, to the last bit the same in whichever company a row comes."""
+def _distance(rows: np.ndarray, at: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """float64 distances from 1/2, to the last bit the same in whichever company a row comes."""
     scores, held = np.empty(len(at), dtype=np.float32), np.empty((BLOCK, rows.shape[1]), dtype=np.float32)
     for first in range(0, len(at), BLOCK):
         part = at[first : first + BLOCK]
         block = np.take(rows, part, axis=0, out=held[: len(part)], mode="clip")
         np.einsum("ij,j->i", block, weights[:-1], out=scores[first : first + BLOCK])
-    return np.abs(np.clip(scores.astype(np.float64) + float(weights[-1]) + 0.5, 0.0, 1.0) - target)
+    return np.abs(np.clip(scores.astype(np.float64) + float(weights[-1]) + 0.5, 0.0, 1.0) - 0.5)
