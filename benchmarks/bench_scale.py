@@ -10,7 +10,8 @@ held_ratio and peak_ratio: what is resident after a hundred steps with the loade
 plan is built, saved, loaded and followed, over rows x d x 4 bytes; in pools of some MB most of it is not the
 plan's. Pages of mapped files count, though they can be given back.
 ``test_scoring``, in a process of its own: the way from shards of sparse features over probes, clusters and
-files to a plan and its first batches; ``scoring_mb`` is what is resident at most from the first shard to the
+files to a plan and its first batches; difficulty is predicted from the SAE features, since reading the
+texts of so many prompts takes half a millisecond each; ``scoring_mb`` is what is resident at most from the first shard to the
 written scores, beyond what the process held before; ``scoring_bytes_a_row`` the same by row. ``test_runs``:
 reading the records of a long run. Rows that the machine has no room for are skipped.
 
@@ -218,6 +219,7 @@ def score_and_plan(shape: Sparse, folder: Path) -> tuple[dict[str, Any], dict[st
     rng = np.random.default_rng(0)
     with bench_threads():
         cfg, once = Config(), Once()
+        cfg.difficulty.features = ["sae"]
         cluster_prompts(Made(shape)(0, 2000, None)[0], cfg.diversity)  # loads what it needs
         ids = Packed.of(f"prompt-{i}" for i in range(shape.rows))
         rates = np.full(shape.rows, np.nan)

@@ -218,7 +218,7 @@ def feature_pass(session: Session, sae: Any, config: Config) -> Compute:
     from saerl_fast.sae.pooled import pooled_features
 
     prompts = session.train
-    answers: list[list[int]] | None = None
+    answers: Sequence[list[int]] | None = None
     if config.score.include_answer and config.quality.head != "none" and None not in prompts.column("answer"):
         answers = prompts.answer_ids
 
