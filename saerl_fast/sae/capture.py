@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import check_fit, decoder, hidden_size, n_blocks
-from saerl_fast.sae.blocks import check_stream, forward_to, on_layer
+from saerl_fast.sae.blocks import check_stream, forward_through, forward_to, on_layer
 
 if TYPE_CHECKING:
     from saerl_fast.sae.model import SAE
@@ -219,14 +219,17 @@ def iter_hidden_ids(
     on_progress: Progress | None = None,
     *,
     done: int = 0,
+    dtype: torch.dtype | None = None,
+    read: Callable[[list[int], Tensor], None] | None = None,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Stream the hidden states of many texts: (row numbers, x [n_tokens, d_in], offsets int64 [n_rows + 1]).
 
     ``rows`` holds the texts' token ids. Batches are of similar length, longest first, at most
     ``batch_tokens`` tokens with padding (a longer text is a batch by itself); the row numbers tell where each
     belongs in ``rows``. The first ``done`` rows of that order, whole batches, are left out. Blocks after
-    ``layer`` never run. Raises SaerlError on a layer the model lacks, an empty or too long row, and values
-    that are not finite.
+    ``layer`` never run, unless ``read`` wants to see the row numbers and logits [rows, longest, V] of each
+    batch. ``dtype``: of the matrix products (autocast), where it is not the model's. Raises SaerlError on a
+    layer the model lacks, an empty or too long row, and values that are not finite.
     """
     check_layer(model, layer)
     check_fit(model, rows, what="text")
@@ -242,7 +245,14 @@ def iter_hidden_ids(
         ids = torch.zeros(len(chosen), width, dtype=torch.long)
         for at, i in enumerate(chosen):
             ids[at, : len(rows[i])] = torch.tensor(rows[i])
-        hidden = forward_to(model, layer, ids.to(device)).flatten(0, 1)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            if read is None:
+                hidden = forward_to(model, layer, ids.to(device))
+            else:
+                hidden, logits = forward_through(model, layer, ids.to(device))
+                read(chosen, logits)
+                del logits
+        hidden = hidden.flatten(0, 1)
         if int(lengths[-1]) < width:
             real = (torch.arange(width) < lengths[:, None]).flatten().nonzero().squeeze(1)
             hidden = hidden[real.to(device)]
