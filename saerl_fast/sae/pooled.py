@@ -115,8 +115,9 @@ def bank_pass(
             if kind in WHOLE:
                 continue
             if kind == "answer":
-                ends = torch.tensor([at for pair in zip(splits, offsets[1:].tolist(), strict=True) for at in pair])
-                both = sae.pool(x, torch.cat([offsets[:1], ends.to(x.device)]), reduce=reduce, backend=backend)
+                ends = offsets[1:].tolist()
+                bounds = torch.tensor([0, *(at for pair in zip(splits, ends, strict=True) for at in pair)])
+                both = sae.pool(x, bounds, reduce=reduce, backend=backend)
                 parts[kind].append(both.to("cpu").select_rows(torch.arange(1, 2 * len(rows), 2)))
                 continue
             how = reduce if kind == "sae" else kind.removeprefix("sae_")
