@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import check_fit
-from saerl_fast.sae.capture import Progress, check_width, iter_hidden_ids, resolve_layer
+from saerl_fast.sae.capture import Progress, check_width, iter_hidden_ids, owned, resolve_layer
 from saerl_kernels import CSR
 
 if TYPE_CHECKING:
@@ -106,11 +106,6 @@ def bank_pass(
     for rows, x, offsets in batches:
         starts = offsets[:-1].tolist()
         splits = [start + len(prompts[i]) for start, i in zip(starts, rows, strict=True)]
-        mask = torch.zeros(len(x), dtype=torch.bool)
-        for start, split, i in zip(starts, splits, rows, strict=True):
-            spans = (0, split - start) if own is None else own[i]
-            for a, b in zip(spans[::2], spans[1::2], strict=True):
-                mask[start + a : start + b] = True
         for kind in kinds:
             if kind in WHOLE:
                 continue
@@ -121,34 +116,23 @@ def bank_pass(
                 parts[kind].append(both.to("cpu").select_rows(torch.arange(1, 2 * len(rows), 2)))
                 continue
             how = reduce if kind == "sae" else kind.removeprefix("sae_")
-            last = x[torch.tensor(splits, device=x.device) - 1]
             if how == "last":
-                tokens, sizes = last, torch.ones(len(rows), dtype=torch.long)
+                spans = [(len(prompts[i]) - 1, len(prompts[i])) for i in rows]
+            elif own is not None:
+                spans = [own[i] for i in rows]
             else:
-                tokens, sizes = _kept(x, offsets, mask, first=kind != "hidden" or own is not None)
+                skipped = kind == "hidden"
+                spans = [(int(skipped and len(prompts[i]) > 1), len(prompts[i])) for i in rows]
+            tokens, bounds = owned(x, offsets, spans)
             if kind == "hidden":
-                mean = torch.segment_reduce(tokens.float(), "mean", lengths=sizes.to(x.device))
-                parts[kind].append(torch.cat([mean, last.float()], dim=1).cpu().numpy())
+                mean = torch.segment_reduce(tokens.float(), "mean", lengths=bounds.diff().to(x.device))
+                last = x[torch.tensor(splits, device=x.device) - 1].float()
+                parts[kind].append(torch.cat([mean, last], dim=1).cpu().numpy())
             else:
-                bounds = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
                 parts[kind].append(sae.pool(tokens, bounds, reduce=how, backend=backend).to("cpu"))
         seen += rows
     position = torch.tensor(seen).argsort()
     return {kind: _ordered(parts[kind], position) for kind in kinds}
-
-
-def _kept(x: Tensor, offsets: Tensor, mask: Tensor, *, first: bool) -> tuple[Tensor, Tensor]:
-    """The tokens under ``mask`` and how many each row has; without ``first`` a row's first one is left out
-    where it has others."""
-    offsets = offsets.cpu()
-    if not first:
-        mask = mask.clone()
-        mask[offsets[:-1][_sizes(mask, offsets) > 1]] = False
-    return (x if bool(mask.all()) else x[mask.to(x.device)]), _sizes(mask, offsets)
-
-
-def _sizes(mask: Tensor, offsets: Tensor) -> Tensor:
-    return torch.cat([torch.zeros(1, dtype=torch.long), mask.cumsum(0)])[offsets].diff()
 
 
 def _ordered(parts: list[Any], position: Tensor) -> Any:
