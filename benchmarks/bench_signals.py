@@ -37,13 +37,11 @@ STORED = ("sae", "sae_mean", "sae_last", "hidden", "scalars", "answer_logprob")
 TEXTS = ("length", "text", "tfidf")
 SETS: dict[str, tuple[str, ...]] = {
     **{kind: (kind,) for kind in (*TEXTS, "answer_text", *STORED, "random")},
-    "prompt text": TEXTS,
     "prompt and answer text": (*TEXTS, "answer_text"),
     "prompt text + sae": (*TEXTS, "sae"),
     "prompt text + hidden": (*TEXTS, "hidden"),
     "prompt text + sae + hidden": (*TEXTS, "sae", "hidden"),
     "default": (*TEXTS, "answer_text", "sae", "hidden"),
-    "default without sae": (*TEXTS, "answer_text", "hidden"),
     "all": (*TEXTS, "answer_text", "sae", "hidden", "scalars", "answer_logprob"),
 }
 

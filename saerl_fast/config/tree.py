@@ -140,7 +140,9 @@ class QualityConfig(Section):
 @dataclass
 class DifficultyConfig(Section):
     label_column: str | None = setting(None, "pass rate in [0, 1], null: unknown; null rolls out a subset")
-    n_labels: int = setting(128, "prompts rolled out for labels, before any warm-up; 0: none", at_least=0)
+    n_labels: int = setting(128, "prompts rolled out for labels; 0: none", at_least=0)
+    after_warmup: bool = setting(True, "by a copy of the model that went through train.warmup, if any")
+    choose: Literal["random", "spread"] = setting("random", "which prompts; spread: those that tell most")
     rollouts: int = setting(4, "per labelled prompt", at_least=1, at_most=1 << 20)
     probe: Literal["ridge", "elasticnet"] = setting("ridge", "elasticnet: the paper's, on SAE features alone")
     features: list[Kind] | None = setting(
@@ -168,7 +170,10 @@ class DiversityConfig(Section):
 
 @dataclass
 class AdaptiveConfig(Section):
-    svd: int = setting(96, "components of the pooled features the online regressor sees", at_least=1)
+    features: list[Kind] = setting(
+        ["sae"], "what predicts pass rates in the run, of equal weight", filled=True, distinct=True
+    )
+    svd: int = setting(96, "components of the features the online regressor sees", at_least=1)
     forgetting: float = setting(0.995, "of the recursive least squares", above=0, at_most=1)
     ridge: float = setting(0.3, "on features scaled to mean squared norm 1", above=0)
     kappa: float | None = setting(

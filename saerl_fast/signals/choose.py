@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -12,13 +12,11 @@ from saerl_fast.signals.ridge import NOISE, SIGNAL, Block
 CANDIDATES = 2000  # prompts that `spread` chooses among: its cost is quadratic in them
 
 
-def choose(bank: Bank, count: int, how: str, features: list[str], seed: int) -> np.ndarray:
-    """``count`` rows (all of a smaller pool), the most telling first; ``how``: random or spread."""
-    order = np.random.default_rng([seed, 1]).permutation(bank.n_rows)
-    if how == "random" or count >= bank.n_rows:
-        return order[:count]
-    some = order[: max(CANDIDATES, 2 * count)]
-    return some[spread(bank.blocks(features, some), np.arange(len(some)), count)]
+def spread_rows(bank: Bank, count: int, features: Sequence[str] | None, seed: int) -> np.ndarray:
+    """``count`` rows (all of a smaller pool) by `spread` among a seeded sample, the most telling first."""
+    some = np.random.default_rng([seed, 1]).permutation(bank.n_rows)[: max(CANDIDATES, 2 * count)]
+    blocks = bank.blocks(bank.names(features, "difficulty.features"), some)
+    return some[spread(blocks, np.arange(len(some)), count)]
 
 
 def spread(blocks: Mapping[str, Block], rows: np.ndarray, count: int) -> np.ndarray:

@@ -217,7 +217,8 @@ def score_features(
     lap("duplicates")
     quality = fit_quality(bank, labels, config.quality, seed=config.seed)
     lap("quality")
-    rates = known if pass_rates is None else np.asarray(pass_rates, dtype=np.float64)
+    found = pass_rates(bank) if callable(pass_rates) else pass_rates
+    rates = known if found is None else np.asarray(found, dtype=np.float64)
     difficulty = fit_difficulty(bank, rates, config.difficulty, seed=config.seed)
     lap("difficulty")
     clusters = cluster_prompts(prompt_features, config.diversity, tasks=pool.columns.get("task"))

@@ -120,7 +120,9 @@ def score_hashes(config: Config) -> dict[str, str | None]:
     if not needs_scores(config):
         return {}
     made = artefact(config, "scores")
-    return {file: _recorded(made, file) for file in ("scores.parquet", "features.safetensors")}
+    hashes = {file: _recorded(made, file) for file in ("scores.parquet", "features.safetensors")}
+    read = [file for file in BANK_FILES if file.split(".")[1] in config.plan.adaptive.features]
+    return hashes | {file: found for file in read if (found := _recorded(made, file))}
 
 
 def _recorded(made: Artefact, file: str) -> str | None:
