@@ -220,3 +220,44 @@ def test_the_config_offers_every_reduction():
     from saerl_kernels._check import REDUCES
 
     assert set(typing.get_args(typing.get_type_hints(ScoreConfig)["reduce"])) == set(REDUCES)
+
+
+def test_what_the_pass_left_is_kept_by_name_and_mapped(tmp_path):
+    pool, features = make_pool()
+    count = len(pool)
+    kept = {
+        "hidden": np.random.default_rng(0).normal(size=(count, 6)).astype(np.float32),
+        "sae_max": features,
+    }
+    scores = score_features(pool, features, kept, make_config(difficulty=DifficultyConfig()))
+    scores.save(tmp_path)
+    loaded = Scores.load(tmp_path)
+    assert isinstance(loaded.kept["hidden"], np.memmap) and loaded.bank().n_rows == count
+    np.testing.assert_array_equal(loaded.kept["hidden"], kept["hidden"])
+    torch.testing.assert_close(loaded.kept["sae_max"].to_dense(), features.to_dense())
+    assert "hidden" in loaded.bank().names(None, "x")
+    file = tmp_path / "bank.hidden.npy"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(SaerlError, match=r"bank\.hidden\.npy is damaged"):
+        Scores.load(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(SaerlError, match=r"bank\.hidden\.npy is damaged"):
+        Scores.load(tmp_path)
+    np.save(file, kept["hidden"][1:])
+    with pytest.raises(SaerlError, match=r"not a float32 row for each of"):
+        Scores.load(tmp_path)
+    score_features(pool, features, None, make_config()).save(tmp_path / "less")
+    with pytest.raises(SaerlError, match="feature rows cannot belong"):
+        score_features(pool, features, {"hidden": kept["hidden"][1:]}, make_config())
+
+
+def test_labels_may_be_asked_for_with_the_bank_in_hand():
+    pool, features = make_pool()
+    asked = []
+
+    def labels(bank):
+        asked.append(bank.n_rows)
+        return np.linspace(0, 1, len(pool))
+
+    scores = score_features(pool, features, None, make_config(difficulty=DifficultyConfig()), labels)
+    assert asked == [len(pool)] and scores.column("saerl_pass_rate")[-1] == 1
