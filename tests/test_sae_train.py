@@ -8,6 +8,7 @@ from torch import Tensor
 
 from saerl_fast.config import SAEConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.sae.tokens import Tokens
 from saerl_fast.sae.train import _Trainer, collect_activations, geometric_median, train_sae
 
 
@@ -68,7 +69,8 @@ def test_same_seed_same_sae() -> None:
 def test_auxiliary_loss_revives_dead_features(aux_k: int) -> None:
     x, _ = planted(3000)
     cfg = SAEConfig(**SMALL | {"steps": 150, "dead_after": 10, "aux_k": aux_k})
-    run = _Trainer(x, torch.arange(3000), cfg, torch.Generator().manual_seed(0), "auto")
+    tokens = Tokens(x, cfg, torch.Generator().manual_seed(1), None)
+    run = _Trainer(tokens, cfg, torch.Generator().manual_seed(0))
     with torch.no_grad():
         run.b_enc[:32] = -4.0  # half of the features never fire
     dead = [int(run.dead(step)[:32].sum()) for step in range(1, 151) if run.step(step)]
