@@ -91,6 +91,8 @@ class Tokens:
                 return x
             self.max_norm = limit
         keep = norms <= self.max_norm
+        if not bool(keep.any()):
+            raise SaerlError(f"sae.sink_ratio={ratio} leaves no activations; raise it")
         self.sinks += len(x) - int(keep.sum())
         return x if bool(keep.all()) else x[keep]
 
@@ -175,8 +177,6 @@ class Stream(Tokens):
         if not (whole and hasattr(self, "x")):
             self.x = self.queue = torch.empty(0)  # not held while the next ones are captured
             self.x = self._without_sinks(self._capture(order[begin:text]))
-        if not len(self.x):
-            raise SaerlError(f"sae.sink_ratio={self.cfg.sink_ratio} leaves no activations; raise it")
         self.begun = (epoch, begin)
         self.next = (epoch, text) if text < len(order) else (epoch + 1, 0)
         numbers = torch.Generator().manual_seed(_seed(self.cfg.seed, epoch, begin + 1))

@@ -176,8 +176,8 @@ def _say_figures(config: Config, echo: Echo, sae: SAE, record: dict[str, Any]) -
         )
     seconds = [record.get(name, 0.0) for name in ("seconds_capture", "seconds", "seconds_ce")]
     echo(
-        "it took {:.0f} s to capture, {:.0f} s to train, {:.0f} s to splice; ".format(*seconds)
-        + "reports count it"
+        "it took {:.0f} s to capture, {:.0f} s to train and {:.0f} s to splice, which reports count in steps "
+        "of a run".format(*seconds)
     )
 
 
