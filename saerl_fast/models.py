@@ -352,9 +352,11 @@ def _check_weights(path: str, found: dict[str, Any]) -> None:
 def check_causal(model: Any, path: str) -> None:
     """SaerlError when the model ``path`` cannot read ids, or a token changes the predictions before it."""
     rows = model.get_input_embeddings().weight.shape[0]
-    ids = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]], device=model.device) % rows
+    pad = getattr(_text_config(model), "pad_token_id", None) or 0
+    ids = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 2, pad, 4, 5]], device=model.device) % rows
     try:
         logits = model(input_ids=ids, use_cache=False).logits.float()
+        shorter = model(input_ids=ids[2:, :4], use_cache=False).logits.float()
     except torch.OutOfMemoryError:
         raise
     except Exception as err:
@@ -367,6 +369,11 @@ def check_causal(model: Any, path: str) -> None:
         raise SaerlError(
             f"model {path} is no causal language model: a token changes the predictions before it; "
             "use a decoder-only one"
+        )
+    if (logits[2, 3] - shorter[0, 3]).abs().max() > 0.3 * logits.abs().max():  # XLM counts what is no padding
+        raise SaerlError(
+            f"model {path} takes its pad token ({pad}) for padding also where it is sampled: what it predicts "
+            "then changes with the tokens that follow; use another model"
         )
 
 
