@@ -2,7 +2,8 @@
 
 ``python -m tests.families`` tries all of them and prints a table; ``make families`` keeps it. A family is
 right when sampled, trained and shared log-probabilities, their gradients and captured hidden states are
-those of transformers' own plain forward pass over one row at a time.
+those of transformers' own plain forward pass over one row at a time, and the model that it is saved as is
+the same.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import logging
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -192,6 +194,7 @@ def judge(model: Any) -> dict[str, Any]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     rows = [row[: s + n] for row, s, n in zip(ids, starts.tolist(), lengths.tolist(), strict=True)]
     wanted, slopes = _truth(model, rows, starts, lengths, cfg.temperature, parameters)
+    report["saved"] = _saved(model, rows[0])
     report["decoding"] = ways.decoding(model, True).way.name
     report["generate"] = float((made.logprobs[made.completion_mask] - wanted).abs().max())
     owner = torch.arange(len(ids)) // cfg.group_size
@@ -208,6 +211,18 @@ def judge(model: Any) -> dict[str, Any]:
         pairs = zip(order, texts, strict=True)
         report["rollout_capture"] = max(_relative(x, _hidden(model, row, layer)) for x, row in pairs)
     return report
+
+
+@torch.no_grad()
+def _saved(model: Any, row: Tensor) -> float:
+    """By how much the logits of the model differ from those of the one that it is saved as."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
+    pair = [m(input_ids=row[None], use_cache=False).logits for m in (model, again)]
+    return float((pair[0] - pair[1]).abs().max())
 
 
 def verdict(report: dict[str, Any], limit: float = 2e-3) -> str:
@@ -310,6 +325,7 @@ def main(arguments: list[str]) -> int:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     logging.getLogger("saerl_fast").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     out = Path(arguments.pop(1)) if arguments[:1] == ["--out"] else None

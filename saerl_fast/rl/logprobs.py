@@ -144,7 +144,7 @@ def check_gradient(model: Any) -> None:
     except Exception as error:
         raise SaerlError(
             f"{type(_inner(model)).__name__} cannot be trained: its backward pass failed ({short(error)}); "
-            "use another model"
+            "use another model, or another model.attn"
         ) from error
     finally:
         handle.remove()
