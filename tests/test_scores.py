@@ -14,7 +14,6 @@ from saerl_fast.plan import build_plan
 from saerl_fast.prompts.pool import Pool
 from saerl_fast.records.packed import Packed
 from saerl_fast.signals import features as features_module
-from saerl_fast.signals import scores as scores_module
 from saerl_fast.signals import table
 from saerl_fast.signals.features import block
 from saerl_fast.signals.scores import Scores, score, score_features
@@ -235,11 +234,10 @@ def test_features_in_files_are_scored_and_planned_as_those_in_memory(tmp_path, m
     monkeypatch.setattr(features_module, "SAMPLE", 100)
     shards = Shards(tmp_path, "m", 16)
     ids = pool.columns["prompt_id"]
-    lying, _ = shards.collect(ids, lambda start, end, _: (block(whole, slice(start, end)), None))
-    scores = score_features(pool, lying, None, make_config())
+    found = shards.collect(ids, lambda start, end, _: {"sae": block(whole, slice(start, end))})
+    scores = score_features(pool, found["sae"], None, make_config())
     scores.save(tmp_path)
     shards.clear()
-    monkeypatch.setattr(scores_module, "SAMPLE", 100)
     for found in (scores, Scores.load(tmp_path)):
         assert isinstance(found.features, Stored)
         assert found.features.rows(0, 120).to_dense().equal(whole.to_dense())
@@ -272,3 +270,44 @@ def test_parts_of_a_column_have_one_type(tmp_path, monkeypatch):
     assert found["level"] == [1.0, 2.0, None, 4.0, 2.5] and found["info"][2:4] == [{"a": 1}, {"a": None}]
     with pytest.raises(SaerlError, match="'mixed'"):
         Scores({"prompt_id": list("abcd"), "mixed": [1, 2, "x", "y"]}).save(tmp_path)
+
+
+def test_what_the_pass_left_is_kept_by_name_and_mapped(tmp_path):
+    pool, features = make_pool()
+    count = len(pool)
+    kept = {
+        "hidden": np.random.default_rng(0).normal(size=(count, 6)).astype(np.float32),
+        "sae_max": features,
+    }
+    scores = score_features(pool, features, kept, make_config(difficulty=DifficultyConfig()))
+    scores.save(tmp_path)
+    loaded = Scores.load(tmp_path)
+    assert isinstance(loaded.kept["hidden"], np.memmap) and loaded.bank().n_rows == count
+    np.testing.assert_array_equal(loaded.kept["hidden"], kept["hidden"])
+    torch.testing.assert_close(loaded.kept["sae_max"].to_dense(), features.to_dense())
+    assert "hidden" in loaded.bank().names(None, "x")
+    file = tmp_path / "bank.hidden.npy"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(SaerlError, match=r"bank\.hidden\.npy is damaged"):
+        Scores.load(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(SaerlError, match=r"bank\.hidden\.npy is damaged"):
+        Scores.load(tmp_path)
+    np.save(file, kept["hidden"][1:])
+    with pytest.raises(SaerlError, match=r"not a float32 row for each of"):
+        Scores.load(tmp_path)
+    score_features(pool, features, None, make_config()).save(tmp_path / "less")
+    with pytest.raises(SaerlError, match="feature rows cannot belong"):
+        score_features(pool, features, {"hidden": kept["hidden"][1:]}, make_config())
+
+
+def test_labels_may_be_asked_for_with_the_bank_in_hand():
+    pool, features = make_pool()
+    asked = []
+
+    def labels(bank):
+        asked.append(bank.n_rows)
+        return np.linspace(0, 1, len(pool))
+
+    scores = score_features(pool, features, None, make_config(difficulty=DifficultyConfig()), labels)
+    assert asked == [len(pool)] and scores.column("saerl_pass_rate")[-1] == 1

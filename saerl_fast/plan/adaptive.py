@@ -58,7 +58,8 @@ class AdaptivePlan(Plan):
     ) -> None:
         super().__init__(prompt_ids, cfg, **kwargs)
         settings = cfg.adaptive
-        self.wants_features, self.group_size = settings.refresh_features, group_size
+        self.wants_features = settings.refresh_features and settings.features == ["sae"]
+        self.group_size = group_size
         if group_size < 2:
             raise SaerlError(f"a plan's group_size must be at least 2 rollouts, got {group_size}")
         n_rows = len(self.prompt_ids)

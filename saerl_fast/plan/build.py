@@ -11,7 +11,7 @@ from saerl_fast.config import PlanConfig, QualityConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan.adaptive import AdaptivePlan
 from saerl_fast.plan.base import Dropped, Plan
-from saerl_fast.plan.embedding import embed
+from saerl_fast.plan.embedding import embed, embed_kinds
 from saerl_fast.plan.static import StaticPlan, get_schedule, middle
 from saerl_fast.records.packed import LARGE, Packed, chosen
 from saerl_fast.signals.features import SAMPLE
@@ -96,9 +96,17 @@ def build_plan(
             "schedule 'adaptive' needs the prompts' SAE features, but the scores have none; "
             "run `saerl score` again"
         )
+    kinds = cfg.adaptive.features
     if len(rows) > SAMPLE:
         notes.append(f"components were fitted to the features of a sample of {SAMPLE} of {len(rows)} prompts")
-    embedding = embed(scores.features, rows, cfg.adaptive, seed=common["seed"])
+    if kinds == ["sae"]:
+        embedding = embed(scores.features, rows, cfg.adaptive, seed=common["seed"])
+    else:
+        bank = scores.bank()
+        names = bank.names(kinds, "plan.adaptive.features")
+        embedding = embed_kinds(bank, names, rows, cfg.adaptive, seed=common["seed"])
+        if cfg.adaptive.refresh_features:
+            notes.append("only plan.adaptive.features=sae is refreshed by rollouts")
     if embedding.scale == 1.0:  # there was nothing to scale
         notes.append(
             "all prompts have the same features: the plan cannot tell them apart; train the SAE again"
