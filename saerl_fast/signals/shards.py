@@ -82,7 +82,7 @@ class Shards:
 
     def _read(self, start: int, ids: Sequence[str]) -> Parts | None:
         """The shard where its files have the content that their names tell; None where it is to be made."""
-        found: Parts = {}
+        found: dict[str, Any] = {}
         count = 0
         for file in sorted(self.folder.glob(f"{start:09d}.*.*")):
             try:
