@@ -125,7 +125,7 @@ def bank_pass(
                 spans = [(int(skipped and len(prompts[i]) > 1), len(prompts[i])) for i in rows]
             tokens, bounds = owned(x, offsets, spans)
             if kind == "hidden":
-                mean = torch.segment_reduce(tokens.float(), "mean", lengths=bounds.diff().to(x.device))
+                mean = torch.stack([row.float().mean(0) for row in tokens.split(bounds.diff().tolist())])
                 last = x[torch.tensor(splits, device=x.device) - 1].float()
                 parts[kind].append(torch.cat([mean, last], dim=1).cpu().numpy())
             else:
