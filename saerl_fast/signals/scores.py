@@ -20,7 +20,7 @@ from saerl_fast.signals.clusters import cluster_prompts
 from saerl_fast.signals.difficulty import fit_difficulty
 from saerl_fast.signals.features import checked, load_features, save_features
 from saerl_fast.signals.quality import fit_quality
-from saerl_fast.signals.text import duplicates
+from saerl_fast.signals.copies import find_copies
 
 if TYPE_CHECKING:
     from saerl_fast.prompts.pool import Pool
