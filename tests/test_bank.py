@@ -16,7 +16,7 @@ def make(n: int = 60) -> Bank:
     rng = np.random.default_rng(0)
     dense = torch.tensor(rng.gamma(2.0, size=(n, 20)) * (rng.random((n, 20)) < 0.3), dtype=torch.float32)
     texts = [f"take {i} from {'many' if i % 3 else 'few'}" for i in range(n)]
-    return Bank(CSR.from_dense(dense), texts, CSR.from_dense(2 * dense))
+    return Bank(CSR.from_dense(dense), texts, {"answer": CSR.from_dense(2 * dense)})
 
 
 @pytest.mark.parametrize("kind", ["sae", "text", "tfidf", "length", "answer"])

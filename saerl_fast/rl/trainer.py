@@ -371,6 +371,9 @@ class Run:
         def sample() -> tuple[Rollouts, np.ndarray, Notes]:
             options = {"seed": seed, "first": here.start, "capture": self.capture}
             tokens = [self.pool.ids[i] for i in rows[here]]
+            if self.capture is not None and hasattr(self.capture, "expect"):
+                own = self.pool.own
+                self.capture.expect(tokens, None if own is None else [own[i] for i in rows[here]])
             made = self.engine(self.model, self.tokenizer, tokens, cfg.rollout, **options)
             for phase, seconds in made.timings.items():
                 clock.add(phase, seconds)

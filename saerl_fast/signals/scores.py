@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from saerl_fast.signals.bank import Bank
 from saerl_fast.signals.clusters import cluster_prompts
 from saerl_fast.signals.difficulty import fit_difficulty
 from saerl_fast.signals.features import checked, load_features, save_features
+from saerl_fast.signals.kept import Parts, load_part, save_part, suffix
 from saerl_fast.signals.quality import fit_quality
 from saerl_fast.signals.copies import find_copies
 
@@ -28,8 +30,10 @@ if TYPE_CHECKING:
     from saerl_fast.signals.shards import Compute, Shards
     from saerl_kernels import CSR
 
+log = logging.getLogger(__name__)
 FORMAT = "saerl-scores-1"
 SUMMARY = {"format": str, "n_prompts": int, "features": (None, str), "metadata": dict}  # of scores.json
+ANSWER = 256  # tokens of an answer that its log-probability is of
 TIMED = ("seconds", "difficulty_labels", "sae")  # metadata that a second time differ; in scores.json alone
 # The columns this package adds. A float is NaN (null on disk) where the signal is not known.
 SCORE_COLUMNS = {
@@ -45,12 +49,14 @@ class Scores:
     """Scored prompts: ``columns`` [n] by name, at least ``prompt_id``; see ``SCORE_COLUMNS``.
 
     ``metadata``: JSON-able; the held-out figures of every probe under quality, difficulty, clusters.
-    ``features``: pooled prompt features, CSR with n rows, or None.
+    ``features``: pooled prompt features, CSR with n rows, or None. ``kept``: what else the forward pass left,
+    by name: CSR, or float32 [n, columns] (see `bank_pass`).
     """
 
     columns: dict[str, Any]
     metadata: dict[str, Any] = field(default_factory=dict)
     features: CSR | None = None
+    kept: Parts = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if "prompt_id" not in self.columns:
@@ -82,8 +88,16 @@ class Scores:
         array = np.array(values, dtype=dtype)
         return array if np.isfinite(array).any() else None
 
+    def bank(self) -> Bank:
+        """The kinds of features that probes and plans read, by name; SaerlError without features."""
+        if self.features is None:
+            raise SaerlError("the scores have no features; run `saerl score` again")
+        prompts = self.columns.get("prompt", [""] * len(self))
+        return Bank(self.features, prompts, self.kept, self.columns.get("answer"))
+
     def save(self, run_dir: str | Path, made: Mapping[str, Any] | None = None) -> Path:
-        """Write scores.parquet, scores.json and, with features, features.safetensors; the folder.
+        """Write scores.parquet, scores.json and, with features, features.safetensors; ``kept`` as bank.*; the
+        folder.
 
         ``made``: what ``manifest.json`` says of them beside their hashes.
         """
@@ -97,10 +111,14 @@ class Scores:
         table = pa.table(arrays).replace_schema_metadata({"saerl": told_text, "saerl_format": FORMAT})
         summary = {"format": FORMAT, "n_prompts": len(self), "columns": list(self.columns)}
         summary["features"] = None if self.features is None else "features.safetensors"
+        files = {name: f"bank.{name}{suffix(rows)}" for name, rows in self.kept.items()}
+        summary["bank"] = files
         text = json.dumps({**summary, "metadata": self.metadata}, indent=1, allow_nan=False) + "\n"
         with manifest.publish(folder, "scores", made or {}) as new:
             if self.features is not None:
                 save_features(new("features.safetensors"), self.features, self.prompt_ids)
+            for name, file in files.items():
+                save_part(new(file), self.kept[name], self.prompt_ids)
             pq.write_table(table, new("scores.parquet"))
             new("scores.json").write_text(text)
         return folder
@@ -135,7 +153,9 @@ class Scores:
         features = None
         if summary["features"] is not None:
             features = load_features(folder / "features.safetensors", columns.get("prompt_id"))
-        return cls(columns, summary["metadata"], features)
+        files, ids = summary.get("bank", {}), columns.get("prompt_id", [])
+        kept = {name: load_part(folder / Path(file).name, ids) for name, file in files.items()}
+        return cls(columns, summary["metadata"], features, kept)
 
 
 def to_arrow(name: str, column: Any) -> Any:
@@ -160,23 +180,28 @@ def to_arrow(name: str, column: Any) -> Any:
 def score_features(
     pool: Pool,
     prompt_features: CSR,
-    answer_features: CSR | None,
+    kept: Parts | None,
     config: Config,
     pass_rates: Any | None = None,
 ) -> Scores:
     """Quality, difficulty and cluster of every row of ``pool`` from features computed before.
 
-    ``prompt_features``, ``answer_features``: pooled, one CSR row per prompt. ``pass_rates`` [n] in
-    [0, 1], NaN where unknown; None reads ``difficulty.label_column``. Quality labels come from
+    ``prompt_features``: pooled, one CSR row per prompt; ``kept``: what else there is, by name (see
+    `bank_pass`). ``pass_rates`` [n] in [0, 1], NaN where unknown, or a function of the bank that finds
+    them; None reads ``difficulty.label_column``. Quality labels come from
     ``quality.label_column``; a pool without the default column is not scored for quality, a column
     asked for by another name must be there. Row ``task``, where present, is compared with the clusters.
     """
     count = len(pool)
     if not count:
         raise SaerlError("the pool has no prompts to score; check data.train and data.limit")
-    for features in (prompt_features, answer_features):
-        if features is not None and len(features.indptr) - 1 != count:
-            raise SaerlError(f"{len(features.indptr) - 1} feature rows cannot belong to {count} prompts")
+    kept = {
+        name: rows if isinstance(rows, np.ndarray) else checked(rows) for name, rows in (kept or {}).items()
+    }
+    for features in (prompt_features, *kept.values()):
+        rows = len(features) if isinstance(features, np.ndarray) else features.n_rows
+        if rows != count:
+            raise SaerlError(f"{rows} feature rows cannot belong to {count} prompts")
     prompt_features = checked(prompt_features)
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
@@ -187,16 +212,13 @@ def score_features(
         clock = time.perf_counter()
 
     labels, known = label_columns(pool, config)
-    bank = Bank(
-        prompt_features,
-        pool.columns["prompt"],
-        None if answer_features is None else checked(answer_features),
-    )
+    bank = Bank(prompt_features, pool.columns["prompt"], kept, pool.columns["answer"])
     copies = duplicates(bank.texts(slice(0, count)), pool.columns["answer"], pool.columns["prompt_id"])
     lap("duplicates")
     quality = fit_quality(bank, labels, config.quality, seed=config.seed)
     lap("quality")
-    rates = known if pass_rates is None else np.asarray(pass_rates, dtype=np.float64)
+    found = pass_rates(bank) if callable(pass_rates) else pass_rates
+    rates = known if found is None else np.asarray(found, dtype=np.float64)
     difficulty = fit_difficulty(bank, rates, config.difficulty, seed=config.seed)
     lap("difficulty")
     clusters = cluster_prompts(prompt_features, config.diversity, tasks=pool.columns.get("task"))
@@ -222,7 +244,8 @@ def score_features(
         "saerl_quality": quality.scores,
         "saerl_pass_rate": rates.astype(np.float32),
     }
-    return Scores({**pool.columns, **added}, metadata, prompt_features)
+    kept.pop("answer", None)  # of no use but to the quality probe
+    return Scores({**pool.columns, **added}, metadata, prompt_features, kept)
 
 
 def label_columns(pool: Pool, config: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -241,23 +264,36 @@ def label_columns(pool: Pool, config: Config) -> tuple[np.ndarray, np.ndarray]:
 
 
 def feature_pass(session: Session, sae: Any, config: Config) -> Compute:
-    """``compute(start, end, progress)``: pooled features of these rows, of prompts and (or None) answers.
+    """``compute(start, end, progress)``: what ``score.features`` names of these rows (see `bank_pass`).
 
-    With ``score.include_answer`` and an answer in every row, the quality probe reads the answers' too.
+    With ``score.include_answer`` and an answer in every row, the quality probe reads the answers' too. For
+    the answers' log-probabilities they are cut to ANSWER tokens, which is said.
     """
-    from saerl_fast.sae.pooled import pooled_features
+    from saerl_fast.sae.capture import resolve_products
+    from saerl_fast.sae.pooled import bank_pass
 
-    prompts = session.train
+    prompts, kinds = session.train, [str(name) for name in config.score.features]
     answers: list[list[int]] | None = None
     if config.score.include_answer and config.quality.head != "none" and None not in prompts.column("answer"):
-        answers = prompts.answer_ids
+        answers, kinds = prompts.answer_ids, [*kinds, "answer"]
+    elif "answer_logprob" in kinds:
+        answers = [answer[:ANSWER] for answer in prompts.answer_ids]
+        if cut := sum(len(answer) > ANSWER for answer in prompts.answer_ids):
+            log.warning(
+                "answer_logprob reads the first %d tokens of answers: %d of %d are longer",
+                *(ANSWER, cut, len(answers)),
+            )
+    dtype = resolve_products(config.score.dtype, session.model)
 
     def compute(start: int, end: int, progress: Callable[[int, int], None] | None) -> Any:
-        return pooled_features(
+        return bank_pass(
             session.model,
             sae,
             prompts.ids[start:end],
             None if answers is None else answers[start:end],
+            kinds=kinds,
+            own=None if prompts.own is None else prompts.own[start:end],
+            dtype=dtype,
             layer=config.sae.layer,
             reduce=config.score.reduce,
             batch_tokens=config.score.batch_tokens,
@@ -286,11 +322,11 @@ def score(
     began = time.perf_counter()
     compute = feature_pass(session, sae, config)
     if shards is None:
-        prompt_features, answer_features = compute(0, len(pool), on_progress)
+        found = dict(compute(0, len(pool), on_progress))
     else:
-        prompt_features, answer_features = shards.collect(pool.column("prompt_id"), compute, on_progress)
+        found = dict(shards.collect(pool.column("prompt_id"), compute, on_progress))
     seconds = time.perf_counter() - began
-    scores = score_features(pool, prompt_features, answer_features, config, pass_rates)
+    scores = score_features(pool, found.pop("sae"), found, config, pass_rates)
     scores.metadata["seconds"] = {"features": seconds, **scores.metadata["seconds"]}
     return scores
 

@@ -48,8 +48,11 @@ from saerl_fast.stages.preflight import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from saerl_fast.plan import Plan
     from saerl_fast.sae.model import SAE
+    from saerl_fast.signals.bank import Bank
     from saerl_fast.signals.scores import Scores
     from saerl_fast.signals.shards import Shards
 
@@ -218,10 +221,17 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
     sae = find_sae(config, echo, session)
     entry = made_from(config, SCORE_SECTIONS)
     entry["inputs"]["sae_weights"] = sae_weights(config)
-    labels, label_costs = difficulty_labels(config, echo, session)
+    costs: dict[str, float] = {}
+
+    def labels(bank: Bank | None = None) -> np.ndarray | None:
+        rates, found = difficulty_labels(config, echo, session, bank)
+        costs.update(found)
+        return rates
+
+    rates = labels if rolled_out and config.difficulty.choose == "spread" else labels()
     shards, bar = score_shards(config, sae), echo.bar("features", "prompt")
-    scores = score(session, sae, config, pass_rates=labels, on_progress=bar, shards=shards)
-    scores.metadata["difficulty_labels"] = label_costs
+    scores = score(session, sae, config, pass_rates=rates, on_progress=bar, shards=shards)
+    scores.metadata["difficulty_labels"] = costs
     trained = Path(config.run_dir) / "sae" / "train.json"
     if config.sae.path is None and trained.is_file():
         scores.metadata["sae"] = read_json(trained, "saerl sae train")
@@ -284,6 +294,7 @@ def make_plan(config: Config, echo: Echo, session: Session | None = None) -> Pla
         batch_size=config.train.rollout.prompts_per_step,
         total_steps=max(config.train.steps, 1),  # 0: only the warm-up
         seed=training_seed(config),
+        group_size=config.train.rollout.group_size,
         quality=config.quality,
     )
     kept, size = len(plan.prompt_ids), plan.batch_size
