@@ -56,13 +56,43 @@ POINTERS = (
     "Using the table above, ",
 )
 NAMES = (
-    "Alice Bob Carol David Emma Frank George Helen Jack John Julia Karl Laura Maria Mary Nina Peter Sam "
-    "Sarah Tom Tim Betty Charlie Cindy Jenny Jim Kim Linda Mike Paul Rachel Susan"
-).split()
+    "Alice",
+    "Bob",
+    "Carol",
+    "David",
+    "Emma",
+    "Frank",
+    "George",
+    "Helen",
+    "Jack",
+    "John",
+    "Julia",
+    "Karl",
+    "Laura",
+    "Maria",
+    "Mary",
+    "Nina",
+    "Peter",
+    "Sam",
+    "Sarah",
+    "Tom",
+    "Tim",
+    "Betty",
+    "Charlie",
+    "Cindy",
+    "Jenny",
+    "Jim",
+    "Kim",
+    "Linda",
+    "Mike",
+    "Paul",
+    "Rachel",
+    "Susan",
+)
 WORD = re.compile(r"[A-Za-z]{4,}")
 SENTENCES = re.compile(r"(?<=[.?!])\s+(?=[A-Z$\\])")
 ASKS = re.compile(
-    r"\?|\b(find|compute|determine|evaluate|calculate|prove|show that|what|how many|express|solve|simplify)\b",
+    r"\?|\b(find|compute|determine|evaluate|calculate|prove|show that|what|how many|express|solve)\b",
     re.IGNORECASE,
 )
 

@@ -99,7 +99,7 @@ class ScoreConfig(Section):
         4096, "prompts saved together; an interrupted pass loses one shard", at_least=1, result=False
     )
     features: list[Stored] = setting(
-        ["sae", "hidden"],
+        ["sae", "sae_mean", "hidden"],
         "kept of the forward pass; scalars and answer_logprob run the blocks after the SAE's layer, too",
         filled=True,
         distinct=True,
@@ -174,6 +174,9 @@ class DiversityConfig(Section):
         "weight of what the look of the text explains (LaTeX, drawings, length); 1: as of all else",
         at_least=0,
         at_most=1,
+    )
+    features: Literal["auto", "sae"] = setting(
+        "auto", "sae: pooled as score.reduce says; auto: their means where score.features keeps sae_mean"
     )
     svd: int = setting(64, "dense dimensions for k-means; 0 clusters the sparse rows themselves", at_least=0)
     polish: int = setting(3, "exact sparse spherical iterations after it", at_least=0)

@@ -2,9 +2,9 @@
 
 idf weights and unit rows -> truncated SVD -> k-means on the dense rows -> a few exact iterations of
 spherical k-means on the sparse rows themselves (``saerl_kernels.spherical_kmeans``), which with
-``svd=0`` does the whole work. Features that the look of a text explains (its LaTeX, its length) weigh less, so
-that clusters are of subjects. How much structure there is, is told by a silhouette next to that of
-the same data with every feature's rows permuted; the number of clusters can be chosen by it.
+``svd=0`` does the whole work. Features that the look of a text explains (its LaTeX, its length) weigh less,
+so that clusters are of subjects. How much structure there is, is told by a silhouette next to that of the
+same data with every feature's rows permuted; the number of clusters can be chosen by it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ NULL_ROWS = 2000  # rows of a sample on which a large pool is compared with its 
 NUMBA_WORK = 50_000_000  # multiply-adds of an assignment from which compiling numba's kernels pays
 LOOK_ROWS = 1 << 13  # rows on which the look of the texts is compared with the features
 COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # numbers of clusters that are tried
+LEAD = 0.02  # by which a silhouette has to be above the null's: the best of many is so by chance
 _ABSENT = ("no CUDA device", "cuML is not installed")  # nothing to warn of
 
 
@@ -51,13 +52,13 @@ def cluster_prompts(
 
     ``cfg.backend``: cuml (dense k-means on the GPU, sparse iterations by Triton), or scikit-learn's dense
     k-means with sparse iterations by numba, torch or scikit-learn's own k-means; auto takes cuML on a CUDA
-    machine that has it, else numba (or, without it, scikit-learn) when the data are large, else torch. The same
-    seed gives the same labels, by numba and torch alike, but not with cuML, whose sums are not ordered. Of more
-    than ``SAMPLE`` rows a sample is clustered, and every row takes the nearest of its clusters (metric
-    ``fitted_rows``). ``tasks`` [n] are only compared with the result (``purity``). ``texts`` gives the texts of
-    some rows: a feature whose variance their look (`text.look`) explains to a share of r weighs
+    machine that has it, else torch, or numba (without it, scikit-learn) when the data are large. The same
+    seed gives the same labels, by numba and torch alike, but not with cuML, whose sums are not ordered. Of
+    more than ``SAMPLE`` rows a sample is clustered, and every row takes the nearest of its clusters (metric
+    ``fitted_rows``). ``tasks`` [n] are only compared with the result (``purity``). ``texts`` gives the texts
+    of some rows: a feature whose variance their look (`text.look`) explains to a share of r weighs
     ``cfg.look + (1 - cfg.look) (1 - r)^2``. ``cfg.n_clusters="auto"`` takes the number in ``COUNTS`` whose
-    silhouette is furthest above the null's, or one cluster where none is above all of the null's rounds
+    silhouette is furthest above the null's, or one cluster where none is above all of its rounds and by ``LEAD``
     (metric ``tried``); Tibshirani, Walther and Hastie choose so by inertia (2001).
 
     Metrics: ``silhouette``, the simplified cosine silhouette in [-1, 1] (distances to centroids);
@@ -76,7 +77,7 @@ def cluster_prompts(
         rows = X.select_rows(torch.from_numpy(np.sort(chosen)))
     rows = weighted(rows, weights)
     backend = _backend(cfg.backend, rows.nnz * (COUNTS[-1] if cfg.n_clusters == "auto" else cfg.n_clusters))
-    tried: dict[str, Any] = {}
+    tried: list[list[float]] = []
     wanted = cfg.n_clusters if cfg.n_clusters != "auto" else _choose(rows, cfg, backend, tried)
     labels, centroids = _cluster(rows, wanted, cfg, backend)
     if n_rows > SAMPLE:
@@ -129,17 +130,17 @@ def _sample(rows: CSR, seed: int) -> CSR:
     return rows.select_rows(torch.from_numpy(np.sort(chosen)))
 
 
-def _choose(rows: CSR, cfg: DiversityConfig, backend: str, tried: dict[str, Any]) -> int:
-    """The number of clusters; ``tried`` takes each number's silhouette and those of the null."""
+def _choose(rows: CSR, cfg: DiversityConfig, backend: str, tried: list[list[float]]) -> int:
+    """The number of clusters; ``tried`` takes each number, its silhouette and that of the null."""
     sample = _sample(rows, cfg.seed)
     rng = np.random.default_rng([cfg.seed, rows.n_rows, 2])
     nulls = [permute_features(sample, rng) for _ in range(max(cfg.null_rounds, 2))]
-    best, lead = 1, 0.0
+    best, lead = 1, LEAD
     for count in COUNTS:
         if 4 * count > sample.n_rows:
             break
         found, *null = [silhouette(some, *_cluster(some, count, cfg, backend)) for some in (sample, *nulls)]
-        tried[str(count)] = {"silhouette": found, "null": float(np.mean(null))}
+        tried.append([count, found, float(np.mean(null))])
         if found > max(null) and found - np.mean(null) > lead:
             best, lead = count, float(found - np.mean(null))
     return best
