@@ -32,6 +32,8 @@ from saerl_fast.signals.features import ProbeMatrix
 from saerl_kernels import CSR
 
 COUNTS = (64, 128, 256, 512)
+SPREAD = (64, 128, 256)  # counts for which labels are also chosen by `spread`
+COVERED = 3  # draws on which the interval is tried
 PART = 256  # prompts kept together
 STORED = ("sae", "sae_mean", "sae_last", "hidden", "scalars", "answer_logprob")
 TEXTS = ("length", "text", "tfidf")
@@ -39,7 +41,6 @@ SETS: dict[str, tuple[str, ...]] = {
     **{kind: (kind,) for kind in (*TEXTS, "answer_text", *STORED, "random")},
     "prompt and answer text": (*TEXTS, "answer_text"),
     "prompt text + sae": (*TEXTS, "sae"),
-    "prompt text + hidden": (*TEXTS, "hidden"),
     "prompt text + sae + hidden": (*TEXTS, "sae", "hidden"),
     "default": (*TEXTS, "answer_text", "sae", "hidden"),
     "all": (*TEXTS, "answer_text", "sae", "hidden", "scalars", "answer_logprob"),
@@ -117,7 +118,7 @@ def table(bank: Bank, failed: np.ndarray, draws: int) -> dict[str, Any]:
                 made = {kind: blocks[kind] for kind in kinds}
                 fit = ridge.fit(made, seen, failed[seen])
                 scores[name].append(spearman(fit.predict(made, tested), failed[tested]))
-                if name == "default":
+                if name == "default" and draw < COVERED:
                     splits = list(KFold(5, shuffle=True, random_state=0).split(seen))
                     off = np.abs(
                         failed[seen] - np.clip(ridge.held_out(made, seen, failed[seen], splits), 0, 1)
@@ -125,6 +126,7 @@ def table(bank: Bank, failed: np.ndarray, draws: int) -> dict[str, Any]:
                     half = np.sort(off)[min(int(np.ceil(LEVEL * (count + 1))), count) - 1]
                     inside = np.abs(failed[tested] - np.clip(fit.predict(made, tested), 0, 1)) <= half
                     covered.append(float(inside.mean()))
+                if name == "default" and count in SPREAD:
                     best = candidates[spread(made, candidates, count)]
                     fit = ridge.fit(made, best, failed[best])
                     spread_out.append(spearman(fit.predict(made, tested), failed[tested]))
@@ -132,7 +134,9 @@ def table(bank: Bank, failed: np.ndarray, draws: int) -> dict[str, Any]:
             scores["elasticnet"].append(spearman(_fit_predict(*parts, DifficultyConfig())[0], failed[tested]))
         for name, values in scores.items():
             found[name][str(count)] = figures(values)
-        coverage[str(count)], chosen_by[str(count)] = figures(covered), figures(spread_out)
+        coverage[str(count)] = figures(covered)
+        if count in SPREAD:
+            chosen_by[str(count)] = figures(spread_out)
         print(count, {name: row[str(count)]["mean"] for name, row in found.items()}, flush=True)
     return {"tested": len(tested), "spearman": found, "coverage_of_80": coverage, "labels_spread": chosen_by}
 

@@ -2,7 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from saerl_fast.errors import SaerlError
+from saerl_fast.signals import features
 from saerl_fast.signals.shards import Shards
+from saerl_fast.signals.stored import Stored
 from saerl_kernels import CSR
 
 IDS = [f"p{i}" for i in range(23)]
@@ -66,3 +69,19 @@ def test_shards_filled_by_others_are_read(tmp_path):
     found = shards.collect(IDS, computing(calls))
     assert calls[2:] == [(10, 20)]
     torch.testing.assert_close(found["sae"].to_dense(), DENSE, rtol=0, atol=0)
+
+
+def test_more_rows_than_a_sample_stay_in_the_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "SAMPLE", 20)
+    shards = Shards(tmp_path, "m", 5)
+    found = shards.collect(IDS, computing([]))
+    prompt, answer = found["sae"], found["answer"]
+    assert isinstance(prompt, Stored) and isinstance(answer, Stored)
+    for start, stop in ((0, 23), (4, 6), (5, 10), (22, 23), (7, 7), (0, 0)):
+        torch.testing.assert_close(prompt.rows(start, stop).to_dense(), DENSE[start:stop], rtol=0, atol=0)
+    file = features.save_features(tmp_path / "whole.safetensors", answer, IDS)
+    expected = features.save_features(tmp_path / "same.safetensors", CSR.from_dense(DENSE * 2), IDS)
+    assert file.read_bytes() == expected.read_bytes()
+    shards.clear()
+    with pytest.raises(SaerlError, match="cannot be read"):
+        prompt.rows(0, 3)

@@ -10,7 +10,7 @@ import torch
 
 from saerl_fast.config import AdaptiveConfig
 from saerl_fast.signals.bank import Bank
-from saerl_fast.signals.features import SAMPLE, block, blocks, checked, svd_reduce, weighted
+from saerl_fast.signals.features import SAMPLE, Features, block, blocks, checked, svd_reduce, weighted
 from saerl_kernels import CSR, csr
 
 BLOCK = 1 << 14  # rows worked on at a time where all are
@@ -37,7 +37,7 @@ class Embedding(NamedTuple):
         return (dense - self.mean) * np.float32(self.scale)
 
 
-def embed(X: CSR, rows: np.ndarray, cfg: AdaptiveConfig, *, seed: int) -> Embedding:
+def embed(X: Features, rows: np.ndarray, cfg: AdaptiveConfig, *, seed: int) -> Embedding:
     """The embedding of the given rows of ``X``, in ascending order, fitted to them.
 
     With more than ``SAMPLE`` rows, frequencies and components are those of a sample of as many.

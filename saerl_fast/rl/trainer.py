@@ -40,6 +40,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import written
 from saerl_fast.records.lock import Lock, lock
 from saerl_fast.records.log import write_logs
+from saerl_fast.records.packed import Rows
 from saerl_fast.rl import checkpoint as ckpt
 from saerl_fast.rl import distributed, lora, seeds
 from saerl_fast.rl.clock import Clock
@@ -161,8 +162,8 @@ class Run:
         if (cfg.rollout.engine == "transformers") != (self.engine is generate):
             raise SaerlError(f"train.rollout.engine={cfg.rollout.engine} is not the engine given to train()")
         self.pool, self.tokenizer = self.session.train, self.session.tokenizer
-        self.row = {name: i for i, name in enumerate(self.pool.column("prompt_id"))}
-        unknown = [name for name in self.plan.prompt_ids if name not in self.row]
+        self.row = Rows(self.pool.column("prompt_id"))
+        unknown = self.row.lacking(self.plan.prompt_ids)
         if unknown:
             raise SaerlError(f"the plan has prompt {unknown[0]!r}, which the pool lacks; make the plan again")
         if distributed.size() > cfg.rollout.prompts_per_step:

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.signals.features import block, blocks
+from saerl_fast.signals.features import Features, block, blocks
 from saerl_fast.signals.ridge import Block, Fit
 from saerl_fast.signals.text import Tfidf, plain, surface
-from saerl_kernels import CSR
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -40,7 +39,7 @@ class Bank:
 
     def __init__(
         self,
-        X: CSR,
+        X: Features,
         prompts: Sequence[Any],
         kept: Mapping[str, Any] | None = None,
         answers: Sequence[Any] | None = None,
@@ -110,7 +109,7 @@ class Bank:
         return Tfidf(self.texts(np.sort(order)))
 
 
-def _activations(X: CSR, rows: Rows) -> csr_matrix:
+def _activations(X: Features, rows: Rows) -> csr_matrix:
     part = block(X, rows) if isinstance(rows, slice) else X.select_rows(torch.from_numpy(rows))
     return part.to_scipy()
 

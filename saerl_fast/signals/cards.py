@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from saerl_fast.signals.features import block, blocks, weighted
-from saerl_kernels import CSR
+from saerl_fast.signals.features import Features, block, blocks, weighted
 
 CARDS = 32  # the largest clusters
 FEATURES, EXAMPLES = 5, 3  # of a card; examples also of each feature
@@ -17,10 +16,10 @@ TEXT = 160  # characters of a prompt
 
 
 def cards(
-    X: CSR,
+    X: Features,
     weights: torch.Tensor,
     labels: np.ndarray,
-    ids: list[str],
+    ids: Sequence[str],
     texts: Callable[[np.ndarray], list[str]],
     signals: dict[str, np.ndarray],
 ) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ import torch
 
 from saerl_fast.config import DiversityConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.signals.features import SAMPLE, block, blocks, svd_reduce, weighted
+from saerl_fast.signals.features import SAMPLE, Features, block, blocks, rows_with, svd_reduce, weighted
 from saerl_fast.signals.text import look
 from saerl_kernels import CSR, csr, kmeans_assign, kmeans_update, spherical_kmeans
 from saerl_kernels.dispatch import has_numba
@@ -42,7 +42,7 @@ class ClusterResult(NamedTuple):
 
 
 def cluster_prompts(
-    X: CSR,
+    X: Features,
     cfg: DiversityConfig,
     *,
     tasks: Sequence[Any] | None = None,
@@ -69,13 +69,14 @@ def cluster_prompts(
     n_rows = X.n_rows
     if n_rows == 0:
         raise SaerlError("there are no prompts to cluster; check data.train and data.limit")
-    weights, rows = csr.idf(X), X
+    weights = csr.idf(X, 0.0, rows_with(X))
     if texts is not None and cfg.look < 1:
         weights = weights * _plain(X, weights, texts, cfg)
     if n_rows > SAMPLE:
         chosen = np.random.default_rng([cfg.seed, n_rows]).choice(n_rows, SAMPLE, replace=False)
-        rows = X.select_rows(torch.from_numpy(np.sort(chosen)))
-    rows = weighted(rows, weights)
+        rows = weighted(X.select_rows(torch.from_numpy(np.sort(chosen))), weights)
+    else:
+        rows = weighted(block(X, slice(0, n_rows)), weights)
     backend = _backend(cfg.backend, rows.nnz * (COUNTS[-1] if cfg.n_clusters == "auto" else cfg.n_clusters))
     tried: list[list[float]] = []
     wanted = cfg.n_clusters if cfg.n_clusters != "auto" else _choose(rows, cfg, backend, tried)
@@ -116,7 +117,9 @@ def cluster_prompts(
         if null:
             metrics.update(null_silhouette=float(np.mean(null)), null_max=float(np.max(null)))
     if tasks is not None:
-        names = np.unique(np.asarray([str(task) for task in tasks]), return_inverse=True)[1]
+        codes: dict[str, int] = {}
+        named = (codes.setdefault(str(task), len(codes)) for task in tasks)
+        names = np.fromiter(named, dtype=np.int64, count=n_rows)
         chance = np.random.default_rng(cfg.seed).permutation(labels)
         metrics.update(purity=purity(labels, names), purity_chance=purity(chance, names))
     return ClusterResult(labels.astype(np.int32), metrics, weights)
@@ -146,7 +149,9 @@ def _choose(rows: CSR, cfg: DiversityConfig, backend: str, tried: list[list[floa
     return best
 
 
-def _plain(X: CSR, idf: torch.Tensor, texts: Callable[[np.ndarray], list[str]], cfg: DiversityConfig) -> Any:
+def _plain(
+    X: Features, idf: torch.Tensor, texts: Callable[[np.ndarray], list[str]], cfg: DiversityConfig
+) -> Any:
     """Factors float32 [n_cols] by which features that the look of the texts explains weigh less."""
     some = np.sort(np.random.default_rng([cfg.seed, 7]).permutation(X.n_rows)[:LOOK_ROWS])
     marks = look(texts(some))

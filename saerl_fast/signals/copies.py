@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from saerl_fast.signals.features import SAMPLE, block, blocks, svd_reduce, weighted
+from saerl_fast.signals.features import SAMPLE, Features, block, blocks, rows_with, svd_reduce, weighted
 from saerl_fast.signals.text import NUMBER, TOKEN
-from saerl_kernels import CSR, csr
+from saerl_kernels import csr
 
 log = logging.getLogger(__name__)
 NAMED = 5  # copies that a message names
@@ -43,7 +43,7 @@ class Copies(NamedTuple):
 
 
 def find_copies(
-    X: CSR,
+    X: Features,
     texts: Sequence[str],
     answers: Sequence[Any],
     ids: Sequence[str],
@@ -141,13 +141,13 @@ def _alike(a: tuple[Counter[str], ...], b: tuple[Counter[str], ...]) -> bool:
 
 
 def _neighbours(
-    X: CSR, sizes: np.ndarray, least: float, seed: int
+    X: Features, sizes: np.ndarray, least: float, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Pairs (i, j) of rows whose cosine is at least ``least`` and whose texts' ``sizes`` may agree.
 
     Also how many rows had more of them than MOST, of which the nearest by the bound are given.
     """
-    idf, n = csr.idf(X), X.n_rows
+    idf, n = csr.idf(X, 0.0, rows_with(X)), X.n_rows
     some = np.sort(np.random.default_rng([seed, 6]).permutation(n)[:SAMPLE])
     fitted = weighted(X.select_rows(torch.from_numpy(some)), idf)
     components = svd_reduce(fitted, DIRECTIONS, seed)[1]

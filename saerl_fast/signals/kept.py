@@ -1,4 +1,5 @@
-"""Files of what a forward pass left of every prompt: CSR features, and arrays that are mapped into memory."""
+"""Files of what a forward pass left of every prompt: CSR features, and arrays that are mapped
+into memory."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.signals.features import load_features, save_features
+from saerl_fast.signals import features
+from saerl_fast.signals.features import open_features, save_features
+from saerl_fast.signals.stored import AGAIN, Stored
 
-Parts = Mapping[str, Any]  # name -> CSR or float32 [n, columns]
-AGAIN = "make it again with `saerl score`"
+Parts = Mapping[str, Any]  # name -> CSR, Stored or float32 [n, columns]
 ENDS = (".safetensors", ".npy")
 
 
@@ -33,9 +35,9 @@ def save_part(path: Path, rows: Any, ids: Sequence[str]) -> None:
 
 
 def load_part(path: Path, ids: Sequence[str]) -> Any:
-    """What `save_part` wrote, an array memory-mapped; SaerlError for a damaged file."""
+    """What `save_part` wrote: `Stored`, or an array memory-mapped; SaerlError for a damaged file."""
     if path.suffix != ".npy":
-        return load_features(path, ids)
+        return open_features(path, ids)
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as err:
@@ -43,6 +45,13 @@ def load_part(path: Path, ids: Sequence[str]) -> Any:
     if rows.ndim != 2 or rows.dtype != np.float32 or len(rows) != len(ids):
         shown = f"{rows.dtype} {list(rows.shape)}"
         raise SaerlError(f"{path} holds {shown}, not a float32 row for each of {len(ids)} prompts; {AGAIN}")
+    return rows
+
+
+def in_memory(rows: Any) -> Any:
+    """CSR that lies in files, unless it has more than ``SAMPLE`` rows, in memory; anything else as it is."""
+    if isinstance(rows, Stored) and rows.n_rows <= features.SAMPLE:
+        return rows.rows(0, rows.n_rows)
     return rows
 
 

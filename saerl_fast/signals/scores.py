@@ -14,36 +14,30 @@ import numpy as np
 
 from saerl_fast.config import Config, QualityConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import read_json, read_table
+from saerl_fast.fileio import read_json
 from saerl_fast.records import manifest
+from saerl_fast.records.packed import Packed
 from saerl_fast.signals.bank import Bank
 from saerl_fast.signals.cards import cards
 from saerl_fast.signals.clusters import cluster_prompts
 from saerl_fast.signals.copies import find_copies
 from saerl_fast.signals.difficulty import fit_difficulty
-from saerl_fast.signals.features import checked, load_features, save_features
-from saerl_fast.signals.kept import Parts, load_part, save_part, suffix
+from saerl_fast.signals.features import Features, checked, open_features, save_features
+from saerl_fast.signals.kept import Parts, in_memory, load_part, save_part, suffix
 from saerl_fast.signals.quality import fit_quality
+from saerl_fast.signals.stored import Stored
+from saerl_fast.signals.table import SCORE_COLUMNS, Table, arrow_type, score_array, write_table
 
 if TYPE_CHECKING:
     from saerl_fast.prompts.pool import Pool
     from saerl_fast.session import Session
     from saerl_fast.signals.shards import Compute, Shards
-    from saerl_kernels import CSR
 
 log = logging.getLogger(__name__)
 FORMAT = "saerl-scores-1"
 SUMMARY = {"format": str, "n_prompts": int, "features": (None, str), "metadata": dict}  # of scores.json
 ANSWER = 256  # tokens of an answer that its log-probability is of
 TIMED = ("seconds", "difficulty_labels", "sae")  # metadata that a second time differ; in scores.json alone
-# The columns this package adds. A float is NaN (null on disk) where the signal is not known.
-SCORE_COLUMNS = {
-    "saerl_cluster": np.int32,
-    "saerl_difficulty": np.float32,
-    "saerl_quality": np.float32,
-    "saerl_pass_rate": np.float32,
-    "saerl_copy_of": np.int32,  # the row that this one repeats, or -1
-}
 
 
 @dataclass
@@ -55,10 +49,10 @@ class Scores:
     by name: CSR, or float32 [n, columns] (see `bank_pass`).
     """
 
-    columns: dict[str, Any]
+    columns: Mapping[str, Any]
     metadata: dict[str, Any] = field(default_factory=dict)
-    features: CSR | None = None
-    kept: Parts = field(default_factory=dict)
+    features: Features | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if "prompt_id" not in self.columns:
@@ -69,26 +63,23 @@ class Scores:
                 raise SaerlError(
                     f"score column {name!r} has {len(column)} rows but there are {count} prompts"
                 )
-        if self.features is not None and len(self.features.indptr) - 1 != count:
-            raise SaerlError(f"{len(self.features.indptr) - 1} feature rows cannot belong to {count} prompts")
+        if self.features is not None and self.features.n_rows != count:
+            raise SaerlError(f"{self.features.n_rows} feature rows cannot belong to {count} prompts")
 
     def __len__(self) -> int:
         return len(self.columns["prompt_id"])
 
     @property
-    def prompt_ids(self) -> list[str]:
-        return [str(name) for name in self.columns["prompt_id"]]
+    def prompt_ids(self) -> Sequence[str]:
+        ids = self.columns["prompt_id"]
+        return ids if isinstance(ids, Packed) else [str(name) for name in ids]
 
     def column(self, name: str) -> np.ndarray | None:
         """A score column in its dtype, [n]; None when it is absent or unknown throughout."""
         if name not in self.columns:
             return None
-        dtype = SCORE_COLUMNS.get(name)
-        values = [np.nan if value is None else value for value in self.columns[name]]
-        if dtype is np.int32:
-            return np.array(values, dtype=np.int32)
-        array = np.array(values, dtype=dtype)
-        return array if np.isfinite(array).any() else None
+        array = score_array(self.columns[name], SCORE_COLUMNS.get(name))
+        return array if array.dtype == np.int32 or np.isfinite(array).any() else None
 
     def bank(self) -> Bank:
         """The kinds of features that probes and plans read, by name; SaerlError without features."""
@@ -101,16 +92,14 @@ class Scores:
         """Write scores.parquet, scores.json and, with features, features.safetensors; ``kept`` as bank.*; the
         folder.
 
-        ``made``: what ``manifest.json`` says of them beside their hashes.
+        ``made``: what ``manifest.json`` says of them beside their hashes. Features that lie in files are
+        read from the new one from then on.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         folder = Path(run_dir)
-        arrays = {name: to_arrow(name, column) for name, column in self.columns.items()}
+        types = {name: arrow_type(name, column) for name, column in self.columns.items()}
         told = {key: value for key, value in self.metadata.items() if key not in TIMED}
         told_text = json.dumps(told, allow_nan=False)
-        table = pa.table(arrays).replace_schema_metadata({"saerl": told_text, "saerl_format": FORMAT})
+        about = {"saerl": told_text, "saerl_format": FORMAT}
         summary = {"format": FORMAT, "n_prompts": len(self), "columns": list(self.columns)}
         summary["features"] = None if self.features is None else "features.safetensors"
         files = {name: f"bank.{name}{suffix(rows)}" for name, rows in self.kept.items()}
@@ -121,15 +110,22 @@ class Scores:
                 save_features(new("features.safetensors"), self.features, self.prompt_ids)
             for name, file in files.items():
                 save_part(new(file), self.kept[name], self.prompt_ids)
-            pq.write_table(table, new("scores.parquet"))
+            write_table(new("scores.parquet"), self.columns, types, about)
             new("scores.json").write_text(text)
+        if isinstance(self.features, Stored):
+            self.features = open_features(folder / "features.safetensors")
+        for name, rows in self.kept.items():
+            if isinstance(rows, (Stored, np.memmap)):  # in shards that may be removed
+                self.kept[name] = load_part(folder / files[name], self.prompt_ids)
         return folder
 
     @classmethod
     def load(cls, run_dir: str | Path) -> Scores:
         """What ``save`` wrote; checked against its hashes in a folder that has a ``manifest.json``.
 
-        Raises SaerlError when a file is missing, damaged, of other prompts, or not of one writing.
+        The ids and scores are read, the pool's own columns when they are asked for. Features of more than
+        ``SAMPLE`` rows stay in their file. Raises SaerlError when a file is missing, damaged, of other
+        prompts, or not of one writing.
         """
         folder = Path(run_dir)
         manifest.check(folder, "scores", "saerl score")
@@ -139,49 +135,23 @@ class Scores:
         file = folder / "scores.parquet"
         if not file.is_file():
             raise SaerlError(f"{file} does not exist; make it with `saerl score`")
-        again = "make it again with `saerl score`"
-        columns: dict[str, Any] = read_table(file, again)
-        rows = len(next(iter(columns.values()), []))
-        if rows != summary["n_prompts"]:
+        columns = Table(file, "make it again with `saerl score`")
+        if columns.rows != summary["n_prompts"]:
             raise SaerlError(
-                f"{file} has {rows} rows but scores.json {summary['n_prompts']}; run `saerl score` again"
+                f"{file} has {columns.rows} rows but scores.json {summary['n_prompts']}; "
+                "run `saerl score` again"
             )
-        for name in SCORE_COLUMNS.keys() & columns.keys():
-            values = [np.nan if value is None else value for value in columns[name]]
-            try:
-                columns[name] = np.array(values, dtype=SCORE_COLUMNS[name])
-            except (TypeError, ValueError, OverflowError) as err:
-                raise SaerlError(f"{file} is damaged (column {name}: {err}); {again}") from None
-        features = None
+        features: Features | None = None
         if summary["features"] is not None:
-            features = load_features(folder / "features.safetensors", columns.get("prompt_id"))
+            features = open_features(folder / "features.safetensors", columns.get("prompt_id"))
         files, ids = summary.get("bank", {}), columns.get("prompt_id", [])
-        kept = {name: load_part(folder / Path(file).name, ids) for name, file in files.items()}
-        return cls(columns, summary["metadata"], features, kept)
-
-
-def to_arrow(name: str, column: Any) -> Any:
-    """A column as an Arrow array; SaerlError for one that Parquet cannot hold."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        if name in SCORE_COLUMNS:
-            return pa.array(np.asarray(column, SCORE_COLUMNS[name]), from_pandas=True)
-        array = pa.array(column)
-        pq.write_table(pa.table({name: array[:1]}), pa.BufferOutputStream())  # not every type can be
-        return array
-    except Exception as err:  # Arrow's own, and OverflowError for an integer beyond 64 bits
-        reason = " ".join(str(err).split())
-        raise SaerlError(
-            f"column {name!r} cannot be written to Parquet ({reason}); leave it out of the pool, or write it "
-            "as text"
-        ) from err
+        kept = {name: in_memory(load_part(folder / Path(file).name, ids)) for name, file in files.items()}
+        return cls(columns, summary["metadata"], in_memory(features), kept)
 
 
 def score_features(
     pool: Pool,
-    prompt_features: CSR,
+    prompt_features: Features,
     kept: Parts | None,
     config: Config,
     pass_rates: Any | None = None,
@@ -235,7 +205,7 @@ def score_features(
     clusters.metrics["cards"] = cards(read, clusters.weights, clusters.labels, ids, bank.texts, known_of)
     lap("clusters")
 
-    active = len(prompt_features.indices) / count
+    active = prompt_features.nnz / count
     metadata = {
         "n_prompts": count,
         "quality": quality.metrics,

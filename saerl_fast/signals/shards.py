@@ -12,8 +12,8 @@ from typing import Any
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import atomic_path, written
 from saerl_fast.records.manifest import digest
-from saerl_fast.signals.kept import Parts, join_arrays, load_part, save_part, suffix
-from saerl_kernels import CSR
+from saerl_fast.signals.kept import Parts, in_memory, join_arrays, load_part, save_part, suffix
+from saerl_fast.signals.stored import Stored
 
 log = logging.getLogger(__name__)
 Compute = Callable[[int, int, Callable[[int, int], None] | None], Parts]
@@ -48,9 +48,10 @@ class Shards:
         compute: Compute,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Parts:
-        """All rows: shards on the disk are read, the others come from ``compute(start, end, progress)``.
+        """All rows: shards on the disk are used, the others come from ``compute(start, end, progress)``.
 
-        Arrays of several shards are one memory-mapped file in the folder.
+        Arrays of several shards are one memory-mapped file in the folder; more than ``SAMPLE`` rows of CSR
+        stay in the shards.
         """
         parts: list[Parts] = []
         total = len(prompt_ids)
@@ -59,8 +60,9 @@ class Shards:
             found = self._read(start, ids)
             if found is None:
                 found = compute(start, end, self._shifted(on_progress, start, total))
-                if total > self.size:  # a single shard is over too soon to be worth a file
-                    self._write(start, ids, found)
+                if total <= self.size:  # a single shard is over too soon to be worth a file
+                    return found
+                found = self._write(start, ids, found)
             parts.append(found)
             if on_progress is not None:
                 on_progress(end, total)
@@ -71,13 +73,16 @@ class Shards:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _joined(self, name: str, parts: list[Any]) -> Any:
-        if len(parts) == 1:
-            return parts[0]
-        return CSR.concat(parts) if isinstance(parts[0], CSR) else join_arrays(self.folder / name, parts)
+        if not isinstance(parts[0], Stored):
+            return parts[0] if len(parts) == 1 else join_arrays(self.folder / name, parts)
+        widths = {part.n_cols for part in parts}
+        if len(widths) > 1:
+            raise SaerlError(f"shards of features have {sorted(widths)} columns; remove the folder of shards")
+        return in_memory(Stored([file for part in parts for file in part.parts], parts[0].n_cols))
 
     def _read(self, start: int, ids: Sequence[str]) -> Parts | None:
         """The shard where its files have the content that their names tell; None where it is to be made."""
-        found: Parts = {}
+        found: dict[str, Any] = {}
         count = 0
         for file in sorted(self.folder.glob(f"{start:09d}.*.*")):
             try:
@@ -90,8 +95,9 @@ class Shards:
                 file.unlink(missing_ok=True)
         return found if count and len(found) == count else None
 
-    def _write(self, start: int, ids: Sequence[str], parts: Parts) -> None:
+    def _write(self, start: int, ids: Sequence[str], parts: Parts) -> Parts:
         """A file for each part: its name, of how many it is one, and the start of its SHA-256."""
+        made = {}
         for name, rows in parts.items():
             plain = self.folder / f"{start:09d}.{name}"
             with atomic_path(plain) as temporary:
@@ -99,6 +105,8 @@ class Shards:
                 told = f"{name}-{len(parts)}-{digest(temporary)[:16]}{suffix(rows)}"
             os.replace(plain, self.folder / f"{start:09d}.{told}")
             written[self.folder / f"{start:09d}.{told}"] = None
+            made[name] = load_part(self.folder / f"{start:09d}.{told}", ids)
+        return made
 
     def _shifted(
         self, on_progress: Callable[[int, int], None] | None, start: int, total: int

@@ -200,7 +200,8 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
     """
     from saerl_fast.rl.generate import prove
     from saerl_fast.rl.rewards.dry import try_reward
-    from saerl_fast.signals.scores import Scores, label_columns, score, to_arrow
+    from saerl_fast.signals.scores import Scores, label_columns, score
+    from saerl_fast.signals.table import arrow_type
 
     if redo:
         set_aside(config, echo)
@@ -217,7 +218,7 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
         prove(session.model, session.tokenizer)
     label_columns(session.train, config)  # before an SAE is trained
     for name, column in session.train.columns.items():
-        to_arrow(name, column)
+        arrow_type(name, column)
     sae = find_sae(config, echo, session)
     entry = made_from(config, SCORE_SECTIONS)
     entry["inputs"]["sae_weights"] = sae_weights(config)
