@@ -33,6 +33,9 @@ LEAD = 0.02  # by which a silhouette has to be above the null's: the best of man
 _ABSENT = ("no CUDA device", "cuML is not installed")  # nothing to warn of
 
 
+Texts = Callable[[np.ndarray], list[str]]  # of these rows
+
+
 class ClusterResult(NamedTuple):
     """labels int32 [n], 0 ... K - 1, every label in use; metrics; the features' weights float32 [d_sae]."""
 
@@ -46,7 +49,7 @@ def cluster_prompts(
     cfg: DiversityConfig,
     *,
     tasks: Sequence[Any] | None = None,
-    texts: Callable[[np.ndarray], list[str]] | None = None,
+    texts: Texts | None = None,
 ) -> ClusterResult:
     """Cluster the rows of the pooled features ``X`` [n, d_sae], unweighted as pooled.
 
@@ -58,8 +61,8 @@ def cluster_prompts(
     ``fitted_rows``). ``tasks`` [n] are only compared with the result (``purity``). ``texts`` gives the texts
     of some rows: a feature whose variance their look (`text.look`) explains to a share of r weighs
     ``cfg.look + (1 - cfg.look) (1 - r)^2``. ``cfg.n_clusters="auto"`` takes the number in ``COUNTS`` whose
-    silhouette is furthest above the null's, or one cluster where none is above all of its rounds and by ``LEAD``
-    (metric ``tried``); Tibshirani, Walther and Hastie choose so by inertia (2001).
+    silhouette is furthest above the null's, or one cluster where none is above all of its rounds and by
+    ``LEAD`` (metric ``tried``); Tibshirani, Walther and Hastie choose so by inertia (2001).
 
     Metrics: ``silhouette``, the simplified cosine silhouette in [-1, 1] (distances to centroids);
     ``null_silhouette``, its mean over ``cfg.null_rounds`` permutations of each feature's rows, and
@@ -151,7 +154,7 @@ def _choose(rows: CSR, cfg: DiversityConfig, backend: str, tried: list[list[floa
 
 def _plain(
     X: Features, idf: torch.Tensor, texts: Callable[[np.ndarray], list[str]], cfg: DiversityConfig
-) -> Any:
+) -> torch.Tensor:
     """Factors float32 [n_cols] by which features that the look of the texts explains weigh less."""
     some = np.sort(np.random.default_rng([cfg.seed, 7]).permutation(X.n_rows)[:LOOK_ROWS])
     marks = look(texts(some))
