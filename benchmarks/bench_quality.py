@@ -156,7 +156,7 @@ def answer_scores(work: Path, model: str, dtype: str, prompts: int = 200, sample
     from saerl_fast.models import load_model
 
     rows = [json.loads(line) for line in (work / "pool.jsonl").read_text().splitlines()]
-    sound = [row for row in rows if row["part"] == "sound" and len(row["problem"]) < 600]
+    sound = [row for row in rows if row.get("part") == "sound" and len(row["problem"]) < 600]
     chosen = random.Random(5).sample(sound, prompts)
     net, tokenizer = load_model(ModelConfig(path=model, dtype=dtype))
     net.eval()
@@ -210,7 +210,7 @@ def quality(bank: Bank, rows: list[dict[str, Any]], draws: int) -> dict[str, Any
     one, tested on that one, the mean over ways.
     """
     kind, way = (np.array([row[name] for row in rows]) for name in ("kind", "way"))
-    sound = np.flatnonzero(np.array([row["part"] == "sound" for row in rows]))
+    sound = np.flatnonzero(np.array([row.get("part") == "sound" for row in rows]))
     seen_kinds = [name for name in DEFECTS if name != "wrong_answer"]
     bad = np.flatnonzero(np.isin(kind, list(DEFECTS)))
     at = np.r_[sound, bad]

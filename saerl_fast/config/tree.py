@@ -84,10 +84,19 @@ class SAEConfig(Section):
     aux_k: int = setting(32, "dead features that also explain the residual; 0 turns this off", at_least=0)
     dead_after: int = setting(200, "steps without firing after which a feature counts as dead", at_least=0)
     max_tokens: int = setting(200_000, "activations kept in memory for training", at_least=1)
+    stream: bool = setting(
+        False, "capture the next max_tokens whenever those in memory are used up; false: the same again"
+    )
+    normalize: Literal["variance", "none", "layer_norm", "constant_norm_rescale"] = setting(
+        "variance", "of inputs: one centre and scale, folded into the weights; or SAELens' for each token"
+    )
+    init: str | None = setting(None, "SAE to go on from, named as `path` is, with d_sae features")
     sink_ratio: float = setting(10.0, "leave out tokens over so many median norms; 0 keeps all", at_least=0)
     seed: int = setting(0, "of its weights and batches", **SEED)
 
     def conflict(self) -> str | None:
+        if self.path is not None and self.init is not None:
+            return f"sae.init={self.init} is for training, and sae.path={self.path} names an SAE; unset one"
         return f"sae.k={self.k} must be at most sae.d_sae={self.d_sae}" if self.k > self.d_sae else None
 
 

@@ -118,6 +118,13 @@ def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> list[str]:
     if not uses_template(tokenizer, cfg):
         if cfg.chat_template_kwargs:
             raise SaerlError("data.chat_template_kwargs needs a chat template, and none is used; unset it")
+        chats = sum(not isinstance(p, str) for p in prompts)
+        if chats and cfg.chat != "never":
+            log.warning(
+                "the tokenizer has no chat template: the messages of %d prompts are joined by blank lines, "
+                "without their roles; data.chat=never says that this is wanted",
+                chats,
+            )
         plain = (p if isinstance(p, str) else "\n\n".join(m["content"] for m in p) for p in prompts)
         return [text + cfg.prefill for text in plain]
     try:

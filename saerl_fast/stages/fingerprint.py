@@ -89,15 +89,17 @@ def fingerprint(config: Config, sections: tuple[str, ...], *, without: tuple[str
 def inputs(config: Config, sections: tuple[str, ...]) -> dict[str, Any]:
     """What a stage reads beside its settings, each by a hash of its content.
 
-    ``prompts``: the training rows; ``eval``, for a run: those it is evaluated on. ``model``, ``sae``: all
-    files of a local one; one of the hub is known by its name, and is left out. ``functions``: the files of
-    each ``module:function``.
+    ``prompts``: the training rows; ``eval``, for a run: those it is evaluated on. ``model``, ``sae``,
+    ``init``: all files of a local one; one of the hub is known by its name, and is left out. ``functions``:
+    the files of each ``module:function``.
     """
     train, evaluation = load_pools(config)
     found: dict[str, Any] = {"prompts": train.digest}
     if "train" in sections:
         found["eval"] = evaluation.digest
-    named = {"model": config.model.path, "sae": config.sae.path if "sae" in sections else None}
+    named: dict[str, str | None] = {"model": config.model.path}
+    if "sae" in sections:
+        named |= {"sae": config.sae.path, "init": config.sae.init}
     for name, path in named.items():
         if path and (files := _contents(Path(path).expanduser(), Path(config.run_dir))):
             found[name] = manifest.json_digest(files)
