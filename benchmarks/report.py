@@ -201,7 +201,7 @@ def memory_table(table: Table) -> list[str]:
 
 
 def figure_table(table: Table) -> list[str]:
-    """What was measured beside time and memory, one row for a contender in a shape; nothing where nothing was."""
+    """What was measured beside time and memory, a row for each contender; nothing where nothing was."""
     found = dict.fromkeys(key for row in table.rows for found in row.contenders.values() for key in found)
     names = [name for name in found if f"{name} sd" in found]
     if not names:
