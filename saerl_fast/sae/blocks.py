@@ -41,6 +41,17 @@ def forward_to(model: nn.Module, layer: int, ids: Tensor) -> Tensor:
     return kept[0]
 
 
+def forward_through(model: nn.Module, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states [B, T, d_in] of a layer, and logits [B, T, V], of one forward pass."""
+    kept: list[Tensor] = []
+    handle = on_layer(decoder(model)[1], layer, kept.append)
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    return kept[0], logits
+
+
 def on_layer(layers: nn.ModuleList, layer: int, use: Callable[[Tensor], Tensor | None]) -> Any:
     """Call ``use`` with the hidden states of a layer whenever a forward pass makes them.
 

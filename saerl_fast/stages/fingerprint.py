@@ -33,6 +33,12 @@ LABELS = (  # what the labels depend on beyond their own section and the seed: t
     "train.reward_truncated",
     "train.pass_threshold",
 )
+WARMUP = ("train.warmup.steps", "train.warmup.batch_size", "train.warmup.lr", "train.warmup.rows")
+
+
+def after_warmup(config: Config) -> bool:
+    """Whether labels are rollouts of a model that has gone through the warm-up."""
+    return config.difficulty.after_warmup and config.train.warmup.steps > 0
 
 
 def training_seed(config: Config) -> int:
@@ -73,6 +79,8 @@ def fingerprint(config: Config, sections: tuple[str, ...], *, without: tuple[str
     if "labels" in sections and config.difficulty.label_column is None and config.difficulty.n_labels:
         plain = dict(flat(to_dict(config)))
         tree["labels"] = {key.rpartition(".")[2]: plain[key] for key in LABELS} | {"seed": config.seed}
+        if after_warmup(config):
+            tree["labels"]["warmup"] = {key: plain[key] for key in WARMUP} | {"seed": training_seed(config)}
     if "score" in sections:
         tree["seed"] = config.seed
     return manifest.json_digest(tree | {"inputs": inputs(config, sections)})[:16]
@@ -192,7 +200,7 @@ def _covered(tree: dict[str, Any], sections: tuple[str, ...], without: tuple[str
     """What a fingerprint covers of the config ``tree``, by full key."""
     plain = dict(flat(settings(tree, sections, without)))
     if "labels" in sections:
-        plain |= {key: value for key, value in flat({"train": tree["train"]}) if key in LABELS}
+        plain |= {key: value for key, value in flat({"train": tree["train"]}) if key in LABELS + WARMUP}
     plain["seed"] = tree.get("seed")
     if plain.get("train.seed", 0) is None:
         plain["train.seed"] = plain["seed"]

@@ -48,9 +48,12 @@ from saerl_fast.stages.preflight import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from saerl_fast.plan import Plan
     from saerl_fast.prompts.render import Prompts
     from saerl_fast.sae.model import SAE
+    from saerl_fast.signals.bank import Bank
     from saerl_fast.signals.scores import Scores
     from saerl_fast.signals.shards import Shards
 
@@ -238,7 +241,8 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
     """
     from saerl_fast.rl.generate import prove
     from saerl_fast.rl.rewards.dry import try_reward
-    from saerl_fast.signals.scores import Scores, label_columns, score, to_arrow
+    from saerl_fast.signals.scores import Scores, label_columns, score
+    from saerl_fast.signals.table import arrow_type
 
     if redo:
         set_aside(config, echo)
@@ -255,14 +259,21 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
         prove(session.model, session.tokenizer)
     label_columns(session.train, config)  # before an SAE is trained
     for name, column in session.train.columns.items():
-        to_arrow(name, column)
+        arrow_type(name, column)
     sae = find_sae(config, echo, session)
     entry = made_from(config, SCORE_SECTIONS)
     entry["inputs"]["sae_weights"] = sae_weights(config)
-    labels, label_costs = difficulty_labels(config, echo, session)
+    costs: dict[str, float] = {}
+
+    def labels(bank: Bank | None = None) -> np.ndarray | None:
+        rates, found = difficulty_labels(config, echo, session, bank)
+        costs.update(found)
+        return rates
+
+    rates = labels if rolled_out and config.difficulty.choose == "spread" else labels()
     shards, bar = score_shards(config, sae), echo.bar("features", "prompt")
-    scores = score(session, sae, config, pass_rates=labels, on_progress=bar, shards=shards)
-    scores.metadata["difficulty_labels"] = label_costs
+    scores = score(session, sae, config, pass_rates=rates, on_progress=bar, shards=shards)
+    scores.metadata["difficulty_labels"] = costs
     trained = Path(config.run_dir) / "sae" / "train.json"
     if config.sae.path is None and trained.is_file():
         scores.metadata["sae"] = read_json(trained, "saerl sae train")
