@@ -66,6 +66,17 @@ def test_answers_are_found_in_every_usual_form(generator):
             assert one(form.format(entry["answer"]), rg_entry=json.dumps(entry, default=str)) == 1, name
 
 
+@pytest.mark.parametrize(
+    "name", ["rearc", "acre", "list_functions"]
+)  # grids of tuples; all questions at once
+def test_generators_of_other_ways_accept_their_answers(name):
+    pytest.importorskip("reasoning_gym")
+    pool = load_prompts(f"reasoning-gym:{name}", DataConfig(size=2))
+    for answer, entry in zip(pool.column("answer"), pool.column("rg_entry"), strict=True):
+        assert one(f"<answer>\n{answer}\n</answer>", rg_entry=entry) == 1
+        assert one(f"<answer>\n{answer[:-1]}\n</answer>", rg_entry=entry) == 0
+
+
 def test_a_full_stop_that_ends_a_sentence_is_no_part_of_the_answer():
     pytest.importorskip("reasoning_gym")
     pool = load_prompts("reasoning-gym:chain_sum@0", DataConfig(size=1))

@@ -56,6 +56,10 @@ _WORD = re.compile(
     r"(?<![\\a-zA-Z])(?:[a-zA-Z]{3,}|is|of|to|in|so|or|we|it|as|at|by|if|on|he|My|cm|km|kg)(?![a-zA-Z(])"
 )
 _MEASURE = re.compile(r"[-+$(\[{\\]*\d[\d.,/]*\s*\S{1,12}(?:\s\S{1,12}){0,3}$")  # a number and its unit
+_SUM = re.compile(  # of two measures, at the end: 2 hours and 15 minutes
+    r"(?<![\d.])\d[\d.]*\s[a-zA-Z]+(?:,\s|\sand\s|\s)(?:and\s)?\d[\d.]*\s[a-zA-Z]+(?=\W*$)"
+)
+NEAR = 300  # characters around a number that are looked at
 _OR_AND = re.compile(r"\b(?:or|and)\b")
 _JOINED = re.compile(r"\s*\(?\s*(?:,|and|or|to)\s*(?:and|or)?\s*")
 # Before a number: it is denied, or a bound of what is meant.
@@ -247,7 +251,7 @@ def last_expression(text: str) -> str | None:
         and not _WORD.search(_OR_AND.sub(" ", tail))
     ):
         return tail if "$" not in tail else _value(tail, -1)
-    parts = re.findall(r"\d[\d.]*\s[a-zA-Z]+(?:,\s|\sand\s|\s)(?:and\s)?\d[\d.]*\s[a-zA-Z]+(?=\W*$)", line)
+    parts = _SUM.findall(line)
     return parts[0] if parts and measure(parts[0]) else _value(text, -1)
 
 
@@ -266,23 +270,28 @@ def _value(text: str, which: int) -> str | None:
     found = numbers(read)
     if not found:
         return text if which == 0 else None
-    start, end = _whole(read, found[which].start, found[which].end)
+    read = read[max(0, found[which].start - NEAR) : found[which].end + NEAR]
+    found = numbers(read)
     if which == 0:
+        start, end = _whole(read, found[0].start, found[0].end)
         next_to = [n for n in found if n.start >= end][:1]
         if next_to and _JOINED.fullmatch(read[end : next_to[0].start]) or _BOUND.search(read[:start]):
             return text  # several numbers are no one answer, and a bound is none
-    elif denied := _DENIED.search(read[:start]):
-        return _value(read[: denied.start()], -1) if denied["other"] else None
-    else:
-        for number in reversed([n for n in found if n.end <= start]):  # "-2, 0 and 5" is a list
-            between = read[number.end : start]
-            if not _JOINED.fullmatch(between) or "to" in between or "(" in between:
-                break
-            if not re.search("and|or", read[number.end : end]):
-                break
-            start = number.start
-        if re.search(r"\b(?:between|from)\s+$", read[:start]) and re.search("and|or", read[start:end]):
+        return read[start:end].strip().rstrip(".,;:?\"'").strip()
+    while denied := _DENIED.search(read[: found[-1].start]):  # "7, not 8"
+        found.pop()
+        if not denied["other"] or not found:
             return None
+    start, end = _whole(read, found[-1].start, found[-1].end)
+    for number in reversed([n for n in found if n.end <= start]):  # "-2, 0 and 5" is a list
+        between = read[number.end : start]
+        if not _JOINED.fullmatch(between) or "to" in between or "(" in between:
+            break
+        if not re.search("and|or", read[number.end : end]):
+            break
+        start = number.start
+    if re.search(r"\b(?:between|from)\s+$", read[:start]) and re.search("and|or", read[start:end]):
+        return None
     return read[start:end].strip().rstrip(".,;:?\"'").strip()
 
 

@@ -341,7 +341,9 @@ def _named(text: str) -> dict[str, str]:
     else; empty for anything else."""
     if whole := re.fullmatch(r"\(\s*(\w(?:\s*,\s*\w)+)\s*\)\s*=\s*\((.*)\)", text):
         letters, inner = whole[1].split(","), _split(whole[2], ",")
-        text = ",".join(map("=".join, zip(letters, inner, strict=False))) if len(letters) == len(inner) else ""
+        text = (
+            ",".join(map("=".join, zip(letters, inner, strict=False))) if len(letters) == len(inner) else ""
+        )
     parts = [
         part.split("=") for part in _split(re.sub(r"\s(?:and|\\land)\s", ",", text), ",;") if part.strip()
     ]
