@@ -61,7 +61,7 @@ _SUM = re.compile(  # of two measures, at the end: 2 hours and 15 minutes
 )
 NEAR = 300  # characters around a number that are looked at
 _OR_AND = re.compile(r"\b(?:or|and)\b")
-_JOINED = re.compile(r"\s*\(?\s*(?:,|and|or|to)\s*(?:and|or)?\s*")
+_JOINED = re.compile(r"\s*\(?\s*(?:,|and|or|to)\s*(?:and|or)?\s*(?:perhaps|maybe|possibly)?\s*")
 # Before a number: it is denied, or a bound of what is meant.
 _DENIED = re.compile(
     r"(?P<other>(?:,|\bbut)\s+)?(?:\bnot|n't|\bcannot|\bnever)\s+(?:(?:be|by|of|in|at|to|equals?(?:\s+to)?)\s+)?[$\\(]*$",

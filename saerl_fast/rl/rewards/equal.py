@@ -85,6 +85,8 @@ def _same(one: str, gold: str, depth: int = 0) -> bool:
         one = _core(one, gold)
         if _text(one) == _text(gold):
             return True
+    if ":" in gold:
+        one = re.sub(r"(?<=\d)\s+to\s+(?=\d)", ":", one)  # a ratio
     for agree in (_same_base, same_date, same_clock, _same_measure):
         found = agree(one, gold)
         if found is not None:
