@@ -6,7 +6,8 @@ import torch
 
 from saerl_fast.config import AdaptiveConfig, PlanConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.plan import base, build, build_plan, embedding, load_plan, save_plan
+from saerl_fast.plan import build, build_plan, embedding, load_plan, save_plan, wide
+from saerl_fast.records import packed
 from saerl_fast.signals import features
 from saerl_fast.signals.scores import Scores
 from saerl_kernels import CSR
@@ -242,7 +243,9 @@ def test_a_state_is_restored_into_a_plan_that_has_moved_on():
 
 def test_a_large_pool_is_trained_on_alike_and_resumes_to_the_same_batches(monkeypatch, tmp_path):
     """Through a plan file, with refreshed features, from any point: its index need not be saved."""
-    monkeypatch.setattr(base, "LARGE", 300)
+    monkeypatch.setattr(packed, "LARGE", 300)
+    monkeypatch.setattr(wide, "MOST", 200)
+    monkeypatch.setattr(wide, "SHORT", 50)
     found, hidden = make_pool(800)
     plain_gap = learn(make_plan(found, "vanilla"), hidden, 0)[20:].mean()
     plan = make_plan(found, refresh_features=True)
@@ -273,12 +276,10 @@ def test_a_large_pool_is_trained_on_alike_and_resumes_to_the_same_batches(monkey
 
 @pytest.mark.parametrize("large", [300, 1000])
 def test_features_are_held_once(monkeypatch, large):
-    monkeypatch.setattr(base, "LARGE", large)
+    monkeypatch.setattr(packed, "LARGE", large)
     plan = make_plan(make_pool(800)[0])
-    held = plan.embedding.rows if plan._wide is not None else plan._z
-    assert np.shares_memory(held, plan.embedding.rows)
-    if plan._wide is not None:
-        assert plan._wide._rows is plan.embedding.rows and not hasattr(plan, "_z")
+    assert hasattr(plan, "_z") == (large == 1000)
+    assert large == 300 or np.shares_memory(plan._z, plan.embedding.rows)
 
 
 def test_components_of_a_large_pool_are_those_of_a_sample(monkeypatch):

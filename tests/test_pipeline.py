@@ -623,3 +623,45 @@ def test_one_command_at_a_time(scored, tmp_path, capsys):
             assert other.submit(saerl, "train", folder, flag).result() == 2
             one_sentence(capsys, f"{folder / 'adaptive'} is written by")
     assert state(folder) == before
+
+
+def test_the_bank_is_made_shard_by_shard_and_read_by_plans(tmp_path, capsys):
+    folder = tmp_path / "r"
+    settings = ["score.features=sae,hidden,answer_logprob,sae_max", "difficulty.n_labels=0", "score.shard=40"]
+    kinds = "plan.adaptive.features=answer_logprob,hidden"
+    assert saerl("score", folder, *settings) == 0
+    assert saerl("plan", folder, *settings, kinds) == 0
+    made = json.loads((folder / "manifest.json").read_text())["artefacts"]
+    bank = {"bank.hidden.npy", "bank.answer_logprob.npy", "bank.sae_max.safetensors"}
+    assert bank == {name for name in made["scores"][0]["files"] if name.startswith("bank.")}
+    assert {"bank.hidden.npy", "bank.answer_logprob.npy"} <= made["plan"][0]["inputs"].keys()
+    whole = {name: (folder / name).read_bytes() for name in bank}
+    other = ["score.shard=4096", f"sae.path={folder / 'sae'}"]
+    assert saerl("score", tmp_path / "s", *settings, *other) == 0
+    assert whole == {name: (tmp_path / "s" / name).read_bytes() for name in bank}
+    assert saerl("score", folder, "difficulty.n_labels=0", "--redo") == 0
+    assert not (folder / "bank.sae_max.safetensors").exists() and (folder / "bank.hidden.npy").is_file()
+    capsys.readouterr()
+    assert saerl("plan", folder, "difficulty.n_labels=0", "plan.adaptive.features=scalars") == 2
+    one_sentence(capsys, "add it to score.features")
+
+
+def test_labels_may_be_spread_and_come_after_the_warm_up(scored, tmp_path, monkeypatch, capsys):
+    from saerl_fast.stages import labels
+
+    seen, real = [], labels._warmed
+    monkeypatch.setattr(labels, "_warmed", lambda *given: seen.append(given[2].model) or real(*given))
+    folder = copy_of(scored, tmp_path / "demo")
+    plain = json.loads((folder / "labels.json").read_text())["rates"]
+    few = ["difficulty.n_labels=16", "difficulty.choose=spread"]
+    assert saerl("score", folder, *few, "--redo") == 0
+    chosen = json.loads((folder / "labels.json").read_text())["rates"]
+    assert len(chosen) == 16 and chosen.keys() != set(list(plain)[:16]) and not seen
+    warm = [*few, "train.warmup.steps=2", "train.warmup.lr=0.01"]
+    assert saerl("score", folder, *warm) == 2
+    one_sentence(capsys, "other settings")
+    assert saerl("score", folder, *warm, "--redo") == 0
+    rates = json.loads((folder / "labels.json").read_text())["rates"]
+    assert len(seen) == 1 and rates.keys() == chosen.keys() and rates != chosen
+    assert saerl("score", folder, *few, "difficulty.after_warmup=false", *warm[2:], "--redo") == 0
+    assert len(seen) == 1 and json.loads((folder / "labels.json").read_text())["rates"] == chosen

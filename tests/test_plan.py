@@ -323,3 +323,24 @@ def test_only_an_adaptive_plan_that_refreshes_wants_features():
     refresh = AdaptiveConfig(refresh_features=True)
     wanting = [s for s in SCHEDULES if make_plan(s, adaptive=refresh)[0].wants_features]
     assert wanting == ["adaptive"]
+
+
+@pytest.mark.parametrize("kinds", [["hidden"], ["sae", "tfidf", "hidden"], ["random"], ["length"]])
+def test_any_kind_of_features_makes_an_adaptive_order(kinds, tmp_path):
+    from saerl_fast.plan import load_plan, save_plan
+
+    scores = make_scores()
+    scores.columns["prompt"] = [f"take {i} times {i % 7}" + "." * (i % 5) for i in range(120)]
+    scores.kept = {"hidden": np.random.default_rng(5).normal(size=(120, 6)).astype(np.float32) + 40}
+    plan, _ = make_plan("adaptive", scores=scores, adaptive=AdaptiveConfig(svd=8, features=kinds))
+    rows = plan.embedding.rows
+    np.testing.assert_allclose(rows.mean(0), 0, atol=1e-4)
+    assert np.square(rows).sum(1).mean() == pytest.approx(1, abs=1e-3) and rows.shape[1] <= 8
+    assert not plan.wants_features and any("is refreshed" in note for note in plan.notes)
+    again = load_plan(save_plan(plan, tmp_path / "plan.json"))
+    assert run(plan, 4) == run(again, 4)
+
+
+def test_features_that_the_scores_do_not_keep_are_named():
+    with pytest.raises(SaerlError, match="plan.adaptive.features names scalars.*score.features"):
+        make_plan("adaptive", adaptive=AdaptiveConfig(features=["scalars"]))

@@ -72,7 +72,7 @@ def test_answers_show_what_prompts_cannot():
     dense = torch.rand(400, 50) * (torch.rand(400, 50, generator=torch.manual_seed(0)) < 0.2)
     X = CSR.from_dense(dense)
     blind = fit_quality(Bank(X, blank.prompts), good, QualityConfig())
-    seeing = fit_quality(Bank(X, blank.prompts, blank.X), good, QualityConfig())
+    seeing = fit_quality(Bank(X, blank.prompts, {"answer": blank.X}), good, QualityConfig())
     assert blind.metrics["auc"] < 0.65 and seeing.metrics["auc"] > 0.85
     assert seeing.metrics["reads_answers"] and not blind.metrics["reads_answers"]
 

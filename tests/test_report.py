@@ -319,6 +319,12 @@ def test_the_sae_is_told_of_without_its_folder(tmp_path):
     write_report(tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "## SAE training" in text and "| fvu | 0.321 |" in text and "None" not in text
+    assert "The SAE took" not in text
+    figures = {"fvu": 0.3, "seconds": 20.0, "seconds_capture": 5.2, "seconds_ce": None}
+    (tmp_path / "scores.json").write_text(json.dumps({"metadata": {"sae": figures}}))
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "The SAE took 25 s, once for all runs: as long as 24.2 of their steps." in text  # of 1.04 s
 
 
 def test_holes_are_marked_in_the_tables_and_the_curves(tmp_path, monkeypatch):

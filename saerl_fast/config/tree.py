@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from saerl_fast.config.fields import SEED, Section, name_sections, section, setting
 
-Kind = Literal["sae", "text", "tfidf", "length"]
+Stored = Literal["sae", "sae_mean", "sae_max", "sae_last", "hidden", "scalars", "answer_logprob"]
+Kind = Literal[Stored, "text", "tfidf", "length", "answer_text", "random"]
 KINDS: list[Kind] = ["sae", "text", "tfidf"]
 FEATURES = "what the ridge reads; each kind weighs what the labels say for it"
 Tracker = Literal["tensorboard", "wandb", "trackio"]
@@ -83,10 +84,19 @@ class SAEConfig(Section):
     aux_k: int = setting(32, "dead features that also explain the residual; 0 turns this off", at_least=0)
     dead_after: int = setting(200, "steps without firing after which a feature counts as dead", at_least=0)
     max_tokens: int = setting(200_000, "activations kept in memory for training", at_least=1)
+    stream: bool = setting(
+        False, "capture the next max_tokens whenever those in memory are used up; false: the same again"
+    )
+    normalize: Literal["variance", "none", "layer_norm", "constant_norm_rescale"] = setting(
+        "variance", "of inputs: one centre and scale, folded into the weights; or SAELens' for each token"
+    )
+    init: str | None = setting(None, "SAE to go on from, named as `path` is, with d_sae features")
     sink_ratio: float = setting(10.0, "leave out tokens over so many median norms; 0 keeps all", at_least=0)
     seed: int = setting(0, "of its weights and batches", **SEED)
 
     def conflict(self) -> str | None:
+        if self.path is not None and self.init is not None:
+            return f"sae.init={self.init} is for training, and sae.path={self.path} names an SAE; unset one"
         return f"sae.k={self.k} must be at most sae.d_sae={self.d_sae}" if self.k > self.d_sae else None
 
 
@@ -97,8 +107,20 @@ class ScoreConfig(Section):
     shard: int = setting(
         4096, "prompts saved together; an interrupted pass loses one shard", at_least=1, result=False
     )
+    features: list[Stored] = setting(
+        ["sae", "hidden"],
+        "kept of the forward pass; scalars and answer_logprob run the blocks after the SAE's layer, too",
+        filled=True,
+        distinct=True,
+    )
+    dtype: Literal["auto", "model", "bfloat16"] = setting(
+        "auto", "of matrix products; auto: bfloat16 on a CPU that has it, for a model wide enough to gain"
+    )
     include_answer: bool = setting(False, "quality also reads the features of the reference answer")
     backend: str = setting("auto", "of saerl_kernels, or the name of a registered one", result=False)
+
+    def conflict(self) -> str | None:
+        return None if "sae" in self.features else "score.features must hold sae, which clusters are made of"
 
 
 @dataclass
@@ -127,10 +149,14 @@ class QualityConfig(Section):
 @dataclass
 class DifficultyConfig(Section):
     label_column: str | None = setting(None, "pass rate in [0, 1], null: unknown; null rolls out a subset")
-    n_labels: int = setting(128, "prompts rolled out for labels, before any warm-up; 0: none", at_least=0)
+    n_labels: int = setting(128, "prompts rolled out for labels; 0: none", at_least=0)
+    after_warmup: bool = setting(True, "by a copy of the model that went through train.warmup, if any")
+    choose: Literal["random", "spread"] = setting("random", "which prompts; spread: those that tell most")
     rollouts: int = setting(4, "per labelled prompt", at_least=1, at_most=1 << 20)
     probe: Literal["ridge", "elasticnet"] = setting("ridge", "elasticnet: the paper's, on SAE features alone")
-    features: list[Kind] = setting(KINDS, FEATURES, filled=True, distinct=True)
+    features: list[Kind] | None = setting(
+        None, f"{FEATURES}; null: all that are kept, text, length and answers'", filled=True, distinct=True
+    )
     alpha: float = setting(0.05, "of elasticnet: penalty, as a share of what leaves no coefficient", above=0)
     l1_ratio: float = setting(
         0.2, "of elasticnet: share of the absolute values in the penalty", above=0, at_most=1
@@ -153,7 +179,10 @@ class DiversityConfig(Section):
 
 @dataclass
 class AdaptiveConfig(Section):
-    svd: int = setting(96, "components of the pooled features the online regressor sees", at_least=1)
+    features: list[Kind] = setting(
+        ["sae"], "what predicts pass rates in the run, of equal weight", filled=True, distinct=True
+    )
+    svd: int = setting(96, "components of the features the online regressor sees", at_least=1)
     forgetting: float = setting(0.995, "of the recursive least squares", above=0, at_most=1)
     ridge: float = setting(0.3, "on features scaled to mean squared norm 1", above=0)
     kappa: float | None = setting(

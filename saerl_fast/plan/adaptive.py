@@ -5,7 +5,7 @@ with the pass rates that GRPO observes anyway, by least squares with forgetting:
 so old outcomes count less. Its prediction and the prompt's own rollouts make a belief about the prompt
 (``saerl_fast.plan.belief``), and the next batch is made of those whose group is worth most. No cluster of
 prompts may fill a batch, and a few prompts are drawn uniformly: while the chosen ones are not more often
-informative than these, batches are uniform. How prompts are found in a large pool: ``saerl_fast.plan.wide``.
+informative than these, batches are uniform. Among which of a large pool: ``saerl_fast.plan.wide``.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 
 from saerl_fast.config import PlanConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.plan import base
+from saerl_fast.plan import wide
 from saerl_fast.plan.base import Plan
 from saerl_fast.plan.belief import Guard, Prior, Trust, best
 from saerl_fast.plan.embedding import BLOCK, Embedding
-from saerl_fast.plan.wide import Noise, Wide
+from saerl_fast.records import packed
 from saerl_kernels import CSR
 
 GONE = 0.1  # rollouts of a prompt that are left after fading, below which they are forgotten
@@ -41,9 +41,8 @@ class AdaptivePlan(Plan):
     noise, at most ``quota`` * batch / clusters of a cluster; those drawn in the last ``cooldown`` steps wait.
     Known pass rates (column ``pass_rate`` of the table) count as a first observation.
 
-    With more than ``LARGE`` prompts the noise comes from another generator, which ``notes`` says, and the
-    batch of the same rule is found without a look at every row. The rows of ``embedding`` are then used in
-    place, and written to when features are refreshed.
+    With more than ``LARGE`` prompts a step chooses among candidates (see `wide`), which ``notes`` says. The
+    rows of ``embedding`` are then used in place, and written to when features are refreshed.
     """
 
     schedule = "adaptive"
@@ -59,19 +58,20 @@ class AdaptivePlan(Plan):
     ) -> None:
         super().__init__(prompt_ids, cfg, **kwargs)
         settings = cfg.adaptive
-        self.wants_features, self.group_size = settings.refresh_features, group_size
+        self.wants_features = settings.refresh_features and settings.features == ["sae"]
+        self.group_size = group_size
         if group_size < 2:
             raise SaerlError(f"a plan's group_size must be at least 2 rollouts, got {group_size}")
         n_rows = len(self.prompt_ids)
         if embedding.rows.shape[0] != n_rows:
             raise SaerlError(f"{embedding.rows.shape[0]} feature rows cannot belong to {n_rows} prompts")
         rows = embedding.rows
-        self._wide: Wide | None = None
-        if n_rows > base.LARGE:
+        self._short: np.ndarray | None = None  # of a large pool: the shortlist
+        if n_rows > packed.LARGE:
             rows = np.require(rows, requirements="W")
-            self._wide = Wide(rows)
-            why = "so that batches are found without a look at every prompt"
-            self.note(f"{n_rows} prompts are more than {base.LARGE}: noise is drawn by its rank, {why}")
+            self._short = np.empty(0, dtype=np.int64)
+            which = f"each step chooses among {wide.MOST} of them, drawn anew, and those last found best"
+            self.note(f"{n_rows} prompts are more than {packed.LARGE}: {which}")
         else:
             self._z = np.concatenate([rows, np.ones((n_rows, 1), dtype=np.float32)], axis=1)
             rows = self._z[:, :-1]
@@ -107,7 +107,7 @@ class AdaptivePlan(Plan):
 
     def predicted(self) -> np.ndarray:
         """Current estimate of every prompt's pass rate from its features, float32 [n], in [0, 1]."""
-        if self._wide is None:
+        if self._short is None:
             return self._clipped(self._z)
         starts = range(0, len(self.prompt_ids), BLOCK)
         return np.concatenate([self._clipped(self._with_bias(slice(at, at + BLOCK))) for at in starts])
@@ -154,7 +154,7 @@ class AdaptivePlan(Plan):
                 raise SaerlError(f"observe got {len(fresh)} feature rows for {len(rows)} prompt ids")
             for row in set(rows.tolist()) - self._original.keys():
                 self._original[row] = self.embedding.rows[row].copy()
-            self._write(rows, fresh)
+            self.embedding.rows[rows] = fresh
         z = self._with_bias(rows)
         settings, predicted = self.cfg.adaptive, self._clipped(z)
         self._figures.update(observed=float(rates.mean()), error=float(np.abs(predicted - rates).mean()))
@@ -184,6 +184,8 @@ class AdaptivePlan(Plan):
         state["counts"] = torch.from_numpy(self._counts.copy())
         state["evidence"] = torch.from_numpy(self._trust.evidence.copy())
         state["groups"] = torch.from_numpy(self._guard.seen.copy())
+        if self._short is not None:
+            state["short"] = torch.from_numpy(self._short)
         if self._original:
             rows = np.array(sorted(self._original), dtype=np.int64)
             state["refreshed"] = torch.from_numpy(rows)
@@ -216,16 +218,19 @@ class AdaptivePlan(Plan):
         self._gram, self._moment = arrays["gram"], arrays["moment"]
         self._trust.evidence, self._guard.seen = arrays["evidence"], arrays["groups"]
         self._seen = dict(arrays["seen"].tolist())
+        if self._short is not None:
+            short = np.array(state.get("short", ()), dtype=np.int64).ravel()
+            self._short = np.unique(short[(short >= 0) & (short < len(self.prompt_ids))])
         self._pending = {row: (at, bool(uniform)) for row, at, uniform in arrays["pending"].tolist()}
         self._counts = arrays["counts"]
         self._prior = Prior(self.cfg.adaptive.kappa or self._trust.kappa(), self.group_size)
         for row, first in self._original.items():
-            self._write([row], first)
+            self.embedding.rows[row] = first
         self._original = {}
         if "refreshed" in state:
             rows = np.array(state["refreshed"], dtype=np.int64)
             self._original = {row: self.embedding.rows[row].copy() for row in rows.tolist()}
-            self._write(rows, np.array(state["refreshed_rows"], dtype=np.float32))
+            self.embedding.rows[rows] = np.array(state["refreshed_rows"], dtype=np.float32)
         self.step = int(state["step"])
         self._figures = {k.removeprefix("metric_"): v for k, v in state.items() if k.startswith("metric_")}
         self._solve()
@@ -246,11 +251,12 @@ class AdaptivePlan(Plan):
         """The ``size`` rows of greatest worth and noise, int64, best first, under the quota of clusters."""
         known = self._counts[:, 0].astype(np.int64)
         noise, worth = self.cfg.adaptive.noise, self._worth(known)
-        if self._wide is not None:
-            drawn, limits = Noise(len(self.prompt_ids), noise, rng), (self._groups, self._most)
-            return self._wide.choose(
-                self._weights, self._prior, drawn, size, waiting, (known, worth), *limits
-            )
+        if self._short is not None:
+            room = wide.room(self.batch_size, self.cooldown)
+            pool = wide.Candidates(self.embedding.rows, self._short, room, known, worth)
+            limits = size, waiting, self._groups, self._most
+            chosen, self._short = wide.choose(pool, self._weights, self._prior, noise, *limits, rng)
+            return chosen
         utility = self._prior(np.abs(self.predicted() - np.float32(0.5)))
         utility[known] = worth
         utility += noise * rng.gumbel(size=len(utility))
@@ -291,11 +297,6 @@ class AdaptivePlan(Plan):
         """float64 [n]: the chance that a group of these rows carries a gradient."""
         predicted = self._clipped(self._with_bias(rows)).astype(np.float64)
         return self._prior.updated(predicted, *self._counted(rows).T)
-
-    def _write(self, rows: Any, values: np.ndarray) -> None:
-        self.embedding.rows[rows] = values
-        if self._wide is not None:
-            self._wide.changed(rows)
 
     def _with_bias(self, rows: Any) -> np.ndarray:
         part = self.embedding.rows[rows]

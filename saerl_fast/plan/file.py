@@ -24,13 +24,13 @@ from saerl_fast.config import SCHEDULES, PlanConfig, from_dict, to_dict
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import first_line, mismatch, read_json, write_text
 from saerl_fast.plan.adaptive import AdaptivePlan
-from saerl_fast.plan.base import Plan
+from saerl_fast.plan.base import Dropped, Plan
 from saerl_fast.plan.embedding import Embedding
-from saerl_fast.plan.packed import Packed
 from saerl_fast.plan.static import StaticPlan
-from saerl_fast.plan.tensors import Blocks, read_tensors, write_tensors
 from saerl_fast.plugins import check_name
 from saerl_fast.records.manifest import digest, json_digest
+from saerl_fast.records.packed import Packed
+from saerl_fast.records.tensors import Blocks, read_tensors, write_tensors
 
 FORMAT, VERSIONS = "saerl-plan", (1, 2)
 COLUMNAR = 20_000
@@ -63,7 +63,7 @@ def save_plan(plan: Plan, path: str | Path) -> Path:
         "batches": None,
         "tensors": None,
     }
-    out, reasons = list(plan.dropped), list(plan.dropped.values())
+    out, reasons = plan.dropped.ids, plan.dropped.reasons
     rows = [plan.batch_rows(i) for i in range(plan.total_steps)] if isinstance(plan, StaticPlan) else []
     tensors: dict[str, np.ndarray | Blocks] = {}
     if len(plan.prompt_ids) + len(out) > COLUMNAR:
@@ -82,7 +82,7 @@ def save_plan(plan: Plan, path: str | Path) -> Path:
         tensors |= _embedding(plan)
     if tensors:
         file = path.with_suffix(".safetensors")
-        write_tensors(file, tensors, "saerl-plan-tensors-1")
+        write_tensors(file, tensors, {"format": "saerl-plan-tensors-1"})
         body["tensors"] = {"file": file.name, "sha256": digest(file)}
     body["sha256"] = _content_hash(body)
     return write_text(path, _layout(body))
@@ -135,7 +135,7 @@ def _plan(body: dict[str, Any], path: Path) -> Plan:
     common: dict[str, Any] = {
         **{name: body[name] for name in ("batch_size", "total_steps", "seed", "notes")},
         "table": table,
-        "dropped": dict(zip(out, reasons, strict=True)),
+        "dropped": Dropped(out, reasons),
         "dropped_table": dropped_table,
     }
     if schedule == "adaptive":
@@ -188,7 +188,7 @@ def _unpacked(
 
 
 def _records(
-    ids: Sequence[str], table: dict[str, np.ndarray], reasons: list[str] | None = None
+    ids: Sequence[str], table: dict[str, np.ndarray], reasons: Sequence[str] | None = None
 ) -> list[dict]:
     records: list[dict[str, Any]] = []
     for i, name in enumerate(ids):

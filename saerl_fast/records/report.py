@@ -13,7 +13,7 @@ import numpy as np
 
 from saerl_fast.config import CompareConfig
 from saerl_fast.errors import SaerlError, printable
-from saerl_fast.fileio import first_line, read_table, write_text
+from saerl_fast.fileio import first_line, mismatch, read_table, write_text
 from saerl_fast.records import plots, samples
 from saerl_fast.records.lock import clean
 from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes, load_runs, read_object
@@ -68,7 +68,11 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
     opening = [samples.damage_table(said), samples.about_table(runs), samples.settings_table(runs)]
     opening += [samples.arms_table(root), samples.warnings_table(runs)]
     sae = read_object(_shared(root, "sae/train.json")) or scores.pop("sae", {})
-    closing = [*samples.samples_tables(runs), phase_table(runs), *signal_tables(scores, sae)]
+    closing = [
+        *samples.samples_tables(runs),
+        phase_table(runs),
+        *signal_tables(scores, sae, sae_cost(runs, sae)),
+    ]
     results = [_shown(table) for table in results]
     shown = [table for table in [*map(_shown, opening), *results, *map(_shown, closing)] if table[2]]
     figures = _draw(runs, targets, root)
@@ -211,6 +215,16 @@ def label_cost(runs: list[RunRecord], scores: dict[str, Any]) -> str:
     )
 
 
+def sae_cost(runs: list[RunRecord], sae: dict[str, Any]) -> str:
+    """What training the SAE took, in steps of these runs."""
+    parts = [sae.get(name) for name in ("seconds_capture", "seconds", "seconds_ce")]
+    spent = sum(part for part in parts if not mismatch(part, float))
+    step = float(np.mean([_step_seconds(run) for run in runs if len(run.train)] or [0.0]))
+    if spent <= 0 or not step > 0:
+        return ""
+    return f"The SAE took {spent:,.0f} s, once for all runs: as long as {spent / step:.1f} of their steps."
+
+
 def phase_table(runs: list[RunRecord]) -> Table:
     """Mean seconds of a step by phase."""
     arms = list(dict.fromkeys(run.arm for run in runs))
@@ -226,7 +240,7 @@ def phase_table(runs: list[RunRecord]) -> Table:
     return ("Milliseconds per step, by phase", ["arm", *names], rows if names else [], note)
 
 
-def signal_tables(scores: dict[str, Any], sae: dict[str, Any]) -> list[Table]:
+def signal_tables(scores: dict[str, Any], sae: dict[str, Any], cost: str) -> list[Table]:
     """Figures of every probe and the one-off costs, as scoring recorded them."""
     tables: list[Table] = []
     probes = {name: scores.get(name) or {} for name in ("difficulty", "quality")}
@@ -244,7 +258,7 @@ def signal_tables(scores: dict[str, Any], sae: dict[str, Any]) -> list[Table]:
         tables.append(
             ("Probes against one kind of features", header, rows, f"{BASELINES_NOTE} {behind}".strip())
         )
-    for title, record, note in (("Signals", scores, SIGNALS_NOTE), ("SAE training", sae, "")):
+    for title, record, note in (("Signals", scores, SIGNALS_NOTE), ("SAE training", sae, cost)):
         known = [(key, value) for key, value in _flatten(record) if value is not None]
         rows = [[key, _cell(value)] for key, value in known if not isinstance(value, (list, dict))]
         tables.append((title, ["figure", "value"], rows, note))

@@ -18,7 +18,7 @@ import torch
 
 from saerl_fast.config import DiversityConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.signals.features import SAMPLE, block, blocks, svd_reduce, weighted
+from saerl_fast.signals.features import SAMPLE, Features, block, blocks, rows_with, svd_reduce, weighted
 from saerl_kernels import CSR, csr, kmeans_assign, kmeans_update, spherical_kmeans
 from saerl_kernels.dispatch import has_numba
 
@@ -35,7 +35,9 @@ class ClusterResult(NamedTuple):
     metrics: dict[str, Any]
 
 
-def cluster_prompts(X: CSR, cfg: DiversityConfig, *, tasks: Sequence[Any] | None = None) -> ClusterResult:
+def cluster_prompts(
+    X: Features, cfg: DiversityConfig, *, tasks: Sequence[Any] | None = None
+) -> ClusterResult:
     """Cluster the rows of the pooled features ``X`` [n, d_sae], unweighted as pooled.
 
     ``cfg.backend``: cuml (dense k-means on the GPU, sparse iterations by Triton), or scikit-learn's dense
@@ -53,11 +55,12 @@ def cluster_prompts(X: CSR, cfg: DiversityConfig, *, tasks: Sequence[Any] | None
     n_rows = X.n_rows
     if n_rows == 0:
         raise SaerlError("there are no prompts to cluster; check data.train and data.limit")
-    idf, rows = csr.idf(X), X
+    idf = csr.idf(X, 0.0, rows_with(X))
     if n_rows > SAMPLE:
         chosen = np.random.default_rng([cfg.seed, n_rows]).choice(n_rows, SAMPLE, replace=False)
-        rows = X.select_rows(torch.from_numpy(np.sort(chosen)))
-    rows = weighted(rows, idf)
+        rows = weighted(X.select_rows(torch.from_numpy(np.sort(chosen))), idf)
+    else:
+        rows = weighted(block(X, slice(0, n_rows)), idf)
     backend = _backend(cfg.backend, rows.nnz * cfg.n_clusters)
     labels, centroids = _cluster(rows, cfg, backend)
     if n_rows > SAMPLE:
@@ -96,7 +99,9 @@ def cluster_prompts(X: CSR, cfg: DiversityConfig, *, tasks: Sequence[Any] | None
         if null:
             metrics.update(null_silhouette=float(np.mean(null)), null_max=float(np.max(null)))
     if tasks is not None:
-        names = np.unique(np.asarray([str(task) for task in tasks]), return_inverse=True)[1]
+        codes: dict[str, int] = {}
+        named = (codes.setdefault(str(task), len(codes)) for task in tasks)
+        names = np.fromiter(named, dtype=np.int64, count=n_rows)
         chance = np.random.default_rng(cfg.seed).permutation(labels)
         metrics.update(purity=purity(labels, names), purity_chance=purity(chance, names))
     return ClusterResult(labels.astype(np.int32), metrics)

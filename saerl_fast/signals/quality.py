@@ -16,7 +16,7 @@ import numpy as np
 from saerl_fast.config import QualityConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.signals import ridge
-from saerl_fast.signals.bank import BASELINES, Bank, spearman
+from saerl_fast.signals.bank import OF_ANSWER, Bank, spearman
 
 log = logging.getLogger(__name__)
 MIN_LABELS = 10  # of them, for the logistic head, at least MIN_CLASS good and MIN_CLASS bad
@@ -57,11 +57,12 @@ def fit_quality(bank: Bank, labels: Any, cfg: QualityConfig, *, seed: int = 0) -
         "filter_ratio": cfg.filter_ratio,
         "reads_answers": "answer" in bank.kinds,
     }
-    names = [*cfg.features, *(["answer"] if "answer" in bank.kinds else [])]
+    names = bank.names(cfg.features, "quality.features") + ["answer"] * ("answer" in bank.kinds)
+    single = [name for name in bank.names(None, "") if name not in OF_ANSWER]
     at = bank.fitted(known, seed)
     metrics["note"] = _why_not(cfg, values[known])
     if not metrics["note"]:
-        made = bank.blocks([*names, *BASELINES], at)
+        made = bank.blocks([*names, *single], at)
         if not any(len(made[name].mean) for name in names):
             metrics["note"] = "no feature is active, and all texts are equal: quality was not scored"
     if metrics["note"]:
@@ -72,7 +73,7 @@ def fit_quality(bank: Bank, labels: Any, cfg: QualityConfig, *, seed: int = 0) -
     rows = np.flatnonzero(known[at])
     y = values[at[rows]]
     splits = list(_folds(cfg, y, seed))
-    alone = {name: ridge.held_out({name: made[name]}, rows, y, splits, seed) for name in BASELINES}
+    alone = {name: ridge.held_out({name: made[name]}, rows, y, splits, seed) for name in single}
     chosen = {name: made[name] for name in names}
     fit = ridge.fit(chosen, rows, y, seed)
     scores, held_out = bank.predict(fit, chosen), ridge.held_out(chosen, rows, y, splits, seed)
