@@ -71,7 +71,12 @@ def train_sae(
     test = x[order[:held].to(x.device)] if held else x  # a handful of tokens: nothing to spare
 
     run = _Trainer(x, train, cfg, generator, backend)
-    for step in range(1 + (run.restore(keep) if keep else 0), cfg.steps + 1):
+    try:
+        done = run.restore(keep) if keep else 0
+    except (KeyError, RuntimeError, ValueError) as err:  # of code that has changed since
+        assert keep is not None
+        raise SaerlError(f"{keep.folder} does not fit this training ({err}); remove it") from err
+    for step in range(1 + done, cfg.steps + 1):
         loss, fvu = run.step(step)
         if on_step is not None and (step % _LOG_EVERY == 0 or step == cfg.steps):
             shown = {"loss": loss, "fvu": fvu, "dead": run.dead(step).float().mean()}

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path, written
-from saerl_fast.records.manifest import digest
+from saerl_fast.records.kept import Kept
 from saerl_fast.signals.features import load_features, save_features
 
 if TYPE_CHECKING:
@@ -22,18 +20,12 @@ Pair = tuple["CSR", "CSR | None"]
 Compute = Callable[[int, int, Callable[[int, int], None] | None], Pair]
 
 
-class Shards:
-    """A folder ``<folder>/features.partial-<mark>`` of finished shards.
-
-    ``mark`` stands for every setting that the features depend on: shards of another mark are removed
-    when this one starts, because they can never be used again.
-    """
+class Shards(Kept):
+    """``<folder>/features.partial-<mark>``: finished shards of ``size`` prompts."""
 
     def __init__(self, folder: str | Path, mark: str, size: int) -> None:
-        self.folder, self.size = Path(folder) / f"features.partial-{mark}", size
-        for old in Path(folder).glob("features.partial-*"):
-            if old != self.folder:
-                shutil.rmtree(old, ignore_errors=True)  # another process may be at it too
+        super().__init__(folder, "features", mark)
+        self.size = size
 
     def ranges(self, total: int) -> list[tuple[int, int]]:
         """First row and end of every shard of ``total`` prompts; one, empty, for none."""
@@ -69,20 +61,13 @@ class Shards:
         answers = [answer for _, answer in parts if answer is not None]
         return CSR.concat([prompt for prompt, _ in parts]), CSR.concat(answers) if answers else None
 
-    def clear(self) -> None:
-        """Remove the shards; call it when what they make up is safely written elsewhere."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _read(self, start: int, ids: Sequence[str]) -> Pair | None:
         """The shard where its files have the content that their names tell; None where it is to be made."""
         found: dict[str, CSR] = {}
-        for file in sorted(self.folder.glob(f"{start:09d}.*.safetensors")):
+        for file in self.files(f"{start:09d}.*"):
             try:
-                part, told = file.stem.split(".")[1].split("-")
-                if digest(file)[:16] != told:
-                    raise SaerlError(f"{file} does not have the content that its name tells")
-                found[part] = load_features(file, ids)
-            except (SaerlError, OSError, ValueError) as err:
+                found[file.stem.split(".")[1].partition("-")[0]] = load_features(file, ids)
+            except SaerlError as err:
                 log.warning("%s; this part is made again", err)
                 file.unlink(missing_ok=True)
         if "alone" in found:
@@ -90,15 +75,11 @@ class Shards:
         return (found["prompt"], found["answer"]) if len(found) == 2 else None
 
     def _write(self, start: int, ids: Sequence[str], pair: Pair) -> None:
-        """A file for each part, named after the start of its SHA-256; ``alone``: there are no answers."""
+        """A file for each part; ``alone``: there are no answers."""
         prompt, answer = pair
         parts = {"alone": prompt} if answer is None else {"answer": answer, "prompt": prompt}
         for part, rows in parts.items():
-            with atomic_path(self.folder / f"{start:09d}.{part}") as temporary:
-                save_features(temporary, rows, ids)
-                name = f"{start:09d}.{part}-{digest(temporary)[:16]}.safetensors"
-            os.replace(self.folder / f"{start:09d}.{part}", self.folder / name)
-            written[self.folder / name] = None
+            self.put(f"{start:09d}.{part}", partial(save_features, X=rows, prompt_ids=ids))
 
     def _shifted(
         self, on_progress: Callable[[int, int], None] | None, start: int, total: int
