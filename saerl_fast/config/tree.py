@@ -156,9 +156,17 @@ class AdaptiveConfig(Section):
     svd: int = setting(96, "components of the pooled features the online regressor sees", at_least=1)
     forgetting: float = setting(0.995, "of the recursive least squares", above=0, at_most=1)
     ridge: float = setting(0.3, "on features scaled to mean squared norm 1", above=0)
-    target_start: float = setting(0.75, "predicted pass rate aimed at first ...", at_least=0, at_most=1)
-    target_end: float = setting(0.40, "... and at the end of the run", at_least=0, at_most=1)
-    noise: float = setting(0.05, "Gumbel scale on the distance to the target", at_least=0)
+    kappa: float | None = setting(
+        None, "rollouts that a prediction counts for; null: as many as the run shows", above=0
+    )
+    fading: float = setting(0.97, "of a prompt's own rollouts, a step", above=0, at_most=1)
+    quota: float | None = setting(
+        1.5, "of a batch, times its share, one cluster may have at most; null: no limit", at_least=1
+    )
+    uniform: float = setting(
+        0.0625, "of a batch drawn uniformly, which the choice has to beat; 0: none", at_least=0, at_most=1
+    )
+    noise: float = setting(0.05, "Gumbel scale on the chance of a gradient", at_least=0)
     cooldown: int = setting(60, "steps before a prompt may return (fewer in a small pool)", at_least=0)
     refresh_features: bool = setting(True, "replace a prompt's features by those of its rollouts")
     use_labels: bool = setting(True, "start from the pass rates known at scoring time; false starts cold")

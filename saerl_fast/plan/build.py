@@ -9,8 +9,9 @@ import numpy as np
 
 from saerl_fast.config import PlanConfig, QualityConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.plan.adaptive import AdaptivePlan, embed
+from saerl_fast.plan.adaptive import AdaptivePlan
 from saerl_fast.plan.base import Plan
+from saerl_fast.plan.embedding import embed
 from saerl_fast.plan.static import StaticPlan, get_schedule, middle
 from saerl_fast.signals.features import SAMPLE
 
@@ -33,12 +34,14 @@ def build_plan(
     batch_size: int,
     total_steps: int,
     seed: int,
+    group_size: int = 8,
     quality: QualityConfig | None = None,
 ) -> Plan:
     """The plan for a run of ``total_steps`` batches of ``batch_size`` prompts.
 
-    ``seed`` serves where ``cfg.seed`` is None. ``quality`` overrides the filter settings recorded
-    in ``scores``. Without a quality signal nothing is filtered, which ``plan.notes`` says, unless
+    ``seed`` serves where ``cfg.seed`` is None. ``group_size``: rollouts of a prompt. ``quality`` overrides
+    the filter settings recorded in ``scores``. Without a quality signal nothing is filtered, which
+    ``plan.notes`` says, unless
     ``cfg.filter`` asks for it: that is an error, as are a schedule whose signal is missing and a
     filter that leaves nothing.
     """
@@ -97,7 +100,7 @@ def build_plan(
             "all prompts have the same features: the plan cannot tell them apart; train the SAE again"
         )
         log.warning("plan: %s", notes[-1])
-    return AdaptivePlan(kept_ids, cfg, embedding=embedding, **common)
+    return AdaptivePlan(kept_ids, cfg, embedding=embedding, group_size=group_size, **common)
 
 
 def _table(scores: Scores) -> dict[str, np.ndarray]:

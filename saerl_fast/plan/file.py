@@ -3,7 +3,8 @@
 One object: format, version, schedule, seed, batch_size, total_steps, config (plan.* settings), notes,
 prompts (id and scores of every prompt in the plan), dropped (the others, with the reason), batches
 (ids, all ``total_steps`` of a static schedule; null for adaptive), tensors (name and SHA-256 of the
-safetensors file beside it, which holds the adaptive schedule's features) and sha256 of the rest.
+safetensors file beside it, which holds the adaptive schedule's features), sha256 of the rest, and of
+adaptive ones group_size, the rollouts of a prompt that it is for.
 
 Of more than ``COLUMNAR`` prompts (version 2) the object tells only the numbers; ids, scores, reasons and
 batches (rows of ids) are in the safetensors file too, a tensor a column; there ``load_plan`` leaves them.
@@ -22,8 +23,9 @@ import numpy as np
 from saerl_fast.config import SCHEDULES, PlanConfig, from_dict, to_dict
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import first_line, mismatch, read_json, write_text
-from saerl_fast.plan.adaptive import AdaptivePlan, Embedding
+from saerl_fast.plan.adaptive import AdaptivePlan
 from saerl_fast.plan.base import Plan
+from saerl_fast.plan.embedding import Embedding
 from saerl_fast.plan.packed import Packed
 from saerl_fast.plan.static import StaticPlan
 from saerl_fast.plan.tensors import Blocks, read_tensors, write_tensors
@@ -38,7 +40,7 @@ FORM = {
     **dict.fromkeys(("seed", "batch_size", "total_steps"), int),
     **{"schedule": str, "config": dict, "notes": [str], "prompts": (int, [dict])},
     **{"dropped": (int, [{"reason": str}]), "batches": (None, int, [list])},
-    **{"tensors": (None, {"file": str, "sha256": str})},
+    **{"tensors": (None, {"file": str, "sha256": str}), "group_size?": int},
 }
 LARGEST = 1e30  # of a score
 AGAIN = "make it again with `saerl plan`"
@@ -76,6 +78,7 @@ def save_plan(plan: Plan, path: str | Path) -> Path:
         if rows:
             body["batches"] = [[plan.prompt_ids[i] for i in batch] for batch in rows]
     if isinstance(plan, AdaptivePlan):
+        body["group_size"] = plan.group_size
         tensors |= _embedding(plan)
     if tensors:
         file = path.with_suffix(".safetensors")
@@ -136,6 +139,7 @@ def _plan(body: dict[str, Any], path: Path) -> Plan:
         "dropped_table": dropped_table,
     }
     if schedule == "adaptive":
+        common["group_size"] = body["group_size"]
         return AdaptivePlan(ids, cfg, embedding=_read_embedding(tensors, len(ids)), **common)
     if body["version"] == 2:
         batches = tensors["batches"]

@@ -1,8 +1,10 @@
 """The adaptive choice from a pool too large to look at every row in every step.
 
-The rule is the plain one: the rows with the greatest ``noise * Gumbel - |predicted - target|``. Two orders in
-which few rows need be looked at lead to the same batch, as in the threshold algorithm (Fagin, Lotem and Naor,
-2003), with noise that is drawn from the top down (Maddison, Tarlow and Minka, A* sampling, 2014):
+The rule is the plain one: the rows with the greatest ``noise * Gumbel + worth``, where the worth of rows
+without rollouts falls with ``|predicted - 1/2|``; those with rollouts are few, and come with theirs. Two
+orders in which few rows need be looked at lead to the same batch, as in the threshold algorithm (Fagin,
+Lotem and Naor, 2003), with noise that is drawn from the top down (Maddison, Tarlow and Minka, A* sampling,
+2014):
 
 * by noise. The row of every rank of the noise is computed, not stored (``Noise``), so rows come greatest
   noise first, and all rows not seen yet have less.
@@ -15,9 +17,11 @@ scan of all rows gives. Where the bounds are too loose, whole segments are score
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
+
+from saerl_fast.plan.belief import capped
 
 BUCKET = 256  # rows that share a bound
 SEGMENT = BUCKET << 8  # rows scored at a time, and sorted among themselves
@@ -25,6 +29,7 @@ FIRST = 1 << 13  # ranks looked at before the first look at the bounds ...
 MOST = 1 << 19  # ... and at most, before segments are scored again
 LOOSE = 0.1  # share of a segment's buckets that come into question, from which it is scored again
 BLOCK = 1 << 13  # rows held in float64 at a time
+NONE = np.empty(0, dtype=np.int64), np.empty(0)
 
 
 class Noise:
@@ -97,65 +102,82 @@ class Wide:
         self._changed.update(dict.fromkeys(map(int, rows)))
 
     def choose(
-        self, weights: np.ndarray, target: float, noise: Noise, size: int, waiting: np.ndarray
+        self,
+        weights: np.ndarray,
+        worth: Callable[[np.ndarray], np.ndarray],
+        noise: Noise,
+        size: int,
+        waiting: np.ndarray,
+        known: tuple[np.ndarray, np.ndarray] = NONE,
+        groups: np.ndarray | None = None,
+        most: int = 0,
     ) -> np.ndarray:
         """The best ``size`` rows, int64, best first, without the ``waiting`` ones (sorted).
 
         ``weights`` [d + 1], the last one the bias, as in ``predicted = clip(row @ weights + 0.5, 0, 1)``.
+        ``worth`` falls with the distance of a prediction from 1/2; ``known``: rows, sorted, which have a
+        worth of their own, and it. At most ``most`` rows of one of ``groups`` [n], if others are left.
         """
         self.looked_at = 0
         self._turn = (self._turn + 1) % len(self._segments)
         self._score(self._turn, weights)  # so that bounds do not all become loose at once
-        bounds = self._bounds(slice(None), weights, target)
-        found, utility = np.empty(0, dtype=np.int64), np.empty(0)
-        seen, until = 0, max(FIRST, 16 * size)
+        bounds = self._bounds(slice(None), weights, worth)
+        found, utility = known[0][:0].astype(np.int64), np.empty(0)
+        seen, until, worst = 0, max(FIRST, 16 * size), -np.inf
+        skipped = np.union1d(waiting, known[0])
 
-        def look(rows: np.ndarray, ranks: np.ndarray, least: np.ndarray | float) -> None:
-            nonlocal found, utility
-            drawn = noise.of(ranks)
-            may = (drawn - least >= worst) & ~_among(rows, waiting)
-            rows = rows[may]
-            value = drawn[may] - self._distance(rows, weights, target)
+        def keep(rows: np.ndarray, value: np.ndarray) -> None:
+            nonlocal found, utility, worst
             rows, value = np.concatenate([found, rows]), np.concatenate([utility, value])
-            best = np.lexsort((rows, -value))[:size]
+            order = np.lexsort((rows, -value))
+            best = order[capped(rows[order], groups, most)][:size]
             found, utility = rows[best], value[best]
+            worst = utility[-1] if len(found) == size else -np.inf
 
-        worst, near = -np.inf, np.ones(len(bounds), dtype=bool)
+        def look(rows: np.ndarray, ranks: np.ndarray, highest: np.ndarray | float) -> None:
+            drawn = noise.of(ranks)
+            may = (drawn + highest >= worst) & ~_among(rows, skipped)
+            keep(rows[may], drawn[may] + worth(self._distance(rows[may], weights)))
+
+        free = ~_among(known[0], waiting)
+        keep(known[0][free], noise.of(noise.ranks(known[0][free])) + known[1][free])
+        near = np.ones(len(bounds), dtype=bool)
         while seen < noise.places:
             rows = noise.rows(seen, until)
-            look(rows, noise.ranks(rows), 0.0)
+            look(rows, noise.ranks(rows), 1.0)
             seen, until = until, 2 * until
             if len(found) == size:
-                worst = utility[-1]
-                near = bounds <= noise.below(seen) - worst
+                near = bounds + noise.below(seen) >= worst
                 if seen >= MOST or near.sum() * BUCKET <= 8 * seen:
                     break
         else:
+            if len(found) < min(size, noise.n_rows - len(waiting)):  # groups leave too few
+                rest = np.union1d(waiting, found)
+                more = self.choose(weights, worth, noise, size - len(found), rest, known)
+                found = np.concatenate([found, more])
             return found
 
-        def look_unseen(rows: np.ndarray, least: np.ndarray | float) -> None:
-            nonlocal worst
+        def look_unseen(rows: np.ndarray, highest: np.ndarray | float) -> None:
             ranks = noise.ranks(rows)
             rest = ranks >= seen
-            look(rows[rest], ranks[rest], least if isinstance(least, float) else least[rest])
-            worst = utility[-1]
+            look(rows[rest], ranks[rest], highest if isinstance(highest, float) else highest[rest])
 
         for at, part in enumerate(self._segments):
             buckets = slice(part.start // BUCKET, -(-part.stop // BUCKET))
-            near = bounds[buckets] <= noise.below(seen) - worst
+            near = bounds[buckets] + noise.below(seen) >= worst
             if near.mean() > LOOSE:
                 self._score(at, weights)
-                bounds[buckets] = self._bounds(buckets, weights, target)
-                near = bounds[buckets] <= noise.below(seen) - worst
+                bounds[buckets] = self._bounds(buckets, weights, worth)
+                near = bounds[buckets] + noise.below(seen) >= worst
             if near.any():
                 each = np.repeat(near, BUCKET)[: part.stop - part.start]
-                least = np.repeat(bounds[buckets], BUCKET)[: len(each)]
-                look_unseen(self._order[part][each].astype(np.int64), least[each])
+                highest = np.repeat(bounds[buckets], BUCKET)[: len(each)]
+                look_unseen(self._order[part][each].astype(np.int64), highest[each])
         rest = np.setdiff1d(np.fromiter(self._changed, dtype=np.int64, count=len(self._changed)), found)
-        look_unseen(rest, 0.0)
+        look_unseen(rest, 1.0)
         return found
 
-    def _distance(self, rows: np.ndarray, weights: np.ndarray, target: float) -> np.ndarray:
+    def _distance(self, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """float64, to the last bit the same with whichever rows a row is asked for."""
         self.looked_at += len(rows)
         scores = np.empty(len(rows))
@@ -163,7 +185,7 @@ class Wide:
         for at in range(0, len(rows), BLOCK):
             part = self._rows[rows[at : at + BLOCK]].astype(np.float64)
             scores[at : at + BLOCK] = np.einsum("ij,j->i", part, precise)
-        return np.abs(np.clip(scores + float(weights[-1]) + 0.5, 0.0, 1.0) - target)
+        return np.abs(np.clip(scores + float(weights[-1]) + 0.5, 0.0, 1.0) - 0.5)
 
     def _score(self, at: int, weights: np.ndarray) -> None:
         """Sort a segment by its scores with these weights."""
@@ -183,8 +205,10 @@ class Wide:
             for row in rows:
                 del self._changed[row]
 
-    def _bounds(self, buckets: slice, weights: np.ndarray, target: float) -> np.ndarray:
-        """float64, what no row of a bucket lies nearer to the target than; changed rows apart."""
+    def _bounds(
+        self, buckets: slice, weights: np.ndarray, worth: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """float64, what no row of a bucket is worth more than; changed rows apart."""
         moved = np.linalg.norm(weights[:-1] - self._scored[:, :-1], axis=1)
         size = np.linalg.norm(weights[:-1]) + np.linalg.norm(self._scored[:, :-1], axis=1)
         moved += 2 * len(weights) * np.finfo(np.float32).eps * size  # rounding of the float32 products
@@ -192,7 +216,7 @@ class Wide:
         middle = float(weights[-1]) + 0.5
         low = np.clip(self._low[buckets] + middle - slack, 0.0, 1.0)
         high = np.clip(self._high[buckets] + middle + slack, 0.0, 1.0)
-        return np.maximum(0.0, np.maximum(low - target, target - high) - 1e-9)
+        return worth(np.maximum(0.0, np.maximum(low - 0.5, 0.5 - high) - 1e-9)) + 1e-9
 
 
 def _among(rows: np.ndarray, others: np.ndarray) -> np.ndarray:

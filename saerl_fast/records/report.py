@@ -17,7 +17,7 @@ from saerl_fast.fileio import first_line, read_table, write_text
 from saerl_fast.records import plots, samples
 from saerl_fast.records.lock import clean
 from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes, load_runs, read_object
-from saerl_fast.records.stats import area_under_curve, paired_ratio, smooth, steps_to_target
+from saerl_fast.records.stats import area_under_curve, paired_ratio, steps_to_target
 
 Table = samples.Table
 
@@ -104,7 +104,7 @@ def find_targets(runs: list[RunRecord], settings: CompareConfig) -> dict[str, fl
     if not first:
         return {}
     start = float(np.mean([run.accuracy[0] for run in first]))
-    gain = float(np.mean([smooth(run.accuracy, settings.smooth)[-1] for run in first])) - start
+    gain = float(np.mean([np.mean(run.accuracy[-settings.smooth :]) for run in first])) - start
     if not gain > 0:
         return {}
     return {f"{share:.0%} of {runs[0].arm}'s gain": start + share * gain for share in settings.targets}
@@ -115,7 +115,7 @@ def main_table(runs: list[RunRecord], targets: dict[str, float], settings: Compa
     measure = "P(reference answer)" if eval_modes(runs) == ["prob"] else "accuracy"
     header = ["arm", "seeds", f"{measure} before", "after", "mean over run"]
     header += [f"steps to {value:.3f} ({name})" for name, value in targets.items()]
-    header += ["rollouts", "seconds/step", "SAE + plan overhead"]
+    header += ["groups with a gradient", "rollouts", "seconds/step", "SAE + plan overhead"]
     rows = []
     for arm in dict.fromkeys(run.arm for run in runs):
         mine = [run for run in runs if run.arm == arm]
@@ -132,6 +132,8 @@ def main_table(runs: list[RunRecord], targets: dict[str, float], settings: Compa
             row.append(
                 text + (f" ({len(found)} of {len(known)} runs)" if 0 < len(found) < len(known) else "")
             )
+        used = [np.nanmean(run.train["used"]) for run in mine if np.isfinite(run.train["used"]).any()]
+        row.append(f"{np.mean(used):.0%}" if used else "-")
         row.append(_mean([run.rollouts() for run in mine], 0))
         row.append(_mean([_step_seconds(run) for run in mine if len(run.train)], 2))
         overheads = [share for share in (run.overhead() for run in mine) if share is not None]
@@ -143,7 +145,7 @@ def main_table(runs: list[RunRecord], targets: dict[str, float], settings: Compa
     notes = [_mode_note(runs)]
     if targets:
         window = f"{settings.smooth} evaluations"
-        notes.append(f"Targets {basis}; curves are averaged over {window} before they are compared.")
+        notes.append(f"Targets {basis}; curves are averaged over {window} around each.")
     return ("Result", header, rows, " ".join(note for note in notes if note))
 
 

@@ -283,6 +283,7 @@ def make_plan(config: Config, echo: Echo, session: Session | None = None) -> Pla
         batch_size=config.train.rollout.prompts_per_step,
         total_steps=max(config.train.steps, 1),  # 0: only the warm-up
         seed=training_seed(config),
+        group_size=config.train.rollout.group_size,
         quality=config.quality,
     )
     kept, size = len(plan.prompt_ids), plan.batch_size
