@@ -426,17 +426,14 @@ def test_changes_in_place_are_found_by_a_recheck():
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        *(
-            (text, text)
-            for text in ("a\nb", "a ", " a", "a #b", "a\t", "|", "&a b", "!!str a", "{prompt}\n", "")
-        ),
+        *((text, text) for text in ("a\nb", "a ", " a", "a #b", "a\t", "|", "&a b", "!!str a", "{prompt}\n")),
         ('"a\\nb "', "a\nb "),
         ("'a #b'", "a #b"),
     ],
 )
 def test_text_of_the_command_line_stays_as_it_is(text, value):
-    assert load_config(None, [f"data.template={text}"]).data.template == value
-    assert load_config(None, [f"sae.path={text}"]).sae.path == (value or None)
+    assert load_config(None, [f"data.prompt_column={text}"]).data.prompt_column == value
+    assert load_config(None, [f"sae.path={text}"]).sae.path == value
 
 
 def test_a_config_file_may_be_a_pipe(tmp_path):
