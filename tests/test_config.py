@@ -421,3 +421,12 @@ def test_changes_in_place_are_found_by_a_recheck():
     config.compare.seeds.append(-3)
     with pytest.raises(SaerlError, match="compare.seeds=0,-3 must hold numbers at least 0"):
         config.recheck()
+
+
+def test_features_that_are_not_kept_cannot_be_read():
+    with pytest.raises(SaerlError, match="plan.adaptive.features names scalars.*add it to score.features"):
+        load_config(None, ["plan.adaptive.features=scalars"])
+    found = load_config(None, ["plan.adaptive.features=scalars,tfidf", "score.features=sae,scalars"])
+    assert found.plan.adaptive.features == ["scalars", "tfidf"] and found.difficulty.features is None
+    with pytest.raises(SaerlError, match="score.features must hold sae"):
+        load_config(None, ["score.features=hidden"])

@@ -9,7 +9,7 @@ tested where ``benchmarks/`` says so, and none should be read as the paper's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from saerl_fast.config.fields import SEED, Section, name_sections, section, setting
 
@@ -390,6 +390,18 @@ class Config(Section):
     plan: PlanConfig = section(PlanConfig)
     train: TrainConfig = section(TrainConfig)
     compare: CompareConfig = section(CompareConfig)
+
+    def conflict(self) -> str | None:
+        asked = {
+            "difficulty.features": self.difficulty.features or [],
+            "quality.features": self.quality.features,
+            "plan.adaptive.features": self.plan.adaptive.features,
+        }
+        for key, kinds in asked.items():
+            for kind in kinds:
+                if kind in get_args(Stored) and kind not in self.score.features:
+                    return f"{key} names {kind}, which is not kept; add it to score.features"
+        return None
 
 
 name_sections(Config)

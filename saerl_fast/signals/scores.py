@@ -255,7 +255,7 @@ def feature_pass(session: Session, sae: Any, config: Config) -> Compute:
     from saerl_fast.sae.pooled import bank_pass
 
     prompts, kinds = session.train, [str(name) for name in config.score.features]
-    answers: list[list[int]] | None = None
+    answers: Sequence[list[int]] | None = None
     if config.score.include_answer and config.quality.head != "none" and None not in prompts.column("answer"):
         answers, kinds = prompts.answer_ids, [*kinds, "answer"]
     elif "answer_logprob" in kinds:
