@@ -10,9 +10,10 @@ held_ratio and peak_ratio: what is resident after a hundred steps with the loade
 plan is built, saved, loaded and followed, over rows x d x 4 bytes; in pools of some MB most of it is not the
 plan's. Pages of mapped files count, though they can be given back.
 ``test_scoring``, in a process of its own: the way from shards of sparse features over probes, clusters and
-files to a plan and its first batches; ``scoring_mb`` is what is resident at most from the first shard to the
-written scores, beyond what the process held before; ``scoring_bytes_a_row`` the same by row. ``test_runs``:
-reading the records of a long run. Rows that the machine has no room for are skipped.
+files to a plan and its first batches. Difficulty is predicted from the SAE features, since to read the texts
+of so many prompts takes half a millisecond each. ``scoring_mb`` is what is resident at most from the first
+shard to the written scores, beyond what the process held before; ``scoring_bytes_a_row`` the same by row.
+``test_runs``: reading the records of a long run. Rows that the machine has no room for are skipped.
 
 SAERL_BENCH_GRID=tiny: one small shape, to see that it runs. How time is taken: harness.py.
 """
@@ -204,13 +205,13 @@ class Made:
     def __init__(self, shape: Sparse) -> None:
         self.shape = shape
 
-    def __call__(self, start: int, end: int, _: Any) -> tuple[CSR, None]:
+    def __call__(self, start: int, end: int, _: Any) -> dict[str, CSR]:
         rng, (_, columns, active) = np.random.default_rng(start), self.shape
         width, count = columns // active, end - start
         found = rng.integers(0, width, (count, active)) + np.arange(active) * width
         values = torch.from_numpy(rng.gamma(4.0, 0.25, count * active).astype(np.float32))
         indptr = torch.arange(0, count * active + 1, active)
-        return CSR(indptr, torch.from_numpy(found.astype(np.int32).ravel()), values, columns), None
+        return {"sae": CSR(indptr, torch.from_numpy(found.astype(np.int32).ravel()), values, columns)}
 
 
 def score_and_plan(shape: Sparse, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -218,14 +219,15 @@ def score_and_plan(shape: Sparse, folder: Path) -> tuple[dict[str, Any], dict[st
     rng = np.random.default_rng(0)
     with bench_threads():
         cfg, once = Config(), Once()
-        cluster_prompts(Made(shape)(0, 2000, None)[0], cfg.diversity)  # loads what it needs
+        cfg.difficulty.features = ["sae"]
+        cluster_prompts(Made(shape)(0, 2000, None)["sae"], cfg.diversity)  # loads what it needs
         ids = Packed.of(f"prompt-{i}" for i in range(shape.rows))
         rates = np.full(shape.rows, np.nan)
         rates[rng.permutation(shape.rows)[:512]] = rng.integers(0, 9, 512) / 8
         gc.collect()
         before = process_mb("VmRSS")
         shards = Shards(folder, "bench", 1 << 14)
-        features, _ = once("shards", shards.collect, ids, Made(shape))
+        features = once("shards", shards.collect, ids, Made(shape))["sae"]
         bank = Bank(features, Texts(shape.rows))
         difficulty = once("difficulty", fit_difficulty, bank, rates, cfg.difficulty).scores
         del bank

@@ -46,3 +46,12 @@ def test_rows_are_taken_and_missing_ids_found(monkeypatch):
         assert list(packed.chosen(names, np.array(rows, dtype=np.int64))) == [names[i] for i in rows]
     assert Rows(some).lacking([*names, "x", "p1", "y"]) == ["x", "p1", "y"]
     assert Rows(some).lacking(names[::-1]) == [] and Rows([]).lacking(["a"]) == ["a"]
+
+
+def test_tokens_are_kept_in_one_array(monkeypatch):
+    monkeypatch.setattr(packed, "BLOCK", 2)
+    rows = [[1, 2, 3], [], [70_000], [4, 5]]
+    tokens = packed.Tokens.of(iter(rows))
+    assert list(tokens) == rows and tokens[1:3] == rows[1:3] and tokens[-1] == [4, 5]
+    assert tokens.ids.dtype == np.int32 and len(packed.Tokens.of([])) == 0
+    assert all(type(token) is int for row in tokens for token in row)

@@ -78,7 +78,7 @@ def choose(
         return np.empty(0, dtype=np.int64), pool.short
     drawn = draw(len(pool.rows), max(MOST, 16 * size), rng)
     noise, limit = -scale * np.log(drawn.least), float(worth(np.zeros(1))[0])
-    first = np.union1d(pool.short, pool.known)
+    first = np.sort(np.concatenate([pool.short, pool.known[~_among(pool.known, pool.short)]]))
     at = np.searchsorted(drawn.ordered[:-1], first)
     later = -scale * np.log(drawn.least[-1] + rng.exponential(size=len(first)))
     later = np.where(drawn.ordered[at] == first, noise[drawn.place[at]], later)

@@ -18,9 +18,11 @@ from saerl_fast.models import token_ids
 from saerl_fast.prompts.chats import Messages, is_prefilled
 from saerl_fast.prompts.own import Spans, own_tokens
 from saerl_fast.prompts.pool import Pool
+from saerl_fast.records.packed import Tokens
 
 log = logging.getLogger(__name__)
 
+BLOCK = 1 << 14  # texts made into tokens at a time
 _SECONDS = 10.0  # for a prompt to be rendered: real templates take milliseconds
 _OURS = (  # arguments of apply_chat_template that decide the form of its result
     *("conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "padding"),
@@ -41,8 +43,8 @@ class Prompts(Pool):
     """
 
     texts: list[str]
-    ids: list[list[int]]
-    answer_ids: list[list[int]]
+    ids: Sequence[list[int]]
+    answer_ids: Sequence[list[int]]
     prefill: str = ""
     own: list[Spans] | None = None
 
@@ -51,11 +53,16 @@ class Prompts(Pool):
         return Prompts(
             super().select(indices).columns,
             [self.texts[i] for i in indices],
-            [self.ids[i] for i in indices],
-            [self.answer_ids[i] for i in indices],
+            _picked(self.ids, indices),
+            _picked(self.answer_ids, indices),
             self.prefill,
             None if self.own is None else [self.own[i] for i in indices],
         )
+
+
+def _picked(rows: Sequence[list[int]], indices: Sequence[int]) -> Sequence[list[int]]:
+    found = (rows[i] for i in indices)
+    return Tokens.of(found) if len(indices) > BLOCK else list(found)
 
 
 def prepare(
@@ -74,12 +81,12 @@ def prepare(
         fix = "lower max_new_tokens, or use a model that reads more"
     texts = render(pool, tokenizer, cfg)
     templated = uses_template(tokenizer, cfg)
-    ids = token_ids(tokenizer, texts, special=not templated)
+    ids = _tokens(tokenizer, texts, not templated)
     empty = next((i for i, row in enumerate(ids) if not row), None)
     if empty is not None:
         name = pool.column("prompt_id")[empty]
         raise SaerlError(f"prompt {name!r} ({texts[empty][:40]!r}) has no tokens; remove it from the pool")
-    answers = token_ids(tokenizer, [str(answer or "") for answer in pool.column("answer")], special=False)
+    answers = _tokens(tokenizer, [str(answer or "") for answer in pool.column("answer")], False)
     own = None
     if templated:
         write = partial(_write, tokenizer, cfg)
@@ -95,6 +102,14 @@ def prepare(
         )
     log.warning("dropped %d of %d prompts over %d tokens (%s)", len(pool) - len(keep), len(pool), most, which)
     return made.select(keep)
+
+
+def _tokens(tokenizer: Any, texts: Sequence[str], special: bool) -> Sequence[list[int]]:
+    """Token ids [n] of the texts; of many, made and kept in blocks, 4 bytes an id."""
+    starts = range(0, len(texts), BLOCK)
+    parts = (token_ids(tokenizer, texts[at : at + BLOCK], special=special) for at in starts)
+    rows = (row for part in parts for row in part)
+    return Tokens.of(rows) if len(texts) > BLOCK else list(rows)
 
 
 def uses_template(tokenizer: Any, cfg: DataConfig) -> bool:

@@ -1,9 +1,9 @@
-"""Prompt ids of a large pool: as one array of bytes, and found by their hash, not as strings in a dict."""
+"""Ids and tokens of a large pool: as one array, not as objects; ids are found by their hash."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import overload
 
 import numpy as np
@@ -58,6 +58,34 @@ class Packed(Sequence[str]):
             text = self.text[ends[0] : ends[-1]].tobytes()
             for i in range(len(ends) - 1):
                 yield text[ends[i] - ends[0] : ends[i + 1] - ends[0]].decode("utf-8", "surrogatepass")
+
+
+class Tokens(Sequence[list[int]]):
+    """Rows of token ids: row i is ``ids[ends[i]:ends[i + 1]]``, ids int32 and ends int64 [n + 1]."""
+
+    def __init__(self, ids: np.ndarray, ends: np.ndarray) -> None:
+        self.ids, self.ends = ids, ends
+
+    @classmethod
+    def of(cls, rows: Iterable[list[int]]) -> Tokens:
+        rest, parts, sizes = iter(rows), [np.empty(0, dtype=np.int32)], [np.zeros(1, dtype=np.int64)]
+        while block := list(islice(rest, BLOCK)):
+            sizes.append(np.fromiter(map(len, block), dtype=np.int64, count=len(block)))
+            parts.append(np.fromiter(chain.from_iterable(block), dtype=np.int32, count=int(sizes[-1].sum())))
+        return cls(np.concatenate(parts), np.cumsum(np.concatenate(sizes)))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    @overload
+    def __getitem__(self, at: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[list[int]]: ...
+    def __getitem__(self, at: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(len(self))[at]]
+        at = range(len(self))[at]
+        return self.ids[self.ends[at] : self.ends[at + 1]].tolist()
 
 
 def chosen(strings: Sequence[str], rows: np.ndarray) -> Sequence[str]:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -147,14 +148,14 @@ def collect_activations(
     representative); surplus tokens are dropped at random. With ``keep`` they are saved now and then and at an
     interrupt, and what was saved is not captured again. Raises SaerlError when no row has a token.
     """
-    rows = [row for row in rows if row]
-    if not rows:
+    full = np.flatnonzero([len(row) > 0 for row in rows]).tolist()
+    if not full:
         raise SaerlError("no activations to collect: there is no text with a token; check data.train")
     generator = torch.Generator().manual_seed(seed)
     chosen, count = [], 0
-    for i in torch.randperm(len(rows), generator=generator).tolist():
-        chosen.append(rows[i])
-        count += len(rows[i])
+    for i in torch.randperm(len(full), generator=generator).tolist():
+        chosen.append(rows[full[i]])
+        count += len(chosen[-1])
         if count >= max_tokens:
             break
     done, parts = keep.shards() if keep else (0, [])

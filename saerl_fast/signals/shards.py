@@ -82,7 +82,7 @@ class Shards:
 
     def _read(self, start: int, ids: Sequence[str]) -> Parts | None:
         """The shard where its files have the content that their names tell; None where it is to be made."""
-        found: Parts = {}
+        found: dict[str, Any] = {}
         count = 0
         for file in sorted(self.folder.glob(f"{start:09d}.*.*")):
             try:
@@ -97,7 +97,7 @@ class Shards:
 
     def _write(self, start: int, ids: Sequence[str], parts: Parts) -> Parts:
         """A file for each part: its name, of how many it is one, and the start of its SHA-256."""
-        made = {}
+        made: dict[str, Any] = {}
         for name, rows in parts.items():
             plain = self.folder / f"{start:09d}.{name}"
             with atomic_path(plain) as temporary:

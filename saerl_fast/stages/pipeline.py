@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -154,7 +154,7 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None, *, red
     return sae
 
 
-def _texts(config: Config, prompts: Prompts) -> list[list[int]]:
+def _texts(config: Config, prompts: Prompts) -> Sequence[list[int]]:
     """The token ids that an SAE reads of a pool."""
     if not config.score.include_answer:
         return prompts.ids
