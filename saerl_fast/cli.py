@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     sae = commands.add_parser("sae", help="train a TopK SAE on a model's hidden states, or describe one")
     sae_commands = sae.add_subparsers(dest="sae_command", required=True, metavar="train|info|convert")
     sae_train = sae_commands.add_parser("train", parents=[common], help="train on the prompts' activations")
+    sae_train.add_argument("--from", metavar="SAE", help="short for sae.init=SAE: go on from this one")
     info = sae_commands.add_parser("info", parents=[plain], help="describe an SAE")
     said = "write an SAE of any format as a SAELens folder"
     convert = sae_commands.add_parser("convert", parents=[plain], help=said)
@@ -109,7 +110,8 @@ def parser() -> argparse.ArgumentParser:
 
 def read_config(args: argparse.Namespace) -> Config:
     """The config tree that the parsed arguments ask for; later settings win over earlier ones."""
-    shortcuts = dict(SHORTCUTS, schedule="plan.schedule", arms="compare.arms", seeds="compare.seeds")
+    shortcuts = SHORTCUTS | {"schedule": "plan.schedule", "arms": "compare.arms", "seeds": "compare.seeds"}
+    shortcuts["from"] = "sae.init"
     given = ((key, getattr(args, flag.replace("-", "_"), None)) for flag, key in shortcuts.items())
     return load_config(
         args.config, [f"{key}={value}" for key, value in given if value is not None] + args.overrides

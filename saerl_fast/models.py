@@ -29,6 +29,13 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _BLOCK_LISTS = ("layers", "h", "blocks", "block", "layer")  # Llama/Qwen/Gemma/NeoX; GPT-2; others; BERT
 _MERGE = "merge the adapter into its model first (peft's merge_and_unload, then save_pretrained)"
 _OTHER_HEAD = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice|RewardModel)$")
+_OF_A_WEIGHT = re.compile(r"\.(weight[._]\w+|SCB)$")  # scales and the like, which from_pretrained leaves out
+# What forward is to give, whatever the configuration asks for: the loss of a router's balance, computed with
+# masks of other shapes than ours, fails in the middle of decoding; the others only take memory.
+_OUTPUTS = {
+    "return_dict": True,
+    **dict.fromkeys(("output_router_logits", "output_hidden_states", "output_attentions"), False),
+}
 # How far a token may move the logits before it, relative to the largest: rounding. In a bidirectional model
 # it moves them by .005 (tiny, untrained) to 1.
 _AHEAD = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
@@ -83,6 +90,10 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
 
+    for part in (model.config, model.config.get_text_config()):
+        for name, value in _OUTPUTS.items():
+            if getattr(part, name, value) != value:
+                setattr(part, name, value)
     _check_weights(cfg.path, found)
     if getattr(model, "is_quantized", False):
         raise SaerlError(f"model {cfg.path} is quantised; use a copy with plain weights")
@@ -210,8 +221,9 @@ def token_ids(
     """Token ids of each text, unpadded.
 
     ``special`` adds the special tokens that the tokenizer puts in front (such as a beginning-of-sequence
-    token, once if the text already starts with it). What it puts behind is left out: a text that ends in an
-    end-of-sequence token (``add_eos_token``) has nothing to be continued with.
+    token, once if the text already starts with it). What it puts behind is left out, whether or not it is
+    declared as special: a text that ends in an end-of-sequence token (``add_eos_token``) has nothing to be
+    continued with.
     """
     if not texts:
         return []
@@ -221,22 +233,15 @@ def token_ids(
     if not special:
         return [list(row) for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
     *ids, probe = (list(row) for row in tokenizer([*texts, "a"], add_special_tokens=True)["input_ids"])
-    behind = _specials_behind(tokenizer, probe)
+    letter = list(tokenizer(["a"], add_special_tokens=False)["input_ids"][0])
+    fits = (at for at in range(len(probe), 0, -1) if probe[at - len(letter) : at] == letter)
+    behind = len(probe) - next(fits, len(probe)) if letter else 0
     if behind:
         ids = [row[:-behind] for row in ids]
     bos = tokenizer.bos_token_id
     if bos is not None:
         ids = [row[1:] if len(row) > 1 and row[0] == bos and row[1] == bos else row for row in ids]
     return ids
-
-
-def _specials_behind(tokenizer: PreTrainedTokenizerBase, row: list[int]) -> int:
-    """How many special tokens end ``row``, the ids of a letter."""
-    known = {tokenizer.bos_token_id, getattr(tokenizer, "eos_token_id", None)}
-    known |= set(getattr(tokenizer, "all_special_ids", ()))
-    known.discard(getattr(tokenizer, "unk_token_id", None))  # which the letter itself may be
-    real = [at for at, token in enumerate(row) if token not in known]
-    return len(row) - 1 - real[-1] if real else 0
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -286,12 +291,14 @@ def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
 def _load_failure(path: str, source: str, err: Exception, reached: bool) -> str:
     whole = " ".join(str(err).split())
     first = whole[:200] or type(err).__name__
+    if isinstance(err, (KeyError, AttributeError)):  # which say no more than the word that is unknown
+        first = f"{type(err).__name__}: {first}"
     if "trust_remote_code" in whole or "contains custom code" in whole:
         return f"model {path} runs its own code; set model.trust_remote_code=true if you trust it"
     if "attn_implementation" in whole or "FlashAttention" in whole:
         return f"model {path} cannot be loaded with this model.attn ({first}); set model.attn=sdpa or eager"
     if Path(source).is_dir():
-        advice = "check that its files are complete"
+        advice = "check that its files are complete, and the values in its config.json"
         if (Path(source) / "adapter_config.json").is_file():
             advice = _MERGE
         elif "does not recognize this architecture" in whole:
@@ -319,7 +326,11 @@ def _check_attention(name: str | None) -> None:
 
 
 def _check_kind(path: str, settings: Any) -> None:
-    """SaerlError for a configuration of anything but a causal language model."""
+    """SaerlError for a configuration of anything but a causal language model with plain weights.
+
+    Some quantised weights can be made plain when they are loaded; ``save_pretrained`` then writes them
+    quantised, beside a configuration that does not say so.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     own = "AutoModelForCausalLM" in (getattr(settings, "auto_map", None) or {})
@@ -329,6 +340,9 @@ def _check_kind(path: str, settings: Any) -> None:
         kind = f"is an encoder-decoder ({settings.model_type})"
     elif not own and type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         kind = f"is a {settings.model_type}, of which transformers has no causal language model"
+    if quantised := getattr(settings, "quantization_config", None):
+        method = (isinstance(quantised, dict) and quantised.get("quant_method")) or "by no named method"
+        raise SaerlError(f"model {path} is quantised ({method}); use a copy with plain weights")
     if kind:
         raise SaerlError(f"model {path} {kind}; use a decoder-only causal language model")
 
@@ -344,7 +358,13 @@ def _check_weights(path: str, found: dict[str, Any]) -> None:
             f"the files of model {path} do not fit its configuration: the weight {name} {wrong[name]}{more}; "
             "use a complete checkpoint of a causal language model"
         )
-    if extra := sorted(found["unexpected_keys"]):
+    extra = sorted(found["unexpected_keys"])
+    if scale := next(filter(_OF_A_WEIGHT.search, extra), None):
+        raise SaerlError(
+            f"the files of model {path} hold {scale}, which its configuration does not name: the weight "
+            "beside it is quantised, or to be made from several; use a copy with plain weights"
+        )
+    if extra:
         log.warning("model %s: %d weights in its files are not used, such as %s", path, len(extra), extra[0])
 
 
@@ -352,9 +372,13 @@ def _check_weights(path: str, found: dict[str, Any]) -> None:
 def check_causal(model: Any, path: str) -> None:
     """SaerlError when the model ``path`` cannot read ids, or a token changes the predictions before it."""
     rows = model.get_input_embeddings().weight.shape[0]
-    ids = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]], device=model.device) % rows
+    pad = getattr(_text_config(model), "pad_token_id", None) or 0
+    *row, other = [token for token in range(1, 8) if token != pad][:6]
+    padded = [*row[:2], pad, *row[3:]]
+    ids = torch.tensor([row, [*row[:4], other], padded], device=model.device) % rows
     try:
         logits = model(input_ids=ids, use_cache=False).logits.float()
+        shorter = model(input_ids=ids[2:, :4], use_cache=False).logits.float()
     except torch.OutOfMemoryError:
         raise
     except Exception as err:
@@ -367,6 +391,11 @@ def check_causal(model: Any, path: str) -> None:
         raise SaerlError(
             f"model {path} is no causal language model: a token changes the predictions before it; "
             "use a decoder-only one"
+        )
+    if (logits[2, 3] - shorter[0, 3]).abs().max() > 0.3 * logits.abs().max():  # XLM counts what is no padding
+        raise SaerlError(
+            f"model {path} takes its pad token ({pad}) for padding also where it is sampled: what it "
+            "predicts then changes with the tokens that follow; use another model"
         )
 
 

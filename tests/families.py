@@ -2,22 +2,29 @@
 
 ``python -m tests.families`` tries all of them and prints a table; ``make families`` keeps it. A family is
 right when sampled, trained and shared log-probabilities, their gradients and captured hidden states are
-those of transformers' own plain forward pass over one row at a time.
+those of transformers' own plain forward pass over one row at a time, and the model that it is saved as is
+the same.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sys
+import tempfile
 import time
 import warnings
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import saerl_fast
+from saerl_fast import fileio
 from saerl_fast.config import RolloutConfig
 from saerl_fast.errors import SaerlError
 
@@ -40,13 +47,17 @@ SIZES = {  # of the settings that a configuration has
     **dict.fromkeys(("mamba_num_heads", "mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 8),
     **dict.fromkeys(("mamba_d_conv", "linear_num_value_heads", "chunk_size", "mamba_chunk_size"), 4),
     **dict.fromkeys(("time_step_rank", "rotary_dim"), 4),
+    **{"index_topk": 6, "index_n_heads": 16, "index_head_dim": 16},  # many heads, or most scores are 0
     **{"vocab_size": 64, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8},
     **{"conv_L_cache": 3, "query_pre_attn_scalar": 8, "expert_ffn_hidden_size": 32},
     **{"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0},
 }
+LOOP = ("cache", "decode", "generate", "logprobs", "rollouts", "ways")
 DROP = object()  # a setting that is left as it is
 DECODER = {"is_decoder": True}
 DELTA = ["linear_attention", "full_attention"] * 2
+WINDOWED = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16}
+WINDOWED |= {"head_dim": 16, "qk_nope_head_dim": 8, "v_head_dim": 8}
 LATENT = {"num_key_value_heads": 4}  # multi-head latent attention has as many keys as queries
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), LATENT),
@@ -79,7 +90,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     | {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 2, "mamba_dt_rank": 4},
     "dbrx": {"ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}}
     | {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8}},
-    "cpmant": {"dim_head": 8, "dim_ff": 64, "prompt_length": 2, "prompt_types": 2, "segment_types": 2},
+    "cpmant": {"dim_head": 8, "dim_ff": 64, "prompt_length": 2, "prompt_types": 4, "segment_types": 4},
     "xlnet": {"d_inner": 64, "max_position_embeddings": DROP},
     "prophetnet": DECODER
     | {"num_hidden_layers": DROP, "num_encoder_layers": 4, "num_decoder_layers": 4}
@@ -87,7 +98,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "roc_bert": DECODER
     | {"pronunciation_embed_dim": 32, "pronunciation_vocab_size": 64}
     | {"shape_embed_dim": 32, "shape_vocab_size": 64},
-    "reformer": {"is_decoder": True},
+    "reformer": DECODER
+    | {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (16, 16), "attn_layers": ["local", "lsh"] * 2}
+    | {"attention_head_size": 8, "feed_forward_size": 64, "num_hidden_layers": DROP},
+    "xlm": {"causal": True},
+    "xmod": DECODER | {"languages": ["en_XX", "de_DE"], "default_language": "en_XX"},
+    "dots3_note_text": WINDOWED
+    | {f"swa_{name}": size for name, size in WINDOWED.items()}
+    | {"shared_experts_intermediate_size": 32, "qk_rope_head_dim": 8, "index_head_dim": 8}
+    | {"sliding_window": 6, "layer_types": ["indexed_attention", "sliding_attention"] * 2},
 }
 FROM_FIRST_BLOCK = ("falcon_mamba", "mamba", "mamba2", "rwkv")  # whose hidden_states lack the embeddings
 PARTS = (  # several media, or no decoders of text: where they have a text part, it is a family, too
@@ -114,6 +133,8 @@ def tiny_family(name: str, *, spread: float = 4.0, **extra: Any) -> Any:
     default = known()
     kept = {key: value for key, value in SIZES.items() if _has(default, key)}
     kept = {key: v for key, v in kept.items() if getattr(known, "attribute_map", {}).get(key) not in kept}
+    if "index_topk" in kept:  # a pad token's embedding is 0, which scores every key alike
+        kept["pad_token_id"] = None
     kept |= SPECIAL.get(name, {}) | extra
     config = known(**{key: value for key, value in kept.items() if value is not DROP})
     with torch.device("meta"):
@@ -144,6 +165,7 @@ def judge(model: Any) -> dict[str, Any]:
     from saerl_fast.models import check_causal, n_blocks
     from saerl_fast.rl import logprobs, ways
     from saerl_fast.rl.generate import generate
+    from saerl_fast.rl.logprobs import check_gradient
     from saerl_fast.sae.capture import Capture, iter_hidden_ids
     from tests.tiny_lm import char_tokenizer
 
@@ -159,6 +181,7 @@ def judge(model: Any) -> dict[str, Any]:
 
     report: dict[str, Any] = {}
     check_causal(model, model.config.model_type)
+    check_gradient(model)
     try:
         blocks = n_blocks(model)
         inner = {0, 1, layer, blocks - 1} - {0 if model.config.model_type in FROM_FIRST_BLOCK else -1}
@@ -171,6 +194,7 @@ def judge(model: Any) -> dict[str, Any]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     rows = [row[: s + n] for row, s, n in zip(ids, starts.tolist(), lengths.tolist(), strict=True)]
     wanted, slopes = _truth(model, rows, starts, lengths, cfg.temperature, parameters)
+    report["saved"] = _saved(model, rows[0])
     report["decoding"] = ways.decoding(model, True).way.name
     report["generate"] = float((made.logprobs[made.completion_mask] - wanted).abs().max())
     owner = torch.arange(len(ids)) // cfg.group_size
@@ -187,6 +211,18 @@ def judge(model: Any) -> dict[str, Any]:
         pairs = zip(order, texts, strict=True)
         report["rollout_capture"] = max(_relative(x, _hidden(model, row, layer)) for x, row in pairs)
     return report
+
+
+@torch.no_grad()
+def _saved(model: Any, row: Tensor) -> float:
+    """By how much the logits of the model differ from those of the one that it is saved as."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
+    pair = [m(input_ids=row[None], use_cache=False).logits for m in (model, again)]
+    return float((pair[0] - pair[1]).abs().max())
 
 
 def verdict(report: dict[str, Any], limit: float = 2e-3) -> str:
@@ -240,26 +276,25 @@ def _capture(model: Any, prompts: list[list[int]], layer: int, iter_hidden_ids: 
     return off
 
 
-def sweep(names: list[str]) -> list[dict[str, Any]]:
-    """A row for each family: its name, what happened, and the figures."""
-    rows = []
+def sweep(names: list[str], keep: Callable[[dict[str, Any]], None]) -> None:
+    """Hand ``keep`` a row for each family: its name, what happened, and the figures."""
     for name in names:
         row: dict[str, Any] = {"family": name}
         began = time.perf_counter()
         try:
             model = tiny_family(name)
         except Exception as error:
-            rows.append(row | {"verdict": "not built", "reason": _line(error)})
+            row |= {"verdict": "not built", "reason": _line(error)}
         else:
             try:
                 report = judge(model)
-                rows.append(row | {"verdict": verdict(report)} | report)
+                row |= {"verdict": verdict(report)} | report
             except SaerlError as error:
-                rows.append(row | {"verdict": "refused", "reason": _line(error)})
+                row |= {"verdict": "refused", "reason": _line(error)}
             except Exception as error:
-                rows.append(row | {"verdict": "TRACEBACK", "reason": _line(error)})
-        print(_show(rows[-1]), f"{time.perf_counter() - began:.1f} s", flush=True)
-    return rows
+                row |= {"verdict": "TRACEBACK", "reason": _line(error)}
+        keep({k: float(f"{v:.1e}") if isinstance(v, float) else v for k, v in row.items()})
+        print(_show(row), f"{time.perf_counter() - began:.1f} s", flush=True)
 
 
 def _line(error: Exception) -> str:
@@ -271,29 +306,56 @@ def _show(row: dict[str, Any]) -> str:
     return " | ".join(parts)
 
 
-def main(arguments: list[str]) -> int:
-    """``[--out FILE] [family ...]``; the exit code is the number of families that are wrong."""
+def made_by() -> dict[str, str]:
+    """Versions, and a digest of the code that the figures are of."""
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("saerl_fast").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    files = ("models.py", "sae/capture.py", "sae/blocks.py", *(f"rl/{name}.py" for name in LOOP))
+    code = b"".join((Path(saerl_fast.__file__).parent / name).read_bytes() for name in files)
+    digest = hashlib.sha256(code).hexdigest()[:12]
+    return {"transformers": transformers.__version__, "torch": torch.__version__, "code": digest}
+
+
+def main(arguments: list[str]) -> int:
+    """``[--out FILE] [family ...]``; the exit code is the number of families that are wrong.
+
+    A file made by the same code and versions is gone on with: only families that it lacks, or that are
+    named, are tried.
+    """
     out = Path(arguments.pop(1)) if arguments[:1] == ["--out"] else None
-    rows = sweep((arguments[1:] if out else arguments) or families())
-    counts: dict[str, int] = {}
-    for row in rows:
-        kind = row["verdict"].partition(":")[0]
-        counts[kind] = counts.get(kind, 0) + 1
-    print(counts)
-    if out is not None:
-        made = {"transformers": transformers.__version__, "torch": torch.__version__, "counts": counts}
-        short = (
-            {k: float(f"{v:.1e}") if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
-        text = ",\n".join(map(json.dumps, short))
-        out.write_text(f'{json.dumps(made)[:-1]}, "families": [\n{text}\n]}}\n')
+    named, made = arguments[1:] if out else arguments, made_by()
+    rows: dict[str, dict[str, Any]] = {}
+    if out is not None and out.exists():
+        before = json.loads(out.read_text())
+        if made.items() <= before.items():
+            rows = {row["family"]: row for row in before["families"]}
+
+    def keep(row: dict[str, Any]) -> None:
+        rows[row["family"]] = row
+        if out is not None:
+            text = ",\n".join(json.dumps(rows[name]) for name in sorted(rows))
+            head = json.dumps(made | {"counts": _counts(rows)})
+            fileio.write_text(out, f'{head[:-1]}, "families": [\n{text}\n]}}\n')
+
+    sweep(named or [name for name in families() if name not in rows], keep)
+    print(counts := _counts(rows))
     return counts.get("WRONG", 0) + counts.get("TRACEBACK", 0)
 
 
+def _counts(rows: dict[str, dict[str, Any]]) -> dict[str, int]:
+    return dict(Counter(row["verdict"].partition(":")[0] for row in rows.values()))
+
+
+def quiet() -> None:
+    """Leave the terminal to the table."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("saerl_fast").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
 if __name__ == "__main__":
+    quiet()
     sys.exit(main(sys.argv[1:]))

@@ -136,6 +136,7 @@ def stages(monkeypatch, tmp_path):
     pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
     ids = [str(i) for i in range(20)]
     session = SimpleNamespace(model=SimpleNamespace(device="cpu"))
+    session.eval = SimpleNamespace(ids=[])
     session.train = SimpleNamespace(ids=[[1]] * 20, columns={}, column=lambda name: ids)
     fixed = ["data.id_column=", f"data.train={pool}", "data.eval_size=4", "difficulty.n_labels=0"]
     fixed += ["train.rollout.prompts_per_step=4", "train.steps=3", "plan.adaptive.svd=3", "quality.head=none"]

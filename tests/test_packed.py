@@ -1,9 +1,10 @@
 """Packed ids: the same as a list of strings, and every id is found in its row."""
 
+import numpy as np
 import pytest
 
-from saerl_fast.plan import packed
-from saerl_fast.plan.packed import Packed, Rows
+from saerl_fast.records import packed
+from saerl_fast.records.packed import Packed, Rows
 
 IDS = ["a", "", "größer", "日本", "x" * 300, "lone \ud800", "a b", "\0"]
 
@@ -34,3 +35,23 @@ def test_rows_are_found_also_where_hashes_are_equal(kind):
     with pytest.raises(KeyError):
         rows[kind("b")]
     assert Rows([*ids, kind("a b")]).repeated == "a b"
+
+
+def test_rows_are_taken_and_missing_ids_found(monkeypatch):
+    monkeypatch.setattr(packed, "BLOCK", 3)
+    names = [f"p{'ä' * (i % 3)}{i}" for i in range(10)] + [""]
+    some = Packed.of(names)
+    for rows in ([], [10], [3, 3, 0, 9, 10, 1, 2], list(range(11))):
+        assert list(some.take(np.array(rows, dtype=np.int64))) == [names[i] for i in rows]
+        assert list(packed.chosen(names, np.array(rows, dtype=np.int64))) == [names[i] for i in rows]
+    assert Rows(some).lacking([*names, "x", "p1", "y"]) == ["x", "p1", "y"]
+    assert Rows(some).lacking(names[::-1]) == [] and Rows([]).lacking(["a"]) == ["a"]
+
+
+def test_tokens_are_kept_in_one_array(monkeypatch):
+    monkeypatch.setattr(packed, "BLOCK", 2)
+    rows = [[1, 2, 3], [], [70_000], [4, 5]]
+    tokens = packed.Tokens.of(iter(rows))
+    assert list(tokens) == rows and tokens[1:3] == rows[1:3] and tokens[-1] == [4, 5]
+    assert tokens.ids.dtype == np.int32 and len(packed.Tokens.of([])) == 0
+    assert all(type(token) is int for row in tokens for token in row)

@@ -213,6 +213,23 @@ def test_filter_by_threshold_and_by_exact_share():
     assert build_plan(scores, PlanConfig(schedule="vanilla", filter=True), **kwargs).dropped
 
 
+def test_copies_are_dropped_by_setting_and_named():
+    scores = make_scores(6)
+    scores.columns["saerl_copy_of"] = np.array([-1, 0, -1, 2, -1, 2], dtype=np.int32)
+    scores.columns["prompt"] = ["a b", "A  b", "c 1", "c 2", "d", "c 3"]
+    counts = {}
+    for how in ("no", "equal", "near"):
+        plan, _ = make_plan("vanilla", batch_size=2, scores=scores, drop_copies=how)
+        counts[how] = dict(plan.dropped)
+    assert counts["no"] == {} and counts["equal"] == {"p1": "a copy of prompt p0"}
+    assert counts["near"] == {f"p{i}": f"a copy of prompt p{of}" for i, of in ((1, 0), (3, 2), (5, 2))}
+    scores.columns["saerl_copy_of"][1] = 9
+    with pytest.raises(SaerlError, match="saerl_copy_of is damaged; run `saerl score` again"):
+        make_plan("vanilla", scores=scores, drop_copies="near")
+    with pytest.raises(SaerlError, match="which prompts repeat others; run `saerl score` again"):
+        make_plan("vanilla", scores=make_scores(6), drop_copies="near")
+
+
 def unsure(quality: list[float], difficulty: list[float]) -> Scores:
     """Scores of which some are unknown (NaN)."""
     scores = make_scores(len(quality), clusters=2)
@@ -323,3 +340,24 @@ def test_only_an_adaptive_plan_that_refreshes_wants_features():
     refresh = AdaptiveConfig(refresh_features=True)
     wanting = [s for s in SCHEDULES if make_plan(s, adaptive=refresh)[0].wants_features]
     assert wanting == ["adaptive"]
+
+
+@pytest.mark.parametrize("kinds", [["hidden"], ["sae", "tfidf", "hidden"], ["random"], ["length"]])
+def test_any_kind_of_features_makes_an_adaptive_order(kinds, tmp_path):
+    from saerl_fast.plan import load_plan, save_plan
+
+    scores = make_scores()
+    scores.columns["prompt"] = [f"take {i} times {i % 7}" + "." * (i % 5) for i in range(120)]
+    scores.kept = {"hidden": np.random.default_rng(5).normal(size=(120, 6)).astype(np.float32) + 40}
+    plan, _ = make_plan("adaptive", scores=scores, adaptive=AdaptiveConfig(svd=8, features=kinds))
+    rows = plan.embedding.rows
+    np.testing.assert_allclose(rows.mean(0), 0, atol=1e-4)
+    assert np.square(rows).sum(1).mean() == pytest.approx(1, abs=1e-3) and rows.shape[1] <= 8
+    assert not plan.wants_features and any("is refreshed" in note for note in plan.notes)
+    again = load_plan(save_plan(plan, tmp_path / "plan.json"))
+    assert run(plan, 4) == run(again, 4)
+
+
+def test_features_that_the_scores_do_not_keep_are_named():
+    with pytest.raises(SaerlError, match="plan.adaptive.features names scalars.*score.features"):
+        make_plan("adaptive", adaptive=AdaptiveConfig(features=["scalars"]))

@@ -9,8 +9,10 @@ import pytest
 
 from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.prompts import render as module
 from saerl_fast.prompts.pool import Pool
 from saerl_fast.prompts.render import prepare, render
+from saerl_fast.records.packed import Tokens
 from tests.prompt_files import message_of
 
 
@@ -50,6 +52,15 @@ def small_pool() -> Pool:
 def test_plain_rendering_joins_messages(tokenizer):
     assert render(small_pool(), tokenizer, DataConfig()) == ["a {b}", "short\n\nb c"]
     assert "chat=always" in message_of(render, small_pool(), tokenizer, DataConfig(chat="always"))
+
+
+def test_a_chat_without_a_template_is_said(tokenizer, caplog):
+    with caplog.at_level(logging.WARNING):
+        render(small_pool(), tokenizer, DataConfig(chat="never"))
+    assert not caplog.text
+    with caplog.at_level(logging.WARNING):
+        render(small_pool(), tokenizer, DataConfig())
+    assert "no chat template: the messages of 1 prompts are joined by blank lines" in caplog.text
 
 
 def test_a_chat_has_the_tokens_that_the_model_is_used_with(chat_tokenizer):
@@ -170,3 +181,18 @@ def test_a_real_chat_template(smollm2):
     assert chat.startswith("<|im_start|>system\nshort<|im_end|>\n") and "SmolLM" not in chat
     ids = tokenizer(chat)["input_ids"]
     assert tokenizer.decode(ids) == chat and ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
+
+
+def test_the_tokens_of_many_prompts_are_kept_in_one_array(tokenizer, monkeypatch):
+    columns = {
+        "prompt_id": list("abcde"),
+        "prompt": ["a b", "a", "b c b", "c", "a c"],
+        "answer": list("12345"),
+    }
+    cfg = DataConfig(max_prompt_tokens=3)
+    expected = prepare(Pool(columns), tokenizer, cfg)
+    monkeypatch.setattr(module, "BLOCK", 2)
+    found = prepare(Pool(columns), tokenizer, cfg)
+    assert isinstance(found.ids, Tokens) and isinstance(found.answer_ids, Tokens) and len(found) == 4
+    assert list(found.ids) == expected.ids and list(found.answer_ids) == expected.answer_ids
+    assert found.select([3, 0]).ids == [expected.ids[3], expected.ids[0]]

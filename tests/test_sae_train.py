@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,12 @@ from torch import Tensor
 
 from saerl_fast.config import SAEConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.sae.files import load_sae, save_sae
+from saerl_fast.sae.model import SAE, SAESpec
+from saerl_fast.sae.partial import Partial
+from saerl_fast.sae.tokens import Tokens
 from saerl_fast.sae.train import _Trainer, collect_activations, geometric_median, train_sae
+from tests.sae_parts import dense
 
 
 def planted(n: int, d: int = 32, features: int = 48, active: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -68,7 +74,8 @@ def test_same_seed_same_sae() -> None:
 def test_auxiliary_loss_revives_dead_features(aux_k: int) -> None:
     x, _ = planted(3000)
     cfg = SAEConfig(**SMALL | {"steps": 150, "dead_after": 10, "aux_k": aux_k})
-    run = _Trainer(x, torch.arange(3000), cfg, torch.Generator().manual_seed(0), "auto")
+    tokens = Tokens(x, cfg, torch.Generator().manual_seed(1), None)
+    run = _Trainer(tokens, cfg, torch.Generator().manual_seed(0))
     with torch.no_grad():
         run.b_enc[:32] = -4.0  # half of the features never fire
     dead = [int(run.dead(step)[:32].sum()) for step in range(1, 151) if run.step(step)]
@@ -164,3 +171,105 @@ def test_collecting_activations() -> None:
     assert sae.d_in == 16 and metrics["fvu"] < 1
     with pytest.raises(SaerlError, match="no text with a token"):
         collect_activations(model, [[]], 1)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+@pytest.mark.parametrize("normalize", ["variance", "none", "layer_norm", "constant_norm_rescale"])
+def test_saelens_loads_a_trained_sae_with_the_same_features(
+    tmp_path: Path, activation: str, normalize: str
+) -> None:
+    sae_lens = pytest.importorskip("sae_lens")
+    x = 3 * planted(2000)[0] + 2
+    options = {"steps": 60, "activation": activation, "normalize": normalize}
+    sae, metrics = train_sae(x, SAEConfig(layer=2, **SMALL | options))
+    assert metrics["fvu"] < 0.6 and metrics["l0"] == pytest.approx(3, abs=0.8)
+    save_sae(sae, tmp_path)
+    theirs, ours = sae_lens.SAE.load_from_disk(tmp_path), load_sae(tmp_path)
+    with torch.no_grad():
+        want, recon = theirs.encode(x), theirs(x)
+    for mine in (sae, ours):
+        assert torch.equal(dense(mine, x) != 0, want != 0)
+        torch.testing.assert_close(dense(mine, x), want, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mine(x).detach(), recon, atol=1e-3, rtol=1e-3)
+    fired = (want > 0).float().mean(0)
+    assert ours.usage["sparsity"].exp2().shape == (64,) and ours.usage["silent_steps"].min() == 0
+    shares = 10 ** ours.usage["sparsity"]  # as SAELens writes them
+    torch.testing.assert_close(shares, fired, atol=0.03, rtol=0.2)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_training_goes_on_from_an_sae(tmp_path: Path, activation: str) -> None:
+    """On the same data nothing is lost; on drifted data it gains, and beats a new one so short."""
+    x, _ = planted(4000)
+    cfg = SAEConfig(layer=1, **SMALL | {"activation": activation})
+    first, before = train_sae(x, cfg)
+    save_sae(first, tmp_path)
+    short = SAEConfig(**vars(cfg) | {"steps": 20, "lr": 1e-3})
+    _, after = train_sae(x, short, init=load_sae(tmp_path))
+    assert after["fvu_before"] == pytest.approx(before["fvu"], abs=1e-4)
+    assert after["fvu"] < before["fvu"] + 0.005
+    assert after["drift_cosine"] > 0.99 and after["drift_moved"] < 0.05
+    one_step = SAEConfig(**vars(cfg) | {"steps": 1, "lr": 1e-9})
+    same, _ = train_sae(x, one_step, init=load_sae(tmp_path))
+    for name, weight in first.state_dict().items():
+        torch.testing.assert_close(
+            same.state_dict()[name], weight, atol=0.02 if name == "threshold" else 1e-4, rtol=1e-3
+        )
+    skew = 0.05 * torch.randn(32, 32, generator=torch.Generator().manual_seed(1))
+    turn = torch.linalg.matrix_exp(skew - skew.t())
+    moved = (x - x.mean(0)) @ turn + x.mean(0) + 0.05
+    _, figures = train_sae(moved, short, init=load_sae(tmp_path))
+    _, cold = train_sae(moved, short)
+    assert figures["fvu"] < figures["fvu_before"] and figures["fvu"] < cold["fvu"]
+    assert figures["drift_cosine"] < after["drift_cosine"]
+
+
+def test_dead_statistics_go_on() -> None:
+    x, _ = planted(1000)
+    cfg = SAEConfig(**SMALL | {"steps": 40, "aux_k": 0})
+    sae, _ = train_sae(x, cfg)
+    silent = torch.arange(64) * 2
+    generator = torch.Generator().manual_seed(0)
+    tokens = Tokens(x, cfg, generator, None)
+    sae.usage = {"silent_steps": silent}
+    assert torch.equal(_Trainer(tokens, cfg, generator, init=sae).dead(1), 1 + silent > cfg.dead_after)
+    sae.usage = {"sparsity": torch.where(torch.arange(64) < 5, -10.0, -1.0)}  # as SAELens writes it
+    assert _Trainer(tokens, cfg, generator, init=sae).dead(1).sum() == 5
+    sae.usage = {}
+    assert not _Trainer(tokens, cfg, generator, init=sae).dead(1).any()
+
+
+def test_other_forms_of_sae_are_gone_on_from() -> None:
+    """Encoders that do not subtract b_dec, decoder rows of any norm: the same function at the start."""
+    x, _ = planted(2000)
+    base, _ = train_sae(x, SAEConfig(**SMALL | {"steps": 60, "activation": "batchtopk"}))
+    W_enc, b_enc, W_dec, b_dec, threshold = (
+        w.detach() for w in (base.W_enc, base.b_enc, base.W_dec, base.b_dec, base.threshold)
+    )
+    spec = SAESpec("jumprelu", apply_b_dec_to_input=False, max_norm=base.cfg.max_norm)
+    other = SAE(W_enc / 2, (b_enc - b_dec @ W_enc) / 2, W_dec * 2, b_dec, threshold=threshold / 2, cfg=spec)
+    torch.testing.assert_close(other(x), base(x), atol=1e-3, rtol=1e-3)
+    still = SAEConfig(**SMALL | {"steps": 1, "lr": 1e-9, "activation": "batchtopk"})
+    same, figures = train_sae(x, still, init=other)
+    assert abs(figures["fvu"] - figures["fvu_before"]) < 0.02
+    torch.testing.assert_close(same.W_dec, base.W_dec, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+@pytest.mark.parametrize("lr", [1.0, 10.0, 1e4])
+def test_a_rate_that_diverges_is_one_sentence(tmp_path: Path, activation: str, lr: float) -> None:
+    """Also where the loss stays finite: the SAE would be worse than a constant."""
+    cfg = SAEConfig(**SMALL | {"steps": 60, "lr": lr, "activation": activation})
+    keep = Partial(tmp_path, "mark")
+    keep.save("state", 0, {})
+    keep.clear()
+    with pytest.raises(SaerlError, match=r"diverged \(error .* at step .*; lower sae.lr"):
+        train_sae(planted(1000)[0], cfg, on_step=lambda *_: None, keep=keep)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 19])
+def test_fewer_steps_than_a_warm_up_and_more_aux_features_than_dead_ones(steps: int) -> None:
+    cfg = SAEConfig(**SMALL | {"steps": steps, "aux_k": 1000, "dead_after": 0})
+    sae, metrics = train_sae(planted(1000)[0], cfg)
+    assert metrics["steps"] == steps and metrics["fvu"] < 1

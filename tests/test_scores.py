@@ -12,7 +12,13 @@ from saerl_fast.config import Config, DifficultyConfig, DiversityConfig, Quality
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan import build_plan
 from saerl_fast.prompts.pool import Pool
+from saerl_fast.records.packed import Packed
+from saerl_fast.signals import features as features_module
+from saerl_fast.signals import table
+from saerl_fast.signals.features import block
 from saerl_fast.signals.scores import Scores, score, score_features
+from saerl_fast.signals.shards import Shards
+from saerl_fast.signals.stored import Stored
 from saerl_kernels import CSR
 
 
@@ -220,3 +226,88 @@ def test_the_config_offers_every_reduction():
     from saerl_kernels._check import REDUCES
 
     assert set(typing.get_args(typing.get_type_hints(ScoreConfig)["reduce"])) == set(REDUCES)
+
+
+def test_features_in_files_are_scored_and_planned_as_those_in_memory(tmp_path, monkeypatch):
+    pool, whole = make_pool()
+    expected = score_features(pool, whole, None, make_config())
+    monkeypatch.setattr(features_module, "SAMPLE", 100)
+    shards = Shards(tmp_path, "m", 16)
+    ids = pool.columns["prompt_id"]
+    found = shards.collect(ids, lambda start, end, _: {"sae": block(whole, slice(start, end))})
+    scores = score_features(pool, found["sae"], None, make_config())
+    scores.save(tmp_path)
+    shards.clear()
+    for found in (scores, Scores.load(tmp_path)):
+        assert isinstance(found.features, Stored)
+        assert found.features.rows(0, 120).to_dense().equal(whole.to_dense())
+        for name in ("saerl_cluster", "saerl_difficulty", "saerl_quality"):
+            np.testing.assert_array_equal(found.columns[name], expected.columns[name])
+        plans = [
+            build_plan(s, make_config().plan, batch_size=8, total_steps=6, seed=1) for s in (found, expected)
+        ]
+        np.testing.assert_array_equal(plans[0].embedding.rows, plans[1].embedding.rows)
+
+
+def test_the_pools_own_columns_are_read_when_they_are_asked_for(tmp_path, monkeypatch):
+    pool, features = make_pool()
+    score_features(pool, features, None, make_config()).save(tmp_path)
+    monkeypatch.setattr(table, "LARGE", 100)
+    found = Scores.load(tmp_path)
+    (tmp_path / "scores.parquet").unlink()
+    assert isinstance(found.prompt_ids, Packed) and list(found.prompt_ids) == pool.columns["prompt_id"]
+    assert list(found.columns) == [*pool.columns, *table.SCORE_COLUMNS]
+    with pytest.raises(SaerlError, match="damaged .column prompt: .*saerl score"):
+        found.columns["prompt"]
+
+
+def test_parts_of_a_column_have_one_type(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "GROUP", 2)
+    info = [None, None, {"a": 1}, {}, None]
+    columns = {"prompt_id": list("abcde"), "level": [1, 2, None, 4, 2.5], "info": info}
+    Scores(columns).save(tmp_path)
+    found = Scores.load(tmp_path).columns
+    assert found["level"] == [1.0, 2.0, None, 4.0, 2.5] and found["info"][2:4] == [{"a": 1}, {"a": None}]
+    with pytest.raises(SaerlError, match="'mixed'"):
+        Scores({"prompt_id": list("abcd"), "mixed": [1, 2, "x", "y"]}).save(tmp_path)
+
+
+def test_what_the_pass_left_is_kept_by_name_and_mapped(tmp_path):
+    pool, features = make_pool()
+    count = len(pool)
+    kept = {
+        "hidden": np.random.default_rng(0).normal(size=(count, 6)).astype(np.float32),
+        "sae_max": features,
+    }
+    scores = score_features(pool, features, kept, make_config(difficulty=DifficultyConfig()))
+    scores.save(tmp_path)
+    loaded = Scores.load(tmp_path)
+    assert isinstance(loaded.kept["hidden"], np.memmap) and loaded.bank().n_rows == count
+    np.testing.assert_array_equal(loaded.kept["hidden"], kept["hidden"])
+    torch.testing.assert_close(loaded.kept["sae_max"].to_dense(), features.to_dense())
+    assert "hidden" in loaded.bank().names(None, "x")
+    file = tmp_path / "bank.hidden.npy"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(SaerlError, match=r"bank\.hidden\.npy is damaged"):
+        Scores.load(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(SaerlError, match=r"bank\.hidden\.npy is damaged"):
+        Scores.load(tmp_path)
+    np.save(file, kept["hidden"][1:])
+    with pytest.raises(SaerlError, match=r"not a float32 row for each of"):
+        Scores.load(tmp_path)
+    score_features(pool, features, None, make_config()).save(tmp_path / "less")
+    with pytest.raises(SaerlError, match="feature rows cannot belong"):
+        score_features(pool, features, {"hidden": kept["hidden"][1:]}, make_config())
+
+
+def test_labels_may_be_asked_for_with_the_bank_in_hand():
+    pool, features = make_pool()
+    asked = []
+
+    def labels(bank):
+        asked.append(bank.n_rows)
+        return np.linspace(0, 1, len(pool))
+
+    scores = score_features(pool, features, None, make_config(difficulty=DifficultyConfig()), labels)
+    assert asked == [len(pool)] and scores.column("saerl_pass_rate")[-1] == 1

@@ -7,7 +7,10 @@ from saerl_fast.records.stats import area_under_curve, paired_ratio, smooth, ste
 
 
 def test_smooth_is_a_running_mean_over_what_there_is():
-    np.testing.assert_allclose(smooth([1, 3, 5, 9], 2), [1, 2, 4, 7])
+    np.testing.assert_allclose(smooth([1, 3, 5, 9], 2), [1, 3, 5, 9])
+    np.testing.assert_allclose(smooth([1, 3, 5, 9], 3), [1, 3, 17 / 3, 9])
+    np.testing.assert_allclose(smooth([1, 3, 5, 9, 7], 9), [1, 3, 5, 7, 7])
+    assert smooth([], 3).tolist() == [] and smooth([2.0], 1).tolist() == [2.0]
 
 
 def test_first_crossing_is_interpolated():
@@ -22,10 +25,11 @@ def test_a_run_that_never_crosses_is_censored():
     assert steps_to_target([0, 10], [0.1, 0.2], 0.4) is None
 
 
-def test_smoothing_delays_a_lucky_spike():
+def test_smoothing_passes_over_a_lucky_spike_and_does_not_lag():
     values = [0.0, 0.5, 0.1, 0.1, 0.5, 0.5, 0.5]
     steps = list(range(0, 70, 10))
-    assert steps_to_target(steps, values, 0.45, window=3) > 40
+    assert 40 < steps_to_target(steps, values, 0.45, window=3) <= 50
+    assert steps_to_target(steps, [0.01 * s for s in steps], 0.3, window=3) == pytest.approx(30)
     assert steps_to_target(steps, values, 0.45, window=1) < 10
 
 

@@ -6,8 +6,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.plan import tensors as module
-from saerl_fast.plan.tensors import Blocks, read_tensors, write_tensors
+from saerl_fast.records import tensors as module
+from saerl_fast.records.tensors import Blocks, read_tensors, write_tensors
 
 
 def some() -> dict[str, np.ndarray]:
@@ -27,7 +27,7 @@ def test_they_are_safetensors_and_read_back(tmp_path, monkeypatch, mapped):
     monkeypatch.setattr(module, "MAPPED", mapped)
     path, wanted = tmp_path / "a.safetensors", some()
     parts = Blocks(np.float32, (7, 3), (wanted["rows"][at : at + 2] for at in range(0, 7, 2)))
-    write_tensors(path, {**wanted, "rows": parts}, "mine")
+    write_tensors(path, {**wanted, "rows": parts}, {"format": "mine"})
     save_file(wanted, tmp_path / "b.safetensors")
     with safe_open(path, "np") as file:
         assert file.metadata() == {"format": "mine"}
@@ -44,7 +44,7 @@ def test_they_are_safetensors_and_read_back(tmp_path, monkeypatch, mapped):
 @pytest.mark.parametrize("cut", [0, 5, 60, -1])
 def test_damage_is_a_sentence(tmp_path, cut):
     path = tmp_path / "a.safetensors"
-    write_tensors(path, some(), "mine")
+    write_tensors(path, some(), {"format": "mine"})
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(SaerlError, match="damaged .* again"):
         read_tensors(path, "make it again")

@@ -21,6 +21,7 @@ from saerl_fast.config.tree import (
     RolloutConfig,
     SAEConfig,
     ScoreConfig,
+    Stored,
     TrainConfig,
     WarmupConfig,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "SAEConfig",
     "ScoreConfig",
     "Section",
+    "Stored",
     "TrainConfig",
     "WarmupConfig",
     "apply_overrides",

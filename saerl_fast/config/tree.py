@@ -9,11 +9,12 @@ tested where ``benchmarks/`` says so, and none should be read as the paper's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from saerl_fast.config.fields import SEED, Section, name_sections, section, setting
 
-Kind = Literal["sae", "text", "tfidf", "length"]
+Stored = Literal["sae", "sae_mean", "sae_max", "sae_last", "hidden", "scalars", "answer_logprob"]
+Kind = Literal[Stored, "text", "tfidf", "length", "answer_text", "random"]
 KINDS: list[Kind] = ["sae", "text", "tfidf"]
 FEATURES = "what the ridge reads; each kind weighs what the labels say for it"
 Tracker = Literal["tensorboard", "wandb", "trackio"]
@@ -83,10 +84,19 @@ class SAEConfig(Section):
     aux_k: int = setting(32, "dead features that also explain the residual; 0 turns this off", at_least=0)
     dead_after: int = setting(200, "steps without firing after which a feature counts as dead", at_least=0)
     max_tokens: int = setting(200_000, "activations kept in memory for training", at_least=1)
+    stream: bool = setting(
+        False, "capture the next max_tokens whenever those in memory are used up; false: the same again"
+    )
+    normalize: Literal["variance", "none", "layer_norm", "constant_norm_rescale"] = setting(
+        "variance", "of inputs: one centre and scale, folded into the weights; or SAELens' for each token"
+    )
+    init: str | None = setting(None, "SAE to go on from, named as `path` is, with d_sae features")
     sink_ratio: float = setting(10.0, "leave out tokens over so many median norms; 0 keeps all", at_least=0)
     seed: int = setting(0, "of its weights and batches", **SEED)
 
     def conflict(self) -> str | None:
+        if self.path is not None and self.init is not None:
+            return f"sae.init={self.init} is for training, and sae.path={self.path} names an SAE; unset one"
         return f"sae.k={self.k} must be at most sae.d_sae={self.d_sae}" if self.k > self.d_sae else None
 
 
@@ -97,8 +107,20 @@ class ScoreConfig(Section):
     shard: int = setting(
         4096, "prompts saved together; an interrupted pass loses one shard", at_least=1, result=False
     )
+    features: list[Stored] = setting(
+        ["sae", "sae_mean", "hidden"],
+        "kept of the forward pass; scalars and answer_logprob run the blocks after the SAE's layer, too",
+        filled=True,
+        distinct=True,
+    )
+    dtype: Literal["auto", "model", "bfloat16"] = setting(
+        "auto", "of matrix products; auto: bfloat16 on a CPU that has it, for a model wide enough to gain"
+    )
     include_answer: bool = setting(False, "quality also reads the features of the reference answer")
     backend: str = setting("auto", "of saerl_kernels, or the name of a registered one", result=False)
+
+    def conflict(self) -> str | None:
+        return None if "sae" in self.features else "score.features must hold sae, which clusters are made of"
 
 
 @dataclass
@@ -117,6 +139,13 @@ class QualityConfig(Section):
     threshold: float = setting(0.5, "a probability of being good (logistic), or a score", result="plan")
     features: list[Kind] = setting(KINDS, FEATURES, filled=True, distinct=True)
     folds: int = setting(5, "of the held-out figures", at_least=2)
+    kind_column: str | None = setting(None, "what is wrong with a bad row; the AUC of each kind is told")
+    near: float = setting(
+        0.8,
+        "cosine of features from which prompts that share most words are copies; 1: not sought",
+        above=0,
+        at_most=1,
+    )
 
     def conflict(self) -> str | None:
         if self.head == "logistic" and not 0 <= self.threshold <= 1:
@@ -127,10 +156,14 @@ class QualityConfig(Section):
 @dataclass
 class DifficultyConfig(Section):
     label_column: str | None = setting(None, "pass rate in [0, 1], null: unknown; null rolls out a subset")
-    n_labels: int = setting(128, "prompts rolled out for labels, before any warm-up; 0: none", at_least=0)
+    n_labels: int = setting(128, "prompts rolled out for labels; 0: none", at_least=0)
+    after_warmup: bool = setting(True, "by a copy of the model that went through train.warmup, if any")
+    choose: Literal["random", "spread"] = setting("random", "which prompts; spread: those that tell most")
     rollouts: int = setting(4, "per labelled prompt", at_least=1, at_most=1 << 20)
     probe: Literal["ridge", "elasticnet"] = setting("ridge", "elasticnet: the paper's, on SAE features alone")
-    features: list[Kind] = setting(KINDS, FEATURES, filled=True, distinct=True)
+    features: list[Kind] | None = setting(
+        None, f"{FEATURES}; null: all that are kept, text, length and answers'", filled=True, distinct=True
+    )
     alpha: float = setting(0.05, "of elasticnet: penalty, as a share of what leaves no coefficient", above=0)
     l1_ratio: float = setting(
         0.2, "of elasticnet: share of the absolute values in the penalty", above=0, at_most=1
@@ -140,12 +173,25 @@ class DifficultyConfig(Section):
 
 @dataclass
 class DiversityConfig(Section):
-    n_clusters: int = setting(16, "clusters asked for; a small pool may give fewer", at_least=1)
+    n_clusters: int | Literal["auto"] = setting(
+        16,
+        "clusters asked for; a small pool may give fewer; auto: as many as stand out from the null",
+        at_least=1,
+    )
+    look: float = setting(
+        0.0,
+        "weight of what the look of the text explains (LaTeX, drawings, length); 1: as of all else",
+        at_least=0,
+        at_most=1,
+    )
+    features: Literal["auto", "sae"] = setting(
+        "auto", "sae: pooled as score.reduce says; auto: their means where score.features keeps sae_mean"
+    )
     svd: int = setting(64, "dense dimensions for k-means; 0 clusters the sparse rows themselves", at_least=0)
     polish: int = setting(3, "exact sparse spherical iterations after it", at_least=0)
     n_init: int = setting(4, "starts, of which the best is kept", at_least=1)
-    backend: Literal["auto", "cuml", "numba", "torch"] = setting(
-        "auto", "of k-means; auto: cuML on a GPU that has it, else by size", result=False
+    backend: Literal["auto", "cuml", "numba", "sklearn", "torch"] = setting(
+        "auto", "of k-means; auto: cuML on a GPU that has it, else by size numba (or sklearn)", result=False
     )
     seed: int = setting(0, "of the starts and the null", **SEED)
     null_rounds: int = setting(3, "feature permutations behind the reported null", at_least=0)
@@ -153,12 +199,23 @@ class DiversityConfig(Section):
 
 @dataclass
 class AdaptiveConfig(Section):
-    svd: int = setting(96, "components of the pooled features the online regressor sees", at_least=1)
+    features: list[Kind] = setting(
+        ["sae"], "what predicts pass rates in the run, of equal weight", filled=True, distinct=True
+    )
+    svd: int = setting(96, "components of the features the online regressor sees", at_least=1)
     forgetting: float = setting(0.995, "of the recursive least squares", above=0, at_most=1)
     ridge: float = setting(0.3, "on features scaled to mean squared norm 1", above=0)
-    target_start: float = setting(0.75, "predicted pass rate aimed at first ...", at_least=0, at_most=1)
-    target_end: float = setting(0.40, "... and at the end of the run", at_least=0, at_most=1)
-    noise: float = setting(0.05, "Gumbel scale on the distance to the target", at_least=0)
+    kappa: float | None = setting(
+        None, "rollouts that a prediction counts for; null: as many as the run shows", above=0
+    )
+    fading: float = setting(0.97, "of a prompt's own rollouts, a step", above=0, at_most=1)
+    quota: float | None = setting(
+        1.5, "of a batch, times its share, one cluster may have at most; null: no limit", at_least=1
+    )
+    uniform: float = setting(
+        0.0625, "of a batch drawn uniformly, which the choice has to beat; 0: none", at_least=0, at_most=1
+    )
+    noise: float = setting(0.05, "Gumbel scale on the chance of a gradient", at_least=0)
     cooldown: int = setting(60, "steps before a prompt may return (fewer in a small pool)", at_least=0)
     refresh_features: bool = setting(True, "replace a prompt's features by those of its rollouts")
     use_labels: bool = setting(True, "start from the pass rates known at scoring time; false starts cold")
@@ -178,6 +235,9 @@ class PlanConfig(Section):
     window: int = setting(4, "global: batches among which clusters are balanced", at_least=1)
     medium_keep: float = setting(0.6, "medium: share kept around the middle difficulty", above=0, at_most=1)
     filter: bool | None = setting(None, "apply the quality filter; null: yes, except for vanilla")
+    drop_copies: Literal["no", "equal", "near"] = setting(
+        "no", "equal: prompts whose text occurs before; near: also with other numbers, names or a few words"
+    )
     seed: int | None = setting(None, "of the order; null: the training run's seed", **SEED)
     adaptive: AdaptiveConfig = section(AdaptiveConfig)
 
@@ -330,6 +390,18 @@ class Config(Section):
     plan: PlanConfig = section(PlanConfig)
     train: TrainConfig = section(TrainConfig)
     compare: CompareConfig = section(CompareConfig)
+
+    def conflict(self) -> str | None:
+        asked = {
+            "difficulty.features": self.difficulty.features or [],
+            "quality.features": self.quality.features,
+            "plan.adaptive.features": self.plan.adaptive.features,
+        }
+        for key, kinds in asked.items():
+            for kind in kinds:
+                if kind in get_args(Stored) and kind not in self.score.features:
+                    return f"{key} names {kind}, which is not kept; add it to score.features"
+        return None
 
 
 name_sections(Config)

@@ -1,111 +1,77 @@
-"""The adaptive schedule: learn pass rates from SAE features during the run, and train where they fit.
+"""The adaptive schedule: train on prompts whose groups will most likely carry a gradient, learnt on the way.
 
 A linear regressor from the leading SVD components of the pooled features to pass rate is refreshed
 with the pass rates that GRPO observes anyway, by least squares with forgetting: the policy improves,
-so old outcomes count less. The next batch is made of the prompts whose predicted pass rate is
-nearest a target, which eases from ``target_start`` to ``target_end`` over the run. How they are found in a
-large pool: ``saerl_fast.plan.wide``.
+so old outcomes count less. Its prediction and the prompt's own rollouts make a belief about the prompt
+(``saerl_fast.plan.belief``), and the next batch is made of those whose group is worth most. No cluster of
+prompts may fill a batch, and a few prompts are drawn uniformly: while the chosen ones are not more often
+informative than these, batches are uniform. Among which of a large pool: ``saerl_fast.plan.wide``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from saerl_fast.config import AdaptiveConfig, PlanConfig
+from saerl_fast.config import PlanConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.plan import base
+from saerl_fast.plan import wide
 from saerl_fast.plan.base import Plan
-from saerl_fast.plan.wide import Noise, Wide
-from saerl_fast.signals.features import SAMPLE, block, blocks, checked, svd_reduce, weighted
-from saerl_kernels import CSR, csr
+from saerl_fast.plan.belief import Guard, Prior, Trust, best
+from saerl_fast.plan.embedding import BLOCK, Embedding
+from saerl_fast.records import packed
+from saerl_kernels import CSR
 
-BLOCK = 1 << 14  # rows worked on at a time where all are
-
-
-class Embedding(NamedTuple):
-    """Dense prompt features and what is needed to embed more rows in the same way.
-
-    rows float32 [n, d]: ``(weighted features @ components.T - mean) * scale``, centred, with mean
-    squared norm 1, so that ``ridge`` means the same for every SAE; idf float32 [n_cols];
-    components float32 [d, n_cols]; mean float32 [d]; scale float.
-    """
-
-    rows: np.ndarray
-    idf: np.ndarray
-    components: np.ndarray
-    mean: np.ndarray
-    scale: float
-
-    def project(self, X: CSR) -> np.ndarray:
-        """float32 [n_rows, d] for pooled features of the same SAE."""
-        rows = weighted(checked(X), torch.from_numpy(self.idf)).to_scipy()
-        dense = np.asarray(rows @ self.components.T, dtype=np.float32)
-        return (dense - self.mean) * np.float32(self.scale)
-
-
-def embed(X: CSR, rows: np.ndarray, cfg: AdaptiveConfig, *, seed: int) -> Embedding:
-    """The embedding of the given rows of ``X``, in ascending order, fitted to them.
-
-    With more than ``SAMPLE`` rows, frequencies and components are those of a sample of as many.
-    """
-    X, fitted = checked(X), rows
-    if len(rows) > SAMPLE:
-        fitted = np.sort(np.random.default_rng(seed).choice(rows, SAMPLE, replace=False))
-    near = X.select_rows(torch.from_numpy(fitted))
-    idf = csr.idf(near, floor=1.0)
-    dense, components = svd_reduce(weighted(near, idf), cfg.svd, seed)
-    if len(rows) > SAMPLE:
-        del near
-        dense = np.empty((len(rows), len(components)), dtype=np.float32)
-        for at in blocks(len(rows)):
-            first, last = int(rows[at][0]), int(rows[at][-1]) + 1
-            part = block(X, slice(first, last)).select_rows(torch.from_numpy(rows[at] - first))
-            dense[at] = weighted(part, idf).to_scipy() @ components.T
-    mean = dense.mean(axis=0)
-    dense -= mean
-    parts = (dense[at : at + BLOCK] for at in range(0, len(dense), BLOCK))
-    power = float(np.concatenate([np.square(part, dtype=np.float64).sum(axis=1) for part in parts]).mean())
-    scale = power**-0.5 if power > 1e-12 else 1.0
-    dense *= np.float32(scale)
-    return Embedding(dense, idf.numpy(), components, mean, scale)
+GONE = 0.1  # rollouts of a prompt that are left after fading, below which they are forgotten
+PENDING = 64  # steps that a batch may wait for its pass rates
 
 
 class AdaptivePlan(Plan):
-    """Batches by predicted pass rate; see the module. Works from the first step without any label.
+    """Batches of the prompts worth most; see the module. Works from the first step without any label.
 
     With ``forgetting`` l, features z (and a 1 for the bias) and pass rate y, every observed batch does
     G <- l G + (1 - l) ridge I + sum z z',  m <- l m + sum z (y - 1/2),  and the weights solve G w = m:
-    recursive least squares in information form, with a ridge that does not fade. Prompts drawn less
-    than ``cooldown`` steps ago wait; Gumbel noise on the distance to the target keeps exploring.
+    recursive least squares in information form, with a ridge that does not fade; mu = clip(z w + 1/2, 0, 1).
+    A group of ``group_size`` rollouts adds its passes and failures to the counts of its prompt, which
+    are multiplied by ``fading`` a step. The batch holds the prompts with the greatest worth plus Gumbel
+    noise, at most ``quota`` * batch / clusters of a cluster; those drawn in the last ``cooldown`` steps wait.
     Known pass rates (column ``pass_rate`` of the table) count as a first observation.
 
-    With more than ``LARGE`` prompts the noise comes from another generator, which ``notes`` says, and the
-    batch of the same rule is found without a look at every row. The rows of ``embedding`` are then used in
-    place, and written to when features are refreshed.
+    With more than ``LARGE`` prompts a step chooses among candidates (see `wide`), which ``notes`` says. The
+    rows of ``embedding`` are then used in place, and written to when features are refreshed.
     """
 
     schedule = "adaptive"
 
     def __init__(
-        self, prompt_ids: Sequence[str], cfg: PlanConfig, *, embedding: Embedding, **kwargs: Any
+        self,
+        prompt_ids: Sequence[str],
+        cfg: PlanConfig,
+        *,
+        embedding: Embedding,
+        group_size: int = 8,
+        **kwargs: Any,
     ) -> None:
         super().__init__(prompt_ids, cfg, **kwargs)
         settings = cfg.adaptive
-        self.wants_features = settings.refresh_features
+        self.wants_features = settings.refresh_features and settings.features == ["sae"]
+        self.group_size = group_size
+        if group_size < 2:
+            raise SaerlError(f"a plan's group_size must be at least 2 rollouts, got {group_size}")
         n_rows = len(self.prompt_ids)
         if embedding.rows.shape[0] != n_rows:
             raise SaerlError(f"{embedding.rows.shape[0]} feature rows cannot belong to {n_rows} prompts")
         rows = embedding.rows
-        self._wide: Wide | None = None
-        if n_rows > base.LARGE:
+        self._short: np.ndarray | None = None  # of a large pool: the shortlist
+        if n_rows > packed.LARGE:
             rows = np.require(rows, requirements="W")
-            self._wide = Wide(rows)
-            why = "so that batches are found without a look at every prompt"
-            self.note(f"{n_rows} prompts are more than {base.LARGE}: noise is drawn by its rank, {why}")
+            self._short = np.empty(0, dtype=np.int64)
+            which = f"each step chooses among {wide.MOST} of them, drawn anew, and those last found best"
+            self.note(f"{n_rows} prompts are more than {packed.LARGE}: {which}")
         else:
             self._z = np.concatenate([rows, np.ones((n_rows, 1), dtype=np.float32)], axis=1)
             rows = self._z[:, :-1]
@@ -115,6 +81,10 @@ class AdaptivePlan(Plan):
         self._gram: np.ndarray = np.eye(width) * settings.ridge  # [d + 1, d + 1] float64
         self._moment: np.ndarray = np.zeros(width)  # [d + 1] float64
         self._seen: dict[int, int] = {}  # row -> step of the last draw, while the cooldown lasts
+        self._pending: dict[int, tuple[int, bool]] = {}  # row -> step, and whether it was drawn uniformly
+        self._counts: np.ndarray = np.zeros((0, 4))  # row, ascending; step; passed and failed until then
+        self._trust, self._guard = Trust(), Guard()
+        self._prior = Prior(settings.kappa or self._trust.kappa(), group_size)
         self._figures: dict[str, float] = {}
         # Enough prompts must stay eligible for a batch, and half the pool for there to be a choice.
         room = (n_rows - max(self.batch_size, n_rows // 2)) // self.batch_size
@@ -122,6 +92,11 @@ class AdaptivePlan(Plan):
         if self.cooldown < settings.cooldown:
             change = f"from {settings.cooldown} to {self.cooldown} steps"
             self.note(f"cooldown shortened {change}: the pool has {n_rows} prompts")
+        self._groups = self.table.get("cluster") if settings.quota else None
+        self._most = self.batch_size
+        if self._groups is not None:
+            share = (settings.quota or 0.0) * self.batch_size / len(np.unique(self._groups))
+            self._most = max(1, math.ceil(share))
         rates = self.table.get("pass_rate")
         if rates is not None and settings.use_labels:
             known = np.flatnonzero(np.isfinite(rates))
@@ -131,44 +106,38 @@ class AdaptivePlan(Plan):
         self._solve()
 
     def predicted(self) -> np.ndarray:
-        """Current estimate of every prompt's pass rate, float32 [n], in [0, 1]."""
-        if self._wide is None:
+        """Current estimate of every prompt's pass rate from its features, float32 [n], in [0, 1]."""
+        if self._short is None:
             return self._clipped(self._z)
         starts = range(0, len(self.prompt_ids), BLOCK)
         return np.concatenate([self._clipped(self._with_bias(slice(at, at + BLOCK))) for at in starts])
 
-    def target(self) -> float:
-        """The pass rate aimed at in the coming step."""
-        settings = self.cfg.adaptive
-        done = min(1.0, self.step / max(1, self.total_steps - 1))
-        return settings.target_start + (settings.target_end - settings.target_start) * done
-
     def next_batch(self) -> list[str]:
         # The noise depends on the seed and the step alone, so there is no generator state to save.
         rng = np.random.Generator(np.random.PCG64([self.seed, self.step]))
-        n_rows = len(self.prompt_ids)
-        target, noise = self.target(), self.cfg.adaptive.noise
+        n_rows, size = len(self.prompt_ids), self.batch_size
         waiting = np.array(sorted(self._seen), dtype=np.int64)
-        if n_rows < self.batch_size:
-            rows = np.resize(rng.permutation(n_rows), self.batch_size)
-            waiting, predicted = waiting[:0], self.predicted()[rows]
-        elif self._wide is not None:
-            drawn = Noise(n_rows, noise, rng)
-            rows = self._wide.choose(self._weights, target, drawn, self.batch_size, waiting)
-            predicted = self._clipped(self._with_bias(rows))
+        few = int(self.cfg.adaptive.uniform * size + rng.random())
+        if n_rows < size:
+            chosen, uniform = np.empty(0, dtype=np.int64), np.resize(rng.permutation(n_rows), size)
+            waiting = waiting[:0]
         else:
-            predicted = self.predicted()
-            utility = noise * rng.gumbel(size=n_rows) - np.abs(predicted - target)
-            utility[waiting] = -np.inf
-            rows = np.argpartition(-utility, self.batch_size - 1)[: self.batch_size]
-            rows = rows[np.lexsort((rows, -utility[rows]))]
-            predicted = predicted[rows]
+            chosen = self._choose(size - few if not few or self._guard.holds() else few, waiting, rng)
+            uniform = self._draw(size - len(chosen), {*chosen.tolist(), *self._seen}, rng)
+        rows = np.concatenate([chosen, uniform])
+        self._pending = {row: at for row, at in self._pending.items() if self.step - at[0] < PENDING}
+        for row, was_uniform in zip(rows.tolist(), np.arange(size) >= len(chosen), strict=True):
+            self._pending[row] = self.step, bool(was_uniform)
         self._seen.update(dict.fromkeys(rows.tolist(), self.step))
+        self._figures.update(
+            predicted=float(self._clipped(self._with_bias(rows)).mean()),
+            worth=float(self._worth(rows).mean()),
+            kappa=self._prior.kappa,
+            uniform=float(len(uniform)),
+            eligible=float(n_rows - len(waiting)),
+        )
         self.step += 1
         self._seen = {row: step for row, step in self._seen.items() if self.step - step <= self.cooldown}
-        self._figures.update(
-            target=target, predicted=float(predicted.mean()), eligible=float(n_rows - len(waiting))
-        )
         means = self._mean_of(rows)
         for name in {"difficulty", "quality"} - means.keys():  # unknown for this batch
             self._figures.pop(name, None)
@@ -185,11 +154,20 @@ class AdaptivePlan(Plan):
                 raise SaerlError(f"observe got {len(fresh)} feature rows for {len(rows)} prompt ids")
             for row in set(rows.tolist()) - self._original.keys():
                 self._original[row] = self.embedding.rows[row].copy()
-            self._write(rows, fresh)
+            self.embedding.rows[rows] = fresh
         z = self._with_bias(rows)
-        error = np.abs(self._clipped(z) - rates).mean()
-        self._figures.update(observed=float(rates.mean()), error=float(error))
-        settings = self.cfg.adaptive
+        settings, predicted = self.cfg.adaptive, self._clipped(z)
+        self._figures.update(observed=float(rates.mean()), error=float(np.abs(predicted - rates).mean()))
+        self._trust.observe(predicted, self._counted(rows), rates, self.group_size, settings.fading)
+        self._prior = Prior(settings.kappa or self._trust.kappa(), self.group_size)
+        asked = [self._pending.pop(row, None) for row in rows.tolist()]
+        drawn = np.array([at is not None for at in asked])
+        self._guard.observe(
+            np.array([at[1] for at in asked if at], dtype=bool), rates[drawn], settings.fading
+        )
+        shares = zip(("informative_chosen", "informative_uniform"), self._guard.shares(), strict=True)
+        self._figures.update({name: float(share) for name, share in shares if np.isfinite(share)})
+        self._count(rows, rates)
         self._gram *= settings.forgetting
         self._gram.flat[:: len(self._gram) + 1] += (1 - settings.forgetting) * settings.ridge
         self._moment *= settings.forgetting
@@ -201,6 +179,13 @@ class AdaptivePlan(Plan):
         state["gram"] = torch.from_numpy(self._gram.copy())
         state["moment"] = torch.from_numpy(self._moment.copy())
         state["seen"] = torch.tensor(list(self._seen.items()), dtype=torch.int64).reshape(-1, 2)  # row, step
+        pending = [(row, *at) for row, at in self._pending.items()]
+        state["pending"] = torch.tensor(pending, dtype=torch.int64).reshape(-1, 3)  # row, step, uniform
+        state["counts"] = torch.from_numpy(self._counts.copy())
+        state["evidence"] = torch.from_numpy(self._trust.evidence.copy())
+        state["groups"] = torch.from_numpy(self._guard.seen.copy())
+        if self._short is not None:
+            state["short"] = torch.from_numpy(self._short)
         if self._original:
             rows = np.array(sorted(self._original), dtype=np.int64)
             state["refreshed"] = torch.from_numpy(rows)
@@ -210,31 +195,42 @@ class AdaptivePlan(Plan):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._check_state(state)
-        if "last_seen" in state:  # of every row, as releases before 0.3 wrote it
-            last = np.array(state["last_seen"], dtype=np.int64)
-            late = np.flatnonzero(int(state["step"]) - last <= self.cooldown)
-            state = {**state, "seen": np.stack([late, last[late]], axis=1)}
         arrays: dict[str, np.ndarray] = {}
         for name, dtype, shape in (
             ("gram", np.float64, self._gram.shape),
             ("moment", np.float64, self._moment.shape),
-            ("seen", np.int64, (len(state.get("seen", ())), 2)),
+            ("evidence", np.float64, self._trust.evidence.shape),
+            ("groups", np.float64, (2, 2)),
+            ("seen", np.int64, (-1, 2)),
+            ("pending", np.int64, (-1, 3)),
+            ("counts", np.float64, (-1, 4)),
         ):
             arrays[name] = np.array(state.get(name, ()), dtype=dtype)
+            if shape[0] == -1:
+                shape = (len(arrays[name]), shape[1])
+            if name in state and not arrays[name].size:
+                arrays[name] = arrays[name].reshape(0, shape[-1])
             if arrays[name].shape != shape:
                 raise SaerlError(
                     f"the saved plan state holds {name} of shape {list(arrays[name].shape)} but this plan "
                     f"has {list(shape)}; resume with the plan.json that the run was started with"
                 )
         self._gram, self._moment = arrays["gram"], arrays["moment"]
+        self._trust.evidence, self._guard.seen = arrays["evidence"], arrays["groups"]
         self._seen = dict(arrays["seen"].tolist())
+        if self._short is not None:
+            short = np.array(state.get("short", ()), dtype=np.int64).ravel()
+            self._short = np.unique(short[(short >= 0) & (short < len(self.prompt_ids))])
+        self._pending = {row: (at, bool(uniform)) for row, at, uniform in arrays["pending"].tolist()}
+        self._counts = arrays["counts"]
+        self._prior = Prior(self.cfg.adaptive.kappa or self._trust.kappa(), self.group_size)
         for row, first in self._original.items():
-            self._write([row], first)
+            self.embedding.rows[row] = first
         self._original = {}
         if "refreshed" in state:
             rows = np.array(state["refreshed"], dtype=np.int64)
             self._original = {row: self.embedding.rows[row].copy() for row in rows.tolist()}
-            self._write(rows, np.array(state["refreshed_rows"], dtype=np.float32))
+            self.embedding.rows[rows] = np.array(state["refreshed_rows"], dtype=np.float32)
         self.step = int(state["step"])
         self._figures = {k.removeprefix("metric_"): v for k, v in state.items() if k.startswith("metric_")}
         self._solve()
@@ -251,10 +247,56 @@ class AdaptivePlan(Plan):
             part[np.array(changed) - start] = [self._original[row] for row in changed]
         return part
 
-    def _write(self, rows: Any, values: np.ndarray) -> None:
-        self.embedding.rows[rows] = values
-        if self._wide is not None:
-            self._wide.changed(rows)
+    def _choose(self, size: int, waiting: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The ``size`` rows of greatest worth and noise, int64, best first, under the quota of clusters."""
+        known = self._counts[:, 0].astype(np.int64)
+        noise, worth = self.cfg.adaptive.noise, self._worth(known)
+        if self._short is not None:
+            room = wide.room(self.batch_size, self.cooldown)
+            pool = wide.Candidates(self.embedding.rows, self._short, room, known, worth)
+            limits = size, waiting, self._groups, self._most
+            chosen, self._short = wide.choose(pool, self._weights, self._prior, noise, *limits, rng)
+            return chosen
+        utility = self._prior(np.abs(self.predicted() - np.float32(0.5)))
+        utility[known] = worth
+        utility += noise * rng.gumbel(size=len(utility))
+        utility[waiting] = -np.inf
+        return best(utility, self._groups, self._most, size)
+
+    def _draw(self, size: int, taken: set[int], rng: np.random.Generator) -> np.ndarray:
+        """Rows that are not ``taken``, int64, drawn uniformly without replacement."""
+        rows: dict[int, None] = {}
+        while len(rows) < size:
+            row = int(rng.integers(len(self.prompt_ids)))
+            if row not in taken:
+                rows[row] = None
+        return np.fromiter(rows, dtype=np.int64, count=size)
+
+    def _counted(self, rows: np.ndarray) -> np.ndarray:
+        """float64 [n, 2]: passed and failed rollouts that count today."""
+        found = np.zeros((len(rows), 2))
+        at = np.searchsorted(self._counts[:, 0], rows)
+        known = np.flatnonzero(at < len(self._counts))
+        known = known[self._counts[at[known], 0] == rows[known]]
+        entries = self._counts[at[known]]
+        found[known] = entries[:, 2:] * self.cfg.adaptive.fading ** (self.step - entries[:, 1:2])
+        return found
+
+    def _count(self, rows: np.ndarray, rates: np.ndarray) -> None:
+        """Add the rollouts of a step."""
+        each, place = np.unique(rows, return_inverse=True)
+        counts = self._counted(each)
+        np.add.at(counts, place, self.group_size * np.stack([rates, 1 - rates], axis=1))
+        fresh = np.column_stack([each, np.full(len(each), self.step), counts])
+        left = self._counts[:, 2:].sum(axis=1) * self.cfg.adaptive.fading ** (self.step - self._counts[:, 1])
+        stay = (left > GONE) & ~np.isin(self._counts[:, 0], each)
+        together = np.concatenate([self._counts[stay], fresh])
+        self._counts = together[np.argsort(together[:, 0])]
+
+    def _worth(self, rows: np.ndarray) -> np.ndarray:
+        """float64 [n]: the chance that a group of these rows carries a gradient."""
+        predicted = self._clipped(self._with_bias(rows)).astype(np.float64)
+        return self._prior.updated(predicted, *self._counted(rows).T)
 
     def _with_bias(self, rows: Any) -> np.ndarray:
         part = self.embedding.rows[rows]

@@ -9,20 +9,41 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from saerl_fast.config import PlanConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.plan.packed import Packed, Rows
+from saerl_fast.records import packed
+from saerl_fast.records.packed import Packed, Rows
 
 if TYPE_CHECKING:
     from saerl_kernels import CSR
 
 log = logging.getLogger(__name__)
-LARGE = 1 << 18  # prompts above which ids are packed, and the adaptive choice does not look at every row
+
+
+class Dropped(Mapping[str, str]):
+    """Ids that a plan leaves out -> the reason."""
+
+    def __init__(self, ids: Sequence[str], reasons: Sequence[str]) -> None:
+        self.ids, self.reasons = ids, reasons
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids)
+
+    def __getitem__(self, name: str) -> str:
+        return self.reasons[self._row[name]]
+
+    @cached_property
+    def _row(self) -> Rows:
+        return Rows(self.ids)
 
 
 class Plan(ABC):
@@ -48,7 +69,7 @@ class Plan(ABC):
         total_steps: int,
         seed: int,
         table: dict[str, np.ndarray] | None = None,
-        dropped: dict[str, str] | None = None,
+        dropped: Mapping[str, str] | None = None,
         dropped_table: dict[str, np.ndarray] | None = None,
         notes: list[str] | None = None,
     ) -> None:
@@ -60,11 +81,13 @@ class Plan(ABC):
         if seed < 0:
             raise SaerlError(f"a plan's seed must not be negative, got {seed}")
         self.cfg, self.seed = cfg, seed
-        large = len(prompt_ids) > LARGE and not isinstance(prompt_ids, Packed)
+        large = len(prompt_ids) > packed.LARGE and not isinstance(prompt_ids, Packed)
         self.prompt_ids: Sequence[str] = Packed.of(prompt_ids) if large else prompt_ids
         self.batch_size, self.total_steps = batch_size, total_steps
         self.table, self.dropped_table = table or {}, dropped_table or {}
-        self.dropped = dropped or {}
+        if not isinstance(dropped, Dropped):
+            dropped = Dropped(list(dropped or ()), list((dropped or {}).values()))
+        self.dropped = dropped
         self.notes = list(notes or [])
         self.step = 0
         self._row = Rows(self.prompt_ids)

@@ -3,7 +3,8 @@
 One object: format, version, schedule, seed, batch_size, total_steps, config (plan.* settings), notes,
 prompts (id and scores of every prompt in the plan), dropped (the others, with the reason), batches
 (ids, all ``total_steps`` of a static schedule; null for adaptive), tensors (name and SHA-256 of the
-safetensors file beside it, which holds the adaptive schedule's features) and sha256 of the rest.
+safetensors file beside it, which holds the adaptive schedule's features), sha256 of the rest, and of
+adaptive ones group_size, the rollouts of a prompt that it is for.
 
 Of more than ``COLUMNAR`` prompts (version 2) the object tells only the numbers; ids, scores, reasons and
 batches (rows of ids) are in the safetensors file too, a tensor a column; there ``load_plan`` leaves them.
@@ -22,13 +23,14 @@ import numpy as np
 from saerl_fast.config import SCHEDULES, PlanConfig, from_dict, to_dict
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import first_line, mismatch, read_json, write_text
-from saerl_fast.plan.adaptive import AdaptivePlan, Embedding
-from saerl_fast.plan.base import Plan
-from saerl_fast.plan.packed import Packed
+from saerl_fast.plan.adaptive import AdaptivePlan
+from saerl_fast.plan.base import Dropped, Plan
+from saerl_fast.plan.embedding import Embedding
 from saerl_fast.plan.static import StaticPlan
-from saerl_fast.plan.tensors import Blocks, read_tensors, write_tensors
 from saerl_fast.plugins import check_name
 from saerl_fast.records.manifest import digest, json_digest
+from saerl_fast.records.packed import Packed
+from saerl_fast.records.tensors import Blocks, read_tensors, write_tensors
 
 FORMAT, VERSIONS = "saerl-plan", (1, 2)
 COLUMNAR = 20_000
@@ -38,7 +40,7 @@ FORM = {
     **dict.fromkeys(("seed", "batch_size", "total_steps"), int),
     **{"schedule": str, "config": dict, "notes": [str], "prompts": (int, [dict])},
     **{"dropped": (int, [{"reason": str}]), "batches": (None, int, [list])},
-    **{"tensors": (None, {"file": str, "sha256": str})},
+    **{"tensors": (None, {"file": str, "sha256": str}), "group_size?": int},
 }
 LARGEST = 1e30  # of a score
 AGAIN = "make it again with `saerl plan`"
@@ -61,7 +63,7 @@ def save_plan(plan: Plan, path: str | Path) -> Path:
         "batches": None,
         "tensors": None,
     }
-    out, reasons = list(plan.dropped), list(plan.dropped.values())
+    out, reasons = plan.dropped.ids, plan.dropped.reasons
     rows = [plan.batch_rows(i) for i in range(plan.total_steps)] if isinstance(plan, StaticPlan) else []
     tensors: dict[str, np.ndarray | Blocks] = {}
     if len(plan.prompt_ids) + len(out) > COLUMNAR:
@@ -76,10 +78,11 @@ def save_plan(plan: Plan, path: str | Path) -> Path:
         if rows:
             body["batches"] = [[plan.prompt_ids[i] for i in batch] for batch in rows]
     if isinstance(plan, AdaptivePlan):
+        body["group_size"] = plan.group_size
         tensors |= _embedding(plan)
     if tensors:
         file = path.with_suffix(".safetensors")
-        write_tensors(file, tensors, "saerl-plan-tensors-1")
+        write_tensors(file, tensors, {"format": "saerl-plan-tensors-1"})
         body["tensors"] = {"file": file.name, "sha256": digest(file)}
     body["sha256"] = _content_hash(body)
     return write_text(path, _layout(body))
@@ -132,10 +135,11 @@ def _plan(body: dict[str, Any], path: Path) -> Plan:
     common: dict[str, Any] = {
         **{name: body[name] for name in ("batch_size", "total_steps", "seed", "notes")},
         "table": table,
-        "dropped": dict(zip(out, reasons, strict=True)),
+        "dropped": Dropped(out, reasons),
         "dropped_table": dropped_table,
     }
     if schedule == "adaptive":
+        common["group_size"] = body["group_size"]
         return AdaptivePlan(ids, cfg, embedding=_read_embedding(tensors, len(ids)), **common)
     if body["version"] == 2:
         batches = tensors["batches"]
@@ -184,7 +188,7 @@ def _unpacked(
 
 
 def _records(
-    ids: Sequence[str], table: dict[str, np.ndarray], reasons: list[str] | None = None
+    ids: Sequence[str], table: dict[str, np.ndarray], reasons: Sequence[str] | None = None
 ) -> list[dict]:
     records: list[dict[str, Any]] = []
     for i, name in enumerate(ids):

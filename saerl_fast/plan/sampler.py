@@ -13,12 +13,13 @@ from torch.utils.data import Sampler
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan.base import Plan
+from saerl_fast.records.packed import Rows
 
 
-def dataset_rows(plan: Plan, ids: Sequence[str]) -> dict[str, int]:
+def dataset_rows(plan: Plan, ids: Sequence[str]) -> Rows:
     """The dataset row of every prompt id; SaerlError when the plan has prompts that ``ids`` lacks."""
-    rows = {name: i for i, name in enumerate(ids)}
-    missing = [name for name in plan.prompt_ids if name not in rows]
+    rows = Rows(ids)
+    missing = rows.lacking(plan.prompt_ids)
     if missing:
         raise SaerlError(
             f"{len(missing)} of the plan's prompts are not in the dataset, first {missing[0]!r}; "

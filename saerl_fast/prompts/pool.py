@@ -18,6 +18,7 @@ from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError, halved
 from saerl_fast.prompts import chats, files, layouts, sources
 from saerl_fast.prompts.chats import Messages
+from saerl_fast.records.packed import Rows
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +42,12 @@ class Pool:
         lengths = {name: len(column) for name, column in self.columns.items()}
         if len(set(lengths.values())) > 1:
             raise SaerlError(f"the columns of a prompt pool differ in length ({lengths}); make them equal")
-        repeated = [name for name, count in Counter(self.columns["prompt_id"]).items() if count > 1]
-        if repeated:
-            where = [i for i, name in enumerate(self.columns["prompt_id"]) if name == repeated[0]]
+        ids = self.columns["prompt_id"]
+        if Rows(ids).repeated is not None:
+            repeated = next(name for name, count in Counter(ids).items() if count > 1)
+            where = [i for i, name in enumerate(ids) if name == repeated]
             raise SaerlError(
-                f"prompt id {repeated[0]!r} occurs in rows {where[0]} and {where[1]}; make ids unique, "
+                f"prompt id {repeated!r} occurs in rows {where[0]} and {where[1]}; make ids unique, "
                 "or unset data.id_column to number the rows"
             )
 

@@ -9,16 +9,20 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import token_ids
-from saerl_fast.prompts.chats import is_prefilled
+from saerl_fast.prompts.chats import Messages, is_prefilled
+from saerl_fast.prompts.own import Spans, own_tokens
 from saerl_fast.prompts.pool import Pool
+from saerl_fast.records.packed import Tokens
 
 log = logging.getLogger(__name__)
 
+BLOCK = 1 << 14  # texts made into tokens at a time
 _SECONDS = 10.0  # for a prompt to be rendered: real templates take milliseconds
 _OURS = (  # arguments of apply_chat_template that decide the form of its result
     *("conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "padding"),
@@ -34,23 +38,31 @@ class Prompts(Pool):
     ``texts`` [n]: the final prompts, with the chat template. ``ids`` [n]: their token ids, at least one each.
     ``answer_ids`` [n]: token ids of the answers, without special tokens: prompt and answer are tokenised
     apart, as in rollouts, where a completion's tokens follow the prompt's. ``prefill``: the end of every
-    text that belongs to the completion, for whoever judges it.
+    text that belongs to the completion, for whoever judges it. ``own`` [n]: with a chat template, the tokens
+    that are not the template's (see `own_tokens`).
     """
 
     texts: list[str]
-    ids: list[list[int]]
-    answer_ids: list[list[int]]
+    ids: Sequence[list[int]]
+    answer_ids: Sequence[list[int]]
     prefill: str = ""
+    own: list[Spans] | None = None
 
     def select(self, indices: Sequence[int]) -> Prompts:
         """The rows at ``indices``, in that order."""
         return Prompts(
             super().select(indices).columns,
             [self.texts[i] for i in indices],
-            [self.ids[i] for i in indices],
-            [self.answer_ids[i] for i in indices],
+            _picked(self.ids, indices),
+            _picked(self.answer_ids, indices),
             self.prefill,
+            None if self.own is None else [self.own[i] for i in indices],
         )
+
+
+def _picked(rows: Sequence[list[int]], indices: Sequence[int]) -> Sequence[list[int]]:
+    found = (rows[i] for i in indices)
+    return Tokens.of(found) if len(indices) > BLOCK else list(found)
 
 
 def prepare(
@@ -68,13 +80,18 @@ def prepare(
         most, which = limit, "the model's positions less train.rollout.max_new_tokens"
         fix = "lower max_new_tokens, or use a model that reads more"
     texts = render(pool, tokenizer, cfg)
-    ids = token_ids(tokenizer, texts, special=not uses_template(tokenizer, cfg))
+    templated = uses_template(tokenizer, cfg)
+    ids = _tokens(tokenizer, texts, not templated)
     empty = next((i for i, row in enumerate(ids) if not row), None)
     if empty is not None:
         name = pool.column("prompt_id")[empty]
         raise SaerlError(f"prompt {name!r} ({texts[empty][:40]!r}) has no tokens; remove it from the pool")
-    answers = token_ids(tokenizer, [str(answer or "") for answer in pool.column("answer")], special=False)
-    made = Prompts(pool.columns, texts, ids, answers, cfg.prefill)
+    answers = _tokens(tokenizer, [str(answer or "") for answer in pool.column("answer")], False)
+    own = None
+    if templated:
+        write = partial(_write, tokenizer, cfg)
+        own = own_tokens(tokenizer, [_chat(p) for p in pool.column("prompt")], texts, ids, write, cfg.prefill)
+    made = Prompts(pool.columns, texts, ids, answers, cfg.prefill, own)
     keep = [i for i, row in enumerate(ids) if len(row) <= most]
     if len(keep) == len(pool):
         return made
@@ -85,6 +102,14 @@ def prepare(
         )
     log.warning("dropped %d of %d prompts over %d tokens (%s)", len(pool) - len(keep), len(pool), most, which)
     return made.select(keep)
+
+
+def _tokens(tokenizer: Any, texts: Sequence[str], special: bool) -> Sequence[list[int]]:
+    """Token ids [n] of the texts; of many, made and kept in blocks, 4 bytes an id."""
+    starts = range(0, len(texts), BLOCK)
+    parts = (token_ids(tokenizer, texts[at : at + BLOCK], special=special) for at in starts)
+    rows = (row for part in parts for row in part)
+    return Tokens.of(rows) if len(texts) > BLOCK else list(rows)
 
 
 def uses_template(tokenizer: Any, cfg: DataConfig) -> bool:
@@ -108,6 +133,13 @@ def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> list[str]:
     if not uses_template(tokenizer, cfg):
         if cfg.chat_template_kwargs:
             raise SaerlError("data.chat_template_kwargs needs a chat template, and none is used; unset it")
+        chats = sum(not isinstance(p, str) for p in prompts)
+        if chats and cfg.chat != "never":
+            log.warning(
+                "the tokenizer has no chat template: the messages of %d prompts are joined by blank lines, "
+                "without their roles; data.chat=never says that this is wanted",
+                chats,
+            )
         plain = (p if isinstance(p, str) else "\n\n".join(m["content"] for m in p) for p in prompts)
         return [text + cfg.prefill for text in plain]
     try:
@@ -127,11 +159,10 @@ def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> list[str]:
         )
     texts = []
     for name, prompt in zip(pool.column("prompt_id"), prompts, strict=True):
-        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        how = {"continue_final_message": True} if is_prefilled(prompt) else {"add_generation_prompt": True}
+        chat = _chat(prompt)
         try:
             with _within(_SECONDS):
-                text = tokenizer.apply_chat_template(chat, tokenize=False, **how, **cfg.chat_template_kwargs)
+                text = _write(tokenizer, cfg, chat)
             if not isinstance(text, str):
                 raise TypeError(f"it gives a {type(text).__name__}, not text")
         except Exception as err:  # templates raise what they like, from TemplateError to OverflowError
@@ -143,6 +174,15 @@ def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> list[str]:
             ) from None
         texts.append(text + cfg.prefill)
     return texts
+
+
+def _chat(prompt: str | Messages) -> Messages:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _write(tokenizer: Any, cfg: DataConfig, chat: Messages) -> Any:
+    how = {"continue_final_message": True} if is_prefilled(chat) else {"add_generation_prompt": True}
+    return tokenizer.apply_chat_template(chat, tokenize=False, **how, **cfg.chat_template_kwargs)
 
 
 @contextmanager

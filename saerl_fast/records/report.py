@@ -13,11 +13,11 @@ import numpy as np
 
 from saerl_fast.config import CompareConfig
 from saerl_fast.errors import SaerlError, printable
-from saerl_fast.fileio import first_line, read_table, write_text
+from saerl_fast.fileio import first_line, mismatch, read_table, write_text
 from saerl_fast.records import plots, samples
 from saerl_fast.records.lock import clean
 from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes, load_runs, read_object
-from saerl_fast.records.stats import area_under_curve, paired_ratio, smooth, steps_to_target
+from saerl_fast.records.stats import area_under_curve, paired_ratio, steps_to_target
 
 Table = samples.Table
 
@@ -30,6 +30,11 @@ BASELINES_NOTE = (
     "Out of fold, on the same folds, by the same regression. difficulty.spearman_error, of the signals, is "
     "the standard error of the difference to the best of them: less than 2.5 of it is noise."
 )
+CARDS_NOTE = (
+    "Means over the prompts of the cluster where known. Features are those that weigh more in it than "
+    "elsewhere, by their lift, each with the prompt that has most of it; all of this is in scores.json."
+)
+SNIPPET = 80  # characters of a prompt in a table
 CAPTIONS = {
     "learning_curves": "Held-out accuracy against steps and against rollouts; thin lines are single seeds.",
     "batches": "What each step trained on: its pass rate, and the share of groups that carry a gradient. "
@@ -68,7 +73,11 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
     opening = [samples.damage_table(said), samples.about_table(runs), samples.settings_table(runs)]
     opening += [samples.arms_table(root), samples.warnings_table(runs)]
     sae = read_object(_shared(root, "sae/train.json")) or scores.pop("sae", {})
-    closing = [*samples.samples_tables(runs), phase_table(runs), *signal_tables(scores, sae)]
+    closing = [
+        *samples.samples_tables(runs),
+        phase_table(runs),
+        *signal_tables(scores, sae, sae_cost(runs, sae)),
+    ]
     results = [_shown(table) for table in results]
     shown = [table for table in [*map(_shown, opening), *results, *map(_shown, closing)] if table[2]]
     figures = _draw(runs, targets, root)
@@ -104,7 +113,7 @@ def find_targets(runs: list[RunRecord], settings: CompareConfig) -> dict[str, fl
     if not first:
         return {}
     start = float(np.mean([run.accuracy[0] for run in first]))
-    gain = float(np.mean([smooth(run.accuracy, settings.smooth)[-1] for run in first])) - start
+    gain = float(np.mean([np.mean(run.accuracy[-settings.smooth :]) for run in first])) - start
     if not gain > 0:
         return {}
     return {f"{share:.0%} of {runs[0].arm}'s gain": start + share * gain for share in settings.targets}
@@ -115,7 +124,7 @@ def main_table(runs: list[RunRecord], targets: dict[str, float], settings: Compa
     measure = "P(reference answer)" if eval_modes(runs) == ["prob"] else "accuracy"
     header = ["arm", "seeds", f"{measure} before", "after", "mean over run"]
     header += [f"steps to {value:.3f} ({name})" for name, value in targets.items()]
-    header += ["rollouts", "seconds/step", "SAE + plan overhead"]
+    header += ["groups with a gradient", "rollouts", "seconds/step", "SAE + plan overhead"]
     rows = []
     for arm in dict.fromkeys(run.arm for run in runs):
         mine = [run for run in runs if run.arm == arm]
@@ -132,6 +141,8 @@ def main_table(runs: list[RunRecord], targets: dict[str, float], settings: Compa
             row.append(
                 text + (f" ({len(found)} of {len(known)} runs)" if 0 < len(found) < len(known) else "")
             )
+        used = [np.nanmean(run.train["used"]) for run in mine if np.isfinite(run.train["used"]).any()]
+        row.append(f"{np.mean(used):.0%}" if used else "-")
         row.append(_mean([run.rollouts() for run in mine], 0))
         row.append(_mean([_step_seconds(run) for run in mine if len(run.train)], 2))
         overheads = [share for share in (run.overhead() for run in mine) if share is not None]
@@ -143,7 +154,7 @@ def main_table(runs: list[RunRecord], targets: dict[str, float], settings: Compa
     notes = [_mode_note(runs)]
     if targets:
         window = f"{settings.smooth} evaluations"
-        notes.append(f"Targets {basis}; curves are averaged over {window} before they are compared.")
+        notes.append(f"Targets {basis}; curves are averaged over {window} around each.")
     return ("Result", header, rows, " ".join(note for note in notes if note))
 
 
@@ -209,6 +220,16 @@ def label_cost(runs: list[RunRecord], scores: dict[str, Any]) -> str:
     )
 
 
+def sae_cost(runs: list[RunRecord], sae: dict[str, Any]) -> str:
+    """What training the SAE took, in steps of these runs."""
+    parts = [sae.get(name) for name in ("seconds_capture", "seconds", "seconds_ce")]
+    spent = sum(part for part in parts if not mismatch(part, float))
+    step = float(np.mean([_step_seconds(run) for run in runs if len(run.train)] or [0.0]))
+    if spent <= 0 or not step > 0:
+        return ""
+    return f"The SAE took {spent:,.0f} s, once for all runs: as long as {spent / step:.1f} of their steps."
+
+
 def phase_table(runs: list[RunRecord]) -> Table:
     """Mean seconds of a step by phase."""
     arms = list(dict.fromkeys(run.arm for run in runs))
@@ -224,7 +245,7 @@ def phase_table(runs: list[RunRecord]) -> Table:
     return ("Milliseconds per step, by phase", ["arm", *names], rows if names else [], note)
 
 
-def signal_tables(scores: dict[str, Any], sae: dict[str, Any]) -> list[Table]:
+def signal_tables(scores: dict[str, Any], sae: dict[str, Any], cost: str) -> list[Table]:
     """Figures of every probe and the one-off costs, as scoring recorded them."""
     tables: list[Table] = []
     probes = {name: scores.get(name) or {} for name in ("difficulty", "quality")}
@@ -242,11 +263,40 @@ def signal_tables(scores: dict[str, Any], sae: dict[str, Any]) -> list[Table]:
         tables.append(
             ("Probes against one kind of features", header, rows, f"{BASELINES_NOTE} {behind}".strip())
         )
-    for title, record, note in (("Signals", scores, SIGNALS_NOTE), ("SAE training", sae, "")):
+    try:
+        tables.append(cards_table(scores))
+    except (AttributeError, LookupError, TypeError, ValueError) as err:
+        why = f"{type(err).__name__}: {first_line(err)}"
+        raise SaerlError(
+            f"the cluster cards in scores.json are damaged ({why}); make them again with `saerl score`"
+        ) from err
+    for title, record, note in (("Signals", scores, SIGNALS_NOTE), ("SAE training", sae, cost)):
         known = [(key, value) for key, value in _flatten(record) if value is not None]
         rows = [[key, _cell(value)] for key, value in known if not isinstance(value, (list, dict))]
         tables.append((title, ["figure", "value"], rows, note))
     return tables
+
+
+def cards_table(scores: dict[str, Any]) -> Table:
+    """One row a cluster, the largest first: what it is made of, from the cards of its scoring."""
+    rows = []
+    for card in (scores.get("clusters") or {}).get("cards") or []:
+        features = [
+            f"{feature['feature']} (+{feature['lift']:.2f}): {feature['prompts'][0]['text'][:SNIPPET]}"
+            for feature in card["features"]
+        ]
+        known = [card.get(name) for name in ("difficulty", "pass_rate", "quality")]
+        rows.append(
+            [
+                str(card["cluster"]),
+                str(card["size"]),
+                *("-" if value is None else f"{value:.2f}" for value in known),
+                "\n".join(features),
+                "\n".join(prompt["text"][:SNIPPET] for prompt in card["prompts"]),
+            ]
+        )
+    header = ["cluster", "prompts", "difficulty", "pass rate", "quality", "features (lift): first prompt"]
+    return ("Clusters", [*header, "typical prompts"], rows, CARDS_NOTE if rows else "")
 
 
 def _measure(probe: dict[str, Any]) -> str:

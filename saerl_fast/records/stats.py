@@ -14,11 +14,15 @@ MIN_PAIRS = 3  # two leave one degree of freedom: an interval too wide to say an
 
 
 def smooth(values: Sequence[float], window: int) -> np.ndarray:
-    """Running mean over the last ``window`` evaluations; the first ones average what there is."""
+    """Running mean over ``window`` evaluations, as many before as after each, so that it does not lag.
+
+    Fewer near the ends, and one fewer of an even number.
+    """
     array = np.asarray(values, dtype=np.float64)
     total = np.concatenate([[0.0], np.cumsum(array)])
-    ends = np.arange(1, len(array) + 1)
-    starts = np.maximum(ends - max(window, 1), 0)
+    at = np.arange(len(array))
+    half = np.minimum(np.minimum(at, at[::-1]), (max(window, 1) - 1) // 2)
+    starts, ends = at - half, at + half + 1
     return (total[ends] - total[starts]) / (ends - starts)
 
 

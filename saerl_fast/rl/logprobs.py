@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from saerl_fast.errors import SaerlError
 from saerl_fast.models import decoder
 from saerl_fast.rl.ways import Proof, short, telling_rows, tolerance
 
@@ -120,6 +121,33 @@ def _fault(
         return f"is off by {off:.2g} per token from the plain forward pass"
     proof.extend(*sizes)
     return None
+
+
+def check_gradient(model: Any) -> None:
+    """SaerlError for a model whose code has no backward pass outside of its training mode (dropout), as
+    Reformer's reversible layers."""
+    embeddings = model.get_input_embeddings()
+    ids = (torch.arange(1, 6, device=embeddings.weight.device) % embeddings.weight.shape[0])[None]
+    kept: list[Tensor] = []
+
+    def begin(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        kept.append(output.detach().requires_grad_())  # the gradient of no weight is kept
+        return kept[-1]
+
+    handle = embeddings.register_forward_hook(begin)
+    try:
+        with torch.enable_grad():
+            found, _ = completion_logprobs(model, ids, *torch.tensor([[3], [2]], device=ids.device))
+            torch.autograd.grad(found.sum(), kept[-1])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise SaerlError(
+            f"{type(_inner(model)).__name__} cannot be trained: its backward pass failed ({short(error)}); "
+            "use another model, or another model.attn"
+        ) from error
+    finally:
+        handle.remove()
 
 
 def plain_head(model: Any) -> bool:

@@ -40,6 +40,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import written
 from saerl_fast.records.lock import Lock, lock
 from saerl_fast.records.log import write_logs
+from saerl_fast.records.packed import Rows
 from saerl_fast.rl import checkpoint as ckpt
 from saerl_fast.rl import distributed, lora, seeds
 from saerl_fast.rl.clock import Clock
@@ -161,8 +162,8 @@ class Run:
         if (cfg.rollout.engine == "transformers") != (self.engine is generate):
             raise SaerlError(f"train.rollout.engine={cfg.rollout.engine} is not the engine given to train()")
         self.pool, self.tokenizer = self.session.train, self.session.tokenizer
-        self.row = {name: i for i, name in enumerate(self.pool.column("prompt_id"))}
-        unknown = [name for name in self.plan.prompt_ids if name not in self.row]
+        self.row = Rows(self.pool.column("prompt_id"))
+        unknown = self.row.lacking(self.plan.prompt_ids)
         if unknown:
             raise SaerlError(f"the plan has prompt {unknown[0]!r}, which the pool lacks; make the plan again")
         if distributed.size() > cfg.rollout.prompts_per_step:
@@ -371,6 +372,9 @@ class Run:
         def sample() -> tuple[Rollouts, np.ndarray, Notes]:
             options = {"seed": seed, "first": here.start, "capture": self.capture}
             tokens = [self.pool.ids[i] for i in rows[here]]
+            if self.capture is not None and hasattr(self.capture, "expect"):
+                own = self.pool.own
+                self.capture.expect(tokens, None if own is None else [own[i] for i in rows[here]])
             made = self.engine(self.model, self.tokenizer, tokens, cfg.rollout, **options)
             for phase, seconds in made.timings.items():
                 clock.add(phase, seconds)

@@ -41,17 +41,36 @@ def forward_to(model: nn.Module, layer: int, ids: Tensor) -> Tensor:
     return kept[0]
 
 
-def on_layer(layers: nn.ModuleList, layer: int, use: Callable[[Tensor], None]) -> Any:
-    """Call ``use`` with the hidden states of a layer whenever a forward pass makes them."""
+def forward_through(model: nn.Module, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states [B, T, d_in] of a layer, and logits [B, T, V], of one forward pass."""
+    kept: list[Tensor] = []
+    handle = on_layer(decoder(model)[1], layer, kept.append)
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    return kept[0], logits
+
+
+def on_layer(layers: nn.ModuleList, layer: int, use: Callable[[Tensor], Tensor | None]) -> Any:
+    """Call ``use`` with the hidden states of a layer whenever a forward pass makes them.
+
+    What it returns, unless None, is passed on in their place.
+    """
     if layer == 0:
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            use(args[0] if args else kwargs["hidden_states"])
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            new = use(args[0] if args else kwargs["hidden_states"])
+            if new is None:
+                return None
+            return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
 
         return layers[0].register_forward_pre_hook(before, with_kwargs=True)
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        use(output[0] if isinstance(output, (tuple, list)) else output)  # older blocks return tuples
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        whole = isinstance(output, (tuple, list))  # older blocks return tuples
+        new = use(output[0] if whole else output)
+        return new if new is None or not whole else (new, *output[1:])
 
     return layers[layer - 1].register_forward_hook(after)
 

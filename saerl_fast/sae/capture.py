@@ -23,14 +23,16 @@ from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import check_fit, decoder, hidden_size, n_blocks
-from saerl_fast.sae.blocks import check_stream, forward_to, on_layer
+from saerl_fast.sae.blocks import check_stream, forward_through, forward_to, on_layer
 
 if TYPE_CHECKING:
+    from saerl_fast.prompts.own import Spans
     from saerl_fast.sae.model import SAE
     from saerl_kernels import CSR
 
 log = logging.getLogger(__name__)
 
+WIDE = 256  # hidden size from which bfloat16 products take about half of float32's time
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
 
 
@@ -49,6 +51,7 @@ class Capture:
         self.seconds = 0.0  # spent in take() and in the hooks since the last reset_timings()
         self._records: list[tuple[Tensor, Tensor | None]] = []
         self._mask: Tensor | None = None
+        self.ids: list[Tensor] = []  # of the recorded prefills that were made from ids
         self._armed = False
         self._handles: list[Any] = []
 
@@ -57,6 +60,7 @@ class Capture:
             raise SaerlError("this capture is already active; leave its with-block before entering it again")
         body, layers = decoder(self.model)
         self._records.clear()
+        self.ids.clear()
         self._handles = [
             body.register_forward_pre_hook(self._before, with_kwargs=True),
             on_layer(layers, self.layer, self._record),
@@ -105,6 +109,8 @@ class Capture:
         if self._armed:
             assert ids is not None
             self._mask = _padding_mask(ids, kwargs)
+            if ids.ndim == 2:
+                self.ids.append(ids)
 
     def _is_prefill(self, ids: Tensor, kwargs: dict[str, Any]) -> bool:
         # shapes and host integers only: reading a device tensor here would stall every decoding step
@@ -155,6 +161,7 @@ class FeatureCapture:
         self.sae, self.reduce, self.backend = sae, reduce, backend
         self.capture = Capture(model, resolve_layer(model, sae, layer))
         self._encode_seconds = 0.0
+        self._own: dict[tuple[int, ...], Spans] = {}
         device = next(model.parameters()).device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._worker = ThreadPoolExecutor(1, "capture") if device.type == "cuda" else None
@@ -165,6 +172,10 @@ class FeatureCapture:
         x = torch.zeros(2, self.sae.d_in, device=self.sae.W_enc.device, dtype=self.sae.W_enc.dtype)
         offsets = torch.tensor([0, 2], device=x.device)
         self.sae.pool(x, offsets, reduce=self.reduce, backend=self.backend)
+
+    def expect(self, prompts: Sequence[Sequence[int]], own: Sequence[Spans] | None) -> None:
+        """Which tokens (`own_tokens`) of the prompts to come are pooled; of others, and of None, all are."""
+        self._own = {tuple(row): spans for row, spans in zip(prompts, own or (), strict=False)}
 
     @property
     def timings(self) -> dict[str, float]:
@@ -203,6 +214,10 @@ class FeatureCapture:
         return pooled
 
     def _encode(self, x: Tensor, offsets: Tensor) -> CSR:
+        rows = [row for ids in self.capture.ids for row in ids.tolist()] if self._own else []
+        if len(rows) == len(offsets) - 1 and self.reduce != "last":
+            real = [tuple(row[len(row) - n :]) for row, n in zip(rows, offsets.diff().tolist(), strict=False)]
+            x, offsets = owned(x, offsets, [self._own.get(row, (0, len(row))) for row in real])  # padded left
         return self.sae.pool(x, offsets, reduce=self.reduce, backend=self.backend).to("cpu")
 
     def _encode_aside(self) -> CSR:
@@ -219,14 +234,17 @@ def iter_hidden_ids(
     on_progress: Progress | None = None,
     *,
     done: int = 0,
+    dtype: torch.dtype | None = None,
+    read: Callable[[list[int], Tensor], None] | None = None,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Stream the hidden states of many texts: (row numbers, x [n_tokens, d_in], offsets int64 [n_rows + 1]).
 
     ``rows`` holds the texts' token ids. Batches are of similar length, longest first, at most
     ``batch_tokens`` tokens with padding (a longer text is a batch by itself); the row numbers tell where each
     belongs in ``rows``. The first ``done`` rows of that order, whole batches, are left out. Blocks after
-    ``layer`` never run. Raises SaerlError on a layer the model lacks, an empty or too long row, and values
-    that are not finite.
+    ``layer`` never run, unless ``read`` wants to see the row numbers and logits [rows, longest, V] of each
+    batch. ``dtype``: of the matrix products (autocast), where it is not the model's. Raises SaerlError on a
+    layer the model lacks, an empty or too long row, and values that are not finite.
     """
     check_layer(model, layer)
     check_fit(model, rows, what="text")
@@ -242,7 +260,14 @@ def iter_hidden_ids(
         ids = torch.zeros(len(chosen), width, dtype=torch.long)
         for at, i in enumerate(chosen):
             ids[at, : len(rows[i])] = torch.tensor(rows[i])
-        hidden = forward_to(model, layer, ids.to(device)).flatten(0, 1)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            if read is None:
+                hidden = forward_to(model, layer, ids.to(device))
+            else:
+                hidden, logits = forward_through(model, layer, ids.to(device))
+                read(chosen, logits)
+                del logits
+        hidden = hidden.flatten(0, 1)
         if int(lengths[-1]) < width:
             real = (torch.arange(width) < lengths[:, None]).flatten().nonzero().squeeze(1)
             hidden = hidden[real.to(device)]
@@ -283,6 +308,20 @@ def resolve_layer(model: nn.Module, sae: SAE | None = None, layer: int | None = 
     return n_blocks(model) // 2
 
 
+def resolve_products(name: str, model: nn.Module) -> torch.dtype | None:
+    """The dtype of a forward pass's matrix products for `score.dtype`; None: the model's own.
+
+    auto is bfloat16 for a float32 model on a CPU with instructions for it, from WIDE on: narrower models
+    gain little.
+    """
+    parameter = next(model.parameters())
+    able = parameter.device.type == "cpu" and any(
+        getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in ("avx512_bf16", "amx_tile")
+    )
+    gains = able and parameter.dtype == torch.float32 and hidden_size(model) >= WIDE
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and gains) else None
+
+
 def check_width(model: nn.Module, sae: SAE) -> None:
     """SaerlError naming both widths when the SAE was made for another width.
 
@@ -319,6 +358,16 @@ def check_finite(x: Tensor, layer: int) -> None:
             f"the hidden states of layer {layer} are not finite at {bad} of {x.shape[0]} tokens; "
             "try model.dtype=float32 or bfloat16, and check the checkpoint"
         )
+
+
+def owned(x: Tensor, offsets: Tensor, spans: Sequence[Spans]) -> tuple[Tensor, Tensor]:
+    """The tokens of x [n_tokens, d] in each row's ``spans`` (from its start), and their offsets."""
+    mask = torch.zeros(len(x), dtype=torch.bool)
+    for start, ranges in zip(offsets.tolist(), spans, strict=False):
+        for a, b in zip(ranges[::2], ranges[1::2], strict=True):
+            mask[start + a : start + b] = True
+    before = torch.cat([torch.zeros(1, dtype=torch.long), mask.cumsum(0)])
+    return (x if bool(mask.all()) else x[mask.to(x.device)]), before[offsets.cpu()]
 
 
 def _padding_mask(ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import first_line
+from saerl_fast.fileio import first_line, read_tensors
 from saerl_fast.hub import at_home
 from saerl_fast.records import manifest
 from saerl_fast.records.lock import lock, vacant
@@ -23,6 +23,7 @@ from saerl_fast.sae.model import SAE
 from saerl_fast.sae.saelens import layer_of_hook
 
 _SAELENS_VERSION = "6.54.12"  # whose configuration layout save_sae writes
+USAGE = "sparsity.safetensors"  # SAELens' name
 _SAID = {  # what a user may say about a checkpoint that does not say it, and how it is written
     "architecture": str,
     "k": float,
@@ -76,7 +77,11 @@ def _load(source: str | Path, path: Path, where: str, said: dict[str, Any]) -> S
             f"{source} DEST architecture=topk k=32 apply_b_dec_to_input=true "
             "hook_name=blocks.12.hook_resid_post`, for example"
         )
-    return saelens.build(where, config, weights, scale=scale)
+    sae = saelens.build(where, config, weights, scale=scale)
+    if (path / USAGE).is_file():
+        usage = read_tensors(path / USAGE, "copy it again, or remove it")[0]
+        sae.usage = {name: part for name, part in usage.items() if part.shape == (sae.d_sae,)}
+    return sae
 
 
 def convert_sae(source: str | Path, folder: str | Path, said: list[str] | tuple[str, ...] = ()) -> SAE:
@@ -150,16 +155,23 @@ def save_sae(
     shown = {name: json.dumps(value, indent=1, allow_nan=False) + "\n" for name, value in texts.items()}
     with manifest.publish(folder, "sae", made) as new:
         save_file({name: w.float().cpu().contiguous() for name, w in weights.items()}, new(SAELENS_WEIGHTS))
+        if sae.usage:
+            save_file({name: part.cpu().contiguous() for name, part in sae.usage.items()}, new(USAGE))
         for name, text in shown.items():
             new(name).write_text(text)
     return folder
 
 
-def _metadata(sae: SAE) -> dict[str, Any]:
+def hook_name(sae: SAE) -> str | None:
+    """The hook point it reads, as TransformerLens names it; None if unknown."""
     layer = sae.layer
-    hook = sae.cfg.hook_name
-    if hook is None and layer is not None:
-        hook = f"blocks.{layer - 1}.hook_resid_post" if layer else "blocks.0.hook_resid_pre"
+    if sae.cfg.hook_name is not None or layer is None:
+        return sae.cfg.hook_name
+    return f"blocks.{layer - 1}.hook_resid_post" if layer else "blocks.0.hook_resid_pre"
+
+
+def _metadata(sae: SAE) -> dict[str, Any]:
+    layer, hook = sae.layer, hook_name(sae)
     own = {"hook_name": hook, "model_name": sae.cfg.model_name, "saerl_max_norm": sae.cfg.max_norm}
     kept = {key: value for key, value in sae.cfg.metadata.items() if not key.startswith("sae_lens_")}
     if hook is not None and layer_of_hook(hook) != layer:

@@ -80,6 +80,9 @@ class SAE(nn.Module):
             self.threshold: nn.Parameter | None = nn.Parameter(threshold)
         else:
             self.register_parameter("threshold", None)
+        # of its training: "sparsity", log10 of the share of tokens each feature fires on, as SAELens has it,
+        # and "silent_steps" since it last did, both [d_sae]; {} where that is not known
+        self.usage: dict[str, Tensor] = {}
         self._packed: dict[Any, PackedEncoder] = {}
 
     def __repr__(self) -> str:

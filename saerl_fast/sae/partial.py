@@ -67,8 +67,17 @@ class Partial:
             log.warning("an interruption would lose this SAE: %s", err)
             self._pause = float("inf")
         self._last = time.monotonic()
+        self.check()
+
+    def check(self) -> None:
+        """Raise ``stop`` when interrupted."""
         if said := self._interrupted():
             raise self._stop(said)
+
+    def latest(self, kind: str) -> dict[str, Tensor] | None:
+        """The intact file of a kind with the highest number."""
+        found = self.saved(kind)
+        return found[-1] if found else None
 
     def saved(self, kind: str) -> list[dict[str, Tensor]]:
         """The intact files of a kind by rising number, on the CPU."""

@@ -6,6 +6,9 @@ norm and their gradients orthogonal to them (Bricken et al. 2023). Our own choic
 its geometric median and scaled to unit variance per dimension while training (folded back at the end), and
 attention-sink tokens, whose norm is a hundred times the others' (Sun et al. 2024, arXiv 2402.17762), are
 left out of training and of pooling.
+
+An SAE may go on from another one (``init``), such as that of the model before it was trained further: its
+weights, threshold and the steps for which features have been silent are taken over, Adam starts anew.
 """
 
 from __future__ import annotations
@@ -15,15 +18,19 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from saerl_fast.config import SAEConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.sae.capture import Progress, iter_hidden_ids
+from saerl_fast.sae.measure import feature_drift, measure
 from saerl_fast.sae.model import SAE, SAESpec
 from saerl_fast.sae.partial import Partial
+from saerl_fast.sae.tokens import HELD_OUT, Stream, Tokens
 from saerl_kernels import TopK, encode_batch_topk_train, encode_topk_train, sparse_decode
+from saerl_kernels.pack import normalise
 
 log = logging.getLogger(__name__)
 OnStep = Callable[[int, dict[str, float]], None]
@@ -32,14 +39,14 @@ _LOG_EVERY = 25  # steps between callbacks; each one waits for the device
 _DEAD_EVERY = 10  # steps between recounts of the dead features
 _AUX_WEIGHT = 1 / 32  # of the auxiliary loss, as in Gao et al.
 _THRESHOLD_RATE = 0.03  # of BatchTopK's running threshold; SAELens' 0.01 is meant for longer runs
-_HELD_OUT = 8192  # at most this many tokens, and at most a tenth
 _LOST = 1e4  # times the variance: an error that no SAE comes back from
 _WEIGHTS = ("W_enc_t", "b_enc", "W_dec", "b_dec")
+_RUN_TIME = ("layer_norm", "constant_norm_rescale")  # settings that SAELens applies at each call
 _MEASURED = 32768  # training tokens on which dead features are also looked for
 
 
 def train_sae(
-    activations: Tensor | Iterable[Tensor],
+    activations: Tensor | Iterable[Tensor] | Stream,
     cfg: SAEConfig,
     on_step: OnStep | None = None,
     *,
@@ -47,58 +54,80 @@ def train_sae(
     device: torch.device | str | None = None,
     backend: str = "auto",
     keep: Partial | None = None,
+    init: SAE | None = None,
 ) -> tuple[SAE, dict[str, float]]:
-    """(the SAE in eval mode, its metrics) from activations [n, d_in], or an iterable of such batches.
+    """(the SAE in eval mode, its metrics) from activations [n, d_in], batches of such, or a stream.
 
     Every 25 steps and at the last one ``on_step(step, {"steps", "loss", "fvu", "dead", "lr"})`` is called.
     Metrics: "fvu" (fraction of variance unexplained) and "l0" (features per token) on held-out tokens,
     "dead_fraction" (features silent on those and on up to 32,768 training tokens), "train_fvu", "steps",
-    "seconds", "tokens", "held_out_tokens", "sink_tokens". ``cfg.layer`` is written into the SAE. Runs on
-    ``device`` (the activations' own by default); on a CPU the same seed and activations give the same SAE.
-    With ``keep`` its state is saved now and then and at an interrupt, and training goes on from there, bit
-    for bit on a CPU. Raises SaerlError for empty or non-finite activations and settings that do not fit.
+    "seconds", "tokens", "held_out_tokens", "sink_tokens"; with ``init``, the SAE to go on from, also
+    "fvu_before", its own on the same held-out tokens, and those of `feature_drift`. ``cfg.layer`` is written
+    into the SAE. Runs on ``device`` (the activations' own by default); on a CPU the same seed and activations
+    give the same SAE. With ``keep`` its state is saved now and then and at an interrupt, and training goes on
+    from there, bit for bit on a CPU. Raises SaerlError for empty or non-finite activations, settings and an
+    ``init`` that do not fit, and a training that diverges.
     """
-    x = _gather(activations, cfg.max_tokens)
-    x = x if device is None else x.to(device)
-    _check(x)
-    start = time.perf_counter()
-    found = len(x)
-    x, max_norm = _drop_sinks(x, cfg.sink_ratio)
     generator = torch.Generator().manual_seed(cfg.seed)
-    order = torch.randperm(len(x), generator=generator)
-    held = min(_HELD_OUT, len(x) // 10)
-    train = order[held:].to(x.device)
-    test = x[order[:held].to(x.device)] if held else x  # a handful of tokens: nothing to spare
+    state = keep.latest("state") if keep else None
+    if isinstance(activations, Stream):
+        activations.begin(device, state)
+        tokens: Tokens = activations
+    else:
+        tokens = Tokens(activations, cfg, generator, device)
+    start = time.perf_counter()
+    before = {} if init is None else _check_init(init, tokens, cfg, backend)
+    run = _Trainer(tokens, cfg, generator, backend, init)
 
-    run = _Trainer(x, train, cfg, generator, backend)
-    for step in range(1 + (run.restore(keep) if keep else 0), cfg.steps + 1):
+    def check(error: float, step: int, limit: float = _LOST) -> None:
+        if not error < limit:
+            if keep is not None:
+                keep.clear()
+            raise SaerlError(
+                f"SAE training diverged (error {error:.3g} at step {step}, that of a constant is 1); "
+                "lower sae.lr"
+            )
+
+    for step in range(1 + (run.restore(state) if state else 0), cfg.steps + 1):
         loss, fvu = run.step(step)
         if on_step is not None and (step % _LOG_EVERY == 0 or step == cfg.steps):
             shown = {"loss": loss, "fvu": fvu, "dead": run.dead(step).float().mean()}
             figures = {name: float(value) for name, value in shown.items()}
-            _check_course(figures["loss"], step)
+            check(figures["loss"], step)
             on_step(step, {"steps": float(cfg.steps), **figures, "lr": run.lr(step)})
-        if keep is not None and keep.due():
+        if keep is not None and (keep.due() or (step < cfg.steps and tokens.runs_out(cfg.batch_size))):
             keep.save("state", step, run.state(step))
             keep.keep_only("state", step)
-    spec = SAESpec(cfg.activation, cfg.k, hook_layer=cfg.layer, model_name=model_name, max_norm=max_norm)
+    runtime = cfg.normalize if cfg.normalize in _RUN_TIME else "none"
+    spec = SAESpec(
+        cfg.activation,
+        cfg.k,
+        normalize_activations=runtime,
+        hook_layer=cfg.layer,
+        model_name=model_name,
+        max_norm=tokens.max_norm,
+    )
     sae = run.finished(spec)
 
-    held_fvu, l0, fired = _measure(sae, test, backend)
-    train_fvu, _, fired_too = _measure(sae, x[train[:_MEASURED]], backend)
-    _check_course(held_fvu + train_fvu, cfg.steps)
+    held_fvu, l0, fired = measure(sae, tokens.test, backend)
+    sample = tokens.sample(_MEASURED)
+    train_fvu, _, fired_too = measure(sae, sample, backend)
+    check(train_fvu, cfg.steps, 1.0 if run.spread > 0 else _LOST)
+    counts = fired + fired_too
     metrics = {
         "fvu": held_fvu,
         "l0": l0,
-        "dead_fraction": 1 - float((fired | fired_too).float().mean()),
+        "dead_fraction": 1 - float((counts > 0).float().mean()),
         "train_fvu": train_fvu,
         "steps": float(cfg.steps),
         "seconds": time.perf_counter() - start,
-        "tokens": float(len(train)),
-        "held_out_tokens": float(held),
-        "sink_tokens": float(found - len(x)),
+        **tokens.figures(),
     }
+    if init is not None:
+        metrics |= before | feature_drift(init, sae)
     sae.cfg = replace(spec, metadata={"saerl_metrics": metrics, "saerl_seed": cfg.seed})
+    share = counts / (len(tokens.test) + len(sample))
+    sae.usage = {"sparsity": (share + 1e-10).log10(), "silent_steps": cfg.steps - run.last_fired}
     return sae, metrics
 
 
@@ -119,14 +148,14 @@ def collect_activations(
     representative); surplus tokens are dropped at random. With ``keep`` they are saved now and then and at an
     interrupt, and what was saved is not captured again. Raises SaerlError when no row has a token.
     """
-    rows = [row for row in rows if row]
-    if not rows:
+    full = np.flatnonzero([len(row) > 0 for row in rows]).tolist()
+    if not full:
         raise SaerlError("no activations to collect: there is no text with a token; check data.train")
     generator = torch.Generator().manual_seed(seed)
     chosen, count = [], 0
-    for i in torch.randperm(len(rows), generator=generator).tolist():
-        chosen.append(rows[i])
-        count += len(rows[i])
+    for i in torch.randperm(len(full), generator=generator).tolist():
+        chosen.append(rows[full[i]])
+        count += len(chosen[-1])
         if count >= max_tokens:
             break
     done, parts = keep.shards() if keep else (0, [])
@@ -150,52 +179,75 @@ class _Trainer:
     """Weights and optimizer, in coordinates where the data are centred and of unit variance."""
 
     def __init__(
-        self, x: Tensor, train: Tensor, cfg: SAEConfig, generator: torch.Generator, backend: str
+        self,
+        tokens: Tokens,
+        cfg: SAEConfig,
+        generator: torch.Generator,
+        backend: str = "auto",
+        init: SAE | None = None,
     ) -> None:
-        self.x, self.train, self.cfg, self.generator, self.backend = x, train, cfg, generator, backend
-        d_in, device = x.shape[1], x.device
-        sample = x[train[:_HELD_OUT]].float()
+        self.tokens, self.cfg, self.generator, self.backend = tokens, cfg, generator, backend
+        d_in, device = tokens.test.shape[1], tokens.test.device
+        sample = normalise(tokens.sample(HELD_OUT).float(), cfg.normalize)
         self.center = geometric_median(sample)
-        spread = float((sample - self.center).pow(2).mean().sqrt())
-        self.scale = 1 / spread if spread > 0 else 1.0
-        W_dec = torch.randn(cfg.d_sae, d_in, generator=generator).to(device)
-        W_dec /= W_dec.norm(dim=1, keepdim=True)
-        self.W_enc_t = W_dec.clone().requires_grad_()  # [F, D], tied at the start
-        self.b_enc = torch.zeros(cfg.d_sae, device=device, requires_grad=True)
-        self.W_dec = W_dec.requires_grad_()
-        self.b_dec = torch.zeros(d_in, device=device, requires_grad=True)
-        self._fit_encoder_scale((sample[: cfg.batch_size] - self.center) * self.scale)
-        weights = [self.W_enc_t, self.b_enc, self.W_dec, self.b_dec]
-        self.optimizer = torch.optim.Adam(weights, lr=cfg.lr, betas=(0.9, 0.999), fused=True)
+        self.spread = float((sample - self.center).pow(2).mean().sqrt())
+        self.scale = 1 / self.spread if self.spread > 0 else 1.0
+        self.variance = 1.0  # of what the SAE reads
+        b_dec = torch.zeros(d_in, device=device)
+        if cfg.normalize == "none":
+            self.variance, self.scale = 1 / self.scale**2, 1.0
+            b_dec, self.center = self.center, b_dec
         self.last_fired = torch.zeros(cfg.d_sae, dtype=torch.long, device=device)
         self.dead_index: Tensor | None = None
-        self.threshold = torch.zeros(
-            (), device=device
-        )  # BatchTopK: running mean of the least activation kept
-        self.queue = torch.empty(0, dtype=torch.long, device=device)
+        self.threshold = torch.zeros((), device=device)  # BatchTopK: running mean of the least one kept
+        self.warm = init is not None
+        if init is None:
+            W_dec = torch.randn(cfg.d_sae, d_in, generator=generator).to(device)
+            W_dec /= W_dec.norm(dim=1, keepdim=True)
+            W_enc_t, b_enc = W_dec.clone(), torch.zeros(cfg.d_sae, device=device)  # [F, D], tied at the start
+        else:
+            W_enc_t, b_enc, W_dec, b_dec = self._taken_over(init.to(device))
+        self.W_enc_t, self.b_enc, self.W_dec, self.b_dec = weights = [
+            weight.requires_grad_() for weight in (W_enc_t, b_enc, W_dec, b_dec)
+        ]
+        if init is None:
+            self._fit_encoder_scale((sample[: cfg.batch_size] - self.center) * self.scale)
+        self.optimizer = torch.optim.Adam(weights, lr=cfg.lr, betas=(0.9, 0.999), fused=True)
+
+    @torch.no_grad()
+    def _taken_over(self, init: SAE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The weights of another SAE in our coordinates, with decoder rows of unit norm."""
+        norms = init.W_dec.norm(dim=1).clamp(min=1e-8)
+        b_enc = init.b_enc if init.cfg.apply_b_dec_to_input else init.b_enc + init.b_dec @ init.W_enc
+        if init.threshold is not None:
+            self.threshold = (init.threshold * norms).mean() * self.scale
+        silent = init.usage.get("silent_steps")
+        if silent is None and "sparsity" in init.usage:  # SAELens': of features that never fired, -10
+            silent = (init.usage["sparsity"] < -9.5) * (self.cfg.dead_after + 1)
+        if silent is not None:
+            self.last_fired -= silent.to(self.last_fired)
+        W_enc_t, W_dec = (init.W_enc * norms).t().contiguous(), init.W_dec / norms[:, None]
+        return W_enc_t, b_enc * norms * self.scale, W_dec, (init.b_dec - self.center) * self.scale
 
     def state(self, step: int) -> dict[str, Tensor]:
         """All that the steps after ``step`` depend on, besides the activations and settings."""
         weights = (self.W_enc_t, self.b_enc, self.W_dec, self.b_dec)
         state = dict(zip(_WEIGHTS, weights, strict=True)) | {"last_fired": self.last_fired}
-        state |= {"center": self.center, "threshold": self.threshold, "queue": self.queue}
+        state |= {"center": self.center, "threshold": self.threshold, **self.tokens.state()}
         for i, moments in self.optimizer.state_dict()["state"].items():
             state |= {f"adam.{i}.{name}": value for name, value in moments.items()}
         if self.dead_index is not None:
             state["dead_index"] = self.dead_index
-        scale = torch.tensor(self.scale, dtype=torch.float64)
+        scale = torch.tensor([self.scale, self.variance], dtype=torch.float64)
         return state | {"step": torch.tensor(step), "scale": scale, "generator": self.generator.get_state()}
 
-    def restore(self, keep: Partial) -> int:
-        """Take up the latest state that was kept; its step, or 0."""
-        found = keep.saved("state")
-        if not found:
-            return 0
-        state = found[-1]
+    def restore(self, state: dict[str, Tensor]) -> int:
+        """Take up a state; its step."""
         self.generator.set_state(state["generator"])
-        self.scale = float(state["scale"])
-        for name in ("center", "threshold", "last_fired", "queue", "dead_index"):
-            setattr(self, name, state[name].to(self.x.device) if name in state else None)
+        self.scale, self.variance = state["scale"].tolist()
+        self.tokens.restore(state)
+        for name in ("center", "threshold", "last_fired", "dead_index"):
+            setattr(self, name, state[name].to(self.W_dec.device) if name in state else None)
         with torch.no_grad():
             for name in _WEIGHTS:
                 getattr(self, name).copy_(state[name])
@@ -221,7 +273,7 @@ class _Trainer:
         values, indices = self._encode(x)
         recon = sparse_decode(values, indices, self.W_dec, self.b_dec, backend=self.backend)
         error = x - recon
-        fvu = error.pow(2).mean()  # the variance is 1 by construction
+        fvu = error.pow(2).mean() / self.variance
         loss = fvu
         if step % _DEAD_EVERY == 0 and self.cfg.aux_k > 0:
             index = self.dead(step).nonzero().squeeze(1)
@@ -241,7 +293,7 @@ class _Trainer:
             active = torch.where(values > 0, step, 0).flatten()
             self.last_fired.scatter_reduce_(0, indices.long().flatten(), active, "amax")
             least = torch.where(values > 0, values, torch.inf).amin()
-            rate = max(_THRESHOLD_RATE, 1 / step)
+            rate = max(_THRESHOLD_RATE, 0 if self.warm and self.threshold > 0 else 1 / step)
             self.threshold.lerp_(torch.where(least.isinf(), self.threshold, least), rate)
         return loss.detach(), fvu.detach()
 
@@ -259,13 +311,9 @@ class _Trainer:
             ).eval()
 
     def _batch(self) -> Tensor:
-        """float32 [B, D], normalised; every training token once before any comes again."""
-        size = min(self.cfg.batch_size, len(self.train))
-        if len(self.queue) < size:
-            order = torch.randperm(len(self.train), generator=self.generator)
-            self.queue = self.train[order.to(self.train.device)]
-        rows, self.queue = self.queue[:size], self.queue[size:]
-        return (self.x[rows].float() - self.center) * self.scale
+        """float32 [B, D], normalised."""
+        x = normalise(self.tokens.batch(self.cfg.batch_size).float(), self.cfg.normalize)
+        return (x - self.center) * self.scale
 
     def _encode(self, x: Tensor) -> TopK:
         encode = encode_batch_topk_train if self.cfg.activation == "batchtopk" else encode_topk_train
@@ -307,58 +355,23 @@ def geometric_median(x: Tensor, rounds: int = 20) -> Tensor:
     return guess
 
 
-def _gather(activations: Tensor | Iterable[Tensor], max_tokens: int) -> Tensor:
-    if not isinstance(activations, Tensor):
-        parts, count = [], 0
-        for part in activations:
-            parts.append(part)
-            count += len(part)
-            if count >= max_tokens:
-                break
-        activations = torch.cat(parts)[:max_tokens] if parts else torch.empty(0, 0)
-    if activations.dim() != 2 or activations.numel() == 0:
-        shape = tuple(activations.shape)
+def _check_init(init: SAE, tokens: Tokens, cfg: SAEConfig, backend: str) -> dict[str, float]:
+    """Its FVU on the held-out tokens; SaerlError where training cannot go on from this SAE."""
+    width = tokens.test.shape[1]
+    if init.d_in != width:
         raise SaerlError(
-            f"there are no activations to train an SAE on (shape {shape}); collect some from texts"
+            f"sae.init reads activations of width {init.d_in}, the model's have {width}; use its own"
         )
-    return activations.detach()
-
-
-def _check(x: Tensor) -> None:
-    bad = sum(int((~torch.isfinite(part)).any(1).sum()) for part in x.split(1 << 16))
-    if bad:
-        raise SaerlError(f"{bad} of {len(x)} activations are not finite; check the model and its dtype")
-
-
-def _check_course(error: float, step: int) -> None:
-    """SaerlError when the error says that training has diverged: 1 is that of a constant."""
-    if not error < _LOST:
-        raise SaerlError(f"SAE training diverged (error {error:.3g} at step {step}); lower sae.lr")
-
-
-def _drop_sinks(x: Tensor, ratio: float) -> tuple[Tensor, float | None]:
-    """Rows of ordinary norm, and the limit: ``ratio`` times the median norm."""
-    if ratio <= 0:
-        return x, None
-    norms = torch.cat([part.float().norm(dim=1) for part in x.split(1 << 16)])
-    limit = ratio * float(norms.median())
-    if limit <= 0:
-        return x, None
-    keep = norms <= limit
-    return (x if bool(keep.all()) else x[keep]), limit
-
-
-@torch.no_grad()
-def _measure(sae: SAE, x: Tensor, backend: str) -> tuple[float, float, Tensor]:
-    """(fraction of variance unexplained, features per token, bool [d_sae] which features fired)."""
-    mean = x.float().mean(0)
-    error = total = active = 0.0
-    fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=x.device)
-    for part in x.split(4096):
-        codes = sae.encode(part, backend=backend)
-        part = part.float()
-        error += float((part - sae.decode(codes)).pow(2).sum())
-        total += float((part - mean).pow(2).sum())
-        active += float((codes.values > 0).sum())
-        fired[codes.indices[codes.values > 0].long()] = True
-    return error / max(total, 1e-12), active / len(x), fired
+    if init.d_sae != cfg.d_sae:
+        raise SaerlError(f"sae.init has {init.d_sae} features; set sae.d_sae={init.d_sae} to go on from it")
+    wanted = init.cfg.normalize_activations
+    if wanted != (cfg.normalize if cfg.normalize in _RUN_TIME else "none"):
+        fix = "variance" if wanted == "none" else wanted
+        raise SaerlError(f"sae.init reads activations under normalisation {wanted}; set sae.normalize={fix}")
+    fvu = measure(init.to(tokens.test.device), tokens.test, backend)[0]
+    if not fvu < 1:
+        raise SaerlError(
+            f"sae.init explains nothing of these activations (unexplained variance {fvu:.3g}, that of their "
+            "mean is 1): it is of another model or layer; leave it out, or name the SAE this model grew from"
+        )
+    return {"fvu_before": fvu}

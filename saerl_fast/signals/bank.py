@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from saerl_fast.signals.features import block, blocks
+from saerl_fast.errors import SaerlError
+from saerl_fast.signals.features import Features, block, blocks
 from saerl_fast.signals.ridge import Block, Fit
 from saerl_fast.signals.text import Tfidf, plain, surface
-from saerl_kernels import CSR
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 SAMPLE = 1 << 14  # rows that means, spreads and vocabularies are taken from, beside those with labels
 MOST = 1 << 15  # labels that a probe is fitted to
 
-BASELINES = ("length", "text", "tfidf", "sae")  # kinds that every probe is compared with, each alone
+# What a probe reads that names no kinds, as far as it is there, and what it is compared with, each alone.
+USUAL = ("length", "text", "tfidf", "answer_text", "sae", "hidden", "scalars", "answer_logprob")
+OF_ANSWER = ("answer_text", "answer_logprob")
+RANDOM = 32  # columns of a kind that says nothing
 
 Rows = slice | np.ndarray
 
@@ -28,21 +31,47 @@ Rows = slice | np.ndarray
 class Bank:
     """Features of the rows of a pool, [n, columns of the kind], dense or CSR.
 
-    ``sae``: the pooled features ``X``; ``answer``: the same of those of the answers.
+    ``sae``: the pooled features ``X``. ``kept``: what else the forward pass left, by name (see `bank_pass`).
     ``text``, ``tfidf``: of the prompts' own text, without the chat template (see `text`); ``length``: the
-    first column of ``text``. A new kind is an entry of ``kinds``, and a choice in the config.
+    first column of ``text``; ``answer_text``: as ``text``, of the reference answers. ``random``: noise, as a
+    control. A new kind is an entry of ``kinds``, and a choice in the config.
     """
 
-    def __init__(self, X: CSR, prompts: Sequence[Any], answers: CSR | None = None) -> None:
+    def __init__(
+        self,
+        X: Features,
+        prompts: Sequence[Any],
+        kept: Mapping[str, Any] | None = None,
+        answers: Sequence[Any] | None = None,
+    ) -> None:
         self.X, self.n_rows, self.prompts = X, len(prompts), prompts
         self.kinds: dict[str, Callable[[Rows], Any]] = {
             "sae": lambda rows: _activations(X, rows),
             "text": lambda rows: surface(self.texts(rows)),
             "tfidf": lambda rows: self._tfidf(self.texts(rows)),
             "length": lambda rows: surface(self.texts(rows))[:, :1],
+            "random": lambda rows: self._random[rows],
         }
-        if answers is not None:
-            self.kinds["answer"] = lambda rows: _activations(answers, rows)
+        for name, features in (kept or {}).items():
+            dense = isinstance(features, np.ndarray)
+            self.kinds[name] = features.__getitem__ if dense else partial(_activations, features)
+        if answers is not None and any(answers):
+            self.kinds["answer_text"] = lambda rows: surface(
+                [str(answers[i] or "") for i in self._numbers(rows)]
+            )
+
+    def names(self, asked: Sequence[str] | None, setting: str) -> list[str]:
+        """The kinds that are asked for by ``setting``; of None all of `USUAL` that are there."""
+        if asked is None:
+            return [name for name in USUAL if name in self.kinds]
+        for name in asked:
+            if name == "answer_text" and name not in self.kinds:
+                raise SaerlError(f"{setting} names answer_text, but the pool has no answers; leave it out")
+            if name not in self.kinds:
+                raise SaerlError(
+                    f"{setting} names {name}, which the scores do not keep; add it to score.features"
+                )
+        return list(map(str, asked))
 
     def fitted(self, labelled: np.ndarray, seed: int) -> np.ndarray:
         """The rows to make blocks of: at most MOST of those ``labelled`` [bool, n], others up to SAMPLE."""
@@ -65,8 +94,14 @@ class Bank:
 
     def texts(self, rows: Rows) -> list[str]:
         """The prompts' own texts."""
-        chosen: Iterator[int] = iter(range(self.n_rows)[rows] if isinstance(rows, slice) else rows.tolist())
-        return [plain(self.prompts[i]) for i in chosen]
+        return [plain(self.prompts[i]) for i in self._numbers(rows)]
+
+    def _numbers(self, rows: Rows) -> Iterable[int]:
+        return range(self.n_rows)[rows] if isinstance(rows, slice) else rows.tolist()
+
+    @cached_property
+    def _random(self) -> np.ndarray:
+        return np.random.default_rng(6).normal(size=(self.n_rows, RANDOM)).astype(np.float32)
 
     @cached_property
     def _tfidf(self) -> Tfidf:
@@ -74,7 +109,7 @@ class Bank:
         return Tfidf(self.texts(np.sort(order)))
 
 
-def _activations(X: CSR, rows: Rows) -> csr_matrix:
+def _activations(X: Features, rows: Rows) -> csr_matrix:
     part = block(X, rows) if isinstance(rows, slice) else X.select_rows(torch.from_numpy(rows))
     return part.to_scipy()
 

@@ -16,7 +16,7 @@ import numpy as np
 from saerl_fast.config import DifficultyConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.signals import ridge
-from saerl_fast.signals.bank import BASELINES, Bank, spearman
+from saerl_fast.signals.bank import Bank, spearman
 from saerl_fast.signals.features import ProbeMatrix, blocks
 
 if TYPE_CHECKING:
@@ -70,18 +70,19 @@ def fit_difficulty(bank: Bank, pass_rates: Any, cfg: DifficultyConfig, *, seed: 
     at = bank.fitted(known, seed)
     rows = np.flatnonzero(known[at])  # within the blocks; at[rows] within the pool
     labels = 1.0 - rates[at[rows]]
-    made = bank.blocks(list(dict.fromkeys([*cfg.features, *BASELINES])), at)
+    names, single = bank.names(cfg.features, "difficulty.features"), bank.names(None, "")
+    made = bank.blocks(list(dict.fromkeys([*names, *single])), at)
 
     splits = list(KFold(min(cfg.folds, len(rows)), shuffle=True, random_state=seed).split(rows))
 
     def held_out(names: Iterable[str]) -> np.ndarray:
         return ridge.held_out({name: made[name] for name in names}, rows, labels, splits, seed)
 
-    alone = {name: held_out([name]) for name in BASELINES}
+    alone = {name: held_out([name]) for name in single}
     if cfg.probe == "ridge":
-        chosen = {str(name): made[name] for name in cfg.features}
+        chosen = {name: made[name] for name in names}
         fit = ridge.fit(chosen, rows, labels, seed)
-        scores, found = bank.predict(fit, chosen), held_out(cfg.features)
+        scores, found = bank.predict(fit, chosen), held_out(names)
         metrics["share"] = fit.share
     else:
         scores, found, metrics["features_used"] = _elastic(ProbeMatrix(bank.X), at[rows], labels, cfg, splits)

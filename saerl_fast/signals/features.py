@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,29 +18,44 @@ import numpy as np
 import torch
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import mismatch, parse_json, read_tensors
+from saerl_fast.fileio import mismatch, parse_json
+from saerl_fast.records.tensors import Blocks, Place, places, put_tensors
+from saerl_fast.signals.stored import AGAIN, Part, Stored
 from saerl_kernels import CSR, csr
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 FORMAT = "saerl-features-2"
-_TENSORS = ("indptr", "indices", "values")
-SAMPLE = 1 << 17  # rows from which clusters and components are fitted to a sample of as many
+_TENSORS = {"indptr": np.int64, "indices": np.int32, "values": np.float32}
+SAMPLE = 1 << 17  # rows above which features stay in files, and clusters and components are those of a sample
 BLOCK = 1 << 14
 
+Features = CSR | Stored
 
-def checked(X: CSR) -> CSR:
-    """``X`` itself where it is on the CPU and stores no zeros, else a copy that is.
 
-    Raises SaerlError, naming the row, when a value is NaN or infinite.
+def checked(X: Features, first: int = 0) -> Any:
+    """``X`` itself where it is on the CPU, or in files, and stores no zeros, else a copy that is.
+
+    Raises SaerlError, naming the row counted from ``first``, when a value is NaN or infinite.
     """
+    if isinstance(X, Stored):
+        dense = [checked(block(X, at), at.start).nnz for at in blocks(X.n_rows)]
+        return X if sum(dense) == X.nnz else checked(X.rows(0, X.n_rows))
     X = X.to("cpu")
     finite = torch.isfinite(X.values)
     if not finite.all():
-        row = int(X.row_ids()[~finite][0])
+        row = first + int(X.row_ids()[~finite][0])
         raise SaerlError(f"the features of prompt number {row} are NaN or infinite; score the pool again")
     return X if X.values.all() else csr.scale_columns(X, torch.ones(X.n_cols))
+
+
+def rows_with(X: Features) -> torch.Tensor:
+    """Rows that store an entry of each column, int64 [n_cols]."""
+    counts = torch.zeros(X.n_cols, dtype=torch.int64)
+    for at in blocks(X.n_rows):
+        counts += csr.rows_with(block(X, at))
+    return counts
 
 
 def weighted(X: CSR, idf: torch.Tensor) -> CSR:
@@ -60,8 +76,10 @@ def blocks(n_rows: int) -> list[slice]:
     return [slice(at, min(at + BLOCK, n_rows)) for at in range(0, max(n_rows, 1), BLOCK)]
 
 
-def block(X: CSR, rows: slice) -> CSR:
-    """Consecutive rows, sharing their memory."""
+def block(X: Features, rows: slice) -> CSR:
+    """Consecutive rows, sharing the memory of those in memory."""
+    if isinstance(X, Stored):
+        return X.rows(rows.start, rows.stop)
     first, last = int(X.indptr[rows.start]), int(X.indptr[rows.stop])
     return CSR(
         X.indptr[rows.start : rows.stop + 1] - first, X.indices[first:last], X.values[first:last], X.n_cols
@@ -76,9 +94,10 @@ class ProbeMatrix:
     tested on others.
     """
 
-    def __init__(self, X: CSR, min_rows: int = 3) -> None:
-        self._X, self._idf = X, csr.idf(X, 1.0)
-        self._columns = np.flatnonzero(csr.rows_with(X) >= min_rows)
+    def __init__(self, X: Features, min_rows: int = 3) -> None:
+        counts = rows_with(X)
+        self._X, self._idf = X, csr.idf(X, 1.0, counts)
+        self._columns = np.flatnonzero(counts >= min_rows)
         self.shape = (X.n_rows, len(self._columns))
 
     def __getitem__(self, rows: slice | np.ndarray) -> csr_matrix:
@@ -111,55 +130,79 @@ def svd_reduce(X: CSR, dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def ids_hash(prompt_ids: Sequence[str]) -> str:
     """SHA-256 of the ids in order: features belong to rows by position, so both must agree."""
-    return hashlib.sha256("\0".join(map(str, prompt_ids)).encode()).hexdigest()
+    found, rest = hashlib.sha256(), iter(prompt_ids)
+    joint = ""
+    while part := list(map(str, islice(rest, BLOCK))):
+        found.update((joint + "\0".join(part)).encode())
+        joint = "\0"
+    return found.hexdigest()
 
 
-def save_features(path: str | Path, X: CSR, prompt_ids: Sequence[str]) -> Path:
+def save_features(path: str | Path, X: Features, prompt_ids: Sequence[str]) -> Path:
     """Write ``X`` [n, n_cols] to a safetensors file that also records which prompts its rows are.
 
-    Equal features make equal files: safetensors orders the tensors, but not more than one metadata key.
+    Equal features make equal files. What lies in files is copied a block at a time.
     """
-    from safetensors.torch import save_file
-
-    if len(X.indptr) - 1 != len(prompt_ids):
-        raise SaerlError(f"{len(X.indptr) - 1} feature rows cannot belong to {len(prompt_ids)} prompts")
-    tensors = {name: getattr(X, name).detach().cpu().contiguous() for name in ("indptr", "indices", "values")}
+    if X.n_rows != len(prompt_ids):
+        raise SaerlError(f"{X.n_rows} feature rows cannot belong to {len(prompt_ids)} prompts")
     about = {"format": FORMAT, "n_cols": int(X.n_cols), "prompt_ids_sha256": ids_hash(prompt_ids)}
-    save_file(tensors, str(path), metadata={"saerl": json.dumps(about)})
+    indices = (block(X, at).indices.cpu().numpy() for at in blocks(X.n_rows))
+    values = (block(X, at).values.cpu().numpy() for at in blocks(X.n_rows))
+    tensors = {
+        "indptr": Blocks(np.int64, (X.n_rows + 1,), _starts(X)),
+        "indices": Blocks(np.int32, (X.nnz,), indices),
+        "values": Blocks(np.float32, (X.nnz,), values),
+    }
+    put_tensors(Path(path), tensors, {"saerl": json.dumps(about)})
     return Path(path)
+
+
+def _starts(X: Features) -> Iterator[np.ndarray]:
+    """The ``indptr`` of all rows, in blocks."""
+    total = np.zeros(1, dtype=np.int64)
+    yield total
+    for at in blocks(X.n_rows):
+        ends = block(X, at).indptr[1:].cpu().numpy() + total
+        yield ends
+        total = ends[-1:] if len(ends) else total
 
 
 def load_features(path: str | Path, prompt_ids: Sequence[str] | None = None) -> CSR:
     """The CSR in a file of ``save_features``; ``prompt_ids`` must be those it was saved with."""
+    found = open_features(path, prompt_ids)
+    return found.rows(0, found.n_rows)
+
+
+def open_features(path: str | Path, prompt_ids: Sequence[str] | None = None) -> Stored:
+    """As ``load_features``, but checked only and left in the file."""
     path = Path(path)
     if not path.is_file():
         raise SaerlError(f"{path} does not exist; make it with `saerl score`")
-    tensors, about = read_tensors(path, "make it again with `saerl score`")
-    metadata = parse_json(about.get("saerl", "{}"), f"the metadata of {path}")
+    tensors, about = places(path, AGAIN)
+    metadata = parse_json(str(about.get("saerl", "{}")), f"the metadata of {path}")
     if fault := mismatch(metadata, {}):
-        raise SaerlError(f"{path} is damaged ({fault}); make it again with `saerl score`")
+        raise SaerlError(f"{path} is damaged ({fault}); {AGAIN}")
     if metadata.get("format") != FORMAT:
         found = metadata.get("format")
-        raise SaerlError(f"{path} has format {found!r}, not {FORMAT!r}; make it again with `saerl score`")
+        raise SaerlError(f"{path} has format {found!r}, not {FORMAT!r}; {AGAIN}")
     if prompt_ids is not None and metadata.get("prompt_ids_sha256") != ids_hash(prompt_ids):
         raise SaerlError(f"{path} belongs to other prompts than the scores; run `saerl score` again")
     if fault := _fault(tensors, metadata.get("n_cols")):
-        raise SaerlError(f"{path} is damaged ({fault}); make it again with `saerl score`")
-    return CSR(tensors["indptr"], tensors["indices"], tensors["values"], int(metadata["n_cols"]))
-
-
-def _fault(tensors: dict[str, torch.Tensor], n_cols: Any) -> str | None:
-    """What is wrong with the parts of a CSR, or None: the kernels take them at their word."""
-    types = dict(zip(_TENSORS, (torch.int64, torch.int32, torch.float32), strict=True))
-    for name, dtype in types.items():
-        if name not in tensors or tensors[name].dtype != dtype or tensors[name].dim() != 1:
-            return f"it holds no {name} as a row of {dtype}"
+        raise SaerlError(f"{path} is damaged ({fault}); {AGAIN}")
     indptr, indices, values = (tensors[name] for name in _TENSORS)
+    size = (indptr.shape[0] - 1, indices.shape[0])
+    stored = Stored([Part(path, *size, indptr.at, indices.at, values.at)], int(metadata["n_cols"]))
+    stored.check()
+    return stored
+
+
+def _fault(tensors: dict[str, Place], n_cols: Any) -> str | None:
+    """What is wrong with the kinds of the parts of a CSR, or None."""
+    for name, dtype in _TENSORS.items():
+        if name not in tensors or tensors[name].dtype != dtype or len(tensors[name].shape) != 1:
+            return f"it holds no {name} as a row of {np.dtype(dtype)}"
     if mismatch(n_cols, int) or not 0 < n_cols < 2**31:
         return "n_cols is no number of columns"
-    if len(indptr) < 1 or indptr[0] != 0 or indptr[-1] != len(indices) or bool((indptr.diff() < 0).any()):
-        return "indptr does not divide the entries into rows"
-    inside = len(indices) == 0 or 0 <= indices.min() <= indices.max() < n_cols
-    if len(values) != len(indices) or not inside:
-        return f"its entries do not lie in {n_cols} columns"
+    if not tensors["indptr"].shape[0] or tensors["indices"].shape != tensors["values"].shape:
+        return "its tensors differ in length"
     return None

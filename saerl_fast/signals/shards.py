@@ -7,19 +7,16 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import atomic_path, written
 from saerl_fast.records.manifest import digest
-from saerl_fast.signals.features import load_features, save_features
-
-if TYPE_CHECKING:
-    from saerl_kernels import CSR
+from saerl_fast.signals.kept import Parts, in_memory, join_arrays, load_part, save_part, suffix
+from saerl_fast.signals.stored import Stored
 
 log = logging.getLogger(__name__)
-Pair = tuple["CSR", "CSR | None"]
-Compute = Callable[[int, int, Callable[[int, int], None] | None], Pair]
+Compute = Callable[[int, int, Callable[[int, int], None] | None], Parts]
 
 
 class Shards:
@@ -50,55 +47,66 @@ class Shards:
         prompt_ids: Sequence[str],
         compute: Compute,
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> Pair:
-        """All rows: shards on the disk are read, the others come from ``compute(start, end, progress)``."""
-        from saerl_kernels import CSR
+    ) -> Parts:
+        """All rows: shards on the disk are used, the others come from ``compute(start, end, progress)``.
 
-        parts: list[Pair] = []
+        Arrays of several shards are one memory-mapped file in the folder; more than ``SAMPLE`` rows of CSR
+        stay in the shards.
+        """
+        parts: list[Parts] = []
         total = len(prompt_ids)
         for start, end in self.ranges(total):
             ids = prompt_ids[start:end]
-            pair = self._read(start, ids)
-            if pair is None:
-                pair = compute(start, end, self._shifted(on_progress, start, total))
-                if total > self.size:  # a single shard is over too soon to be worth a file
-                    self._write(start, ids, pair)
-            parts.append(pair)
+            found = self._read(start, ids)
+            if found is None:
+                found = compute(start, end, self._shifted(on_progress, start, total))
+                if total <= self.size:  # a single shard is over too soon to be worth a file
+                    return found
+                found = self._write(start, ids, found)
+            parts.append(found)
             if on_progress is not None:
                 on_progress(end, total)
-        answers = [answer for _, answer in parts if answer is not None]
-        return CSR.concat([prompt for prompt, _ in parts]), CSR.concat(answers) if answers else None
+        return {name: self._joined(name, [part[name] for part in parts]) for name in parts[0]}
 
     def clear(self) -> None:
         """Remove the shards; call it when what they make up is safely written elsewhere."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _read(self, start: int, ids: Sequence[str]) -> Pair | None:
+    def _joined(self, name: str, parts: list[Any]) -> Any:
+        if not isinstance(parts[0], Stored):
+            return parts[0] if len(parts) == 1 else join_arrays(self.folder / name, parts)
+        widths = {part.n_cols for part in parts}
+        if len(widths) > 1:
+            raise SaerlError(f"shards of features have {sorted(widths)} columns; remove the folder of shards")
+        return in_memory(Stored([file for part in parts for file in part.parts], parts[0].n_cols))
+
+    def _read(self, start: int, ids: Sequence[str]) -> Parts | None:
         """The shard where its files have the content that their names tell; None where it is to be made."""
-        found: dict[str, CSR] = {}
-        for file in sorted(self.folder.glob(f"{start:09d}.*.safetensors")):
+        found: dict[str, Any] = {}
+        count = 0
+        for file in sorted(self.folder.glob(f"{start:09d}.*.*")):
             try:
-                part, told = file.stem.split(".")[1].split("-")
+                name, total, told = file.name.split(".")[1].split("-")
                 if digest(file)[:16] != told:
                     raise SaerlError(f"{file} does not have the content that its name tells")
-                found[part] = load_features(file, ids)
+                found[name], count = load_part(file, ids), int(total)
             except (SaerlError, OSError, ValueError) as err:
                 log.warning("%s; this part is made again", err)
                 file.unlink(missing_ok=True)
-        if "alone" in found:
-            return found["alone"], None
-        return (found["prompt"], found["answer"]) if len(found) == 2 else None
+        return found if count and len(found) == count else None
 
-    def _write(self, start: int, ids: Sequence[str], pair: Pair) -> None:
-        """A file for each part, named after the start of its SHA-256; ``alone``: there are no answers."""
-        prompt, answer = pair
-        parts = {"alone": prompt} if answer is None else {"answer": answer, "prompt": prompt}
-        for part, rows in parts.items():
-            with atomic_path(self.folder / f"{start:09d}.{part}") as temporary:
-                save_features(temporary, rows, ids)
-                name = f"{start:09d}.{part}-{digest(temporary)[:16]}.safetensors"
-            os.replace(self.folder / f"{start:09d}.{part}", self.folder / name)
-            written[self.folder / name] = None
+    def _write(self, start: int, ids: Sequence[str], parts: Parts) -> Parts:
+        """A file for each part: its name, of how many it is one, and the start of its SHA-256."""
+        made: dict[str, Any] = {}
+        for name, rows in parts.items():
+            plain = self.folder / f"{start:09d}.{name}"
+            with atomic_path(plain) as temporary:
+                save_part(temporary, rows, ids)
+                told = f"{name}-{len(parts)}-{digest(temporary)[:16]}{suffix(rows)}"
+            os.replace(plain, self.folder / f"{start:09d}.{told}")
+            written[self.folder / f"{start:09d}.{told}"] = None
+            made[name] = load_part(self.folder / f"{start:09d}.{told}", ids)
+        return made
 
     def _shifted(
         self, on_progress: Callable[[int, int], None] | None, start: int, total: int

@@ -33,6 +33,12 @@ LABELS = (  # what the labels depend on beyond their own section and the seed: t
     "train.reward_truncated",
     "train.pass_threshold",
 )
+WARMUP = ("train.warmup.steps", "train.warmup.batch_size", "train.warmup.lr", "train.warmup.rows")
+
+
+def after_warmup(config: Config) -> bool:
+    """Whether labels are rollouts of a model that has gone through the warm-up."""
+    return config.difficulty.after_warmup and config.train.warmup.steps > 0
 
 
 def training_seed(config: Config) -> int:
@@ -73,6 +79,8 @@ def fingerprint(config: Config, sections: tuple[str, ...], *, without: tuple[str
     if "labels" in sections and config.difficulty.label_column is None and config.difficulty.n_labels:
         plain = dict(flat(to_dict(config)))
         tree["labels"] = {key.rpartition(".")[2]: plain[key] for key in LABELS} | {"seed": config.seed}
+        if after_warmup(config):
+            tree["labels"]["warmup"] = {key: plain[key] for key in WARMUP} | {"seed": training_seed(config)}
     if "score" in sections:
         tree["seed"] = config.seed
     return manifest.json_digest(tree | {"inputs": inputs(config, sections)})[:16]
@@ -81,15 +89,17 @@ def fingerprint(config: Config, sections: tuple[str, ...], *, without: tuple[str
 def inputs(config: Config, sections: tuple[str, ...]) -> dict[str, Any]:
     """What a stage reads beside its settings, each by a hash of its content.
 
-    ``prompts``: the training rows; ``eval``, for a run: those it is evaluated on. ``model``, ``sae``: all
-    files of a local one; one of the hub is known by its name, and is left out. ``functions``: the files of
-    each ``module:function``.
+    ``prompts``: the training rows; ``eval``, for a run: those it is evaluated on. ``model``, ``sae``,
+    ``init``: all files of a local one; one of the hub is known by its name, and is left out. ``functions``:
+    the files of each ``module:function``.
     """
     train, evaluation = load_pools(config)
     found: dict[str, Any] = {"prompts": train.digest}
     if "train" in sections:
         found["eval"] = evaluation.digest
-    named = {"model": config.model.path, "sae": config.sae.path if "sae" in sections else None}
+    named: dict[str, str | None] = {"model": config.model.path}
+    if "sae" in sections:
+        named |= {"sae": config.sae.path, "init": config.sae.init}
     for name, path in named.items():
         if path and (files := _contents(Path(path).expanduser(), Path(config.run_dir))):
             found[name] = manifest.json_digest(files)
@@ -190,7 +200,7 @@ def _covered(tree: dict[str, Any], sections: tuple[str, ...], without: tuple[str
     """What a fingerprint covers of the config ``tree``, by full key."""
     plain = dict(flat(settings(tree, sections, without)))
     if "labels" in sections:
-        plain |= {key: value for key, value in flat({"train": tree["train"]}) if key in LABELS}
+        plain |= {key: value for key, value in flat({"train": tree["train"]}) if key in LABELS + WARMUP}
     plain["seed"] = tree.get("seed")
     if plain.get("train.seed", 0) is None:
         plain["train.seed"] = plain["seed"]

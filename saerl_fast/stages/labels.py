@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -15,19 +16,23 @@ from saerl_fast.config import Config
 from saerl_fast.fileio import read_json
 from saerl_fast.records import manifest
 from saerl_fast.session import Session
+from saerl_fast.signals.bank import Bank
+from saerl_fast.signals.choose import spread_rows
 from saerl_fast.signals.scores import label_columns
 from saerl_fast.stages.console import Echo, within_calls
-from saerl_fast.stages.fingerprint import LABEL_SECTIONS, made_from
+from saerl_fast.stages.fingerprint import LABEL_SECTIONS, after_warmup, made_from, training_seed
 
 LABEL_CHUNK = 16  # prompts rolled out for labels before they are saved
 
 
 def difficulty_labels(
-    config: Config, echo: Echo, session: Session
+    config: Config, echo: Echo, session: Session, bank: Bank | None = None
 ) -> tuple[np.ndarray | None, dict[str, float]]:
     """Pass rates [n_prompts] (NaN where unlabelled) for the difficulty regressor, and what they cost.
 
-    Labels are the column the config names, else the mean reward of a few rollouts on a seeded subset.
+    Labels are the column the config names, else the mean reward of a few rollouts of a subset: a seeded one,
+    or with ``difficulty.choose=spread`` one that tells most of ``bank``. They are of the model after the
+    warm-up, where there is one, which a copy of the model then goes through.
     Rollouts are made in chunks, each with its own seed and saved at once, so an interrupted labelling
     goes on where it stopped and ends with the same labels.
     """
@@ -42,7 +47,10 @@ def difficulty_labels(
     from saerl_fast.rl.generate import generate
     from saerl_fast.rl.rewards import get_reward, with_timeout
 
-    chosen = np.random.default_rng([config.seed, 1]).permutation(len(pool))[: settings.n_labels]
+    if bank is None:
+        chosen = np.random.default_rng([config.seed, 1]).permutation(len(pool))[: settings.n_labels]
+    else:
+        chosen = spread_rows(bank, settings.n_labels, settings.features, config.seed)
     file = Path(config.run_dir) / "labels.json"
     form = {"rates": {str: (None, float)}, "tokens": int, "seconds": float}
     about, kept = made_from(config, LABEL_SECTIONS), manifest.look(config.run_dir, "labels")
@@ -56,6 +64,9 @@ def difficulty_labels(
     warned = False
     ids = pool.column("prompt_id")
     rollout = Sampling.of(config.train.rollout, group_size=settings.rollouts)
+    model = session.model
+    if after_warmup(config) and not all(ids[i] in record["rates"] for i in chosen):
+        model = _warmed(config, echo, session)
     bar, width = echo.bar("difficulty labels", "prompt"), LABEL_CHUNK
     bar(0, len(chosen))
     for start in range(0, len(chosen), width):
@@ -66,8 +77,8 @@ def difficulty_labels(
             seed = int(np.random.SeedSequence([config.seed, 2, start]).generate_state(1)[0])
             count = len(part) * settings.rollouts
             passes = rollout.max_new_tokens * -(-count // (rollout.batch_size or count))
-            with within_calls(session.model, passes, partial(_tell, bar, start, len(part), len(chosen))):
-                made = generate(session.model, session.tokenizer, rows.ids, rollout, seed=seed)
+            with within_calls(model, passes, partial(_tell, bar, start, len(part), len(chosen))):
+                made = generate(model, session.tokenizer, rows.ids, rollout, seed=seed)
             how: dict[str, Any] = {"prefill": rows.prefill, "pay_truncated": train.reward_truncated}
             paid = score_rollouts(made, rows.columns, rows.texts, reward, **how)
             warned = warned or warn_of_range(paid, train.pass_threshold)
@@ -82,6 +93,21 @@ def difficulty_labels(
     rates[chosen] = np.array([record["rates"][ids[i]] for i in chosen], dtype=float)  # None: not judged
     costs = {"labelled": len(chosen), "rollouts": len(chosen) * settings.rollouts, "tokens": record["tokens"]}
     return rates, {key: float(value) for key, value in costs.items()} | {"seconds": record["seconds"]}
+
+
+def _warmed(config: Config, echo: Echo, session: Session) -> Any:
+    """A copy of the model after the warm-up that training begins with."""
+    from saerl_fast.rl import seeds
+    from saerl_fast.rl.lora import add_adapters
+    from saerl_fast.rl.seeds import derived_seed
+    from saerl_fast.rl.warmup import warm_up
+
+    echo(f"difficulty labels: {config.train.warmup.steps} steps of warm-up, on a copy of the model")
+    seed, model = training_seed(config), copy.deepcopy(session.model)
+    if config.train.lora.rank:
+        model = add_adapters(model, config.train.lora, derived_seed(seed, seeds.ADAPTER, 0))
+    warm_up(model, session.tokenizer, session.train, config.train, seed)
+    return model.eval()
 
 
 def _tell(bar: Callable[[float, int], None], start: int, width: int, total: int, share: float) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from saerl_fast.config import Config
+from saerl_fast.config import Config, Stored
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import mismatch, move_aside, writing
 from saerl_fast.records import manifest
 from saerl_fast.sae.formats import SAELENS_WEIGHTS
+from saerl_fast.signals.kept import ENDS
 from saerl_fast.stages.fingerprint import (
     LABEL_SECTIONS,
     RUN_SECTIONS,
@@ -24,6 +25,7 @@ from saerl_fast.stages.fingerprint import (
 )
 
 SCORE_FILES = ("scores.parquet", "scores.json", "features.safetensors")
+BANK_FILES = tuple(f"bank.{name}{end}" for name in get_args(Stored) for end in ENDS)
 
 
 class Artefact(NamedTuple):
@@ -43,7 +45,7 @@ def artefact(config: Config, name: str) -> Artefact:
         return Artefact(root / "sae", name, (SAELENS_WEIGHTS, "cfg.json"), SAE_SECTIONS, ("sae",))
     if name == "labels":
         return Artefact(root, name, ("labels.json",), LABEL_SECTIONS, ("labels.json",))
-    return Artefact(root, name, SCORE_FILES, SCORE_SECTIONS, SCORE_FILES)
+    return Artefact(root, name, SCORE_FILES, SCORE_SECTIONS, SCORE_FILES + BANK_FILES)
 
 
 def needs_scores(config: Config) -> bool:
@@ -118,7 +120,9 @@ def score_hashes(config: Config) -> dict[str, str | None]:
     if not needs_scores(config):
         return {}
     made = artefact(config, "scores")
-    return {file: _recorded(made, file) for file in ("scores.parquet", "features.safetensors")}
+    hashes = {file: _recorded(made, file) for file in ("scores.parquet", "features.safetensors")}
+    read = [file for file in BANK_FILES if file.split(".")[1] in config.plan.adaptive.features]
+    return hashes | {file: found for file in read if (found := _recorded(made, file))}
 
 
 def _recorded(made: Artefact, file: str) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from saerl_fast import __version__
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import read_json, remove
-from saerl_fast.hub import hub_access, is_local
+from saerl_fast.fileio import read_json, remove, write_text
+from saerl_fast.hub import at_home, hub_access, is_local
 from saerl_fast.records import manifest
 from saerl_fast.records.lock import lock
 from saerl_fast.session import Session
@@ -48,8 +48,12 @@ from saerl_fast.stages.preflight import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from saerl_fast.plan import Plan
+    from saerl_fast.prompts.render import Prompts
     from saerl_fast.sae.model import SAE
+    from saerl_fast.signals.bank import Bank
     from saerl_fast.signals.scores import Scores
     from saerl_fast.signals.shards import Shards
 
@@ -73,8 +77,9 @@ def alone(stage: Stage) -> Stage:
 
 def open_session(config: Config, echo: Echo) -> Session:
     """The model and its prompts; an SAE that cannot be read or does not fit is refused before that."""
-    if config.sae.path is not None:
-        check_sae(config)
+    for path in (config.sae.path, config.sae.init):
+        if path is not None:
+            check_sae(config, path)
     return Session.open(config, echo)
 
 
@@ -87,13 +92,18 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None, *, red
     """
     from saerl_fast.rl.interrupt import Stopped, graceful_interrupt
     from saerl_fast.sae.capture import resolve_layer
-    from saerl_fast.sae.files import load_sae, save_sae
+    from saerl_fast.sae.card import model_card
+    from saerl_fast.sae.files import hook_name, load_sae, save_sae
+    from saerl_fast.sae.measure import ce_recovered
     from saerl_fast.sae.partial import Partial
+    from saerl_fast.sae.tokens import Stream
     from saerl_fast.sae.train import collect_activations, train_sae
 
     if config.sae.path is not None:
         raise SaerlError(f"sae.path={config.sae.path} names an SAE already; leave it out to train one")
     folder = Path(config.run_dir) / "sae"
+    if config.sae.init is not None and folder.resolve() == at_home(config.sae.init).resolve():
+        raise SaerlError(f"sae.init={config.sae.init} is the folder to be written; choose another run_dir")
     if redo:
         set_aside(config, echo, scores=False)
         if is_there(config, "sae", echo):
@@ -101,24 +111,23 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None, *, red
                 remove(old)  # of a command that was killed after it had written the SAE
             return load_sae(folder)
     session = session or open_session(config, echo)
-    layer = resolve_layer(session.model, None, config.sae.layer)
-    rows = session.train.ids
-    if config.score.include_answer:
-        rows = [prompt + answer for prompt, answer in zip(rows, session.train.answer_ids, strict=True)]
+    init = None if config.sae.init is None else _load(config.sae.init)
+    layer = resolve_layer(session.model, init, config.sae.layer)
     mark = fingerprint(config, SAE_SECTIONS)
     with graceful_interrupt() as interrupted:
         made = f"{mark}-{int(config.score.include_answer)}-{__version__}"
         keep = Partial(config.run_dir, made, interrupted, Stopped)
         started = time.perf_counter()
-        activations = collect_activations(
-            session.model,
-            rows,
-            layer,
-            config.sae.max_tokens,
-            seed=config.sae.seed,
-            on_progress=echo.bar("activations", "text"),
-            keep=keep,
-        )
+        rows = _texts(config, session.train)
+        tell = echo.bar("activations", "text")
+        activations: Any
+        if config.sae.stream:
+            activations = Stream(session.model, rows, layer, config.sae, on_progress=tell, keep=keep)
+        else:
+            most, seed = config.sae.max_tokens, config.sae.seed
+            activations = collect_activations(
+                session.model, rows, layer, most, seed=seed, on_progress=tell, keep=keep
+            )
         captured = time.perf_counter()
         bar = echo.bar("SAE", "step")
         bar(0, config.sae.steps)
@@ -129,18 +138,50 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None, *, red
             model_name=config.model.path,
             device=session.model.device,
             keep=keep,
+            init=init,
         )
+    trained = time.perf_counter()
+    metrics |= ce_recovered(session.model, sae, _texts(config, session.eval), layer)
     record = {"layer": layer, **metrics, "seconds_capture": captured - started}
+    record["seconds_ce"] = time.perf_counter() - trained
+    write_text(folder / "README.md", model_card(sae, config, hook_name(sae), record))  # anyone may edit it
     save_sae(sae, folder, train=record, made=made_from(config, SAE_SECTIONS))
     keep.clear()
-    echo(
-        f"SAE at layer {layer}: {sae.d_in} -> {sae.d_sae}, k={sae.cfg.k}, unexplained variance "
-        f"{metrics['fvu']:.3f} on held-out tokens, {metrics['dead_fraction']:.1%} dead features"
-    )
+    _say_figures(config, echo, sae, record)
     echo(f"wrote {folder}")
     if number := interrupted():  # at the very end
         raise Stopped(number)
     return sae
+
+
+def _texts(config: Config, prompts: Prompts) -> Sequence[list[int]]:
+    """The token ids that an SAE reads of a pool."""
+    if not config.score.include_answer:
+        return prompts.ids
+    return [prompt + answer for prompt, answer in zip(prompts.ids, prompts.answer_ids, strict=True)]
+
+
+def _say_figures(config: Config, echo: Echo, sae: SAE, record: dict[str, Any]) -> None:
+    echo(
+        f"SAE at layer {record['layer']}: {sae.d_in} -> {sae.d_sae}, k={sae.cfg.k}, unexplained variance "
+        f"{record['fvu']:.3f} on held-out tokens, {record['dead_fraction']:.1%} dead features"
+    )
+    if "ce_recovered" in record:
+        echo(
+            f"spliced into the model on held-out prompts: {record['ce_sae']:.3f} nats a token against "
+            f"{record['ce']:.3f} ({record['ce_recovered']:.1%} of the loss recovered)"
+        )
+    if "fvu_before" in record:
+        cosine, moved = record["drift_cosine"], record["drift_moved"]
+        echo(
+            f"from {config.sae.init}: unexplained variance {record['fvu_before']:.3f} before; decoder rows "
+            f"have a mean cosine of {cosine:.3f} with its, {moved:.1%} below 0.9"
+        )
+    seconds = [record.get(name, 0.0) for name in ("seconds_capture", "seconds", "seconds_ce")]
+    echo(
+        "it took {:.0f} s to capture, {:.0f} s to train and {:.0f} s to splice, which reports count in steps "
+        "of a run".format(*seconds)
+    )
 
 
 def find_sae(config: Config, echo: Echo, session: Session) -> SAE:
@@ -153,8 +194,7 @@ def find_sae(config: Config, echo: Echo, session: Session) -> SAE:
 
     path = Path(config.run_dir) / "sae"
     if config.sae.path is not None:
-        with hub_access(not is_local(config.sae.path)):
-            sae = load_sae(config.sae.path)
+        sae = _load(config.sae.path)
     elif is_there(config, "sae", echo):
         refuse_other(config, scores=False)
         sae = load_sae(path)
@@ -171,12 +211,16 @@ def find_sae(config: Config, echo: Echo, session: Session) -> SAE:
     return sae.to(session.model.device)
 
 
-def describe_sae(path: str) -> str:
-    """What ``saerl sae info`` prints: the shape and flags of a checkpoint, and how it was trained here."""
+def _load(source: str) -> SAE:
     from saerl_fast.sae.files import load_sae
 
-    with hub_access(not is_local(path)):
-        sae = load_sae(path)
+    with hub_access(not is_local(source)):
+        return load_sae(source)
+
+
+def describe_sae(path: str) -> str:
+    """What ``saerl sae info`` prints: the shape and flags of a checkpoint, and how it was trained here."""
+    sae = _load(path)
     lines = [f"{path}: {sae}"]
     lines += [f"  {key}: {value}" for key, value in sorted(vars(sae.cfg).items()) if value is not None]
     trained = Path(path) / "train.json"
@@ -197,7 +241,8 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
     """
     from saerl_fast.rl.generate import prove
     from saerl_fast.rl.rewards.dry import try_reward
-    from saerl_fast.signals.scores import Scores, label_columns, score, to_arrow
+    from saerl_fast.signals.scores import Scores, label_columns, score
+    from saerl_fast.signals.table import arrow_type
 
     if redo:
         set_aside(config, echo)
@@ -214,14 +259,21 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
         prove(session.model, session.tokenizer)
     label_columns(session.train, config)  # before an SAE is trained
     for name, column in session.train.columns.items():
-        to_arrow(name, column)
+        arrow_type(name, column)
     sae = find_sae(config, echo, session)
     entry = made_from(config, SCORE_SECTIONS)
     entry["inputs"]["sae_weights"] = sae_weights(config)
-    labels, label_costs = difficulty_labels(config, echo, session)
+    costs: dict[str, float] = {}
+
+    def labels(bank: Bank | None = None) -> np.ndarray | None:
+        rates, found = difficulty_labels(config, echo, session, bank)
+        costs.update(found)
+        return rates
+
+    rates = labels if rolled_out and config.difficulty.choose == "spread" else labels()
     shards, bar = score_shards(config, sae), echo.bar("features", "prompt")
-    scores = score(session, sae, config, pass_rates=labels, on_progress=bar, shards=shards)
-    scores.metadata["difficulty_labels"] = label_costs
+    scores = score(session, sae, config, pass_rates=rates, on_progress=bar, shards=shards)
+    scores.metadata["difficulty_labels"] = costs
     trained = Path(config.run_dir) / "sae" / "train.json"
     if config.sae.path is None and trained.is_file():
         scores.metadata["sae"] = read_json(trained, "saerl sae train")
@@ -284,6 +336,7 @@ def make_plan(config: Config, echo: Echo, session: Session | None = None) -> Pla
         batch_size=config.train.rollout.prompts_per_step,
         total_steps=max(config.train.steps, 1),  # 0: only the warm-up
         seed=training_seed(config),
+        group_size=config.train.rollout.group_size,
         quality=config.quality,
     )
     kept, size = len(plan.prompt_ids), plan.batch_size

@@ -28,8 +28,9 @@ def set_up(config: Config, *, new_sae: bool = False) -> None:
     from saerl_fast.sae.files import check_source
 
     check_scoring(config)
-    if config.sae.path is not None and not new_sae:
-        check_source(config.sae.path)
+    for source in (None if new_sae else config.sae.path, config.sae.init):
+        if source is not None:
+            check_source(source)
     check_writable(config.run_dir)
     try:
         from transformers.utils import logging
@@ -109,14 +110,12 @@ def check_functions(config: Config, *, planned: bool = False) -> None:
         raise SaerlError("plan.filter=true needs quality scores, and quality.head=none makes none; unset one")
 
 
-def check_sae(config: Config) -> None:
+def check_sae(config: Config, path: str) -> None:
     """SaerlError for an SAE that cannot be read, or is of another width than the model names."""
     from saerl_fast.hub import hub_access, is_local
     from saerl_fast.models import named_width
     from saerl_fast.sae.files import load_sae
 
-    path = config.sae.path
-    assert path is not None
     with hub_access(not is_local(path)):
         width, found = named_width(config.model), load_sae(path).d_in
     if width not in (None, found):

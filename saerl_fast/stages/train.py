@@ -101,6 +101,7 @@ def _train(
     from saerl_fast.records.report import write_report
     from saerl_fast.rl import distributed
     from saerl_fast.rl.generate import prove
+    from saerl_fast.rl.logprobs import check_gradient
     from saerl_fast.rl.lora import check_targets
     from saerl_fast.rl.rewards import get_reward
     from saerl_fast.rl.rewards.dry import check_think, try_reward
@@ -135,6 +136,7 @@ def _train(
         session = open_session(config, echo) if scored else Session.open(config, echo)
     if config.train.rollout.engine == "transformers":
         prove(session.model, session.tokenizer)
+    check_gradient(session.model)
     check_targets(session.model, config.train.lora)
     check_think(config.train.reward, session.tokenizer)
     plan = given or make_plan(config, echo, session)

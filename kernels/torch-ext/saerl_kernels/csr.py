@@ -6,6 +6,8 @@ ops return it: columns ascend within a row and come once. They wait for the devi
 
 from __future__ import annotations
 
+from typing import Any, Optional
+
 import torch
 from torch import Tensor
 
@@ -27,13 +29,15 @@ def transpose(csr: CSR) -> CSR:
     return CSR(indptr, rows.int(), values, csr.n_rows)
 
 
-def idf(csr: CSR, floor: float = 0.0) -> Tensor:
+def idf(csr: Any, floor: float = 0.0, counts: Optional[Tensor] = None) -> Tensor:
     """Inverse document frequency, float32 [n_cols]: floor + ln((1 + n_rows) / (1 + rows with the feature)).
 
     Smoothed as if one more row held every feature (scikit-learn's ``smooth_idf``, which has floor 1): one
-    that all rows store weighs ``floor``. A stored zero counts as present.
+    that all rows store weighs ``floor``. A stored zero counts as present. ``counts``: ``rows_with(csr)``, if
+    known; ``csr`` may then be anything with ``n_rows``.
     """
-    return (floor + torch.log((1.0 + csr.n_rows) / (1.0 + rows_with(csr).double()))).float()
+    counts = rows_with(csr) if counts is None else counts
+    return (floor + torch.log((1.0 + csr.n_rows) / (1.0 + counts.double()))).float()
 
 
 def rows_with(csr: CSR) -> Tensor:

@@ -109,10 +109,7 @@ class PackedEncoder:
         )
 
     def prepare(self, x: Tensor) -> Tensor:
-        """``x`` [..., d_in] as the matrix product takes it: [n, d_in], normalised, in the weight's dtype.
-
-        The normalisations are SAELens' run-time ones, computed in float32 (``sae_lens/saes/sae.py``).
-        """
+        """``x`` [..., d_in] as the matrix product takes it: [n, d_in], normalised, in the weight's dtype."""
         if x.dim() == 0 or x.shape[-1] != self.d_in:
             raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be d_in={self.d_in}")
         if not x.is_floating_point():
@@ -122,16 +119,20 @@ class PackedEncoder:
         x = x.detach()
         if x.dim() != 2:
             x = x.reshape(-1, self.d_in)
-        # of no rows, torch warns that std is undefined
-        norm = self.normalize_activations if x.shape[0] else "none"
-        if norm == "layer_norm":
-            x = x.float()
-            x = x - x.mean(-1, keepdim=True)
-            x = x / (x.std(-1, keepdim=True) + 1e-5)
-        elif norm == "constant_norm_rescale":
-            x = x.float()
-            x = x * (self.d_in**0.5 / x.norm(dim=-1, keepdim=True))
+        x = normalise(x, self.normalize_activations)
         return (x if x.dtype == self.dtype else x.to(self.dtype)).contiguous()
+
+
+def normalise(x: Tensor, kind: str) -> Tensor:
+    """Rows x [n, d_in] under a run-time normalisation of SAELens (``sae_lens/saes/sae.py``), in float32."""
+    if x.shape[0] and kind == "layer_norm":  # of no rows, torch warns that std is undefined
+        x = x.float()
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.std(-1, keepdim=True) + 1e-5)
+    elif kind == "constant_norm_rescale":
+        x = x.float()
+        x = x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True))
+    return x
 
 
 def pack_encoder(

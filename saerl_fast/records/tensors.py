@@ -25,11 +25,27 @@ class Blocks(NamedTuple):
     arrays: Iterable[np.ndarray]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray | Blocks], form: str) -> None:
-    """Write a safetensors file, the widest types first so that all lie aligned."""
+class Place(NamedTuple):
+    """Where a tensor lies in its file; ``at``: bytes from the file's start."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    at: int
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray | Blocks], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file, atomically."""
+    with atomic_path(path) as temporary:
+        put_tensors(temporary, tensors, metadata)
+
+
+def put_tensors(path: Path, tensors: Mapping[str, np.ndarray | Blocks], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file in place, the widest types first so that all lie aligned."""
     names = {np.dtype(dtype): name for name, dtype in NAMES.items()}
     order = sorted(tensors, key=lambda name: -np.dtype(tensors[name].dtype).itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": form}}
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     at = 0
     for name in order:
         dtype, shape = np.dtype(tensors[name].dtype), tensors[name].shape
@@ -38,7 +54,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray | Blocks], form: 
         at = stop
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             tensor = tensors[name]
@@ -46,11 +62,10 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray | Blocks], form: 
                 file.write(np.ascontiguousarray(array).data)
 
 
-def read_tensors(path: Path, again: str) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file; those from ``MAPPED`` bytes are read when they are looked at.
+def places(path: Path, again: str) -> tuple[dict[str, Place], dict[str, str]]:
+    """Where the tensors of a safetensors file lie, and its metadata.
 
-    All can be written to, which leaves the file as it is. Raises SaerlError, which ends in ``again``, on a
-    file that is none.
+    Raises SaerlError, which ends in ``again``, on a file that is none.
     """
     found = {}
     try:
@@ -60,18 +75,28 @@ def read_tensors(path: Path, again: str) -> dict[str, np.ndarray]:
             if start > size:
                 raise ValueError("its header is cut off")
             header = json.loads(file.read(start - 8))
+        metadata = dict(header.pop("__metadata__", {}))
         for name, entry in header.items():
-            if name == "__metadata__":
-                continue
             dtype, shape = np.dtype(NAMES[entry["dtype"]]), tuple(entry["shape"])
             first, stop = entry["data_offsets"]
             if not (0 <= first <= stop <= size - start and stop - first == prod(shape) * dtype.itemsize):
                 raise ValueError(f"{name} does not lie in it")
-            if not stop - first:
-                found[name] = np.empty(shape, dtype)
-                continue
-            mapped = np.memmap(path, dtype, "c", start + first, shape)
-            found[name] = np.asarray(mapped) if mapped.nbytes >= MAPPED else np.array(mapped)
+            found[name] = Place(dtype, shape, start + first)
     except Exception as err:  # a crafted header can stumble anywhere
         raise SaerlError(f"{path} is damaged ({err}); {again}") from None
+    return found, metadata
+
+
+def read_tensors(path: Path, again: str) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file; those from ``MAPPED`` bytes are read when they are looked at.
+
+    All can be written to, which leaves the file as it is. Errors as in `places`.
+    """
+    found = {}
+    for name, (dtype, shape, at) in places(path, again)[0].items():
+        try:
+            mapped = np.memmap(path, dtype, "c", at, shape) if prod(shape) else np.empty(shape, dtype)
+        except (OSError, TypeError, ValueError) as err:
+            raise SaerlError(f"{path} is damaged ({err}); {again}") from None
+        found[name] = np.asarray(mapped) if mapped.nbytes >= MAPPED else np.array(mapped)
     return found
