@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+PYTEST := -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 TRITON := 3.6.0
 TORCH := 2.11.0
 
@@ -22,7 +23,7 @@ demo: $(VENV)/.installed ## the whole pipeline on a tiny shipped model, in minut
 	$(BIN)/saerl demo
 
 test: $(VENV)/.installed ## the whole test suite; kernels run in Triton's interpreter where there is no GPU
-	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile
+	$(BIN)/python $(PYTEST) $(TESTS)
 
 # uv resolves to the lowest versions that pyproject.toml allows; what those need in turn is the newest that fits.
 OLDEST_PYTHON ?= $(firstword $(shell command -v python3.10 python3.11) $(PYTHON))
@@ -30,13 +31,13 @@ test-oldest: ## the suite at the lower bounds of pyproject.toml, in an environme
 	$(OLDEST_PYTHON) -m venv --clear $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install --quiet uv
 	$(VENV)-oldest/bin/uv pip install --quiet --python $(VENV)-oldest/bin/python --resolution lowest-direct \
-		-e ".[all]" "hypothesis>=6.100"
-	$(VENV)-oldest/bin/python -m pytest -q $(TESTS)
+		-e ".[all,ray]" "hypothesis>=6.100" "pytest-xdist>=3.6"
+	$(VENV)-oldest/bin/python $(PYTEST) $(TESTS)
 
-test-newest: ## the same at the newest versions that the index serves, as README's install line finds them
+test-newest: ## the same at the newest versions that the index serves
 	$(PYTHON) -m venv --clear $(VENV)-newest
-	$(VENV)-newest/bin/pip install --quiet --upgrade --progress-bar off -e ".[all]" hypothesis
-	$(VENV)-newest/bin/python -m pytest -q $(TESTS)
+	$(VENV)-newest/bin/pip install --quiet --progress-bar off --upgrade -e ".[dev]"
+	$(VENV)-newest/bin/python $(PYTEST) $(TESTS)
 
 # What Hugging Face's kernel builder makes of a package without compiled parts.
 KERNEL := build/kernel/build/torch-universal

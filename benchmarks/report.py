@@ -4,7 +4,8 @@
 
 reads results/<device>/*.json as pytest-benchmark writes them. Of each benchmark's ``extra_info`` it uses
 
-    contenders   name -> {p50_ms, ratio (to the base, absent where the base did not run), peak_mb (optional)}
+    contenders   name -> {p50_ms, ratio (to the base, absent where the base did not run), peak_mb (optional)},
+                 and any other figure as "NAME" and its deviation as "NAME sd"
     base         the contender that ratios are taken to; without it the one whose ratio is exactly 1
     environment  what the figures were taken on; ``gpu`` in it marks a GPU
     all else     numbers and short strings: the columns that name the shape
@@ -199,6 +200,25 @@ def memory_table(table: Table) -> list[str]:
     return _grid([*keys, *table.names], lines, len(keys))
 
 
+def figure_table(table: Table) -> list[str]:
+    """What was measured beside time and memory, a row for each contender; nothing where nothing was."""
+    found = dict.fromkeys(key for row in table.rows for found in row.contenders.values() for key in found)
+    names = [name for name in found if f"{name} sd" in found]
+    if not names:
+        return []
+    lines = []
+    for row in table.rows:
+        for contender in table.names:
+            figures = row.contenders.get(contender)
+            if figures is not None:
+                shown = [*map(str, row.shape.values()), contender]
+                known = [(figures.get(name), figures.get(f"{name} sd")) for name in names]
+                lines.append(
+                    [*shown, *("" if None in pair else "{:.4f} ± {:.4f}".format(*pair) for pair in known)]
+                )
+    return _grid([*table.rows[0].shape, "", *names], lines, len(table.rows[0].shape) + 1)
+
+
 def _folded(lines: list[str], title: str) -> list[str]:
     if len(lines) <= FOLD + 3:
         return lines
@@ -247,6 +267,8 @@ def render(tables: list[Table]) -> str:
             memory = memory_table(table)
             if memory:
                 lines += ["", "Peak memory beyond the inputs, MB:", "", *_folded(memory, "peak memory")]
+            if figures := figure_table(table):
+                lines += ["", "Other figures, mean and deviation:", "", *_folded(figures, "other figures")]
             if is_product(table) or is_growth(table):
                 what = "Achieved TFLOP/s" if is_product(table) else "Milliseconds"
                 lines += ["", f"![{what}, {title}](figures/{figure_name(table)})"]

@@ -44,7 +44,7 @@ written: dict[Path, None] = {}  # files that this process has completed, in orde
 def reason(err: BaseException) -> str:
     """Why a file could not be written, and what to do; understands the errors of Rust libraries too."""
     number = getattr(err, "errno", None)
-    if number is None and (found := re.search(r"os error (\d+)", str(err))):
+    if number is None and (found := re.search(r"(?:os error |Os \{ code: )(\d+)", str(err))):
         number = int(found[1])
     said = os.strerror(number) if number else str(err)
     return f"{said}; {ADVICE[number]}" if number in ADVICE else said

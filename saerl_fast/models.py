@@ -373,7 +373,9 @@ def check_causal(model: Any, path: str) -> None:
     """SaerlError when the model ``path`` cannot read ids, or a token changes the predictions before it."""
     rows = model.get_input_embeddings().weight.shape[0]
     pad = getattr(_text_config(model), "pad_token_id", None) or 0
-    ids = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 2, pad, 4, 5]], device=model.device) % rows
+    *row, other = [token for token in range(1, 8) if token != pad][:6]
+    padded = [*row[:2], pad, *row[3:]]
+    ids = torch.tensor([row, [*row[:4], other], padded], device=model.device) % rows
     try:
         logits = model(input_ids=ids, use_cache=False).logits.float()
         shorter = model(input_ids=ids[2:, :4], use_cache=False).logits.float()

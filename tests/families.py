@@ -322,12 +322,6 @@ def main(arguments: list[str]) -> int:
     A file made by the same code and versions is gone on with: only families that it lacks, or that are
     named, are tried.
     """
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("saerl_fast").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
     out = Path(arguments.pop(1)) if arguments[:1] == ["--out"] else None
     named, made = arguments[1:] if out else arguments, made_by()
     rows: dict[str, dict[str, Any]] = {}
@@ -352,5 +346,16 @@ def _counts(rows: dict[str, dict[str, Any]]) -> dict[str, int]:
     return dict(Counter(row["verdict"].partition(":")[0] for row in rows.values()))
 
 
+def quiet() -> None:
+    """Leave the terminal to the table."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("saerl_fast").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
 if __name__ == "__main__":
+    quiet()
     sys.exit(main(sys.argv[1:]))

@@ -390,7 +390,7 @@ TABLE: list[tuple[str, str, int]] = [
     ("####42", "42", 1),
     ("#### $42", "42", 1),
     ("#### 42 apples", "42", 1),
-    ("The answer is forty-two.", "42", 0),
+    ("The answer is forty-two.", "42", 1),
     ("The answer is 1/2", "0.5", 1),
     ("The answer is \\frac{1}{2}.", "0.5", 1),
     ("The answer is 2\\sqrt{3}.", "2\\sqrt{3}", 1),

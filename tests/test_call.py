@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import math
+import threading
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -38,6 +41,7 @@ def message_of(call, *args) -> str:
         ([[1, 2], [3]], ["[1, 2] for completion 0"]),
         (3.0, ["float", "list of numbers"]),
         (None, ["NoneType"]),
+        (pandas.DataFrame({"a": [1.0, 0.0]}), ["a DataFrame", "list of numbers"]),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -138,6 +142,70 @@ def test_async_functions_and_callable_objects():
         raise KeyError("gone")
 
     assert "broken raised KeyError" in message_of(score_rewards, broken, ["p"], ["a"], {})
+
+
+def test_functions_of_every_shape():
+    def by_place(prompts, completions, /):
+        return [1.0] * len(completions)
+
+    def mixed(completions, /, answer, **columns):
+        return [float(a == c) for a, c in zip(answer, completions, strict=True)]
+
+    def bare(*args):
+        return [float(len(c)) for c in args[1]]
+
+    class Scorer:
+        def __call__(self, completions, **columns):
+            return (1.0 for _ in completions)
+
+        def score(self, completions):
+            return torch.ones(len(completions), dtype=torch.bfloat16)
+
+    partial = functools.partial(lambda scale, completions, **columns: [scale] * len(completions), 1.0)
+    for fn in (by_place, mixed, bare, Scorer(), Scorer().score, partial):
+        assert score_rewards(fn, ["p", "q"], ["a", "b"], {"answer": ["a", "b"]}).tolist() == [1.0, 1.0]
+
+    def alone(completion):
+        return 1.0
+
+    said = message_of(score_rewards, alone, ["p"], ["a"], {"answer": ["a"]})
+    assert "alone asks for 'completion'" in said and "there are prompts, completions, answer" in said
+    said = message_of(score_rewards, Scorer, ["p"], ["a"], {})
+    assert said.startswith("reward Scorer is a class; name an instance of it (scorer = Scorer() and ")
+
+
+@pytest.mark.parametrize(
+    ("logged", "words"),
+    [
+        (("lock", lambda n: [threading.Lock()] * n), "logged a lock as 'lock' for completion 0 ('a')"),
+        (("few", lambda n: [1]), "logged 1 values as 'few' for 2 completions"),
+        (("word", lambda n: "hello"), "gave log_extra('word', ...) a str"),
+        (("one", lambda n: 5), "gave log_extra('one', ...) a int"),
+    ],
+    ids=lambda value: value[0],
+)
+def test_what_is_logged_fits_the_record(logged, words):
+    def mine(completions, log_extra, **columns):
+        log_extra(logged[0], logged[1](len(completions)))
+        return [0.0] * len(completions)
+
+    said = message_of(score_rewards, mine, ["p", "q"], ["a", "b"], {})
+    assert said.startswith(f"reward mine {words}") and "test_call.py line" in said
+
+
+def test_tensors_are_logged_as_numbers():
+    def mine(completions, log_extra, log_metric):
+        log_extra("x", torch.ones(len(completions), 2))
+        log_metric("y", torch.tensor(0.5))
+        return [0.0] * len(completions)
+
+    def wrong(completions, log_metric):
+        log_metric("y", "high")
+
+    notes = Notes()
+    score_rewards(mine, ["p"], ["a"], {}, notes=notes)
+    assert notes.extra == {"x": [[1.0, 1.0]]} and notes.metrics == {"y": [0.5]}
+    assert "log_metric('y', ...) 'high'" in message_of(score_rewards, wrong, ["p"], ["a"], {})
 
 
 def test_none_is_not_a_row_for_this_function():

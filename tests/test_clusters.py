@@ -141,12 +141,60 @@ def test_cuml_clusters_the_dense_rows(monkeypatch):
     assert adjusted_rand_score(topic, result.labels) > 0.9
 
 
+def test_features_of_the_look_do_not_make_the_clusters():
+    """Each text is in one of two looks and of one of three subjects; the look has the stronger features."""
+    rng = np.random.default_rng(0)
+    subject, style = rng.integers(0, 3, 900), rng.integers(0, 2, 900)
+    chance = np.full((900, 200), 0.05)
+    for name in range(3):
+        chance[subject == name, 10 * name : 10 * name + 10] = 0.6
+    for name in range(2):
+        chance[style == name, 100 + 40 * name : 140 + 40 * name] = 0.9
+    X = CSR.from_dense(torch.tensor((rng.random((900, 200)) < chance) * 2.0, dtype=torch.float32))
+    texts = ["$x$" if look else "\\(x\\) \\begin" for look in style]
+    read = {"texts": lambda rows: [texts[i] for i in rows]}
+    plain, told = (
+        cluster_prompts(X, DiversityConfig(n_clusters=3, svd=16, look=look, null_rounds=0), **read)
+        for look in (1.0, 0.0)
+    )
+    assert adjusted_rand_score(subject, plain.labels) < 0.5 < 0.9 < adjusted_rand_score(subject, told.labels)
+    assert told.weights[100:180].max() < 0.2 * told.weights[:30].min()
+    few = cluster_prompts(X.select_rows(torch.arange(30)), DiversityConfig(n_clusters=2), **read)
+    assert torch.equal(few.weights, csr.idf(X.select_rows(torch.arange(30))))  # too few to tell
+
+
+def test_the_number_of_clusters_is_chosen_against_the_null(monkeypatch):
+    monkeypatch.setattr(clusters, "COUNTS", (3, 6, 12, 24))
+    X, topic = topics(300, k=12)
+    result, again = (
+        cluster_prompts(X, DiversityConfig(n_clusters="auto", svd=32, n_init=2, null_rounds=2))
+        for _ in range(2)
+    )
+    assert result.metrics["n_clusters"] == 12 and adjusted_rand_score(topic, result.labels) > 0.9
+    assert [row[0] for row in result.metrics["tried"]] == [3, 6, 12, 24]
+    assert np.array_equal(again.labels, result.labels)
+
+
+def test_without_structure_there_is_one_cluster(monkeypatch):
+    monkeypatch.setattr(clusters, "COUNTS", (2, 4, 8))
+    X, _ = topics(300, strength=0.08)
+    metrics = cluster_prompts(X, DiversityConfig(n_clusters="auto", svd=32, n_init=1)).metrics
+    assert metrics["n_clusters"] == 1 and "one cluster" in metrics["note"]
+
+
+@pytest.mark.parametrize("svd", [32, 0])
+def test_scikit_learn_clusters_alone(svd):
+    X, topic = topics()
+    result = cluster_prompts(X, DiversityConfig(n_clusters=6, svd=svd, backend="sklearn"))
+    assert result.metrics["backend"] == "sklearn" and adjusted_rand_score(topic, result.labels) > 0.9
+
+
 def test_auto_takes_cuml_then_numba_by_size_then_torch(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for numba in (True, False):
         monkeypatch.setattr(clusters, "has_numba", lambda numba=numba: numba)
         assert _backend("auto", clusters.NUMBA_WORK - 1) == "torch"
-        assert _backend("auto", clusters.NUMBA_WORK) == ("numba" if numba else "torch")
+        assert _backend("auto", clusters.NUMBA_WORK) == ("numba" if numba else "sklearn")
     assert not caplog.messages
     pretend_cuml(monkeypatch)
     assert _backend("auto", 1) == "cuml" and _backend("torch", 1) == "torch"

@@ -88,6 +88,8 @@ def test_exponents_that_yaml_reads_as_text(text):
         ("model.device=cuda:1", lambda c: c.model.device, "cuda:1"),
         ("train.trackers=wandb,tensorboard", lambda c: c.train.trackers, ["wandb", "tensorboard"]),
         ("train.lora.targets=q_proj,v_proj", lambda c: c.train.lora.targets, ["q_proj", "v_proj"]),
+        ("diversity.n_clusters=auto", lambda c: c.diversity.n_clusters, "auto"),
+        ("diversity.n_clusters=7", lambda c: c.diversity.n_clusters, 7),
         ("plan.adaptive={svd: 8}", lambda c: c.plan.adaptive.svd, 8),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
@@ -121,6 +123,9 @@ def test_override_values(item, get, value):
         ("plan.schedule=adaptve", ["plan.schedule='adaptve'", "did you mean adaptive?", "vanilla", "medium"]),
         ("plan.schedule=orders:", ["plan.schedule='orders:'", "or module:function"]),
         ("train.eval.mode=gredy", ["did you mean greedy?"]),
+        ("diversity.n_clusters=0", ["diversity.n_clusters=0 must be at least 1"]),
+        ("diversity.n_clusters=some", ["diversity.n_clusters='some' is not a valid int"]),
+        ("diversity.n_clusters=null", ["diversity.n_clusters=None is not a valid int"]),
         ("train.betas=0.9", ["train.betas", "0.9"]),
         ("train.capture=1", ["train.capture", "bool"]),
         ("train.trackers=wandb,mlflow", ["train.trackers", "'mlflow'", "trackio"]),
@@ -416,3 +421,12 @@ def test_changes_in_place_are_found_by_a_recheck():
     config.compare.seeds.append(-3)
     with pytest.raises(SaerlError, match="compare.seeds=0,-3 must hold numbers at least 0"):
         config.recheck()
+
+
+def test_features_that_are_not_kept_cannot_be_read():
+    with pytest.raises(SaerlError, match="plan.adaptive.features names scalars.*add it to score.features"):
+        load_config(None, ["plan.adaptive.features=scalars"])
+    found = load_config(None, ["plan.adaptive.features=scalars,tfidf", "score.features=sae,scalars"])
+    assert found.plan.adaptive.features == ["scalars", "tfidf"] and found.difficulty.features is None
+    with pytest.raises(SaerlError, match="score.features must hold sae"):
+        load_config(None, ["score.features=hidden"])

@@ -60,3 +60,9 @@ def test_it_is_put_back_after_an_error_too():
     except KeyError:
         pass
     assert torch.is_grad_enabled()
+
+
+def test_a_fork_that_is_left_running_ends():
+    with contained():
+        child = os.fork()
+    assert child > 0 and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1

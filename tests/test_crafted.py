@@ -256,7 +256,8 @@ def test_chat_templates_that_do_not_render(template, monkeypatch):
     pool = Pool({"prompt_id": ["a"], "prompt": ["1+1="], "answer": ["2"]})
     before = signal.getsignal(signal.SIGALRM)
     refused(lambda: render.prepare(pool, tokenizer, DataConfig()), TEMPLATES[template])
-    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert not 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 1  # pytest-timeout's, if any, is a longer one
 
 
 HALF = "a\ud800b"

@@ -6,6 +6,7 @@ import pytest
 
 from saerl_fast.rl.rewards import equal, get_reward, score_rewards
 from saerl_fast.rl.rewards.basic import maths_gold
+from tests.maths_kinds import KINDS
 from tests.maths_more import MORE
 from tests.maths_table import GOLDS, TABLE
 
@@ -115,6 +116,10 @@ def test_hostile_texts_end_and_are_not_paid():
     pieces += [" ", "\n", "*", "\\boxed{1}, ", "$x$, ", "<|", "1^", "\\sqrt", "is ", "- ", "x_{", "a.b", "."]
     texts = [piece * (9000 // len(piece)) for piece in pieces]
     texts += ["5 " + "a" * 5000 + "!", "\\boxed{5 " + "a b" * 600 + "!}", "\\boxed{" * 900 + "}" * 900]
+    texts += [
+        piece * (6000 // len(piece)) for piece in ("7, not ", "5 * ", "5 cm and ", "A is correct ", "5'")
+    ]
+    texts += ["5 (" + "," * 6000, "\\boxed{" + "x<1 or " * 280 + "x<2}", "\\boxed{" + "1a" * 900 + "}"]
     for name in ("maths", "maths-boxed", "numeric", "exact"):
         scores = get_reward(name)(["?"] * len(texts), texts, answer=["x^2+1"] * len(texts))
         assert scores == [0.0] * len(texts), name
@@ -150,3 +155,14 @@ def test_maths_on_more_of_what_public_sets_have():
     pytest.importorskip("math_verify")
     wrong = [row for row in MORE if paid(*row[:2]) != row[2]]
     assert not wrong and len(MORE) >= 290
+
+
+def test_maths_on_every_kind_of_notation():
+    pytest.importorskip("math_verify")
+    wrong = [row for row in KINDS if paid(*row[:2]) != row[2]]
+    assert not wrong and len(KINDS) >= 280
+
+
+def test_no_notation_pays_what_is_wrong_without_math_verify(monkeypatch):
+    monkeypatch.setattr(equal, "math_verify", lambda: False)
+    assert not [row for row in KINDS if not row[2] and paid(*row[:2])]

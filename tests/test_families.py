@@ -1,10 +1,15 @@
 """A few families of those that ``make families`` sweeps: hybrids, states, odd caches, odd masks, classics."""
 
+import json
 import logging
+from typing import Any
 
 import pytest
 import torch
 
+from saerl_fast.errors import SaerlError
+from saerl_fast.rl.logprobs import check_gradient
+from tests import families
 from tests.families import judge, tiny_family, verdict
 
 
@@ -54,8 +59,55 @@ def test_a_model_without_one_residual_stream_trains_but_is_not_captured() -> Non
     assert verdict(report) == "right" and "not one residual stream of width 32" in report["capture"]
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", {"num_key_value_heads": 1, "head_dim": 12}),
+        ("llama", {"tie_word_embeddings": True, "vocab_size": 128, "attention_dropout": 0.5}),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}),
+        ("gemma2", {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0}),
+        ("gpt2", {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}),
+        ("dots3_note_text", {}),  # sparse attention: an indexer picks 6 keys
+    ],
+)
+def test_settings_that_models_come_with(name: str, settings: dict) -> None:
+    pytest.importorskip(f"transformers.models.{name.removesuffix('_text')}")
+    report = judge(tiny_family(name, **settings))
+    assert verdict(report) == "right" and "off by" not in str(report["capture"]), report
+
+
+def test_a_model_of_frozen_parts_is_right() -> None:
+    model = tiny_family("llama")
+    model.lm_head.requires_grad_(False)
+    model.model.layers[0].requires_grad_(False)
+    assert verdict(judge(model)) == "right"
+
+
+def test_a_model_without_a_backward_pass_is_refused_before_it_is_trained() -> None:
+    with pytest.raises(SaerlError, match="Reformer.* cannot be trained: its backward pass failed"):
+        check_gradient(tiny_family("reformer"))
+
+
+def test_a_sweep_goes_on_from_its_file_unless_the_code_is_another(tmp_path, monkeypatch, capsys) -> None:
+    out, tried = tmp_path / "families.json", []
+
+    def known(model: Any) -> dict[str, Any]:
+        tried.append(model.config.model_type)
+        return {"capture": 0.0, "generate": 1.0 if tried[-1] == "gpt2" else 0.0}
+
+    monkeypatch.setattr(families, "judge", known)
+    monkeypatch.setattr(families, "families", lambda: ["llama", "gpt2"])
+    assert families.main(["--out", str(out), "llama"]) == 0 and tried == ["llama"]
+    assert families.main(["--out", str(out)]) == 1 and tried == ["llama", "gpt2"]
+    kept = json.loads(out.read_text())
+    assert kept["counts"] == {"WRONG": 1, "right": 1} and len(kept["families"]) == 2
+    out.write_text(json.dumps(kept | {"code": "of before"}))
+    assert families.main(["--out", str(out), "llama"]) == 0 and len(tried) == 3
+    assert [row["family"] for row in json.loads(out.read_text())["families"]] == ["llama"]
+
+
 def test_a_model_that_cannot_be_decoded_is_refused_before_anything_is_made_with_it() -> None:
-    from saerl_fast.errors import SaerlError
     from saerl_fast.rl.generate import prove
     from tests.tiny_lm import char_tokenizer
 

@@ -148,6 +148,7 @@ def test_a_private_file_of_a_library_gets_the_mode_of_all_others(tmp_path):
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free some space"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "free some space"),
+        (RuntimeError('IoError(Os { code: 28, kind: StorageFull, message: "No space" })'), "free some space"),
         (OSError(errno.EFBIG, ""), "(ulimit -f)"),
         (OSError(errno.ENOENT, ""), "its folder was removed meanwhile"),
         (OSError(errno.EROFS, ""), "choose another run_dir"),

@@ -5,7 +5,7 @@ import pytest
 from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.prompts.pool import load_prompts
-from saerl_fast.prompts.reasoning_gym import bands
+from saerl_fast.prompts.reasoning_gym import bands, score
 from saerl_fast.rl.rewards import get_reward, score_rewards
 
 
@@ -64,6 +64,23 @@ def test_answers_are_found_in_every_usual_form(generator):
     for entry in entries:
         for name, form in FORMS.items():
             assert one(form.format(entry["answer"]), rg_entry=json.dumps(entry, default=str)) == 1, name
+
+
+def test_generators_that_make_all_their_questions_at_once():
+    pytest.importorskip("reasoning_gym")
+    pool = load_prompts("reasoning-gym:list_functions", DataConfig(size=2))
+    for answer, entry in zip(pool.column("answer"), pool.column("rg_entry"), strict=True):
+        assert one(f"<answer>\n{answer}\n</answer>", rg_entry=entry) == 1
+
+
+def test_grids_that_a_scorer_holds_as_tuples_survive_json():
+    class Source:  # as ARC's
+        def score_answer(self, answer, entry):
+            grid = tuple(tuple(map(int, row.split())) for row in answer.splitlines())
+            return float(grid == entry["metadata"]["output"])
+
+    text = json.dumps({"metadata": {"output": ((1, 2), (3, 4))}})
+    assert score(Source(), "1 2\n3 4", text) == 1 and score(Source(), "1 2\n3 5", text) == 0
 
 
 def test_a_full_stop_that_ends_a_sentence_is_no_part_of_the_answer():

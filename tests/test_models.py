@@ -215,6 +215,9 @@ def edited(folder: Path, drop: str = "", **settings: Any) -> None:
         ({"model_type": "bart"}, r"is an encoder-decoder \(bart\)"),
         ({"model_type": "clip"}, "is a clip, of which transformers has no causal language model"),
         ({"model_type": "llava"}, "is a llava, of which transformers has no causal language model"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"is quantised \(fp8\); use a copy with plain"),
+        ({"quantization_config": {"bits": 4}}, r"is quantised \(by no named method\)"),
+        ({"hidden_act": "nosuch"}, r"KeyError: 'nosuch'\); check .* the values in its config.json"),
     ],
 )
 def test_what_is_no_whole_causal_language_model_is_refused_when_loaded(
@@ -233,6 +236,32 @@ def test_weights_that_are_left_over_are_said(folder: Path, caplog) -> None:
     with caplog.at_level("WARNING"):
         load_model(ModelConfig(path=str(folder), device="cpu"))
     assert "9 weights in its files are not used, such as model.layers.2." in caplog.text
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv", "weight.absmax", "SCB"])
+def test_weights_that_others_belong_to_are_refused(folder: Path, name: str) -> None:
+    file = folder / "model.safetensors"
+    scale = {f"model.layers.0.mlp.up_proj.{name}": torch.ones(1)}
+    save_file(load_file(file) | scale, file, metadata={"format": "pt"})
+    with pytest.raises(SaerlError, match=rf"up_proj.{name}, .* the weight beside it is quantised"):
+        load_model(ModelConfig(path=str(folder), device="cpu"))
+
+
+def test_outputs_that_a_configuration_asks_for_are_left_off(folder: Path) -> None:
+    edited(folder, return_dict=False, output_attentions=True, output_hidden_states=True)
+    model, _ = load_model(ModelConfig(path=str(folder), device="cpu"))
+    output = model(input_ids=torch.tensor([[3, 4]]))
+    assert output.logits.shape == (1, 2, len(WORDS))
+    assert output.hidden_states is None and output.attentions is None
+
+
+def test_a_model_that_takes_sampled_pad_tokens_for_padding_is_refused() -> None:
+    from transformers import XLMConfig, XLMWithLMHeadModel
+
+    config = XLMConfig(vocab_size=20, emb_dim=16, n_layers=1, n_heads=2, causal=True, pad_token_id=2)
+    torch.manual_seed(0)
+    with pytest.raises(SaerlError, match=r"takes its pad token \(2\) for padding also where it is sampled"):
+        check_causal(XLMWithLMHeadModel(config).eval(), "x")
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])
@@ -318,6 +347,12 @@ def test_token_ids_never_doubles_the_beginning() -> None:
     )  # add_eos_token: nothing could follow such a prompt
     assert tokenizer("a b")["input_ids"] == [1, 3, 4, 2]
     assert token_ids(tokenizer, ["a b", "<s> a"]) == [[1, 3, 4], [1, 3]]
+    undeclared = tiny_tokenizer()
+    undeclared.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s> </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert undeclared.eos_token_id is None
+    assert token_ids(undeclared, ["a b", "a a"]) == [[1, 3, 4], [1, 3, 3]]
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3", "neox", "gpt2"])

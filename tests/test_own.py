@@ -16,6 +16,7 @@ PLAIN = (
     "{% if add_generation_prompt %}answer:{% endif %}"
 )
 STRIPPED = PLAIN.replace("m['content']", "m['content'] | trim")
+TWICE = PLAIN.replace("{{ m['content'] }}", "{{ m['content'] }} {{ m['content'] }}")
 LOOKS = PLAIN.replace("{{ m['content'] }}", "{{ m['content'].split('.')[-1] }}")  # only the last part
 
 
@@ -59,6 +60,12 @@ def test_what_cannot_be_told_is_pooled_whole_and_counted(caplog):
     found = owned(LOOKS, ["one. two", "b"])
     assert found[1] == ["b"] and len(found[0]) == 1 and found[0][0].endswith("answer:")
     assert "in 1 of 2 prompts" in caplog.text
+
+
+def test_a_template_that_says_contents_twice(caplog):
+    chat = [{"role": "system", "content": "be"}, {"role": "user", "content": "what?"}]
+    found = owned(TWICE, [chat, "b"])
+    assert [len(parts) for parts in found] == [1, 1] and "in 2 of 2 prompts" in caplog.text
 
 
 def test_plain_prompts_are_all_their_own():

@@ -215,7 +215,11 @@ def test_the_wheel_holds_what_is_no_python(tmp_path):
     pytest.importorskip("setuptools", minversion="77")
     skip = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "saerl_fast", tmp_path / "saerl_fast", ignore=skip)
-    shutil.copytree(KERNELS, tmp_path / "kernels" / "torch-ext" / "saerl_kernels", ignore=skip)
+    kernels = tmp_path / "kernels" / "torch-ext" / "saerl_kernels"
+    shutil.copytree(KERNELS, kernels, ignore=skip)
+    (kernels / "_numba" / "__pycache__").mkdir()
+    for kind in ("nbi", "nbc", "pyc"):  # what numba and Python leave behind where the kernels have run
+        (kernels / "_numba" / "__pycache__" / f"select.product.{kind}").touch()
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=skip)
@@ -225,6 +229,7 @@ def test_the_wheel_holds_what_is_no_python(tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
+    assert not [name for name in held if "__pycache__" in name]
     for top, package in ((ROOT, ROOT / "saerl_fast"), (KERNELS.parent, KERNELS)):
         files = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
         assert package / "py.typed" in files

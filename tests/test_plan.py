@@ -213,6 +213,23 @@ def test_filter_by_threshold_and_by_exact_share():
     assert build_plan(scores, PlanConfig(schedule="vanilla", filter=True), **kwargs).dropped
 
 
+def test_copies_are_dropped_by_setting_and_named():
+    scores = make_scores(6)
+    scores.columns["saerl_copy_of"] = np.array([-1, 0, -1, 2, -1, 2], dtype=np.int32)
+    scores.columns["prompt"] = ["a b", "A  b", "c 1", "c 2", "d", "c 3"]
+    counts = {}
+    for how in ("no", "equal", "near"):
+        plan, _ = make_plan("vanilla", batch_size=2, scores=scores, drop_copies=how)
+        counts[how] = dict(plan.dropped)
+    assert counts["no"] == {} and counts["equal"] == {"p1": "a copy of prompt p0"}
+    assert counts["near"] == {f"p{i}": f"a copy of prompt p{of}" for i, of in ((1, 0), (3, 2), (5, 2))}
+    scores.columns["saerl_copy_of"][1] = 9
+    with pytest.raises(SaerlError, match="saerl_copy_of is damaged; run `saerl score` again"):
+        make_plan("vanilla", scores=scores, drop_copies="near")
+    with pytest.raises(SaerlError, match="which prompts repeat others; run `saerl score` again"):
+        make_plan("vanilla", scores=make_scores(6), drop_copies="near")
+
+
 def unsure(quality: list[float], difficulty: list[float]) -> Scores:
     """Scores of which some are unknown (NaN)."""
     scores = make_scores(len(quality), clusters=2)

@@ -54,6 +54,15 @@ def test_plain_rendering_joins_messages(tokenizer):
     assert "chat=always" in message_of(render, small_pool(), tokenizer, DataConfig(chat="always"))
 
 
+def test_a_chat_without_a_template_is_said(tokenizer, caplog):
+    with caplog.at_level(logging.WARNING):
+        render(small_pool(), tokenizer, DataConfig(chat="never"))
+    assert not caplog.text
+    with caplog.at_level(logging.WARNING):
+        render(small_pool(), tokenizer, DataConfig())
+    assert "no chat template: the messages of 1 prompts are joined by blank lines" in caplog.text
+
+
 def test_a_chat_has_the_tokens_that_the_model_is_used_with(chat_tokenizer):
     pool = small_pool()
     texts = render(pool, chat_tokenizer, DataConfig())

@@ -137,3 +137,14 @@ def test_baselines_stand_beside_the_probe_and_text_alone_can_carry_it():
     assert by_features["auc"] > by_features["baselines"]["sae"] - 0.03
     ridge = fit_quality(bank, good, QualityConfig(head="ridge", features=["sae"])).metrics
     assert set(ridge["baselines"]) == set(by_text["baselines"]) and set(ridge["share"]) == {"sae", "noise"}
+
+
+def test_each_kind_of_defect_has_its_own_figure():
+    X, good = planted(300)
+    kinds = np.where(good == 1, "", np.where(np.arange(300) % 2, "seen", "unseen"))
+    hidden = (good == 0) & (kinds == "unseen")
+    dense = X.X.to_dense()
+    dense[torch.from_numpy(hidden), :10] = dense[torch.from_numpy(good == 1)][: int(hidden.sum()), :10]
+    bank = Bank(CSR.from_dense(dense), X.prompts)
+    found = fit_quality(bank, good, QualityConfig(), kinds=kinds.tolist()).metrics["by_kind"]
+    assert set(found) == {"seen", "unseen"} and found["seen"] > 0.85 and 0.3 < found["unseen"] < 0.7

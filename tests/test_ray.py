@@ -50,7 +50,7 @@ def test_ray_scores_like_the_command(monkeypatch, tmp_path):
     expected = score_stage(demo(tmp_path / "alone"), Echo(quiet=True))
     config = demo(tmp_path / "ray", f"sae.path={tmp_path / 'alone' / 'sae'}")
     # the actors made all features: from here on this process may not
-    monkeypatch.setattr("saerl_fast.sae.pooled.pooled_features", None)
+    monkeypatch.setattr("saerl_fast.sae.pooled.bank_pass", None)
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         score_with_ray(config, actors=1, num_cpus=0.5)
@@ -60,6 +60,8 @@ def test_ray_scores_like_the_command(monkeypatch, tmp_path):
     assert found.prompt_ids == expected.prompt_ids and len(found) == 40
     for name in ("indptr", "indices", "values"):
         assert getattr(found.features, name).equal(getattr(expected.features, name)), name
+    hidden = [(tmp_path / run / "bank.hidden.npy").read_bytes() for run in ("alone", "ray")]
+    assert hidden[0] == hidden[1]
     for name in ("saerl_cluster", "saerl_quality", "saerl_difficulty"):
         np.testing.assert_array_equal(found.columns[name], expected.columns[name])
     assert not list((tmp_path / "ray").glob("features.partial-*"))

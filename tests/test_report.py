@@ -148,6 +148,22 @@ def test_probes_stand_beside_what_is_cheaper(tmp_path):
     assert "<td>length alone</td><td>0.263</td>" in (tmp_path / "report.html").read_text()
 
 
+def test_clusters_have_cards(tmp_path):
+    record_run(tmp_path / "adaptive", "adaptive", 0, [0.2, 0.3])
+    write_scores(tmp_path, 0.777)
+    some = [{"id": "p1", "text": "two <b>triangles</b> " + "x" * 200}]
+    card = {"cluster": 3, "size": 12, "difficulty": 0.25, "quality": None, "pass_rate": 0.5, "prompts": some}
+    card["features"] = [{"feature": 77, "lift": 0.31, "prompts": some}]
+    (tmp_path / "scores.json").write_text(json.dumps({"metadata": {"clusters": {"cards": [card]}}}))
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Clusters</h2>" in page and "<td>3</td><td>12</td><td>0.25</td><td>0.50</td><td>-</td>" in page
+    assert "77 (+0.31): two &lt;b&gt;triangles" in page and "x" * 100 not in page
+    (tmp_path / "scores.json").write_text(json.dumps({"metadata": {"clusters": {"cards": [{"size": 1}]}}}))
+    with pytest.raises(SaerlError, match="cluster cards in scores.json are damaged .* with `saerl score`"):
+        write_report(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("mode", "head", "note"),
     [

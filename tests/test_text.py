@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from saerl_fast.signals.text import COUNTS, Tfidf, duplicates, plain, surface
+from saerl_fast.signals.text import COUNTS, MARKS, Tfidf, look, plain, surface
 
 
 def test_counts_are_of_the_text() -> None:
@@ -34,6 +34,9 @@ def test_texts_without_terms_have_no_columns(texts: list[str]) -> None:
     assert Tfidf(texts)(texts).shape == (len(texts), 0)
 
 
-def test_duplicates_of_several_kinds() -> None:
-    found = duplicates(["What is 1+1?", "what  is 1+1?", "What is 2+2?"], ["2", "2", "4"], ["a", "b", "c"])
-    assert found == {"rows": 1, "conflicting": 0, "conflicts": None, "renumbered": 1}
+def test_the_look_of_a_text_is_its_counts_and_marks() -> None:
+    found = look(["Find \\(x\\).", "a_b"])
+    assert found.shape == (2, len(COUNTS) + len(MARKS))
+    np.testing.assert_array_equal(found[:, : len(COUNTS)], surface(["Find \\(x\\).", "a_b"]))
+    assert [MARKS[i] for i in np.flatnonzero(found[1, len(COUNTS) :])] == ["_"]
+    assert MARKS[int(np.argmax(found[0, len(COUNTS) :]))] == "\\("

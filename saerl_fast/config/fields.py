@@ -51,7 +51,12 @@ class Setting(NamedTuple):
         """Meaning, range or choices, and whether results depend on it, for a field of type ``hint``."""
         inner = next((a for a in typing.get_args(hint) if typing.get_origin(a) is Literal), hint)
         choices = typing.get_args(inner) if typing.get_origin(inner) is Literal else self.choices
-        named = ("one of " + ", ".join(choices)) if choices else ""
+        word = (
+            "or"
+            if choices and typing.get_origin(hint) in (Union, types.UnionType) and len(choices) == 1
+            else "one of"
+        )
+        named = f"{word} {', '.join(choices)}" if choices else ""
         function = "or module:function" if self.or_function else ""
         kept = "" if self.result else "no part of the result"
         return "; ".join(filter(None, (self.meaning, self.range(), f"{named} {function}".strip(), kept)))
@@ -66,7 +71,7 @@ class Setting(NamedTuple):
         for item in items:
             for name, holds in REQUIRED.items():
                 limit = getattr(self, name)
-                if limit is not None and not holds(item, limit):
+                if limit is not None and not isinstance(item, str) and not holds(item, limit):
                     return f"{'must be' if items is not value else 'must hold numbers'} {self.range()}"
             if self.form and not re.fullmatch(self.form[0], item, re.DOTALL):
                 return f"must {self.form[1]}"
@@ -213,7 +218,9 @@ def read(value: Any, hint: Any, key: str, about: Setting | None = None) -> Any:
     if isinstance(value, dict):
         raise SaerlError(f"{key} is one value, not a section (got {value!r}); write {key}=VALUE")
     if origin in (Union, types.UnionType):
-        if value is None or (isinstance(value, str) and not value):
+        if any(typing.get_origin(arg) is Literal and value in typing.get_args(arg) for arg in args):
+            return value  # a word in place of a number
+        if type(None) in args and (value is None or (isinstance(value, str) and not value)):
             return None
         return read(value, next(a for a in args if a is not type(None)), key, about)
     if origin is Literal:

@@ -9,7 +9,7 @@ tested where ``benchmarks/`` says so, and none should be read as the paper's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from saerl_fast.config.fields import SEED, Section, name_sections, section, setting
 
@@ -108,7 +108,7 @@ class ScoreConfig(Section):
         4096, "prompts saved together; an interrupted pass loses one shard", at_least=1, result=False
     )
     features: list[Stored] = setting(
-        ["sae", "hidden"],
+        ["sae", "sae_mean", "hidden"],
         "kept of the forward pass; scalars and answer_logprob run the blocks after the SAE's layer, too",
         filled=True,
         distinct=True,
@@ -139,6 +139,13 @@ class QualityConfig(Section):
     threshold: float = setting(0.5, "a probability of being good (logistic), or a score", result="plan")
     features: list[Kind] = setting(KINDS, FEATURES, filled=True, distinct=True)
     folds: int = setting(5, "of the held-out figures", at_least=2)
+    kind_column: str | None = setting(None, "what is wrong with a bad row; the AUC of each kind is told")
+    near: float = setting(
+        0.8,
+        "cosine of features from which prompts that share most words are copies; 1: not sought",
+        above=0,
+        at_most=1,
+    )
 
     def conflict(self) -> str | None:
         if self.head == "logistic" and not 0 <= self.threshold <= 1:
@@ -166,12 +173,25 @@ class DifficultyConfig(Section):
 
 @dataclass
 class DiversityConfig(Section):
-    n_clusters: int = setting(16, "clusters asked for; a small pool may give fewer", at_least=1)
+    n_clusters: int | Literal["auto"] = setting(
+        16,
+        "clusters asked for; a small pool may give fewer; auto: as many as stand out from the null",
+        at_least=1,
+    )
+    look: float = setting(
+        0.0,
+        "weight of what the look of the text explains (LaTeX, drawings, length); 1: as of all else",
+        at_least=0,
+        at_most=1,
+    )
+    features: Literal["auto", "sae"] = setting(
+        "auto", "sae: pooled as score.reduce says; auto: their means where score.features keeps sae_mean"
+    )
     svd: int = setting(64, "dense dimensions for k-means; 0 clusters the sparse rows themselves", at_least=0)
     polish: int = setting(3, "exact sparse spherical iterations after it", at_least=0)
     n_init: int = setting(4, "starts, of which the best is kept", at_least=1)
-    backend: Literal["auto", "cuml", "numba", "torch"] = setting(
-        "auto", "of k-means; auto: cuML on a GPU that has it, else by size", result=False
+    backend: Literal["auto", "cuml", "numba", "sklearn", "torch"] = setting(
+        "auto", "of k-means; auto: cuML on a GPU that has it, else by size numba (or sklearn)", result=False
     )
     seed: int = setting(0, "of the starts and the null", **SEED)
     null_rounds: int = setting(3, "feature permutations behind the reported null", at_least=0)
@@ -215,6 +235,9 @@ class PlanConfig(Section):
     window: int = setting(4, "global: batches among which clusters are balanced", at_least=1)
     medium_keep: float = setting(0.6, "medium: share kept around the middle difficulty", above=0, at_most=1)
     filter: bool | None = setting(None, "apply the quality filter; null: yes, except for vanilla")
+    drop_copies: Literal["no", "equal", "near"] = setting(
+        "no", "equal: prompts whose text occurs before; near: also with other numbers, names or a few words"
+    )
     seed: int | None = setting(None, "of the order; null: the training run's seed", **SEED)
     adaptive: AdaptiveConfig = section(AdaptiveConfig)
 
@@ -367,6 +390,18 @@ class Config(Section):
     plan: PlanConfig = section(PlanConfig)
     train: TrainConfig = section(TrainConfig)
     compare: CompareConfig = section(CompareConfig)
+
+    def conflict(self) -> str | None:
+        asked = {
+            "difficulty.features": self.difficulty.features or [],
+            "quality.features": self.quality.features,
+            "plan.adaptive.features": self.plan.adaptive.features,
+        }
+        for key, kinds in asked.items():
+            for kind in kinds:
+                if kind in get_args(Stored) and kind not in self.score.features:
+                    return f"{key} names {kind}, which is not kept; add it to score.features"
+        return None
 
 
 name_sections(Config)

@@ -14,7 +14,9 @@ from saerl_fast.plan.base import Dropped, Plan
 from saerl_fast.plan.embedding import embed, embed_kinds
 from saerl_fast.plan.static import StaticPlan, get_schedule, middle
 from saerl_fast.records.packed import LARGE, Packed, chosen
+from saerl_fast.signals.copies import same_text
 from saerl_fast.signals.features import SAMPLE
+from saerl_fast.signals.text import plain
 
 if TYPE_CHECKING:
     from saerl_fast.signals.scores import Scores
@@ -57,6 +59,13 @@ def build_plan(
         poor, where[0] = _filter(table.get("quality"), scores, quality, bool(cfg.filter), notes)
         rows = np.flatnonzero(~poor)
 
+    of = np.full(len(ids), -1)
+    if cfg.drop_copies != "no":
+        of = _copies(scores, equal=cfg.drop_copies == "equal")
+        rows = rows[of[rows] < 0]
+        if not len(rows):
+            raise SaerlError("the quality filter keeps only copies of what it drops; set plan.drop_copies=no")
+
     needs = static.needs + ("difficulty",) * bool(static.keep) if static else ()
     for name in needs:
         if name not in MISSING:
@@ -74,6 +83,8 @@ def build_plan(
     reasons = (
         f"quality {table['quality'][i]:.3f} {where[0]}"
         if poor[i]
+        else f"a copy of prompt {ids[of[i]]}"
+        if of[i] >= 0
         else f"difficulty {table['difficulty'][i]:.3f} {where[1]}"
         for i in out
     )
@@ -129,6 +140,21 @@ def _table(scores: Scores) -> dict[str, np.ndarray]:
         known = np.isfinite(table["difficulty"])
         table["difficulty"] = np.where(known, table["difficulty"], np.median(table["difficulty"][known]))
     return table
+
+
+def _copies(scores: Scores, equal: bool) -> np.ndarray:
+    """int [n]: the row that each row repeats, or -1; SaerlError for scores that do not say."""
+    if equal and "prompt" in scores.columns:
+        first = same_text(map(plain, scores.columns["prompt"]))
+        return np.where(first == np.arange(len(first)), -1, first)
+    of = scores.column("saerl_copy_of")
+    if of is None or equal:
+        raise SaerlError(
+            "plan.drop_copies needs to know which prompts repeat others; run `saerl score` again"
+        )
+    if not ((of >= -1) & (of < len(of))).all():
+        raise SaerlError("the column saerl_copy_of is damaged; run `saerl score` again")
+    return of
 
 
 def _filter(

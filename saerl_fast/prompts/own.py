@@ -38,8 +38,9 @@ def own_tokens(
         roles = tuple(message["role"] for message in chat)
         if roles not in between:
             between[roles] = _between(roles, write, prefill)
-            first, last = (between[roles] or ["", ""])[:: max(len(roles), 1)]
-            ends[roles] = tuple(token_ids(tokenizer, [part], special=False)[0] for part in (first, last))
+            parts = between[roles] or [""]
+            head, tail = token_ids(tokenizer, [parts[0], parts[-1]], special=False)
+            ends[roles] = head, tail
         spans = _contents(chat, between[roles], text)
         if spans is None:
             unsure += 1

@@ -76,6 +76,19 @@ def rows(*, role: str, size: int, seed: int, argument: str) -> dict[str, list[An
     return {key: [row[key] for row in found] for key in found[0]}
 
 
+def score(source: Any, candidate: str, text: str) -> float:
+    """A generator's mark, 0 to 1, for a candidate and an entry in JSON.
+
+    Those of ARC compare with grids of tuples, which JSON turns into lists.
+    """
+    entry = json.loads(text)
+    grid = entry["metadata"].get("output")
+    if isinstance(grid, list) and all(isinstance(row, list) for row in grid):
+        entry["metadata"]["output"] = tuple(map(tuple, grid))
+        return max(source.score_answer(candidate, entry), source.score_answer(candidate, json.loads(text)))
+    return source.score_answer(candidate, entry)
+
+
 def _draw(
     name: str, level: int | None, count: int, role: str, seed: int, seen: set[str]
 ) -> list[dict[str, Any]]:
@@ -86,12 +99,17 @@ def _draw(
     where = name if level is None else f"{name}@{level}"
     settings = {} if level is None else bands()[name][level]
     digest = hashlib.blake2b(f"{seed}/{where}/{role}".encode(), digest_size=4).digest()
-    try:
-        source = reasoning_gym.create_dataset(
-            name, seed=int.from_bytes(digest, "big") >> 1, size=2**30, **settings
+    size = 4 * count + 2 * PATIENCE  # some make all their questions at once
+
+    def make() -> Any:
+        return reasoning_gym.create_dataset(
+            name, seed=int.from_bytes(digest, "big") >> 1, size=size, **settings
         )
+
+    try:
+        source = make()
         entry = source[0]
-        own = source.score_answer(entry["answer"], json.loads(json.dumps(entry, default=str)))
+        own = score(source, entry["answer"], json.dumps(entry, default=str))
     except Exception as err:  # a third-party generator may raise anything
         raise SaerlError(f"reasoning-gym generator {where} failed ({type(err).__name__}: {err})") from None
     if own < 0.99:
@@ -99,6 +117,9 @@ def _draw(
     rows: list[dict[str, Any]] = []
     index, fruitless = 0, 0
     while len(rows) < count and fruitless < PATIENCE:
+        if index == size:
+            size *= 4
+            source = make()
         entry, index, fruitless = source[index], index + 1, fruitless + 1
         question = entry["question"]
         if question in seen or _role(question) != role:

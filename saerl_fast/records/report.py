@@ -30,6 +30,11 @@ BASELINES_NOTE = (
     "Out of fold, on the same folds, by the same regression. difficulty.spearman_error, of the signals, is "
     "the standard error of the difference to the best of them: less than 2.5 of it is noise."
 )
+CARDS_NOTE = (
+    "Means over the prompts of the cluster where known. Features are those that weigh more in it than "
+    "elsewhere, by their lift, each with the prompt that has most of it; all of this is in scores.json."
+)
+SNIPPET = 80  # characters of a prompt in a table
 CAPTIONS = {
     "learning_curves": "Held-out accuracy against steps and against rollouts; thin lines are single seeds.",
     "batches": "What each step trained on: its pass rate, and the share of groups that carry a gradient. "
@@ -258,11 +263,40 @@ def signal_tables(scores: dict[str, Any], sae: dict[str, Any], cost: str) -> lis
         tables.append(
             ("Probes against one kind of features", header, rows, f"{BASELINES_NOTE} {behind}".strip())
         )
+    try:
+        tables.append(cards_table(scores))
+    except (AttributeError, LookupError, TypeError, ValueError) as err:
+        why = f"{type(err).__name__}: {first_line(err)}"
+        raise SaerlError(
+            f"the cluster cards in scores.json are damaged ({why}); make them again with `saerl score`"
+        ) from err
     for title, record, note in (("Signals", scores, SIGNALS_NOTE), ("SAE training", sae, cost)):
         known = [(key, value) for key, value in _flatten(record) if value is not None]
         rows = [[key, _cell(value)] for key, value in known if not isinstance(value, (list, dict))]
         tables.append((title, ["figure", "value"], rows, note))
     return tables
+
+
+def cards_table(scores: dict[str, Any]) -> Table:
+    """One row a cluster, the largest first: what it is made of, from the cards of its scoring."""
+    rows = []
+    for card in (scores.get("clusters") or {}).get("cards") or []:
+        features = [
+            f"{feature['feature']} (+{feature['lift']:.2f}): {feature['prompts'][0]['text'][:SNIPPET]}"
+            for feature in card["features"]
+        ]
+        known = [card.get(name) for name in ("difficulty", "pass_rate", "quality")]
+        rows.append(
+            [
+                str(card["cluster"]),
+                str(card["size"]),
+                *("-" if value is None else f"{value:.2f}" for value in known),
+                "\n".join(features),
+                "\n".join(prompt["text"][:SNIPPET] for prompt in card["prompts"]),
+            ]
+        )
+    header = ["cluster", "prompts", "difficulty", "pass rate", "quality", "features (lift): first prompt"]
+    return ("Clusters", [*header, "typical prompts"], rows, CARDS_NOTE if rows else "")
 
 
 def _measure(probe: dict[str, Any]) -> str:

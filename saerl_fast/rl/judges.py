@@ -10,12 +10,12 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, lru_cache
 from typing import Any
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.prompts.reasoning_gym import score
 from saerl_fast.rl.worker import Died, Late, Worker
 
 SECONDS = 3  # for Math-Verify to read an expression, and to compare two
@@ -71,7 +71,21 @@ def compare(one: str, gold: str) -> bool:
     first, second = _read(one), _read(gold)
     if not first or not second:
         return False
-    return bool(verify(second, first, timeout_seconds=SECONDS, allow_set_relation_comp=True))
+    options = {"timeout_seconds": SECONDS, "allow_set_relation_comp": True}
+    return bool(verify(second, first, **options)) or bool(
+        "i" in one + gold and verify(_complex(second), _complex(first), **options)
+    )
+
+
+def _complex(read: list[Any]) -> list[Any]:
+    """What `_read` gave with the letter i as the imaginary unit, powers of e multiplied out."""
+    from sympy import Expr, I, expand_complex
+
+    made = [
+        item.subs({s: I for s in item.free_symbols if s.name == "i"}) if isinstance(item, Expr) else item
+        for item in read
+    ]
+    return [expand_complex(item) if isinstance(item, Expr) and item.has(I) else item for item in made]
 
 
 @lru_cache(maxsize=4096)
@@ -83,19 +97,18 @@ def _read(text: str) -> list[Any]:
 
 def mark(candidate: str, text: str) -> bool:
     """Whether the scorer of the entry's generator gives full marks."""
-    entry = json.loads(text)
-    scorer = _scorer(entry["metadata"]["source_dataset"])
+    source = _source(json.loads(text)["metadata"]["source_dataset"])
     try:
-        return bool(scorer(candidate, entry) >= 0.99)
+        return bool(score(source, candidate, text) >= 0.99)
     except (Exception, SystemExit):  # on text they cannot parse (prime_factorization does)
         return False
 
 
 @cache
-def _scorer(generator: str) -> Callable[[str, dict[str, Any]], float]:
+def _source(generator: str) -> Any:
     import reasoning_gym
 
     try:
-        return reasoning_gym.create_dataset(generator, seed=0, size=1).score_answer
+        return reasoning_gym.create_dataset(generator, seed=0, size=1)
     except ValueError:
         raise SaerlError(f"column rg_entry names the unknown reasoning-gym generator {generator!r}") from None

@@ -116,6 +116,7 @@ def bank_pass(
                 parts[kind].append(both.to("cpu").select_rows(torch.arange(1, 2 * len(rows), 2)))
                 continue
             how = reduce if kind == "sae" else kind.removeprefix("sae_")
+            spans: list[Spans]
             if how == "last":
                 spans = [(len(prompts[i]) - 1, len(prompts[i])) for i in rows]
             elif own is not None:
@@ -125,7 +126,7 @@ def bank_pass(
                 spans = [(int(skipped and len(prompts[i]) > 1), len(prompts[i])) for i in rows]
             tokens, bounds = owned(x, offsets, spans)
             if kind == "hidden":
-                mean = torch.segment_reduce(tokens.float(), "mean", lengths=bounds.diff().to(x.device))
+                mean = torch.stack([row.float().mean(0) for row in tokens.split(bounds.diff().tolist())])
                 last = x[torch.tensor(splits, device=x.device) - 1].float()
                 parts[kind].append(torch.cat([mean, last], dim=1).cpu().numpy())
             else:
@@ -159,4 +160,5 @@ def _sure(logits: Tensor, ids: Sequence[int], split: int, own: Spans | None) -> 
     answer = logprobs[split - 1 :] if len(ids) > split else torch.zeros(0)
     total, size = float(answer.sum()), len(answer)
     scalars = [entropy, np.log(others), float(-mine.mean()) if len(mine) else 0.0, np.log(count)]
-    return np.float32(scalars), np.float32([total, total / max(size, 1), np.log1p(size)])
+    told = [total, total / max(size, 1), np.log1p(size)]
+    return np.asarray(scalars, np.float32), np.asarray(told, np.float32)

@@ -25,7 +25,7 @@ def spread(blocks: Mapping[str, Block], rows: np.ndarray, count: int) -> np.ndar
     Chosen one after the other (Yu, Bi and Tresp, Active learning via transductive experimental design, ICML
     2006), under the variances that the regression expects before it has seen a label.
     """
-    K = sum((block.kernel(rows) for block in blocks.values()), 0.0) / len(blocks)
+    K = np.sum([block.kernel(rows) for block in blocks.values()], axis=0) / len(blocks)
     noise, found, free = NOISE / SIGNAL, [], np.ones(len(rows), dtype=bool)
     for _ in range(min(count, len(rows))):
         gain = np.where(free, np.square(K).sum(axis=0) / (np.diag(K) + noise), -np.inf)

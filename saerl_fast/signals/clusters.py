@@ -2,15 +2,16 @@
 
 idf weights and unit rows -> truncated SVD -> k-means on the dense rows -> a few exact iterations of
 spherical k-means on the sparse rows themselves (``saerl_kernels.spherical_kmeans``), which with
-``svd=0`` does the whole work. How much structure there is, is told by a silhouette next to that of
-the same data with every feature's rows permuted.
+``svd=0`` does the whole work. Features that the look of a text explains (its LaTeX, its length) weigh less,
+so that clusters are of subjects. How much structure there is, is told by a silhouette next to that of the
+same data with every feature's rows permuted; the number of clusters can be chosen by it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,33 +20,49 @@ import torch
 from saerl_fast.config import DiversityConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.signals.features import SAMPLE, Features, block, blocks, rows_with, svd_reduce, weighted
+from saerl_fast.signals.text import look
 from saerl_kernels import CSR, csr, kmeans_assign, kmeans_update, spherical_kmeans
 from saerl_kernels.dispatch import has_numba
 
 log = logging.getLogger(__name__)
 NULL_ROWS = 2000  # rows of a sample on which a large pool is compared with its null
 NUMBA_WORK = 50_000_000  # multiply-adds of an assignment from which compiling numba's kernels pays
+LOOK_ROWS = 1 << 13  # rows on which the look of the texts is compared with the features
+COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # numbers of clusters that are tried
+LEAD = 0.02  # by which a silhouette has to be above the null's: the best of many is so by chance
 _ABSENT = ("no CUDA device", "cuML is not installed")  # nothing to warn of
 
 
+Texts = Callable[[np.ndarray], list[str]]  # of these rows
+
+
 class ClusterResult(NamedTuple):
-    """labels int32 [n], 0 ... K - 1, every label in use; metrics."""
+    """labels int32 [n], 0 ... K - 1, every label in use; metrics; the features' weights float32 [d_sae]."""
 
     labels: np.ndarray
     metrics: dict[str, Any]
+    weights: torch.Tensor
 
 
 def cluster_prompts(
-    X: Features, cfg: DiversityConfig, *, tasks: Sequence[Any] | None = None
+    X: Features,
+    cfg: DiversityConfig,
+    *,
+    tasks: Sequence[Any] | None = None,
+    texts: Texts | None = None,
 ) -> ClusterResult:
     """Cluster the rows of the pooled features ``X`` [n, d_sae], unweighted as pooled.
 
     ``cfg.backend``: cuml (dense k-means on the GPU, sparse iterations by Triton), or scikit-learn's dense
-    k-means with sparse iterations by numba or torch; auto takes cuML on a CUDA machine that has it, else
-    numba when the data are large, else torch. The same seed gives the same labels, by numba and torch
-    alike, but not with cuML, whose sums are not ordered. Of more than ``SAMPLE`` rows a sample is clustered,
-    and every row takes the nearest of its clusters (metric ``fitted_rows``). ``tasks`` [n] are only compared
-    with the result (``purity``).
+    k-means with sparse iterations by numba, torch or scikit-learn's own k-means; auto takes cuML on a CUDA
+    machine that has it, else torch, or numba (without it, scikit-learn) when the data are large. The same
+    seed gives the same labels, by numba and torch alike, but not with cuML, whose sums are not ordered. Of
+    more than ``SAMPLE`` rows a sample is clustered, and every row takes the nearest of its clusters (metric
+    ``fitted_rows``). ``tasks`` [n] are only compared with the result (``purity``). ``texts`` gives the texts
+    of some rows: a feature whose variance their look (`text.look`) explains to a share of r weighs
+    ``cfg.look + (1 - cfg.look) (1 - r)^2``. ``cfg.n_clusters="auto"`` takes the number in ``COUNTS`` whose
+    silhouette is furthest above the null's, or one cluster where none is above all of its rounds and by
+    ``LEAD`` (metric ``tried``); Tibshirani, Walther and Hastie choose so by inertia (2001).
 
     Metrics: ``silhouette``, the simplified cosine silhouette in [-1, 1] (distances to centroids);
     ``null_silhouette``, its mean over ``cfg.null_rounds`` permutations of each feature's rows, and
@@ -55,16 +72,20 @@ def cluster_prompts(
     n_rows = X.n_rows
     if n_rows == 0:
         raise SaerlError("there are no prompts to cluster; check data.train and data.limit")
-    idf = csr.idf(X, 0.0, rows_with(X))
+    weights = csr.idf(X, 0.0, rows_with(X))
+    if texts is not None and cfg.look < 1:
+        weights = weights * _plain(X, weights, texts, cfg)
     if n_rows > SAMPLE:
         chosen = np.random.default_rng([cfg.seed, n_rows]).choice(n_rows, SAMPLE, replace=False)
-        rows = weighted(X.select_rows(torch.from_numpy(np.sort(chosen))), idf)
+        rows = weighted(X.select_rows(torch.from_numpy(np.sort(chosen))), weights)
     else:
-        rows = weighted(block(X, slice(0, n_rows)), idf)
-    backend = _backend(cfg.backend, rows.nnz * cfg.n_clusters)
-    labels, centroids = _cluster(rows, cfg, backend)
+        rows = weighted(block(X, slice(0, n_rows)), weights)
+    backend = _backend(cfg.backend, rows.nnz * (COUNTS[-1] if cfg.n_clusters == "auto" else cfg.n_clusters))
+    tried: list[list[float]] = []
+    wanted = cfg.n_clusters if cfg.n_clusters != "auto" else _choose(rows, cfg, backend, tried)
+    labels, centroids = _cluster(rows, wanted, cfg, backend)
     if n_rows > SAMPLE:
-        every = [_assign(weighted(block(X, at), idf), centroids, backend) for at in blocks(n_rows)]
+        every = [_assign(weighted(block(X, at), weights), centroids, backend) for at in blocks(n_rows)]
         labels = np.unique(np.concatenate(every), return_inverse=True)[1]
     sizes = np.bincount(labels)
     metrics: dict[str, Any] = {
@@ -76,26 +97,26 @@ def cluster_prompts(
         "null_silhouette": None,
         "null_max": None,
     }
-    if len(sizes) < cfg.n_clusters:
-        metrics["note"] = f"{cfg.n_clusters} clusters were asked for, {n_rows} prompts gave {len(sizes)}"
+    if tried:
+        metrics["tried"] = tried
+    if len(sizes) < wanted:
+        metrics["note"] = f"{wanted} clusters were asked for, {n_rows} prompts gave {len(sizes)}"
+    elif cfg.n_clusters == "auto" and wanted == 1:
+        metrics["note"] = (
+            "no number of clusters stands out from permuted features: all prompts are one cluster"
+        )
     if n_rows > SAMPLE:
         metrics["fitted_rows"] = SAMPLE
         log.info("clusters were fitted to a sample of %d of %d prompts, the others assigned", SAMPLE, n_rows)
     if len(sizes) > 1:
+        sample = _sample(rows, cfg.seed)
+        found = (labels, centroids) if sample is rows else _cluster(sample, wanted, cfg, backend)
+        metrics.update(silhouette=silhouette(sample, *found), silhouette_rows=sample.n_rows)
         rng = np.random.default_rng([cfg.seed, n_rows])
-        sample = rows
-        if n_rows > NULL_ROWS:
-            chosen = np.sort(rng.choice(rows.n_rows, NULL_ROWS, replace=False))
-            sample = rows.select_rows(torch.from_numpy(chosen))
-            labels_s, centroids_s = _cluster(sample, cfg, backend)
-            metrics["silhouette"] = silhouette(sample, labels_s, centroids_s)
-        else:
-            metrics["silhouette"] = silhouette(rows, labels, centroids)
-        metrics["silhouette_rows"] = sample.n_rows
         null = []
         for _ in range(cfg.null_rounds):
             shuffled = permute_features(sample, rng)
-            null.append(silhouette(shuffled, *_cluster(shuffled, cfg, backend)))
+            null.append(silhouette(shuffled, *_cluster(shuffled, wanted, cfg, backend)))
         if null:
             metrics.update(null_silhouette=float(np.mean(null)), null_max=float(np.max(null)))
     if tasks is not None:
@@ -104,7 +125,49 @@ def cluster_prompts(
         names = np.fromiter(named, dtype=np.int64, count=n_rows)
         chance = np.random.default_rng(cfg.seed).permutation(labels)
         metrics.update(purity=purity(labels, names), purity_chance=purity(chance, names))
-    return ClusterResult(labels.astype(np.int32), metrics)
+    return ClusterResult(labels.astype(np.int32), metrics, weights)
+
+
+def _sample(rows: CSR, seed: int) -> CSR:
+    """At most NULL_ROWS of ``rows``."""
+    if rows.n_rows <= NULL_ROWS:
+        return rows
+    chosen = np.random.default_rng([seed, rows.n_rows]).choice(rows.n_rows, NULL_ROWS, replace=False)
+    return rows.select_rows(torch.from_numpy(np.sort(chosen)))
+
+
+def _choose(rows: CSR, cfg: DiversityConfig, backend: str, tried: list[list[float]]) -> int:
+    """The number of clusters; ``tried`` takes each number, its silhouette and that of the null."""
+    sample = _sample(rows, cfg.seed)
+    rng = np.random.default_rng([cfg.seed, rows.n_rows, 2])
+    nulls = [permute_features(sample, rng) for _ in range(max(cfg.null_rounds, 2))]
+    best, lead = 1, LEAD
+    for count in COUNTS:
+        if 4 * count > sample.n_rows:
+            break
+        found, *null = [silhouette(some, *_cluster(some, count, cfg, backend)) for some in (sample, *nulls)]
+        tried.append([count, found, float(np.mean(null))])
+        if found > max(null) and found - np.mean(null) > lead:
+            best, lead = count, float(found - np.mean(null))
+    return best
+
+
+def _plain(
+    X: Features, idf: torch.Tensor, texts: Callable[[np.ndarray], list[str]], cfg: DiversityConfig
+) -> torch.Tensor:
+    """Factors float32 [n_cols] by which features that the look of the texts explains weigh less."""
+    some = np.sort(np.random.default_rng([cfg.seed, 7]).permutation(X.n_rows)[:LOOK_ROWS])
+    marks = look(texts(some))
+    marks = marks[:, np.ptp(marks, axis=0) > 0]
+    if len(some) < 10 * marks.shape[1]:  # too few rows to tell
+        return torch.ones(X.n_cols)
+    basis = np.linalg.qr((marks - marks.mean(axis=0)) / marks.std(axis=0))[0]
+    rows = weighted(X.select_rows(torch.from_numpy(some)), idf).to_scipy()
+    total = np.asarray(rows.multiply(rows).sum(axis=0) - len(some) * np.square(rows.mean(axis=0))).ravel()
+    share = np.square(rows.T @ basis).sum(axis=1) / np.maximum(total, 1e-12)
+    chance = basis.shape[1] / len(some)
+    share = np.clip((share - chance) / (1 - chance), 0.0, 1.0)
+    return torch.from_numpy(cfg.look + (1 - cfg.look) * (1 - share) ** 2).float()
 
 
 def silhouette(rows: CSR, labels: np.ndarray, centroids: np.ndarray) -> float:
@@ -140,9 +203,9 @@ def permute_features(rows: CSR, rng: np.random.Generator) -> CSR:
     return csr.l2_rows(csr.transpose(columns))
 
 
-def _cluster(rows: CSR, cfg: DiversityConfig, backend: str) -> tuple[np.ndarray, np.ndarray]:
+def _cluster(rows: CSR, n_clusters: int, cfg: DiversityConfig, backend: str) -> tuple[np.ndarray, np.ndarray]:
     """Labels [n] without gaps and unit centroids float32 [K, d] of weighted unit rows."""
-    n_clusters = min(cfg.n_clusters, rows.n_rows)
+    n_clusters = min(n_clusters, rows.n_rows)
     labels = np.zeros(rows.n_rows, dtype=np.int64)
     if cfg.svd and n_clusters > 1:
         dense = svd_reduce(rows, cfg.svd, cfg.seed)[0]
@@ -160,13 +223,13 @@ def _cluster(rows: CSR, cfg: DiversityConfig, backend: str) -> tuple[np.ndarray,
 def _centroids(rows: CSR, labels: np.ndarray, backend: str) -> np.ndarray:
     """float32 [K, d]: the direction of each cluster of labels 0 .. K - 1."""
     count = int(labels.max()) + 1
-    sparse = "auto" if backend == "cuml" else backend
+    sparse = "auto" if backend == "cuml" else _kernels(backend)
     return kmeans_update(rows, torch.from_numpy(labels), count, backend=sparse).numpy()
 
 
 def _assign(rows: CSR, centroids: np.ndarray, backend: str) -> np.ndarray:
     """int32 [n]: the nearest centroid of each row."""
-    sparse = "torch" if backend == "cuml" else backend
+    sparse = "torch" if backend == "cuml" else _kernels(backend)
     return kmeans_assign(rows, torch.from_numpy(centroids), backend=sparse, check=False)[0].numpy()
 
 
@@ -174,6 +237,10 @@ def _spherical(
     rows: CSR, n_clusters: int, backend: str, *, init: np.ndarray | None = None, **settings: Any
 ) -> np.ndarray:
     """int64 [n]: labels of ``spherical_kmeans``, from the labels ``init`` or its own seeds."""
+    if backend == "sklearn":
+        start = "k-means++" if init is None else _centroids(rows, init, backend)
+        kept = {"n_init": settings.get("n_init", 1), "random_state": settings.get("seed", 0)}
+        return _fit(rows.to_scipy(), n_clusters, init=start, max_iter=settings.get("max_iter", 300), **kept)
     X, sparse = (rows.to("cuda"), "auto") if backend == "cuml" else (rows, backend)
     start = None if init is None else torch.from_numpy(init).to(X.device)
     found = spherical_kmeans(X, n_clusters, init=start, backend=sparse, **settings)
@@ -182,13 +249,9 @@ def _spherical(
 
 def _kmeans(data: np.ndarray, n_clusters: int, n_init: int, backend: str, seed: int) -> np.ndarray:
     """k-means labels int64 [n] of dense rows."""
-    import warnings
-
-    from sklearn.cluster import KMeans, kmeans_plusplus
-    from sklearn.exceptions import ConvergenceWarning
-
     if backend == "cuml":
         from cuml.cluster import KMeans as GpuKMeans
+        from sklearn.cluster import kmeans_plusplus
 
         best, labels = np.inf, np.zeros(len(data), dtype=np.int64)
         for trial in range(n_init):  # its own seeding costs some 70 passes over the data: bring ours
@@ -197,9 +260,24 @@ def _kmeans(data: np.ndarray, n_clusters: int, n_init: int, backend: str, seed: 
             if float(model.inertia_) < best:
                 best, labels = float(model.inertia_), np.asarray(model.labels_, dtype=np.int64)
         return labels
+    return _fit(data, n_clusters, n_init=n_init, random_state=seed)
+
+
+def _fit(data: Any, n_clusters: int, **settings: Any) -> np.ndarray:
+    """Labels int64 [n] of scikit-learn's k-means."""
+    import warnings
+
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters
-        return KMeans(n_clusters, n_init=n_init, random_state=seed).fit(data).labels_.astype(np.int64)
+        return KMeans(n_clusters, **settings).fit(data).labels_.astype(np.int64)
+
+
+def _kernels(backend: str) -> str:
+    """Of ``saerl_kernels``; scikit-learn has no k-means of unit rows."""
+    return "torch" if backend == "sklearn" else backend
 
 
 def check_backend(backend: str) -> None:
@@ -217,7 +295,7 @@ def check_backend(backend: str) -> None:
 
 
 def _backend(wanted: str, work: int) -> str:
-    """cuml, numba or torch, for ``work`` multiply-adds of an assignment."""
+    """cuml, numba, sklearn or torch, for ``work`` multiply-adds of an assignment."""
     check_backend(wanted)
     if wanted != "auto":
         return wanted
@@ -226,7 +304,7 @@ def _backend(wanted: str, work: int) -> str:
         return "cuml"
     if reason not in _ABSENT:
         log.warning("cuML cannot be loaded (%s): clustering on the CPU", reason)
-    return "numba" if has_numba() and work >= NUMBA_WORK else "torch"
+    return "torch" if work < NUMBA_WORK else "numba" if has_numba() else "sklearn"
 
 
 def _why_not_cuml() -> str | None:

@@ -9,6 +9,7 @@ and neither found wrong answers.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +31,9 @@ class QualityResult(NamedTuple):
     metrics: dict[str, Any]
 
 
-def fit_quality(bank: Bank, labels: Any, cfg: QualityConfig, *, seed: int = 0) -> QualityResult:
+def fit_quality(
+    bank: Bank, labels: Any, cfg: QualityConfig, *, seed: int = 0, kinds: Sequence[Any] | None = None
+) -> QualityResult:
     """Quality of every row of ``bank``, from the kinds of features in ``cfg`` and, if it has any, answers.
 
     ``labels`` [n], NaN where unlabelled: 1 good and 0 bad for the logistic head, any score for the
@@ -38,7 +41,8 @@ def fit_quality(bank: Bank, labels: Any, cfg: QualityConfig, *, seed: int = 0) -
     did not see their label. Held out are ``auc`` (logistic) and ``spearman`` (ridge), and the same of each
     of ``baselines``. Logistic scores are probabilities of a good row, calibrated on the held-out ones (Platt,
     1999), so that a threshold of 0.5 means what it says; a probe no better than chance gives every row the
-    same. ``accuracy``, at that threshold, takes each row's curve from the other folds.
+    same. ``accuracy``, at that threshold, takes each row's curve from the other folds. ``kinds`` [n] name
+    what is wrong with bad rows: ``by_kind`` has the held-out AUC of each kind against all good rows.
 
     Too few labels are no error: the scores are NaN, ``metrics["note"]`` says why, and plans filter
     nothing (unless told to: then they refuse).
@@ -84,6 +88,13 @@ def fit_quality(bank: Bank, labels: Any, cfg: QualityConfig, *, seed: int = 0) -
         metrics["auc"] = float(roc_auc_score(y, held_out))
         metrics["baselines"] = {name: float(roc_auc_score(y, found)) for name, found in alone.items()}
         metrics["good_share"] = float(y.mean())
+        if kinds is not None:
+            named = np.array([str(kinds[i]) for i in at[rows]])
+            metrics["by_kind"] = {
+                kind: float(roc_auc_score(y[one], held_out[one]))
+                for kind in sorted(set(named[y == 0]))
+                for one in [(y == 1) | (named == kind)]
+            }
         scores = _calibrate(held_out, y, scores)
         calibrated = np.empty(len(rows))
         for train, test in splits:

@@ -18,14 +18,15 @@ from saerl_fast.fileio import read_json
 from saerl_fast.records import manifest
 from saerl_fast.records.packed import Packed
 from saerl_fast.signals.bank import Bank
+from saerl_fast.signals.cards import cards
 from saerl_fast.signals.clusters import cluster_prompts
+from saerl_fast.signals.copies import find_copies
 from saerl_fast.signals.difficulty import fit_difficulty
 from saerl_fast.signals.features import Features, checked, open_features, save_features
 from saerl_fast.signals.kept import Parts, in_memory, load_part, save_part, suffix
 from saerl_fast.signals.quality import fit_quality
 from saerl_fast.signals.stored import Stored
 from saerl_fast.signals.table import SCORE_COLUMNS, Table, arrow_type, score_array, write_table
-from saerl_fast.signals.text import duplicates
 
 if TYPE_CHECKING:
     from saerl_fast.prompts.pool import Pool
@@ -184,15 +185,24 @@ def score_features(
 
     labels, known = label_columns(pool, config)
     bank = Bank(prompt_features, pool.columns["prompt"], kept, pool.columns["answer"])
-    copies = duplicates(bank.texts(slice(0, count)), pool.columns["answer"], pool.columns["prompt_id"])
+    ids = pool.columns["prompt_id"]
+    texts, near = bank.texts(slice(0, count)), config.quality.near
+    copies = find_copies(prompt_features, texts, pool.columns["answer"], ids, near=near, seed=config.seed)
     lap("duplicates")
-    quality = fit_quality(bank, labels, config.quality, seed=config.seed)
+    column = config.quality.kind_column
+    quality = fit_quality(
+        bank, labels, config.quality, seed=config.seed, kinds=None if column is None else pool.column(column)
+    )
     lap("quality")
     found = pass_rates(bank) if callable(pass_rates) else pass_rates
     rates = known if found is None else np.asarray(found, dtype=np.float64)
     difficulty = fit_difficulty(bank, rates, config.difficulty, seed=config.seed)
     lap("difficulty")
-    clusters = cluster_prompts(prompt_features, config.diversity, tasks=pool.columns.get("task"))
+    diverse = config.diversity
+    read = kept.get("sae_mean", prompt_features) if diverse.features == "auto" else prompt_features
+    clusters = cluster_prompts(read, diverse, tasks=pool.columns.get("task"), texts=bank.texts)
+    known_of = {"difficulty": difficulty.scores, "quality": quality.scores, "pass_rate": rates}
+    clusters.metrics["cards"] = cards(read, clusters.weights, clusters.labels, ids, bank.texts, known_of)
     lap("clusters")
 
     active = prompt_features.nnz / count
@@ -201,7 +211,7 @@ def score_features(
         "quality": quality.metrics,
         "difficulty": difficulty.metrics,
         "clusters": clusters.metrics,
-        "duplicates": copies,
+        "duplicates": copies.metrics,
         "features": {
             "d_sae": int(prompt_features.n_cols),
             "active_per_prompt": active,
@@ -214,6 +224,7 @@ def score_features(
         "saerl_difficulty": difficulty.scores,
         "saerl_quality": quality.scores,
         "saerl_pass_rate": rates.astype(np.float32),
+        "saerl_copy_of": copies.of,
     }
     kept.pop("answer", None)  # of no use but to the quality probe
     return Scores({**pool.columns, **added}, metadata, prompt_features, kept)

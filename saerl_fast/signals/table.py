@@ -20,6 +20,7 @@ SCORE_COLUMNS = {
     "saerl_difficulty": np.float32,
     "saerl_quality": np.float32,
     "saerl_pass_rate": np.float32,
+    "saerl_copy_of": np.int32,  # the row that this one repeats, or -1
 }
 
 

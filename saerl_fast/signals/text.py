@@ -1,11 +1,9 @@
-"""What the text of a prompt says by itself: counts of its marks, TF-IDF, and which prompts are the same."""
+"""What the text of a prompt says by itself: counts of its marks, and TF-IDF."""
 
 from __future__ import annotations
 
-import logging
 import re
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,15 +11,13 @@ import numpy as np
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-log = logging.getLogger(__name__)
-
-_NUMBER = re.compile(r"\d+")
+NUMBER = re.compile(r"\d+")
 COUNTS: dict[str, Callable[[str], int]] = {  # the columns of `surface`; the first is the length
     "characters": len,
     "words": lambda text: len(text.split()),
     "lines": lambda text: text.count("\n"),
     "digits": lambda text: sum(map(str.isdigit, text)),
-    "numbers": lambda text: len(_NUMBER.findall(text)),
+    "numbers": lambda text: len(NUMBER.findall(text)),
     "sentence ends": lambda text: len(re.findall(r"[.?!;。？！]", text)),
     "question marks": lambda text: text.count("?") + text.count("？"),
     "equals signs": lambda text: text.count("="),
@@ -31,8 +27,23 @@ COUNTS: dict[str, Callable[[str], int]] = {  # the columns of `surface`; the fir
     "LaTeX formulas": lambda text: text.count("$"),
 }
 SINGLE = "\u3040-\u9fff"  # of scripts without spaces a letter is a term
+MARKS = (
+    "[asy]",
+    "\\(",
+    "\\[",
+    "$$",
+    "\\begin",
+    "\\frac",
+    "```",
+    "**",
+    "|",
+    "#",
+    "<",
+    "_",
+    ":",
+    '"',
+)  # see `look`
 TOKEN = rf"[{SINGLE}]|\\?[^\W\d_{SINGLE}]+|\d+|[^\w\s]"  # else words and LaTeX commands, numbers, signs
-NAMED = 5  # duplicates that a message names
 
 
 def plain(prompt: Any) -> str:
@@ -44,6 +55,12 @@ def surface(texts: Sequence[str]) -> np.ndarray:
     """log(1 + count) of the marks in COUNTS, float64 [n, len(COUNTS)]."""
     counts = np.array([[count(text) for count in COUNTS.values()] for text in texts], dtype=np.float64)
     return np.log1p(counts.reshape(len(texts), len(COUNTS)))
+
+
+def look(texts: Sequence[str]) -> np.ndarray:
+    """How texts look, whatever they say: `surface`, and which of MARKS they hold, float64 [n, columns]."""
+    held = np.array([[mark in text for mark in MARKS] for text in texts], dtype=np.float64)
+    return np.hstack([surface(texts), held.reshape(len(texts), len(MARKS))])
 
 
 class Tfidf:
@@ -74,39 +91,3 @@ class Tfidf:
         from scipy.sparse import csr_matrix
 
         return csr_matrix((len(texts), 0), dtype=np.float32) if self._none else self._terms.transform(texts)
-
-
-def duplicates(texts: Sequence[str], answers: Sequence[Any], ids: Sequence[str]) -> dict[str, Any]:
-    """Prompts whose texts are equal but for spaces and case, and those that also differ in numbers only.
-
-    ``rows`` have a text that occurs before; ``conflicting`` texts have several answers, ``conflicts`` names
-    their rows (of the first few); ``renumbered`` rows repeat an earlier, different text with other numbers.
-    """
-    same = _groups(" ".join(text.lower().split()) for text in texts)
-    apart = [
-        rows for rows in same.values() if len({" ".join(str(answers[i]).lower().split()) for i in rows}) > 1
-    ]
-    shapes = _groups(_NUMBER.sub("0", text) for text in same)
-    found: dict[str, Any] = {
-        "rows": len(texts) - len(same),
-        "conflicting": len(apart),
-        "conflicts": "; ".join(", ".join(str(ids[i]) for i in rows[:NAMED]) for rows in apart[:NAMED])
-        or None,
-        "renumbered": len(same) - len(shapes),
-    }
-    if found["rows"]:
-        log.warning("%d of %d prompts repeat an earlier prompt's text", found["rows"], len(texts))
-    if apart:
-        log.warning(
-            "%d prompts occur with different answers, so at least one is wrong; ids: %s",
-            len(apart),
-            found["conflicts"],
-        )
-    return found
-
-
-def _groups(keys: Iterable[Hashable]) -> dict[Any, list[int]]:
-    groups = defaultdict(list)
-    for i, key in enumerate(keys):
-        groups[key].append(i)
-    return groups

@@ -16,30 +16,38 @@ from typing import Any
 
 from saerl_fast.rl.rewards.notation import balanced
 from saerl_fast.rl.rewards.numbers import numbers, prepared
+from saerl_fast.rl.rewards.quantities import measure
 
 THINK, THINK_END = "<think>", "</think>"
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
-_GAP = r"(?:[\s$.]|\\[()\[\],;: ]|\\q?quad(?![a-zA-Z]))*"
+_SPECIAL = re.compile(r"<\|[^|<>\n]{1,40}\|>(?:user|assistant|system)?|</?s>|<(?:eos|bos|pad|end_of_turn)>")
+_GAP = r"(?:[\s$.(]|\\[()\[\],;: ]|\\q?quad(?![a-zA-Z]))*"
 _AND = r"(?:,|;|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\})"
 _JOINT = re.compile(rf"[^\S\n]*|{_GAP}{_AND}{_GAP}(?:{_AND}{_GAP})?(?:[a-zA-Z](?:_\{{?\w\}}?)?\s*=\s*)?")
 _MARK = re.compile(
-    r"####|<answer>|\b(?:correct|right)\s+(?:option|choice)\s+is:?|\banswer[*_]*\s*(?:(?:is|are|=)\s*:?|:)"
+    r"####|<answer>|\b(?:correct|right)\s+(?:option|choice)\s+is:?|\banswer[*_\"']*\s*(?:(?:is|are|(?:must|should|would|will)\s+be)\b\s*:?|[:=])"
+    r"|\b(?:final\s+)answer\s+-\s|\bI\s+(?:choose|pick|select)\b:?|答案(?:是|为|為|[:：])"
     r"|^[#*_ \t]*(?:final\s+)?answer[*_: \t]*(?:$|(?=\\\[|\$))",
     re.IGNORECASE | re.MULTILINE,
 )
 _FORMULA = re.compile(
     r"(?<!\\)\$\$(.+?)\$\$|(?<!\\)\$((?:[^$\\]|\\.)+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
 )
+# A choice that is said to be right after it is named: "option B is correct".
+_CHOSEN = re.compile(
+    r"(?<!\bor )(?<!\band )(?<!\bnor )(?<!\bif )(?<!\bwhether )(?<!\bthat )(?<![\w\\])\(?([A-J])\)?\s+is\s+"
+    r"(?:the\s+)?(?:only\s+)?(?:correct|right|best|true)\b(?!\s*\?)"
+)
 _REASON = re.compile(
-    r"[,;]?\s+(?:because|since|as|so|which|where|when|for|after|but|not|hence|i\.e\.)\b|\.\s|\.$|\n"
-    r"|(?<=[a-zA-Z]{3})[!?]|\s+\(\s*(?:not|since|because|as|or|and)\b"
-    r"|(?<=\d)\s+\((?!mod)[a-z]+(?:[ -][a-z]+)*\)|(?<=^[Yy]es),|(?<=^[Nn]o),"
+    r"[,;]?\s+(?:because|unless|since|as|so|which|where|when|for|after|but|not|hence|i\.e\.)\b|\.\s|\.$|\n"
+    r"|(?<=[a-zA-Z]{3})[!?]|\s+\(\s*(?:not|since|because|as|and)\b"
+    r"|(?<=\d)\s+\((?!mod|or\b)[a-z]+(?:[ -][a-z]+)*\)|(?<=^[Yy]es),|(?<=^[Nn]o),"
 )
 _LABEL = re.compile(r"\(?[A-J][).:]\s")  # of a choice, before what it says
 _VERB = re.compile(r"\b(?:is|are|equals|be)\b:?(?:\s+equal\s+to\b)?")
 _FILLER = re.compile(
-    r"^(?:therefore|(?:solution|result|total|ans)\s*:|"
+    r"^(?:(?:therefore|thus|then|hence|so|now|finally),?(?=\s)|(?:solution|result|total|ans)\s*:|"
     r"thus|then|hence|simply|just|exactly|only|approximately|about|equal to|equals|given by"
     r"|option|choice|indeed|clearly|also|now|so|it is|is|the|a|an|be|will be|[:=,])(?:\s+|(?<=[:=,]))",
     re.IGNORECASE,
@@ -48,7 +56,32 @@ _WORD = re.compile(
     r"(?<![\\a-zA-Z])(?:[a-zA-Z]{3,}|is|of|to|in|so|or|we|it|as|at|by|if|on|he|My|cm|km|kg)(?![a-zA-Z(])"
 )
 _MEASURE = re.compile(r"[-+$(\[{\\]*\d[\d.,/]*\s*\S{1,12}(?:\s\S{1,12}){0,3}$")  # a number and its unit
-_JOINED = re.compile(r"\s*(?:,|and|or|to)\s*(?:and|or)?\s*")
+_SUM = re.compile(  # of two measures, at the end: 2 hours and 15 minutes
+    r"(?<![\d.])\d[\d.]*\s[a-zA-Z]+(?:,\s|\sand\s|\s)(?:and\s)?\d[\d.]*\s[a-zA-Z]+(?=\W*$)"
+)
+NEAR = 300  # characters around a number that are looked at
+_OR_AND = re.compile(r"\b(?:or|and)\b")
+_JOINED = re.compile(r"\s*\(?\s*(?:,|and|or|to)\s*(?:and|or)?\s*(?:perhaps|maybe|possibly)?\s*")
+# Before a number: it is denied, or a bound of what is meant.
+_DENIED = re.compile(
+    r"(?P<other>(?:,|\bbut)\s+)?(?:\bnot|n't|\bcannot|\bnever)\s+(?:(?:be|by|of|in|at|to|equals?(?:\s+to)?)\s+)?[$\\(]*$",
+    re.IGNORECASE,
+)
+_BOUND = re.compile(
+    r"(?:\bthan|\bat\s+(?:least|most)|\bup\s+to|\b(?:over|under|above|below|between))\s+[$\\(]*$",
+    re.IGNORECASE,
+)
+# The end of a text that was cut off in the middle of a sentence.
+_CUT = re.compile(
+    r"\w\W+(?:and|or|the|an?|of|to|then|we|is|are|by|with|from|for|that|so|which|because|since|if|as|in|at|on"
+    r"|but|where|when|can|has|have|get|need|there|it|will|must|our|their|into|plus|times|minus)$"
+)
+_IS_WORDS = re.compile(
+    r"\b(?:is|was|are)\s+(?:on\s+)?(?:an?\s+|the\s+)?([A-Za-z][\w'-]*(?: [A-Z][\w'-]*)*)\s*[.!]?$"
+)
+_BOLD = re.compile(r"\*\*([^*\n]+)\*\*|\\text(?:bf|it)?\{([^{}]+)\}")
+_EMPHASIS = re.compile(r"`{1,3}|(?!(?<=[\d)])\*\*?[\d(]|(?<=[\w)] )\* [\w(])(?<!\d\*)\*{1,3}")
+_CHATTER = {"correct", "right", "it", "done", "all", "clear", "helpful", "complete", "fine", "answer"}
 _REMARK = re.compile(r"[a-zA-Z]{2,}[,;]?\s+[a-zA-Z]{2,}.*[.:!?]\W*$")  # a line of prose
 _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbb|begin|end|operatorname)\s*\{[^{}]*\}")
 
@@ -59,8 +92,9 @@ def read_text(completion: Any) -> str:
 
 
 def spoken(text: str) -> str:
-    """Rule 0: what follows the last </think>, or all, up to a <think> that nothing closes."""
-    return text.rpartition(THINK_END)[2].partition(THINK)[0]
+    """Rule 0: what follows the last </think>, or all, up to a <think> that nothing closes; without the tokens
+    that end a turn."""
+    return _SPECIAL.sub("\n", text.rpartition(THINK_END)[2].partition(THINK)[0])
 
 
 def after_thinking(text: str) -> str:
@@ -109,12 +143,15 @@ def boxed_answer(text: str) -> str | None:
     found = boxes(text)
     if not found:
         return None
-    parts = [found[-1][0]]
+    tail = re.match(r"(?:\^|\\(?:sqrt|pi|cdot|times)(?![a-z]))[^\s$,.]*", text[found[-1][2] :])
+    sign = "-" if re.search(r"[=$(]\s*-\s*$|^-$", text[: found[-1][1]]) else ""
+    answer = f"{sign}{found[-1][0]}{tail[0] if tail else ''}"
     for (content, _, end), (_, start, _) in zip(found[-2::-1], found[:0:-1], strict=True):
-        if not _JOINT.fullmatch(text[end:start]):
+        operator = re.fullmatch(r"\s*([-/+*:^])\s*", text[end:start])
+        if not operator and not _JOINT.fullmatch(text[end:start]):
             break
-        parts.insert(0, content)
-    return ", ".join(parts)
+        answer = f"{content}{operator[1] if operator else ', '}{answer}"
+    return answer
 
 
 def marked(text: str) -> str | None:
@@ -123,7 +160,9 @@ def marked(text: str) -> str | None:
     inside = boxed_answer(text)
     if inside is not None:
         return inside
-    marks = list(_MARK.finditer(text))
+    marks, chosen = list(_MARK.finditer(text)), list(_CHOSEN.finditer(text))
+    if chosen and chosen[-1].end() > max((m.end() for m in marks), default=0):
+        return chosen[-1][1]
     return phrase(text[marks[-1].end() :].split("</answer>")[0]) if marks else None
 
 
@@ -139,7 +178,7 @@ def phrase(text: str) -> str:
 
     Of a whole sentence ("the largest n is 34") it is what follows the last "is".
     """
-    text = re.sub(r"[*`]{1,3}", "", text).lstrip("_#>: \t\n\r")
+    text = _EMPHASIS.sub("", text).lstrip("_#>: \t\n\r")
     masked = _FORMULA.sub(lambda m: m[0] if _prose(_inside(m)) else "\0" * len(m[0]), text)
     masked = masked.split("\n")[0]
     stop = _REASON.search(masked)
@@ -170,8 +209,10 @@ def phrase(text: str) -> str:
 
 def last_expression(text: str) -> str | None:
     """Rule 3: the last formula or number, or a last line that is one and nothing else."""
-    text = re.sub(r"[*`]{1,3}|<\|[^|<>]*\|>\w*", "", text).strip()
-    if not text or re.search(r"[-+*/=^_({\[\\,<>]$", text) or _open_formula(text):
+    text = text.strip()
+    bold = list(_BOLD.finditer(text.rpartition("\n")[2]))
+    text = _EMPHASIS.sub("", text).strip()
+    if not text or re.search(r"[-+*/=^_({\[\\,<>]$", text) or _open_formula(text) or _CUT.search(text):
         return None
     formulas = [m for m in _FORMULA.finditer(text) if not _prose(_inside(m))]
     if formulas and not text[formulas[-1].end() :].strip(" .!\n"):
@@ -185,18 +226,40 @@ def last_expression(text: str) -> str | None:
         joined = re.search(r"\b(?:and|or)\b", text[run[-2].end() : run[-1].start()]) if run[1:] else None
         return ", ".join(map(_inside, run if joined else run[-1:]))
     line = text.splitlines()[-1].strip()
+    if not re.search(r"\d", line) and not formulas:
+        if bold and not _DENIED.search(line[: line.rfind(bold[-1][1] or bold[-1][2])]):
+            return bold[-1][1] or bold[-1][2]
+        if verdict := re.match(r"(?:Yes|No|True|False)\b(?=\W)", line):
+            return verdict[0]
+        words = _IS_WORDS.search(line)
+        if (
+            words
+            and words[1].lower() not in _CHATTER
+            and (words[1][0].isupper() or not re.search(r"\d", text))
+        ):
+            return words[1]
     if len(_WORD.findall(_TEXT.sub("", line))) <= 1 and not _FORMULA.search(line) and len(line) < 200:
         while filler := _FILLER.match(line):
             line = line[filler.end() :]
         return line
-    return _value(text, -1)
+    verbs = list(_VERB.finditer(line))
+    denied = verbs and _DENIED.search(line[: verbs[-1].end()] + " ")
+    tail = line[verbs[-1].end() :].strip(" .:") if verbs and not denied else ""
+    if (
+        re.match(r"[-+\d(\[{a-zA-Z]", tail)
+        and re.search(r"\d", tail)
+        and not _WORD.search(_OR_AND.sub(" ", tail))
+    ):
+        return tail if "$" not in tail else _value(tail, -1)
+    parts = _SUM.findall(line)
+    return parts[0] if parts and measure(parts[0]) else _value(text, -1)
 
 
 def _value(text: str, which: int) -> str | None:
     """The first (0) or last (-1) formula or number in ``text``; all of it if it is an expression or words."""
     text = text.strip()
     formulas = [m for m in _FORMULA.finditer(text) if not _prose(_inside(m))]
-    if not formulas and (not _WORD.search(_TEXT.sub("", text)) or _MEASURE.match(text)):
+    if not formulas and (not _WORD.search(_OR_AND.sub(" ", _TEXT.sub("", text))) or _MEASURE.match(text)):
         return text
     if formulas:
         chosen = formulas[which]
@@ -207,17 +270,53 @@ def _value(text: str, which: int) -> str | None:
     found = numbers(read)
     if not found:
         return text if which == 0 else None
-    if which == 0 and len(found) > 1 and _JOINED.fullmatch(read[found[0].end : found[1].start]):
-        return text  # several numbers are no one answer
-    token = _token(read, found[which].start, found[which].end)
-    return token if "\\" in token else read[found[which].start : found[which].end].strip()
+    read = read[max(0, found[which].start - NEAR) : found[which].end + NEAR]
+    found = numbers(read)
+    if which == 0:
+        start, end = _whole(read, found[0].start, found[0].end)
+        next_to = [n for n in found if n.start >= end][:1]
+        if next_to and _JOINED.fullmatch(read[end : next_to[0].start]) or _BOUND.search(read[:start]):
+            return text  # several numbers are no one answer, and a bound is none
+        return read[start:end].strip().rstrip(".,;:?\"'").strip()
+    while denied := _DENIED.search(read[: found[-1].start]):  # "7, not 8"
+        found.pop()
+        if not denied["other"] or not found:
+            return None
+    start, end = _whole(read, found[-1].start, found[-1].end)
+    for number in reversed([n for n in found if n.end <= start]):  # "-2, 0 and 5" is a list
+        between = read[number.end : start]
+        if not _JOINED.fullmatch(between) or "to" in between or "(" in between:
+            break
+        if not re.search("and|or", read[number.end : end]):
+            break
+        start = number.start
+    if re.search(r"\b(?:between|from)\s+$", read[:start]) and re.search("and|or", read[start:end]):
+        return None
+    return read[start:end].strip().rstrip(".,;:?\"'").strip()
 
 
-def _token(text: str, start: int, end: int) -> str:
-    """The run without blanks around text[start:end]."""
+def _whole(text: str, start: int, end: int) -> tuple[int, int]:
+    """Where the expression that the number text[start:end] belongs to begins and ends: (2, 3), 4:45 PM."""
+    for match in re.finditer(r"[(\[{][^()\[\]{}]*,[^()\[\]{}]*[)\]}]", text):
+        if match.start() <= start and end <= match.end() and not _WORD.search(match[0]):
+            return match.span()
+    before = start
+    if re.match(r"[-+]\s", text[start:]) and re.search(r"(?:\b[a-zA-Z]|\d[a-zA-Z]*|[)}])\s*$", text[:start]):
+        start = len(text[:start].rstrip()) - 1
+    while operation := re.search(r"[\w)}]\s*[-+*/^\u00d7\u00f7]\s*$", text[:start]):
+        start = operation.start()
     left = max(text.rfind(c, 0, start) for c in " \n\t=")
-    right = min((i for c in " \n\t" if (i := text.find(c, end)) >= 0), default=len(text))
-    return text[left + 1 : right].strip(".,;:")
+    right = min((i for c in " \n\t=" if (i := text.find(c, end)) >= 0), default=len(text))
+    run = text[left + 1 : right]
+    if re.fullmatch(r"[$\u00a3\u20ac]?[\d.,:/]+", run) and (
+        noon := re.match(r"\s?[ap]\.?m\b\.?", text[right:], re.I)
+    ):
+        right += noon.end()
+    if pi := re.match(r"\s?pi\b", text[right:]):
+        right += pi.end()
+    if start < before or pi or re.search(r"[\\^_!:]|\d[a-zA-Z]{1,2}\b", run):
+        return left + 1, right
+    return start, end
 
 
 def _inside(match: re.Match[str]) -> str:
@@ -233,7 +332,7 @@ def _open_formula(text: str) -> bool:
     """Whether the text ends inside a formula."""
     last = text.splitlines()[-1]
     dollars = len(re.findall(r"(?<!\\)\$", last))
-    money = len(re.findall(r"(?<!\\)\$\d[\d,.]*(?![\d$])|\d\s?\$", last))
+    money = len(re.findall(r"(?<!\\)\$\d[\d,.]*(?![\d$])(?!\s*[-+*/^=\\<>])|\d\s?\$", last))
     return (dollars % 2 == 1 and money < 1) or not balanced(last)
 
 

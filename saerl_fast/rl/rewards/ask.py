@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import json
 import math
 import signal
 import threading
@@ -98,21 +99,33 @@ def ask(fn: Reward, rows: Rows, notes: Notes) -> np.ndarray:
     It is given copies. What it logs is added to ``notes``. Failed, naming its file and line, when it raises
     or returns anything but n numbers; the interpreter's state is put back either way.
     """
-    n = len(rows.completions)
+    n, noted = len(rows.completions), Notes()
+    fail = functools.partial(Failed, name_of(fn))
 
     def log_extra(column: str, values: Any) -> None:  # TRL's names: they may be given as keywords
-        notes.extra.setdefault(str(column), []).extend(values)
+        if isinstance(values, (str, bytes, Mapping)) or not _is_list(values):
+            what = f"gave log_extra({shown(column)}, ...) a {type(values).__name__}"
+            raise fail(what, "give a list with one value for each completion", place(fn))
+        noted.extra.setdefault(str(column), []).extend(values)
 
     def log_metric(name: str, value: float) -> None:
-        notes.metrics.setdefault(str(name), []).append(float(value))
+        try:
+            noted.metrics.setdefault(str(name), []).append(float(value))
+        except (TypeError, ValueError):
+            raise fail(
+                f"gave log_metric({shown(name)}, ...) {shown(value)}", "give a number", place(fn)
+            ) from None
 
     given: dict[str, Any] = {"prompts": rows.prompts, "completions": rows.completions, **rows.columns}
     given = {key: _copied(value) for key, value in (given | {"completion_ids": rows.ids}).items()}
     given |= {"trainer_state": rows.state, "log_extra": log_extra, "log_metric": log_metric}
-    fail = functools.partial(Failed, name_of(fn))
+    if inspect.isclass(fn):
+        fix = f"name an instance of it (scorer = {fn.__name__}() and file.py:scorer) or a function"
+        raise fail("is a class", fix)
     try:
         with contained():
-            raw = _settle(fn(**_accepted(fn, given)))
+            by_place, by_name = _accepted(fn, given, place(fn))
+            raw = _settle(fn(*by_place, **by_name))
             if isinstance(raw, (str, bytes, Mapping, set, frozenset)) or not _is_list(raw):
                 raise fail(f"returned a {type(raw).__name__}", "return a list of numbers", place(fn))
             values = list(islice(raw, n + 1))  # it may have no end
@@ -120,7 +133,10 @@ def ask(fn: Reward, rows: Rows, notes: Notes) -> np.ndarray:
                 found = len(raw) if hasattr(raw, "__len__") else len(values) if len(values) < n else "more"
                 what = f"returned {found} values for {n} completions"
                 raise fail(what, "return one for each", place(fn))
-            return np.array([_number(fn, value, i, rows) for i, value in enumerate(values)])
+            scores = np.array([_number(fn, value, i, rows) for i, value in enumerate(values)])
+            _check_extra(fn, noted.extra, rows)
+        notes.add(noted)
+        return scores
     except (SaerlError, TimeUp):
         raise
     except KeyboardInterrupt as err:
@@ -166,7 +182,27 @@ def _number(fn: Reward, value: Any, i: int, rows: Rows) -> float:
 
 
 def _is_list(raw: Any) -> bool:
-    return hasattr(raw, "__iter__") and getattr(raw, "ndim", 1) > 0
+    """Whether it has a value for each row; a table (DataFrame) has one for each column."""
+    return hasattr(raw, "__iter__") and getattr(raw, "ndim", 1) > 0 and not hasattr(raw, "columns")
+
+
+def _check_extra(fn: Reward, extra: dict[str, list[Any]], rows: Rows) -> None:
+    """Make what a function logged fit for JSON, or raise Failed."""
+    for column, values in extra.items():
+        fail = functools.partial(Failed, name_of(fn))
+        if len(values) != len(rows.completions):
+            what = f"logged {len(values)} values as {shown(column)} for {len(rows.completions)} completions"
+            raise fail(what, "log one for each", place(fn))
+        for i, value in enumerate(values):
+            values[i] = value.tolist() if hasattr(value, "tolist") else value
+            try:
+                json.dumps(values[i])
+            except (TypeError, ValueError, RecursionError):
+                what, fix = (
+                    f"logged a {type(value).__name__} as {shown(column)}",
+                    "log text, numbers or lists of them",
+                )
+                raise fail(what, fix, place(fn), at(rows, i)) from None
 
 
 def _copied(value: Any) -> Any:
@@ -180,16 +216,29 @@ def _nested(value: Any) -> bool:
     return isinstance(value, (list, dict))
 
 
-def _accepted(fn: Reward, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that ``fn`` takes: all with ``**kwargs`` or an unknown signature, else those it names."""
+def _accepted(fn: Reward, given: dict[str, Any], where: str) -> tuple[list[Any], dict[str, Any]]:
+    """What ``fn`` takes by place and by name: all with ``**kwargs`` or an unknown signature, else what it
+    names. Failed when it needs more."""
     try:
         parameters = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError):
-        return given
+        return [], given
+    needed = [
+        p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.default is p.empty
+    ]
+    if absent := [p.name for p in needed if p.name not in given]:
+        has = ", ".join(name for name in given if name not in ("log_extra", "log_metric"))
+        raise Failed(name_of(fn), f"asks for {absent[0]!r}, which is not given", f"there are {has}", where)
+    by_place = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.name in given]
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return given
-    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return {key: value for key, value in given.items() if key in names}
+        names = given.keys() - by_place
+    else:
+        names = {
+            p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        } & given.keys()
+        if not names and any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            by_place = ["prompts", "completions"]
+    return [given[name] for name in by_place], {key: given[key] for key in given if key in names}
 
 
 def _settle(raw: Any) -> Any:

@@ -56,7 +56,7 @@ def contained() -> Iterator[None]:
 
     torch's generators are put back too, since training draws from them; those of Python and NumPy go on.
     """
-    before = [read() for read, _ in SETTINGS]
+    before, process = [read() for read, _ in SETTINGS], os.getpid()
     here = os.open(".", os.O_RDONLY)
     main = threading.current_thread() is threading.main_thread()
     handlers = [signal.getsignal(number) for number in SIGNALS] if main else []
@@ -73,6 +73,8 @@ def contained() -> Iterator[None]:
             stack.enter_context(torch.random.fork_rng(devices))
             yield
     finally:
+        if os.getpid() != process:  # a fork that the block left running: the program goes on once only
+            os._exit(1)
         for (read, put), value in zip(SETTINGS, before, strict=True):
             if read() != value:
                 put(value)

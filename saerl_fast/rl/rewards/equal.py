@@ -15,8 +15,10 @@ from functools import cache
 from importlib.util import find_spec
 
 from saerl_fast.rl.judges import same_expression
+from saerl_fast.rl.rewards.intervals import same_intervals
 from saerl_fast.rl.rewards.notation import balanced, squeeze, tidy
-from saerl_fast.rl.rewards.numbers import equal, only_number
+from saerl_fast.rl.rewards.numbers import equal, only_number, stuck
+from saerl_fast.rl.rewards.quantities import in_base, measure, same_clock, same_date, spelled
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +31,20 @@ _ENDLESS = re.compile(
 )
 _LETTER = re.compile(r"\(?\s*([A-Z])\s*[).]?(?:\s.*)?")
 _UNIT = re.compile(
-    r"(?P<value>.*[\d})])\s*(?P<unit>\\?%|"
+    r"(?P<value>.*(?:[\d})]|\\pi))\s*(?P<unit>\\?%|"
     r"(?!\\cdot)(?:(?:\^\s*\{?-?\d\}?|/|\\cdot|[()]|[.\u00b5'\"-]|[a-zA-Z]+(?![a-zA-Z]))\s*)+)"
 )
 # The label of one choice, before what it says; not of several.
 _LABEL = re.compile(r"\(?([A-J])[).:]\s+(?=\S)(?!or\b|and\b|(?:.*\s)?\(?[A-J](?:[).:](?:\s|$)|$))")
+_CHOICE = re.compile(r"^(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)(?:\s+is)?:?\s+", re.IGNORECASE)
+# What makes a number in a sentence another one, or a bound, or none.
+_HEDGE = re.compile(
+    r"\b(?:not|no|never|neither|nor|or|than|at (?:least|most)|up to|over|under|above|below|between|about half"
+    r"|half|third|quarter|twice|thrice|double|triple|squared?|cubed?|root|factorial|plus|minus|times|divided"
+    r"|multiplied|add(?:ed)?|subtract(?:ed)?|if|unless|except|dozens?|hundreds?|thousands?|millions?|billions?"
+    r"|wrong|incorrect|maybe|perhaps|(?:two|three|four|five|six|seven|eight|nine|ten) \w)|n't\b",
+    re.IGNORECASE,
+)
 _SIDE = re.compile(
     r"[a-zA-Z]\w*(?:_\{?\w+\}?)?(?:\([a-zA-Z]\w*(?:,\s*[a-zA-Z])*\)|\^\{-1\}\(x\))?'?|\|?[A-Z]{2,3}\|?"
 )
@@ -41,21 +52,11 @@ _NOT_UNITS = {
     "ab", "abc", "ac", "am", "and", "arccos", "arcsin", "arctan", "bc", "cap", "cdot", "cos", "cot", "csc",
     "cup", "dx", "exp", "for", "gcd", "if", "in", "infty", "lcm", "ln", "log", "max", "min", "mn", "mod",
     "or", "pi", "pm", "pq", "sec", "sin", "sqrt", "st", "such", "tan", "th", "times", "to", "when", "xy",
-    "xyz", "xz", "yz",
+    "xyz", "xz", "yz", "squared", "cubed", "factorial", "plus", "minus", "less", "than", "below", "divided",
+    "choose", "modulo", "not",
 }  # fmt: skip
-# Units of one kind, in the smallest: where both answers have one, its size counts.
-_SCALES = {
-    kind: {name: Fraction(size) for size, names in sizes.items() for name in names.split()}
-    for kind, sizes in {
-        "length": {"1": "mm", "10": "cm", "1000": "m meter meters", "1000000": "km kilometers"},
-        "imperial": {"1": "in inch inches", "12": "ft foot feet", "36": "yd yards", "63360": "mi mile miles"},
-        "mass": {"1": "mg", "1000": "g gram grams", "1000000": "kg kilograms"},
-        "time": {"1": "s sec second seconds", "60": "min minute minutes", "3600": "h hr hour hours",
-                 "86400": "day days"},
-        "volume": {"1": "mL ml", "1000": "L l liter liters"},
-        "money": {"1": "cent cents", "100": "dollar dollars"},
-    }.items()
-}  # fmt: skip
+_ARROW = re.compile(r"\\(?:to|rightarrow|mapsto)(?![a-zA-Z])|->")
+_SAID = re.compile(r"(?<![\\a-zA-Z])(?:or|and|not|if|is|to|than|but|maybe)(?![a-zA-Z])")
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -73,28 +74,43 @@ def _same(one: str, gold: str, depth: int = 0) -> bool:
         return False
     if _text(one) == _text(gold):
         return True
-    letter = _LETTER.fullmatch(gold)
-    if letter and len(gold) <= 4:
-        given = re.fullmatch(r"\(?\s*([A-Z]|[a-e])\s*[).]?", one) or _LABEL.match(one)
-        return given is not None and given[1].upper() == letter[1]
+    choice = _same_choice(one, gold)
+    if choice is not None:
+        return choice
     if label := _LABEL.match(one):
         one = one[label.end() :]
-    ours, wanted = _measure(one), _measure(gold)
-    if ours and wanted and ours[0] == wanted[0]:
-        return equal(ours[1], wanted[1])
+    if _verdict(gold):
+        return _verdict(one) == _verdict(gold)
+    if depth == 0:
+        one = _core(one, gold)
+        if _text(one) == _text(gold):
+            return True
+    if ":" in gold:
+        one = re.sub(r"(?<=\d)\s+to\s+(?=\d)", ":", one)  # a ratio
+    for agree in (_same_base, same_date, same_clock, _same_measure):
+        found = agree(one, gold)
+        if found is not None:
+            return found
+    found = same_intervals(one, gold, lambda a, b: _same(a, b, depth + 1)) if depth < 2 else None
+    if found is not None:
+        return found
     one, gold = _bare(one, gold, inside=depth > 0)
+    if not one:
+        return False
     numbers = _number(one), _number(gold)
     if None not in numbers:
         return _equal_numbers(one, gold)
     for text, other in ((one, numbers[1]), (gold, numbers[0])):
-        if (
-            other is not None
-            and _DECIMAL_COMMA.fullmatch(text)
-            and equal(_number(text.replace(",", ".")), other)
+        if other is not None and (
+            equal(_number(re.sub(r"^(\d+) and (\d+/\d+)$", r"\1 \2", text)), other)
+            or (_DECIMAL_COMMA.fullmatch(text) and equal(_number(text.replace(",", ".")), other))
+            or equal(_worded(text), other)
         ):
             return True
     if _text(one) == _text(gold):
         return True
+    if numbers[1] is not None and re.fullmatch(r"-?\d[\d.]*[a-zA-Z]{1,3}|(?:[<>]|\\[lgn]e).*", one):
+        return False  # 9ab, < 9
     if depth < 3:
         found = _same_parts(one, gold, depth)
         if found is not None:
@@ -104,10 +120,79 @@ def _same(one: str, gold: str, depth: int = 0) -> bool:
     return _same_expression(one, gold)
 
 
+def _same_choice(one: str, gold: str) -> bool | None:
+    """Whether both name the same choice, or all of several; None where ``gold`` is no letter of a choice."""
+    letter = _LETTER.fullmatch(gold)
+    if letter and len(gold) <= 4:
+        one = _CHOICE.sub("", one)
+        given = re.fullmatch(r"[(\[]?\s*([A-Z]|[a-e])\s*[).\]]?", one) or _LABEL.match(one)
+        return given is not None and given[1].upper() == letter[1]
+    several = re.fullmatch(r"[A-J](?:\s*,\s*[A-J])+", gold)
+    if several and re.fullmatch("[A-J]{2,}", one):
+        return sorted(one) == sorted(re.findall("[A-J]", gold))
+    return None
+
+
+def _core(text: str, gold: str) -> str:
+    """An answer without the words before it: "The number of ways is 7", "Total: 7", "It is Monday",
+    "The point (2,3)", "A(2,3)"."""
+    if _HEDGE.search(text):
+        return text
+    if _is_words(gold):
+        return re.sub(r"^(?:[A-Za-z]+ )+(?:is|are) (?:on )?", "", text)
+    text = re.sub(r"^[A-Za-z][A-Za-z ]*(?:\s(?:is|are|equals|equal to)|:)\s+(?=.*[\d\\])", "", text)
+    named = re.fullmatch(r"([A-Z]|[A-Za-z]+(?: [A-Za-z]+)* )([(\[].*,.*[)\]])", text)
+    if named and not {word.lower() for word in named[1].split()} & _NOT_UNITS:
+        return named[2] if _closing(named[2]) == len(named[2]) - 1 else text
+    return text
+
+
+def _same_base(one: str, gold: str) -> bool | None:
+    """Numbers of which one at least names its base; without one it is taken to be in the other's."""
+    ours, wanted = in_base(one), in_base(gold)
+    if ours is None and wanted is None:
+        return None
+    plain = re.sub(r"^0+(?=.)|[\s,]", "", gold if wanted is None else one)
+    if ours is None or wanted is None:
+        known = ours or wanted
+        return known is not None and known[0] == plain if plain.isalnum() else None
+    return ours == wanted
+
+
+def _same_measure(one: str, gold: str) -> bool | None:
+    """Two measures by their size; a number in words of scale (1.2 million) also against one in digits."""
+    ours, wanted = measure(one), measure(gold)
+    if ours and wanted:
+        if ours[0] == wanted[0]:
+            return equal(ours[1], wanted[1])
+        return False if min(len(ours[2]), len(wanted[2])) > 1 else None
+    for known, other in ((ours, gold), (wanted, one)):
+        if known and known[0] == ("count", 1) and equal(_number(other), known[1]):
+            return True
+    return None
+
+
+def _worded(text: str) -> Fraction | None:
+    """The one number of "there are 7 ways", or that words say ("seven")."""
+    if not re.search("[a-zA-Z]{2}", text) or re.search(r"[^\w\s.,'$%-]|_", text):
+        return None
+    if (number := spelled(text)) is not None:
+        return number
+    odd = re.search(r"\d[a-zA-Z]|[a-zA-Z]\d|\b[b-zB-HJ-Z]\b|\d\s+[A-Z]\b", text)
+    return None if odd or _HEDGE.search(text) else only_number(text)
+
+
+def _verdict(text: str) -> str | None:
+    """Yes, no, true or false, where an answer is that or begins with it and a comma."""
+    match = re.match(r"(yes|no|true|false)\b(?=\s*(?:[,.;:]|$))", text, re.IGNORECASE)
+    return match[1].lower() if match else None
+
+
 def _text(text: str) -> str:
     """Text to compare: without blanks and brackets around it, words in lower case."""
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) if _THOUSANDS.fullmatch(text) else text
-    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", re.sub(r"[\s$]", "", text))
+    text = re.sub(r"^(?:the|an?)\s+(?=[a-z]{3}[a-z ]*$)", "", text.strip(), flags=re.IGNORECASE)
+    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", re.sub(r"[\s$]+(?!\d)|(?<!\d)[\s$]+", "", text))
     text = re.sub(r"_\{(\d+)\}", r"_\1", text)
     words = re.search(r"[a-zA-Z]{3}|[ap]\.?m\b|[AP]\.?M\b", text)
     return text.lower() if words and re.fullmatch(r"[a-zA-Z0-9 ():.,'-]+", text) else text
@@ -122,8 +207,11 @@ def _bare(one: str, gold: str, inside: bool) -> tuple[str, str]:
     """Both without units and without ``x =``; ``inside`` a list, names must agree where both have one."""
     one, gold = _without_unit(one), _without_unit(gold)
     sides, wanted = _sides(one), _sides(gold)
-    if len(sides) == len(wanted) == 2 and sides[0] != wanted[0]:  # x = 5 is not y = 5
-        inside |= all(re.fullmatch("[a-z]", side[0]) for side in (sides, wanted))
+    if len(sides) == len(wanted) == 2:  # x = 5 is not y = 5
+        inside |= _other_name(sides[0], wanted[0])
+    values = [side for side in sides if _number(side) is not None]
+    if any(not _near(value, values[0]) for value in values):
+        return "", gold  # 3 = 4
     if inside and len(sides) > 1 and len(wanted) > 1 and sides[0] != wanted[0]:
         return one, gold
     named = all(map(_SIDE.fullmatch, (sides[0], wanted[0])))
@@ -135,6 +223,21 @@ def _bare(one: str, gold: str, inside: bool) -> tuple[str, str]:
     )
     one, gold = (re.sub(r"^\w+\s*\\in\s*(?![a-zA-Z])", "", text) for text in (one, gold))
     return _without_unit(one), _without_unit(gold)
+
+
+def _other_name(one: str, gold: str) -> bool:
+    """Whether two names of one kind (x and y, f(x) and g(x), AB and CD) differ."""
+    for kind in (r"([a-zA-Z](?:_\{?\w+\}?)?)'?", r"([a-zA-Z](?:_\{?\w+\}?)?)'?\(.*\)", r"([A-Z]{2,3})"):
+        a, b = re.fullmatch(kind, one), re.fullmatch(kind, gold)
+        if a and b:
+            return sorted(re.sub("[{}]", "", a[1])) != sorted(re.sub("[{}]", "", b[1]))
+    return False
+
+
+def _near(one: str, other: str) -> bool:
+    a, b = _number(one), _number(other)
+    assert a is not None and b is not None
+    return _equal_numbers(one, other) or abs(a - b) * 100 <= max(abs(a), abs(b))
 
 
 def _reducible(sides: list[str]) -> bool:
@@ -159,20 +262,9 @@ def _sides(text: str) -> list[str]:
     return sides
 
 
-def _measure(text: str) -> tuple[str, Fraction] | None:
-    """(kind of unit, value in its smallest unit) of a number with one of the common units."""
-    match = re.fullmatch(r"(.*[\d}])\s*([a-zA-Z]{1,10})", text.strip().rstrip("."))
-    number = match and only_number(match[1])
-    if match is None or number is None:
-        return None
-    return next(
-        ((kind, number * names[match[2]]) for kind, names in _SCALES.items() if match[2] in names), None
-    )
-
-
 def _without_unit(text: str) -> str:
     """A number without its unit or currency; anything else as it is."""
-    text = text.strip().strip("$ ").rstrip(" .,;:")
+    text = text.strip().strip("$€£¥ ").rstrip(" .,;:")
     match = _UNIT.fullmatch(text)
     if match is None or "\\%" in match["unit"] or "%" in match["unit"]:
         return text
@@ -184,6 +276,8 @@ def _without_unit(text: str) -> str:
     single = len(words) == 1 and len(words[0]) == 1
     if single and (match.start("unit") == match.end("value") or words[0] not in "mgslhLKCFVWJN"):
         return text  # 5m may be five times m
+    if match.start("unit") == match.end("value") and stuck(match["unit"]):
+        return text
     return match["value"].strip() if only_number(match["value"]) is not None or " " in text else text
 
 
@@ -191,6 +285,7 @@ def _number(text: str) -> Fraction | None:
     r"""The number that an answer is, without units; 50\% is 50. None for anything else."""
     text = re.sub(r"\s*(?:\\?%|percent(?:age)?|degrees?)$", "", text.strip().strip("$"))
     text = re.sub(r"^[$\s]+|^([-+])\s*\$", r"\1", text)
+    text = text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
     if re.search(r"[a-zA-Z,]", re.sub(r"\\(?:frac|times|cdot)|[eE][-+]?\d|\d,\d{3}(?!\d)", "", text)):
         return None
     return only_number(text)
@@ -210,7 +305,15 @@ def _equal_numbers(one: str, gold: str) -> bool:
 
 def _same_parts(one: str, gold: str, depth: int) -> bool | None:
     """Lists, sets, tuples and intervals, part by part; None when these are no such things."""
+    named, wanted_names = _named(one), _named(gold)
+    if named and wanted_names:
+        return named.keys() == wanted_names.keys() and all(
+            _same(value, wanted_names[name], depth + 1) for name, value in named.items()
+        )
+    one, gold = _tuple(one, named, gold), _tuple(gold, wanted_names, one)
     ours, wanted = _parts(one), _parts(gold)
+    if ours and wanted is None and ours[0] == "" and re.search(r"\bor\b", one):
+        return all(_same(part, gold, depth + 1) for part in ours[1])  # 3/4 or .75
     if ours is None or wanted is None:
         return None
     (open_one, first), (open_gold, second) = ours, wanted
@@ -233,6 +336,33 @@ def _same_parts(one: str, gold: str, depth: int) -> bool | None:
         if match in left:
             left.remove(match)
     return not left
+
+
+def _named(text: str) -> dict[str, str]:
+    """Names and values of ``x=5, y=3``, by the alphabet where the letters are neighbours there, as they are
+    else; empty for anything else."""
+    if whole := re.fullmatch(r"\(\s*(\w(?:\s*,\s*\w)+)\s*\)\s*=\s*\((.*)\)", text):
+        letters, inner = whole[1].split(","), _split(whole[2], ",")
+        text = (
+            ",".join(map("=".join, zip(letters, inner, strict=False))) if len(letters) == len(inner) else ""
+        )
+    parts = [
+        part.split("=") for part in _split(re.sub(r"\s(?:and|\\land)\s", ",", text), ",;") if part.strip()
+    ]
+    names = [part[0].strip() for part in parts]
+    if len(names) < 2 or len({*names}) < len(names) or {len(part) for part in parts} != {2}:
+        return {}
+    if not all(re.fullmatch("[a-zA-Z]", name) for name in names):
+        return {}
+    values = {name: part[1].strip() for name, part in zip(names, parts, strict=True)}
+    letters = sorted(names)
+    neighbours = all(ord(b) - ord(a) == 1 for a, b in zip(letters, letters[1:], strict=False))
+    return {name: values[name] for name in letters} if neighbours else values
+
+
+def _tuple(text: str, named: dict[str, str], other: str) -> str:
+    """Named values as the tuple that ``other`` is."""
+    return f"({', '.join(named.values())})" if named and other.startswith("(") else text
 
 
 def _parts(text: str) -> tuple[str, list[str]] | None:
@@ -299,7 +429,9 @@ def _is_words(text: str) -> bool:
 
 
 def _same_expression(one: str, gold: str) -> bool:
-    """By Math-Verify; False without it, and for expressions that could take for ever."""
+    """By Math-Verify; False without it, for expressions that could take for ever, and for "3 \\to 4"."""
+    if any(odd.search(one) and not odd.search(gold) for odd in (_ARROW, _SAID)):
+        return False
     if not math_verify() or not balanced(one) or _ENDLESS.search(one) or _ENDLESS.search(gold):
         return False
     return same_expression(one, gold)

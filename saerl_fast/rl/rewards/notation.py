@@ -28,7 +28,7 @@ def plain(text: str) -> str:
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(_UPPER)}}}", text)
     text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(_LOWER)}}}", text)
     text = re.sub(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)  # 1½ is 1 1/2
-    text = re.sub(r"\u2013(?=[\d.\\(a-zA-Z])", "-", text)  # an en dash before a number, not between words
+    text = re.sub(r"[\u2013\u2014](?=[\d.\\(a-zA-Z])", "-", text)  # a dash before a number, not between words
     text = re.sub(r"[\u221a](\d+(?:\.\d+)?|[a-zA-Z])", r"\\sqrt{\1}", text)
     text = re.sub(r"[\u221a]\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"\u221b(\d+|[a-zA-Z])", r"\\sqrt[3]{\1}", text)
@@ -48,19 +48,37 @@ _WORDS = re.compile(
 )
 
 
+_QUOTIENT = re.compile(  # of units
+    r"\\[dt]?frac\s*\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*\}\s*\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*\}"
+)
+_ASCII = [  # plain notation for LaTeX's
+    (re.compile(r"\*\*(?=\s*[-({\d\w])"), "^"),
+    (re.compile(r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])"), r"\\pi "),
+    (re.compile(r"(?<=\d)(?:\s*[x*]\s*(?=10\s*\^)|\sx\s(?=\d))"), r" \\times "),
+    (re.compile(r"\^\s*(?:\{\s*0?\.5\s*\}|0?\.5(?!\d))"), r"^{1/2}"),
+    (re.compile(r"^(?:negative|minus)\s+(?=\d)", re.IGNORECASE), "-"),
+    (re.compile(r"(?<![\d.\w}/])(\d+)\s*/\s*(\d+)\s*(?=\\(?:sqrt|pi)(?![a-z]))"), r"\\frac{\1}{\2}"),
+]
+
+
 def tidy(text: str) -> str:
     r"""An answer without what does not change its meaning: delimiters, sizes, spacing, kinds of fraction.
 
     Words keep a space around them: ``5\text{cm}`` becomes ``5 cm``.
     """
     text = plain(text).strip()
+    text = re.sub(r"\\\$\s*(\d[\d.,]*)(?![\d.,]*\s*(?:[a-zA-Z\\{^*/]))", r"\1 dollars ", text)
     text = text.replace("\\\\%", "\\%").replace(r"\$", "$").replace(r"\%", "%")
+    text = text.replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}").replace("{:}", ":")
+    text = _QUOTIENT.sub(r" \1/\2", text)
     text = re.sub(r"(?<=\d)\s*[{]\s*,\s*[}]\s*", ",", text)
     text = re.sub(r"(\d),?\\[!,;:]\s*(?=\d{3}(?!\d))", r"\1", text)  # 1\,000 and 35,\!280
     text = _GONE.sub(" ", text)
     for _ in range(3):  # commands inside commands
         text = _WORDS.sub(lambda m: f" {m[1]} ", text)
-    text = re.sub(r"\\[,;:> ]|~|\\\s", " ", text) if "\\begin" not in text else text
+    if "\\begin" not in text:
+        text = re.sub(r"\\[,;:> ]|~|\\\s", " ", re.sub(r"\s*,?\s*\\\\\s*", ", ", text))
     text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
     text = re.sub(r"\\(leq|geq)(?:slant)?(?![a-zA-Z])", lambda m: "\\" + m[1][:2], text)
     text = re.sub(r"\\frac\s+", r"\\frac", text)
@@ -71,6 +89,9 @@ def tidy(text: str) -> str:
     text = re.sub(r"(?<=\d)\s*\\Omega(?![a-zA-Z])", " ohm", text)
     text = re.sub(r"(?<=\d)\s*\\mu\s*(?=[a-zA-Z]\b)", " micro", text)
     text = re.sub(r"(?<=\d) *([aApP])\.?\s?([mM])\b\.?", r" \1\2", text)
+    text = text.strip()
+    for pattern, written in _ASCII:
+        text = pattern.sub(written, text)
     text = re.sub(r"^(?:about|approximately|approx\.?|roughly|around)\s+(?=\S*\d)", "", text.strip())
     text = re.sub(r"(?<=\d)\s*\((?:approx|about|rounded)[^()]*\)$", "", text)
     if cases := re.fullmatch(r"\\begin\{(?:cases|aligned)\}(.*)\\end\{(?:cases|aligned)\}", text, re.DOTALL):

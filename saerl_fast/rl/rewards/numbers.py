@@ -22,16 +22,32 @@ _NUMBER = re.compile(
     r"(?P<whole>[1-9]\d{0,2}(?:,\d{3})+(?![\d])|[1-9]\d{0,2}(?: \d{3})+(?!\d| \d)|\d+)?(?P<dec>\.\d+)?"
     r"(?:[eE](?P<exp>[-+]?\d{1,3})(?!\w)|\s?(?:\\times|\\cdot|[*x])\s?10\s?\^\s?\{?(?P<ten>[-+]?\d{1,3})\}?"
     r"|\s?\^\s?\{?(?P<pow>-?\d{1,3})(?:\}|(?!\w)))?"
-    r"(?:\s*/\s*(?P<den>\d+)(?!\d|\.\d))?"
+    r"(?:\s*/\s*(?P<den>\d+)(?!\d|\.\d))?(?:\s(?P<scale>thousand|million|billion|trillion)\b)?"
 )
 _INT = r"\s*(-?\s*\d+)\s*"
 _FRAC = re.compile(rf"(?:(-)\s*)?\\[dtc]?frac\s*(?:\{{{_INT}\}}\s*\{{{_INT}\}}|(\d)\s*(\d)(?!\d))")
 _PART = re.compile(r"\\[dtc]?frac\s*(?:(\d)\s*\{\s*(\d+)\s*\}|\{\s*(-?\d+)\s*\}\s*(\d))")
+_GROUPS = re.compile(r"(?<![\d.,_])\d{1,3}(?:(?:\.\d{3}){2,}|(?:_\d{3})+)(?![\d.,])")  # 1.000.000, 1_000
 _MONTH = re.compile(
-    r"\b(jan(uary)?|feb(ruary)?|march|apr(il)?|june?|july?|aug(ust)?|sept(ember)?|oct(ober)?|nov(ember)?"
+    r"\bmay\s+\d|\d\s+may\b|\b(jan(uary)?|feb(ruary)?|march|apr(il)?|june?|july?|aug(ust)?|sept(ember)?|oct(ober)?|nov(ember)?"
     r"|dec(ember)?)\b",
     re.I,
 )
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+# Before and after a number that is part of something else: a time, ratio, range, date or pair, a product with
+# a variable, a root or another base; or that is denied.
+_HEAD = re.compile(
+    r"(?:\d\s*[:/]\s*|[\d)]\s?[-\u2013]\s?|[(\[]\s*[-\d./]+\s*,\s*|sqrt\s*[{(]?\s*|\u221a\s*|\bnot\s+"
+    r"|\bbetween\s+\S+\s+and\s+)$"
+)
+_TAIL = re.compile(
+    r"\s?(?:[_^]|\\(?:pi|sqrt)(?![a-z])|pi\b|[\u03c0\u221a])|:\d|[abcijknpqrtuvwxyz](?![a-zA-Z])|\s*[-+*/]\s*\d"
+)
+_UNITS = frozenset({
+    "mm", "cm", "km", "in", "ft", "yd", "mi", "mg", "kg", "lb", "lbs", "oz", "sec", "min", "hr", "hrs", "ml",
+    "mL", "mph", "kph", "Hz", "kHz", "MHz", "Pa", "kPa", "kV", "kW", "kWh", "kJ", "mol", "rad", "deg", "st",
+    "nd", "rd", "th", "am", "pm", "AM", "PM", "cc", "eV", "USD", "EUR", "GBP",
+})  # that follow a number without a blank  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,9 @@ def prepared(text: str) -> str:
     """``text`` with its signs in ASCII and its LaTeX fractions and spacing as plain text."""
     text = re.sub(r"\s{4,}", "   ", plain(text))  # long runs would be looked through again and again
     text = re.sub(r"(?<=\d)(?:\\[,;:! ]|\{,\}|,\\!)+(?=\d{3}(?!\d))", "", text)
+    text = _GROUPS.sub(lambda m: re.sub("[._]", "", m[0]), text)
+    text = re.sub(r"\b(?:negative|minus)\s+(?=\d)", "-", text, flags=re.IGNORECASE)
+    text = re.sub(r"(?<=\d)\s+out\s+of\s+(?=\d)", "/", text)
     text = _PART.sub(lambda m: f"\\frac{{{m[1] or m[3]}}}{{{m[2] or m[4]}}}", text)
     return _FRAC.sub(_plain_fraction, text)
 
@@ -82,6 +101,8 @@ def _value(match: re.Match[str]) -> Fraction | None:
         if len(digits) * abs(power) > MOST_DIGITS or (number == 0 and power < 0):
             return None
         number **= power
+    if match["scale"]:
+        number *= _SCALES[match["scale"]]
     if match["den"]:
         below = int(match["den"])
         if below == 0:
@@ -93,9 +114,14 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number in ``text``, exactly; None when there is none."""
-    found = numbers(prepared(str(text)))
-    return found[-1].value if found else None
+    """The last number in ``text``, exactly; None when there is none, or it is part of something else (a time,
+    a range, a pair, ``5x``, ``2\\sqrt{3}``) or denied ("not 5")."""
+    text = prepared(str(text))
+    found = numbers(text)
+    if not found or _HEAD.search(text[: found[-1].start]):
+        return None
+    after = text[found[-1].end :]
+    return None if _TAIL.match(after) or stuck(after) else found[-1].value
 
 
 def only_number(text: str) -> Fraction | None:
@@ -104,7 +130,7 @@ def only_number(text: str) -> Fraction | None:
     None when it holds none or several (``12:30``, ``(1,2)``, a date), or when the number is part of an
     expression (``2\sqrt{3}``, ``5x``, ``2104_5``).
     """
-    text = prepared(tidy(text))
+    text = re.sub(r"^[a-zA-Z]\w*\([^()]*\)\s*=\s*", "", prepared(tidy(text)))
     found = numbers(text)
     if len(found) != 1 or _MONTH.search(text):
         return None
@@ -113,11 +139,19 @@ def only_number(text: str) -> Fraction | None:
         return None
     if re.match(r"[a-zA-Z](?![a-zA-Z])", after) and after[0] in "xyznkabcietpqruvw":
         return None
+    if stuck(after):
+        return None
     if re.search(r"[-+*]\s*$|[a-zA-Z]\($", before) or re.match(
         r"\s*[-+*/(:=]\s*\w|\s+[a-zA-Z]\s*[-+*/=]", after
     ):
         return None
     return found[0].value
+
+
+def stuck(after: str) -> bool:
+    """Whether what follows a number without a blank is a product of variables (6ab), not a unit."""
+    match = re.match(r"[a-zA-Z]{2,3}(?![a-zA-Z])", after)
+    return match is not None and match[0] not in _UNITS
 
 
 def _units(after: str) -> str:

@@ -1,6 +1,6 @@
 """Whether one model's features predict what another finds hard: models of two families on the demo's pool.
 
-    python -m benchmarks.bench_transfer --models examples/demo/model OTHER
+    python -m benchmarks.transfer --models examples/demo/model OTHER
 
 Of each model: an SAE of its middle layer, trained on the pool's prompts, pooled SAE features and hidden
 states of every prompt, and as pass rate its probability of the reference answer. Then Spearman with one

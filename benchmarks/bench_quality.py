@@ -1,0 +1,366 @@
+"""What the signals see of defective prompts, copies of prompts and subjects, on a pool of maths problems.
+
+    python -m benchmarks.bench_quality POOL.jsonl --model MODEL --out benchmarks/results/quality.json
+
+POOL: rows with id, problem, answer and pass_rate. Defective copies of some prompts (`defects.DEFECTS`) and
+near-copies of others (`defects.COPIES`) join it, an SAE is trained on all, and one forward pass gives pooled
+SAE features and hidden states of the SAE's layer. All of that is kept under ``--work``, in parts: the same
+command goes on where it stopped, and the tables need no model once the parts are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from sklearn.metrics import normalized_mutual_info_score as nmi
+from sklearn.metrics import roc_auc_score
+
+from benchmarks.defects import COPIES, DEFECTS
+from benchmarks.harness import DEVICE, environment
+from saerl_fast.config import DiversityConfig
+from saerl_fast.fileio import write_json
+from saerl_fast.signals import ridge
+from saerl_fast.signals.bank import Bank
+from saerl_fast.signals.clusters import cluster_prompts
+from saerl_fast.signals.copies import find_copies
+from saerl_fast.signals.features import weighted
+from saerl_fast.signals.text import Tfidf
+from saerl_kernels import CSR, csr
+
+PER_WAY, PER_COPY = 130, 60
+PART = 512  # prompts kept together
+KINDS = ("length", "text", "tfidf", "sae", "hidden")
+SETS: dict[str, tuple[str, ...]] = {
+    **{kind: (kind,) for kind in KINDS},
+    "default": ("sae", "text", "tfidf"),
+    "all": ("sae", "text", "tfidf", "hidden"),
+}
+SUBJECTS = {  # words that tell a subject, for want of a pool that names it
+    "geometry": r"triangle|circle|angle|square|rectangl|radius|perimeter|polygon|trapezoid|cube|sphere|cone",
+    "numbers": r"prime|divis|remainder|integer|digit|multiple|greatest common|modulo|odd|even number",
+    "counting": r"probabil|how many ways|dice|coin|cards|randomly|arrange|permutation|combination|choose",
+    "algebra": r"polynomial|roots|equation|solve|quadratic|expression|simplif|inequalit|logarithm",
+    "functions": r"function|f\(x\)|graph of|domain|range of|inverse|asymptote|increasing",
+    "sequences": r"sequence|arithmetic progression|geometric|series|a_n|a_\{n|term of|recurs",
+    "vectors": r"\\sin|\\cos|\\tan|vector|matrix|complex number|determinant|polar",
+    "stories": r"miles|hours|dollars|cents|minutes|percent|bought|sold|price|students|years old|speed|cost",
+}
+
+
+def make_pool(path: Path, out: Path) -> None:
+    """The pool's rows; defective copies of some, way by way; near-copies of others."""
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    order = random.Random(0).sample(range(len(rows)), len(rows))
+    made = [{"id": str(r["id"]), "problem": r["problem"], "answer": str(r["answer"])} for r in rows]
+    for row, source in zip(made, rows, strict=True):
+        row |= {"pass_rate": source["pass_rate"], "kind": "sound", "way": "", "part": "sound"}
+    extra: list[dict[str, Any]] = []
+    ways = [(kind, way.__name__, way, PER_WAY) for kind, found in DEFECTS.items() for way in found]
+    ways += [("copy", name, way, PER_COPY) for name, way in COPIES.items()]
+    for kind, name, spoil, most in sorted(ways, key=lambda way: way[1] != "drawing_removed"):
+        wanted, rest = most, []
+        for i in order:
+            text = spoil(rows[i]["problem"], random.Random(f"{name} {i}")) if wanted else None
+            if not text or not text.strip():
+                rest.append(i)
+                continue
+            bad = {"id": f"{kind} {name} {i}", "problem": text, "answer": made[i]["answer"]}
+            extra.append(bad | {"pass_rate": None, "kind": kind, "way": name, "of": made[i]["id"]})
+            made[i]["part"] = "original"  # no defect is told from the very prompt it was made of
+            wanted -= 1
+        order = rest
+    out.write_text("".join(json.dumps(row) + "\n" for row in [*made, *extra]))
+
+
+def extract(pool: Path, work: Path, model: str, dtype: str) -> None:
+    """Train the SAE and pool features and hidden states, a file for every PART prompts."""
+    from saerl_fast.config import load_config
+    from saerl_fast.sae.capture import iter_hidden_ids, resolve_layer
+    from saerl_fast.sae.files import load_sae
+    from saerl_fast.session import Session
+    from saerl_fast.stages.console import Echo
+    from saerl_fast.stages.pipeline import sae_stage
+
+    if not (work / "pool.jsonl").is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        make_pool(pool, work / "pool.jsonl")
+    settings = {
+        "model.path": model,
+        "model.dtype": dtype,
+        "data.train": work / "pool.jsonl",
+        "data.prompt_column": "problem",
+        "data.id_column": "id",
+        "data.eval_size": 1,
+        "data.max_prompt_tokens": 512,
+        "run_dir": work,
+    }
+    config = load_config(None, [f"{key}={value}" for key, value in settings.items()])
+    echo = Echo()
+    session = Session.open(config, echo)
+    sae = load_sae(work / "sae") if (work / "sae").is_dir() else sae_stage(config, echo, session)
+    layer = resolve_layer(session.model, sae, None)
+    ids, rows = session.train.column("prompt_id"), session.train.ids
+    before, after = _shared(rows)
+    bar = echo.bar("features", "prompt")
+    for start in range(0, len(rows), PART):
+        file = work / f"part-{start:07d}.npz"
+        if file.is_file():
+            continue
+        found: dict[int, dict[str, torch.Tensor]] = {}
+        with torch.inference_mode():
+            for chosen, x, offsets in iter_hidden_ids(session.model, rows[start : start + PART], layer):
+                sizes = (offsets[1:] - offsets[:-1]).tolist()
+                pooled = {r: sae.pool(x, offsets, reduce=r).to_dense() for r in ("max", "mean")}
+                tokens = x.float().split(sizes)
+                own = [part[before : len(part) - after] for part in tokens]
+                ends = torch.tensor([0, *map(len, own)]).cumsum(0)
+                inner = torch.cat(own).to(x.dtype)
+                pooled |= {f"own_{r}": sae.pool(inner, ends, reduce=r).to_dense() for r in ("max", "mean")}
+                pooled["hidden_mean"] = torch.stack([part.mean(0) for part in own])
+                pooled["hidden_last"] = torch.stack([part[-1] for part in tokens])
+                for place, i in enumerate(chosen):
+                    found[int(i)] = {name: value[place] for name, value in pooled.items()}
+        stacked = {
+            name: torch.stack([found[i][name] for i in range(len(found))]).numpy().astype(np.float32)
+            for name in found[0]
+        }
+        np.savez_compressed(work / "part.tmp.npz", ids=np.array(ids[start : start + PART]), **stacked)
+        (work / "part.tmp.npz").replace(file)
+        bar(min(start + PART, len(rows)), len(rows))
+    (work / "complete").touch()
+
+
+def _shared(rows: list[list[int]]) -> tuple[int, int]:
+    """How many tokens all prompts begin and end with: the chat template's."""
+    least = min(map(len, rows))
+    first = next((i for i in range(least) if len({row[i] for row in rows}) > 1), least)
+    last = next((i for i in range(least) if len({row[-1 - i] for row in rows}) > 1), least)
+    return first, min(last, least - first - 1)
+
+
+def answer_scores(work: Path, model: str, dtype: str, prompts: int = 200, samples: int = 4) -> None:
+    """What the model says of right answers and of those of other prompts, kept in ``answers.npz``.
+
+    The answer follows "The answer is "; of it the mean log-probability of its tokens, the same less that of
+    ``samples`` answers that the model samples, and less that of as many answers of other prompts.
+    """
+    from saerl_fast.config import ModelConfig
+    from saerl_fast.models import load_model
+
+    rows = [json.loads(line) for line in (work / "pool.jsonl").read_text().splitlines()]
+    sound = [row for row in rows if row.get("part") == "sound" and len(row["problem"]) < 600]
+    chosen = random.Random(5).sample(sound, prompts)
+    net, tokenizer = load_model(ModelConfig(path=model, dtype=dtype))
+    net.eval()
+    kept: list[list[list[float]]] = []
+    for i, row in enumerate(chosen):
+        message = [{"role": "user", "content": row["problem"]}]
+        start = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(start + "The answer is", add_special_tokens=False, return_tensors="pt").input_ids
+        torch.manual_seed(i)
+        with torch.inference_mode():
+            drawn = net.generate(ids, do_sample=True, max_new_tokens=12, num_return_sequences=samples)
+        texts = [tokenizer.decode(one[ids.shape[1] :], skip_special_tokens=True) for one in drawn]
+        others = [chosen[(i + step) % prompts]["answer"] for step in range(1, samples + 2)]
+        told = [" " + answer[:40] for answer in (row["answer"], *others)] + [text or " ?" for text in texts]
+        tails = [tokenizer(text, add_special_tokens=False).input_ids for text in told]
+        width = max(map(len, tails))
+        batch = torch.tensor([ids[0].tolist() + tail + [0] * (width - len(tail)) for tail in tails])
+        with torch.inference_mode():
+            logits = net(batch).logits[:, ids.shape[1] - 1 : -1].float().log_softmax(-1)
+        each = [float(logits[n, range(len(tail)), tail].mean()) for n, tail in enumerate(tails)]
+        right, wrong, rest, own = (
+            each[0],
+            each[1],
+            np.mean(each[2 : 2 + samples]),
+            np.mean(each[2 + samples :]),
+        )
+        kept.append([[right, wrong], [right - own, wrong - own], [right - rest, wrong - rest]])
+        if i % 20 == 0:
+            print(f"answers of {i} prompts", flush=True)
+    names = ("log-probability", "less that of sampled answers", "less that of other prompts' answers")
+    found = np.array(kept).transpose(1, 2, 0)
+    np.savez(work / "answers.npz", **dict(zip(names, found, strict=True)))
+
+
+def load(work: Path) -> tuple[Bank, dict[str, np.ndarray], list[dict[str, Any]]]:
+    """A bank with ``hidden`` as a further kind of features, every pooling by name, and the rows."""
+    rows = {row["id"]: row for row in map(json.loads, (work / "pool.jsonl").read_text().splitlines())}
+    files = [np.load(file) for file in sorted(work.glob("part-*.npz"))]
+    found = [rows[name] for file in files for name in file["ids"].tolist()]
+    pooled = {name: np.concatenate([file[name] for file in files]) for name in files[0] if name != "ids"}
+    hidden = np.hstack([pooled["hidden_mean"], pooled["hidden_last"]])
+    X = CSR.from_scipy(csr_matrix(pooled["own_max"]))
+    return Bank(X, [row["problem"] for row in found], {"hidden": hidden}), pooled, found
+
+
+def quality(bank: Bank, rows: list[dict[str, Any]], draws: int) -> dict[str, Any]:
+    """AUC on rows without labels, by kind of defect and set of features.
+
+    ``alone``: fits to 200 sound and 50 bad rows of the kind, in all its ways; ``mixed``: one fit to 200 sound
+    rows and 50 of all kinds, told apart by kind; ``unseen``: fits to 50 bad rows of the kind in all ways but
+    one, tested on that one, the mean over ways.
+    """
+    kind, way = (np.array([row[name] for row in rows]) for name in ("kind", "way"))
+    sound = np.flatnonzero(np.array([row.get("part") == "sound" for row in rows]))
+    seen_kinds = [name for name in DEFECTS if name != "wrong_answer"]
+    bad = np.flatnonzero(np.isin(kind, list(DEFECTS)))
+    at = np.r_[sound, bad]
+    blocks, kind, way = bank.blocks(KINDS, at), kind[at], way[at]
+    table: dict[str, Any] = {}
+
+    def test(
+        told: str, name: str, good: np.ndarray, broken: np.ndarray, tested: dict[str, np.ndarray]
+    ) -> None:
+        """Fit to 200 of ``good`` and ``broken``; AUC of the rest of ``good`` and of each of ``tested``."""
+        seen = np.r_[good[:200], broken]
+        flags = np.r_[np.ones(200), np.zeros(len(broken))]
+        for features, names in SETS.items():
+            chosen = {one: blocks[one] for one in names}
+            scores = ridge.fit(chosen, seen, flags).predict(chosen)
+            for one, where in tested.items():
+                others = good[200:1000]
+                truth = np.r_[np.ones(len(others)), np.zeros(len(where))]
+                auc = roc_auc_score(truth, scores[np.r_[others, where]])
+                cells = table.setdefault(told, {}).setdefault(one or name, {}).setdefault(features, [])
+                cells.append(float(auc))
+
+    for draw in range(draws):
+        rng = np.random.default_rng(2000 + draw)
+        good = rng.permutation(np.flatnonzero(kind == "sound"))
+        broken = {name: rng.permutation(np.flatnonzero(kind == name)) for name in DEFECTS}
+        for name in DEFECTS:
+            test("alone", name, good, broken[name][:50], {"": broken[name][50:]})
+            for one in np.unique(way[broken[name]]) if len(DEFECTS[name]) > 1 else []:
+                this = way[broken[name]] == one
+                test("unseen", name, good, broken[name][~this][:50], {"": broken[name][this]})
+        every = np.concatenate([broken[name][:10] for name in seen_kinds])
+        test("mixed", "", good, every, {name: broken[name][10:] for name in seen_kinds})
+    return {
+        told: {
+            name: {features: round(float(np.mean(found)), 4) for features, found in cells.items()}
+            for name, cells in found.items()
+        }
+        for told, found in table.items()
+    }
+
+
+def copies(bank: Bank, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many near-copies are found, way by way, and how often the original is the nearest prompt."""
+    at = np.flatnonzero(np.isin([row["kind"] for row in rows], ["sound", "copy"]))
+    rows, place = [rows[i] for i in at], {rows[i]["id"]: n for n, i in enumerate(at)}
+    X = bank.X.select_rows(torch.from_numpy(at))
+    texts = [row["problem"] for row in rows]
+    found = find_copies(X, texts, [row["answer"] for row in rows], [row["id"] for row in rows])
+    group = np.where(found.of < 0, np.arange(len(rows)), found.of)
+    spaces = {"sae": weighted(X, csr.idf(X)).to_scipy(), "tfidf": Tfidf(texts)(texts)}
+    table: dict[str, Any] = {}
+    for n, row in enumerate(rows):
+        if row["kind"] != "copy" or row["of"] not in place:
+            continue
+        original, cells = place[row["of"]], table.setdefault(row["way"], {"copies": 0, "found": 0})
+        cells["copies"] += 1
+        cells["found"] += int(group[n] == group[original])
+        for name, space in spaces.items():
+            close = np.asarray((space @ space[n].T).todense()).ravel()
+            close[n] = -1
+            cells[f"nearest by {name}"] = cells.get(f"nearest by {name}", 0) + int(
+                close[original] >= close.max() - 1e-6
+            )
+    return {"ways": table, "found in all": {k: v for k, v in found.metrics.items() if isinstance(v, int)}}
+
+
+def clusters(pooled: dict[str, np.ndarray], rows: list[dict[str, Any]], seeds: int = 3) -> dict[str, Any]:
+    """NMI of the clusters with subjects and with looks; 1600 prompts whose subject their words tell."""
+    counts = np.array([[len(re.findall(p, row["problem"], re.I)) for p in SUBJECTS.values()] for row in rows])
+    told = np.sort(counts, axis=1)
+    clear = (told[:, -1] > told[:, -2]) & np.array([row["kind"] == "sound" for row in rows])
+    some = np.random.default_rng(0).permutation(np.flatnonzero(clear))[:1600]
+    texts = [rows[i]["problem"] for i in some]
+    subject = counts[some].argmax(axis=1)
+    looks = [(t.count("$") > 8, "[asy]" in t, "\\(" in t, "$$" in t or "\\[" in t, "\n" in t) for t in texts]
+    style = np.unique(looks, axis=0, return_inverse=True)[1].ravel()
+    table: dict[str, Any] = {}
+    for name in ("own_max", "own_mean"):
+        X = CSR.from_scipy(csr_matrix(pooled[name][some]))
+        for look in (1.0, 0.0):
+            for count in (7, 16):
+                found = []
+                for seed in range(seeds):
+                    cfg = DiversityConfig(n_clusters=count, look=look, seed=seed, null_rounds=0)
+                    labels = cluster_prompts(X, cfg, texts=lambda at: [texts[i] for i in at]).labels
+                    found.append([nmi(subject, labels), nmi(style, labels)])
+                mean = np.mean(found, axis=0).round(3).tolist()
+                table[f"{name.removeprefix('own_')}, look {look:g}, {count} clusters"] = mean
+    X = CSR.from_scipy(csr_matrix(pooled["own_mean"][some]))
+    auto = cluster_prompts(X, DiversityConfig(n_clusters="auto"), texts=lambda at: [texts[i] for i in at])
+    return {"nmi with subject, look": table, "auto": auto.metrics["n_clusters"]}
+
+
+def wrong_answers(work: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """AUC for answers exchanged among prompts: by pass rates, and by log-probabilities where they are known.
+
+    No rollout reaches an answer of another prompt, so the pass rate of such a row counts as 0; sound rows
+    have the pool's pass rate, or one drawn for as few rollouts as the labels have.
+    """
+    rates = np.array([row["pass_rate"] for row in rows if row["kind"] == "sound"])
+    rng = np.random.default_rng(0)
+    found = {
+        f"pass rate of {count} rollouts": 0.5 + 0.5 * float((rng.binomial(count, rates) > 0).mean())
+        for count in (4, 8, 16)
+    }
+    found["pass rate of 128 rollouts"] = 0.5 + 0.5 * float((rates > 0).mean())
+    if (work / "answers.npz").is_file():
+        known = np.load(work / "answers.npz")
+        for name in known:
+            right, wrong = known[name]
+            truth = np.r_[np.ones(len(right)), np.zeros(len(wrong))]
+            found[name] = float(roc_auc_score(truth, np.r_[right, wrong]))
+            found["prompts"] = len(right)
+    return {name: value if isinstance(value, int) else round(value, 4) for name, value in found.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pool", type=Path)
+    parser.add_argument("--model", help="what model.path takes; not needed once --work is complete")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench_quality"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--draws", type=int, default=10)
+    args = parser.parse_args(argv)
+    if not (args.work / "complete").is_file():
+        if not args.model:
+            parser.error(f"{args.work} holds no complete features; give --model")
+        extract(args.pool, args.work, args.model, args.dtype)
+    if args.model and not (args.work / "answers.npz").is_file():
+        answer_scores(args.work, args.model, args.dtype)
+    bank, pooled, rows = load(args.work)
+    result = {
+        "pool": args.pool.name,
+        "model": Path(
+            json.loads((args.work / "sae" / "train.json").read_text())["config"]["model"]["path"]
+        ).name,
+        "prompts": sum(row["kind"] == "sound" for row in rows),
+        "draws": args.draws,
+        "quality": quality(bank, rows, args.draws),
+        "wrong answers": wrong_answers(args.work, rows),
+        "copies": copies(bank, rows),
+        "clusters": clusters(pooled, rows),
+        "environment": environment(DEVICE),
+    }
+    if args.out:
+        write_json(args.out, result)
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""A card for every cluster: how large, hard and good it is, and which features and prompts make it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from saerl_fast.signals.features import Features, block, blocks, weighted
+
+CARDS = 32  # the largest clusters
+FEATURES, EXAMPLES = 5, 3  # of a card; examples also of each feature
+TEXT = 160  # characters of a prompt
+
+
+def cards(
+    X: Features,
+    weights: torch.Tensor,
+    labels: np.ndarray,
+    ids: Sequence[str],
+    texts: Callable[[np.ndarray], list[str]],
+    signals: dict[str, np.ndarray],
+) -> list[dict[str, Any]]:
+    """What `cluster_prompts` found in the features ``X`` [n, d_sae], as JSON; the largest clusters first.
+
+    ``weights``: its, of the features. ``texts`` gives the texts of some rows; of ``signals`` (float [n], NaN
+    where unknown) each card has the mean over its cluster. Features are those that weigh more in the cluster
+    than in all rows (``lift``: by how much, in rows of norm 1), each with the prompts that have most of it;
+    ``prompts`` are nearest to the cluster's centre.
+    """
+    sizes = np.bincount(labels)
+    largest = np.argsort(-sizes, kind="stable")[:CARDS]
+    sums = np.zeros((len(sizes), X.n_cols))
+    for part in blocks(X.n_rows):
+        rows = weighted(block(X, part), weights).to_scipy()
+        np.add.at(sums, (labels[part].repeat(np.diff(rows.indptr)), rows.indices), rows.data)
+    lift = sums / sizes[:, None] - sums.sum(axis=0) / X.n_rows
+    chosen = {int(c): [f for f in np.argsort(-lift[c])[:FEATURES] if lift[c, f] > 0] for c in largest}
+    columns = np.unique([f for found in chosen.values() for f in found]).astype(np.int64)
+    most = {f: _Top() for f in columns.tolist()}
+    near = {c: _Top() for c in chosen}
+    for part in blocks(X.n_rows):
+        raw, mine = block(X, part), labels[part]
+        some = raw.to_scipy()[:, columns].tocsc()
+        for place, f in enumerate(columns.tolist()):
+            at = slice(some.indptr[place], some.indptr[place + 1])
+            most[f].add(part.start + some.indices[at], some.data[at])
+        rows = weighted(raw, weights).to_scipy()
+        for c in chosen:
+            at = np.flatnonzero(mine == c)
+            near[c].add(part.start + at, rows[at] @ sums[c])
+    named = np.unique(np.concatenate([top.rows for top in (*most.values(), *near.values())]))
+    shown = dict(zip(named.tolist(), texts(named), strict=True))
+
+    def prompts(top: _Top) -> list[dict[str, str]]:
+        return [{"id": str(ids[i]), "text": " ".join(shown[i].split())[:TEXT]} for i in top.rows.tolist()]
+
+    return [
+        {
+            "cluster": c,
+            "size": int(sizes[c]),
+            **{name: _mean(values[labels == c]) for name, values in signals.items()},
+            "features": [
+                {"feature": int(f), "lift": float(lift[c, f]), "prompts": prompts(most[int(f)])}
+                for f in chosen[c]
+            ],
+            "prompts": prompts(near[c]),
+        }
+        for c in chosen
+    ]
+
+
+class _Top:
+    """The rows of the largest values seen, the first of equal ones."""
+
+    def __init__(self) -> None:
+        self.rows, self.values = np.empty(0, dtype=np.int64), np.empty(0)
+
+    def add(self, rows: np.ndarray, values: np.ndarray) -> None:
+        rows, values = np.r_[self.rows, rows].astype(np.int64), np.r_[self.values, values]
+        order = np.lexsort((rows, -values))[:EXAMPLES]
+        self.rows, self.values = rows[order], values[order]
+
+
+def _mean(values: np.ndarray) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else None
