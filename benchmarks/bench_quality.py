@@ -239,7 +239,7 @@ def quality(bank: Bank, rows: list[dict[str, Any]], draws: int) -> dict[str, Any
         good = rng.permutation(np.flatnonzero(kind == "sound"))
         broken = {name: rng.permutation(np.flatnonzero(kind == name)) for name in DEFECTS}
         for name in seen_kinds:
-            could = [any(way(texts[i], random.Random(i)) for way in DEFECTS[name]) for i in good]
+            could = [any(way(texts[i], random.Random(int(i))) for way in DEFECTS[name]) for i in good]
             every_good, good = good, good[could]  # such as the defect could have been made of
             test("alone", name, good, broken[name][:50], {"": broken[name][50:]})
             for one in np.unique(way[broken[name]]) if len(DEFECTS[name]) > 1 else []:

@@ -399,7 +399,7 @@ class Config(Section):
             "plan.adaptive.features": self.plan.adaptive.features,
         }
         for key, kinds in asked.items():
-            for kind in kinds:
+            for kind in kinds or ():
                 if kind in get_args(Stored) and kind not in self.score.features:
                     return f"{key} names {kind}, which is not kept; add it to score.features"
         return None
