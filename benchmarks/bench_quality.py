@@ -215,6 +215,7 @@ def quality(bank: Bank, rows: list[dict[str, Any]], draws: int) -> dict[str, Any
     bad = np.flatnonzero(np.isin(kind, list(DEFECTS)))
     at = np.r_[sound, bad]
     blocks, kind, way = bank.blocks(KINDS, at), kind[at], way[at]
+    texts = bank.texts(at)
     table: dict[str, Any] = {}
 
     def test(
@@ -237,11 +238,14 @@ def quality(bank: Bank, rows: list[dict[str, Any]], draws: int) -> dict[str, Any
         rng = np.random.default_rng(2000 + draw)
         good = rng.permutation(np.flatnonzero(kind == "sound"))
         broken = {name: rng.permutation(np.flatnonzero(kind == name)) for name in DEFECTS}
-        for name in DEFECTS:
+        for name in seen_kinds:
+            could = [any(way(texts[i], random.Random(int(i))) for way in DEFECTS[name]) for i in good]
+            every_good, good = good, good[could]  # such as the defect could have been made of
             test("alone", name, good, broken[name][:50], {"": broken[name][50:]})
             for one in np.unique(way[broken[name]]) if len(DEFECTS[name]) > 1 else []:
                 this = way[broken[name]] == one
                 test("unseen", name, good, broken[name][~this][:50], {"": broken[name][this]})
+            good = every_good
         every = np.concatenate([broken[name][:10] for name in seen_kinds])
         test("mixed", "", good, every, {name: broken[name][10:] for name in seen_kinds})
     return {

@@ -15,7 +15,6 @@ from saerl_fast.config.fields import SEED, Section, name_sections, section, sett
 
 Stored = Literal["sae", "sae_mean", "sae_max", "sae_last", "hidden", "scalars", "answer_logprob"]
 Kind = Literal[Stored, "text", "tfidf", "length", "answer_text", "random"]
-KINDS: list[Kind] = ["sae", "text", "tfidf"]
 FEATURES = "what the ridge reads; each kind weighs what the labels say for it"
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 LOSSES = ("dapo", "grpo", "dr_grpo", "gspo", "cispo")
@@ -137,7 +136,9 @@ class QualityConfig(Section):
         result="plan",
     )
     threshold: float = setting(0.5, "a probability of being good (logistic), or a score", result="plan")
-    features: list[Kind] = setting(KINDS, FEATURES, filled=True, distinct=True)
+    features: list[Kind] | None = setting(
+        None, f"{FEATURES}; null: all that are kept, text and length", filled=True, distinct=True
+    )
     folds: int = setting(5, "of the held-out figures", at_least=2)
     kind_column: str | None = setting(None, "what is wrong with a bad row; the AUC of each kind is told")
     near: float = setting(
@@ -398,7 +399,7 @@ class Config(Section):
             "plan.adaptive.features": self.plan.adaptive.features,
         }
         for key, kinds in asked.items():
-            for kind in kinds:
+            for kind in kinds or ():
                 if kind in get_args(Stored) and kind not in self.score.features:
                     return f"{key} names {kind}, which is not kept; add it to score.features"
         return None

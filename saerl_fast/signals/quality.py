@@ -61,8 +61,9 @@ def fit_quality(
         "filter_ratio": cfg.filter_ratio,
         "reads_answers": "answer" in bank.kinds,
     }
-    names = bank.names(cfg.features, "quality.features") + ["answer"] * ("answer" in bank.kinds)
     single = [name for name in bank.names(None, "") if name not in OF_ANSWER]
+    names = single if cfg.features is None else bank.names(cfg.features, "quality.features")
+    names = [*names, *["answer"] * ("answer" in bank.kinds)]
     at = bank.fitted(known, seed)
     metrics["note"] = _why_not(cfg, values[known])
     if not metrics["note"]:
