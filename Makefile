@@ -26,7 +26,7 @@ test: $(VENV)/.installed ## the whole test suite; kernels run in Triton's interp
 	$(BIN)/python $(PYTEST) $(TESTS)
 
 # uv resolves to the lowest versions that pyproject.toml allows; what those need in turn is the newest that fits.
-OLDEST_PYTHON ?= $(firstword $(shell command -v python3.10 python3.11) $(PYTHON))
+OLDEST_PYTHON ?= $(firstword $(shell for p in python3.10 python3.11; do $$p -c '' 2>/dev/null && echo $$p; done) $(PYTHON))
 test-oldest: ## the suite at the lower bounds of pyproject.toml, in an environment of its own: TESTS=tests/test_x.py
 	$(OLDEST_PYTHON) -m venv --clear $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install --quiet uv

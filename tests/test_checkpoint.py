@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.records import manifest
 from saerl_fast.rl import checkpoint as module
 from saerl_fast.rl.checkpoint import (
     load_latest,
@@ -162,7 +164,10 @@ def test_checkpoints_on_another_disk_stay_there(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_told_from_other_faults(tmp_path: Path, monkeypatch) -> None:
-    for number, advice in ((errno.ENOSPC, "free some space"), (errno.EACCES, "allow writing there")):
+    for number, advice in (
+        (errno.ENOSPC, "free some space"),
+        (errno.EACCES, "allow reading and writing there"),
+    ):
 
         def fail(path: Path, *_: Any, number: int = number) -> None:
             path.write_bytes(b"half")
@@ -172,3 +177,44 @@ def test_a_full_disk_is_told_from_other_faults(tmp_path: Path, monkeypatch) -> N
         with pytest.raises(SaerlError, match=advice):
             save(tmp_path, 1)
         assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_another_runs_checkpoint_is_not_taken(tmp_path: Path, caplog) -> None:
+    for name in ("one", "two"):
+        manifest.record(tmp_path / name, "run", [], {"resumable": name, "plan": None})
+    path = save(tmp_path / "one", 1)
+    save(tmp_path / "two", 1)
+    shutil.copy(path, tmp_path / "two" / "checkpoints" / path.name.replace("000001", "000009"))
+    found = load_latest(tmp_path / "two")
+    assert found is not None and found.step == 1 and "it is of a run with other settings" in caplog.text
+    shutil.copytree(tmp_path / "one" / "checkpoints", tmp_path / "bare" / "checkpoints")
+    assert load_latest(tmp_path / "bare") is not None  # nothing says whose folder it is
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_values_that_are_no_numbers_are_not_taken(tmp_path: Path, part: str, value: float, caplog) -> None:
+    save(tmp_path, 1)
+    model = tiny_model()
+    if part == "model":
+        with torch.no_grad():
+            model.lm_head.weight[0, 0] = value
+        save(tmp_path, 2, model, reference=None)
+    else:
+        save_checkpoint(
+            tmp_path, 2, model=model, optimizer={"m": torch.tensor([0.0, value])}, plan=PLAN, counters={}
+        )
+    found = load_latest(tmp_path)
+    assert found is not None and found.step == 1 and "NaN or infinite" in caplog.text
+
+
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path, monkeypatch) -> None:
+    save(tmp_path, 1)
+
+    def refuse(self):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(PermissionError):
+        load_latest(tmp_path)

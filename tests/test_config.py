@@ -5,8 +5,10 @@ import dataclasses
 import datetime
 import functools
 import math
+import os
 import pathlib
 import pickle
+import threading
 import typing
 
 import pytest
@@ -405,6 +407,9 @@ def test_an_override_is_text():
         ("train:\n  lr: 1\n  lr: 2\n", "has the key 'lr' twice in one section"),
         ("seed: 1\nseed: 1\n", "has the key 'seed' twice"),
         ("train.lr: 1\n", "has the key 'train.lr'; write it in its section, as train: {lr: VALUE}"),
+        ("seed: 010\n", "holds 010, which YAML reads as another number; write it in decimals"),
+        ("compare:\n  seeds: [1, 1:30]\n", "holds 1:30, which YAML reads as another number"),
+        ("run_dir: ' '\n", "run_dir=  must not be empty"),
     ],
 )
 def test_keys_that_yaml_would_pass_over(tmp_path, text, words):
@@ -412,7 +417,7 @@ def test_keys_that_yaml_would_pass_over(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(SaerlError) as caught:
         load_config(path)
-    assert words in str(caught.value)
+    assert words in str(caught.value) and "not valid YAML" not in str(caught.value)
 
 
 def test_changes_in_place_are_found_by_a_recheck():
@@ -430,3 +435,24 @@ def test_features_that_are_not_kept_cannot_be_read():
     assert found.plan.adaptive.features == ["scalars", "tfidf"] and found.difficulty.features is None
     with pytest.raises(SaerlError, match="score.features must hold sae"):
         load_config(None, ["score.features=hidden"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *((text, text) for text in ("a\nb", "a ", " a", "a #b", "a\t", "|", "&a b", "!!str a", "{prompt}\n")),
+        ('"a\\nb "', "a\nb "),
+        ("'a #b'", "a #b"),
+    ],
+)
+def test_text_of_the_command_line_stays_as_it_is(text, value):
+    assert load_config(None, [f"data.prompt_column={text}"]).data.prompt_column == value
+    assert load_config(None, [f"sae.path={text}"]).sae.path == value
+
+
+def test_a_config_file_may_be_a_pipe(tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    threading.Thread(target=pipe.write_text, args=("seed: 1_0\n",)).start()
+    assert load_config(pipe).seed == 10
+    with pytest.raises(SaerlError, match="cannot be read: Is a directory"):
+        load_config(tmp_path)

@@ -87,6 +87,7 @@ def test_a_model_of_frozen_parts_is_right() -> None:
 def test_a_model_without_a_backward_pass_is_refused_before_it_is_trained() -> None:
     with pytest.raises(SaerlError, match="Reformer.* cannot be trained: its backward pass failed"):
         check_gradient(tiny_family("reformer"))
+    check_gradient(tiny_family("ctrl"))  # scales its embeddings in place
 
 
 def test_a_sweep_goes_on_from_its_file_unless_the_code_is_another(tmp_path, monkeypatch, capsys) -> None:

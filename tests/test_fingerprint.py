@@ -1,7 +1,15 @@
 """What a fingerprint covers: the fields of the config say so themselves."""
 
 from saerl_fast.config import Config, apply_overrides, to_dict, walk
-from saerl_fast.stages.fingerprint import LABELS, RUN_SECTIONS, SCORE_SECTIONS, changes, flat, settings
+from saerl_fast.stages.fingerprint import (
+    LABELS,
+    RUN_SECTIONS,
+    SAE_SECTIONS,
+    SCORE_SECTIONS,
+    changes,
+    flat,
+    settings,
+)
 
 UNCOVERED = {  # where, how fast and what is kept: an old record would no longer fit if one were added
     *("model.device", "model.attn", "model.trust_remote_code"),
@@ -42,3 +50,12 @@ def test_changes_are_named_by_their_full_key():
     other = apply_overrides(Config(), ["train.reward=numeric", "train.lr=1"])
     assert changes(before, other, SCORE_SECTIONS) == "train.reward was ['exact']"
     assert changes({"train": 3}, Config(), RUN_SECTIONS) == "a record of another version"
+
+
+def test_an_sae_of_answers_is_another_one():
+    with_answers = apply_overrides(Config(), ["score.include_answer=true"])
+    one, two = (settings(to_dict(config), SAE_SECTIONS) for config in (Config(), with_answers))
+    assert "score" not in one and two == one | {"score": {"include_answer": True}}
+    assert changes(to_dict(Config()), with_answers, SAE_SECTIONS) == "score.include_answer was False"
+    assert changes(to_dict(with_answers), Config(), SAE_SECTIONS) == "score.include_answer was True"
+    assert changes(to_dict(with_answers), Config(), ("model", "data")).startswith("the same settings")

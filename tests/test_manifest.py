@@ -316,3 +316,34 @@ def test_a_report_reads_what_the_run_wrote(tmp_path):
         (tmp_path / name).write_bytes(kept)
     manifest.forget(tmp_path, "result")  # as while it goes on
     assert load_runs(tmp_path)[0].accuracy == [0.5]
+
+
+def test_a_folder_removed_while_it_is_written_is_no_success(tmp_path, monkeypatch):
+    real, calls = os.replace, []
+
+    def replace(old, new):
+        calls.append(real(old, new))
+        if len(calls) == 3:  # the manifest, and both files
+            shutil.rmtree(tmp_path / "out")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(SaerlError, match="was removed while it was written; run the command again"):
+        write(tmp_path / "out", "new")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", '""', "{}"])
+def test_a_manifest_that_is_nobodys_is_damaged_and_made_again(tmp_path, text):
+    write(tmp_path, "old")
+    (tmp_path / manifest.FILE).write_text(text)
+    with pytest.raises(SaerlError, match="does not record the thing here; make it with `make`"):
+        manifest.check(tmp_path, "thing", "make")
+    write(tmp_path, "new")
+    assert manifest.check(tmp_path, "thing", "make")["fingerprint"] == "new"
+
+
+def test_another_programs_manifest_stays(tmp_path):
+    (tmp_path / manifest.FILE).write_text('[{"Config": "x.json"}]')  # as in an image of a container
+    assert manifest.check(tmp_path, "thing", "make") is None
+    with pytest.raises(SaerlError, match="is a file of something else; remove it"):
+        manifest.record(tmp_path, "thing", [])

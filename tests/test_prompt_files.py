@@ -107,6 +107,7 @@ def test_faults_of_json_name_file_and_line(tmp_path, value, fault):
     [
         (f"[{GOOD}\n {GOOD}]", "line 2 is not valid JSON (no comma"),
         (f"[{GOOD}] x", "more text after the list"),
+        (f"[{GOOD},\n{GOOD},\n]", "line 2 is not valid JSON (no comma or ] after a row)"),
         (f"[{GOOD},\n\n", "line 3 is not valid JSON"),
         ('{"prompt": ["a"],\n "answer": [}', "line 2 is not valid JSON"),
         ("", "line 1 is not valid JSON"),
@@ -235,3 +236,10 @@ def test_a_file_of_another_kind_is_not_looked_for_on_the_hub(tmp_path, name, mon
     assert f"data file {name} is of a kind that is not read; save it as one of .parquet" in message_of(
         load, name
     )
+
+
+def test_the_cause_in_a_folder_that_datasets_reads_is_named(tmp_path):
+    pytest.importorskip("datasets")
+    said = message_of(load, str(tmp_path))
+    assert said.startswith(f"cannot load split 'train' of the folder {tmp_path} (EmptyDatasetError")
+    assert said.endswith("check its files and data.split, or pass a local file")

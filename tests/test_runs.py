@@ -1,4 +1,6 @@
+import gzip
 import json
+import os
 
 import pytest
 
@@ -267,3 +269,49 @@ def test_a_row_of_an_absurd_step_costs_no_memory(tmp_path, total):
     run = open_run(tmp_path / "a")
     run.read(whole=True)
     assert any("lacks the training steps" in line for line in run.holes())
+
+
+def test_a_run_of_the_comparison_that_is_not_there_is_said(tmp_path):
+    record_run(tmp_path / "a.seed-0", "a", 0, [{"step": 1, "kind": "train"}])
+    (tmp_path / "compare.json").write_text(json.dumps({"arms": ["a", "b:train.lr=1"], "seeds": [0]}))
+    said = []
+    load_runs(tmp_path, said.append)
+    assert said == [f"arm b, seed 0 of the comparison has no run in {tmp_path}"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    record_run(tmp_path / "a", "a")
+    record_run(tmp_path / "b", "b")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(SaerlError, match="cannot read .*b: Permission denied; make it readable"):
+        load_runs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (gzip.compress, "is compressed"),
+        (lambda rows: rows.replace(b"\n", b"\r"), "ends its lines with CR alone"),
+        (lambda rows: rows.decode().encode("utf-16"), "is no text of UTF-8"),
+    ],
+)
+def test_what_another_program_made_of_the_rows_is_named(tmp_path, change, said):
+    record_run(tmp_path / "a", "a", 0, [{"step": step, "kind": "train"} for step in (1, 2)])
+    file = tmp_path / "a" / "metrics.jsonl"
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(SaerlError, match=f"metrics.jsonl {said}, so another program wrote it"):
+        load_runs(tmp_path)
+
+
+def test_line_ends_of_windows_do_no_harm(tmp_path):
+    record_run(tmp_path / "a", "a", 0, [{"step": step, "kind": "train"} for step in (1, 2)])
+    file = tmp_path / "a" / "metrics.jsonl"
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    assert len(load_runs(tmp_path)[0].train) == 2

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,3 +195,18 @@ def test_a_run_that_loads_its_model_is_waited_for(tmp_path, monkeypatch):
         monkeypatch.setattr(time, "sleep", wait)
         watch(tmp_path, said.append)
     assert said == [f"waiting for {tmp_path}/metrics.jsonl"]
+
+
+@pytest.mark.parametrize("what", [".", "adaptive"])
+def test_what_is_removed_is_not_waited_for(tmp_path: Path, what: str) -> None:
+    root = tmp_path / "run"
+    write(root / "adaptive", 1, 2, None)
+    said: list[str] = []
+
+    def echo(line: str) -> None:
+        said.append(line)
+        shutil.rmtree(root / what)
+
+    with pytest.raises(SaerlError, match=f"{root if what == '.' else root / what} was removed"):
+        watch(root, echo, every=0.01)
+    assert len(said) == 1

@@ -64,7 +64,7 @@ class Setting(NamedTuple):
     def fault(self, value: Any) -> str | None:
         """What ``value``, of the right type, must do and does not."""
         items = value if isinstance(value, (list, tuple)) else [value]
-        if self.filled and (not items or "" in items):
+        if self.filled and (not items or any(isinstance(item, str) and not item.strip() for item in items)):
             return "must not be empty"
         if self.distinct and len(set(items)) < len(items):
             return "must not name anything twice"
@@ -195,10 +195,12 @@ def read(value: Any, hint: Any, key: str, about: Setting | None = None) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(value, Given):
         parsed = value.parsed()
-        # A template such as {prompt}, or "Question: {prompt}", is valid YAML for a mapping: keep the text.
+        # Text stays as it is unless it is quoted: YAML would read {prompt} as a mapping, and drop line ends,
+        # blanks at the end and what follows " #".
         optional = origin in (Union, types.UnionType) and str in args
         keep = hint is str or (optional and parsed is not None)
-        value = str(value) if keep and not isinstance(parsed, str) else parsed
+        quoted = isinstance(parsed, str) and value[:1] in ("'", '"')
+        value = str(value) if keep and not quoted else parsed
     if is_section(hint):
         if value is None or isinstance(value, dict):
             return from_dict(hint, value or {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,11 @@ def load_config(path: str | Path | None = None, overrides: Overrides = ()) -> Co
     tree: dict[str, Any] = {}
     if path is not None:
         file = Path(path)
-        if not file.is_file():
+        if not file.exists():
             raise SaerlError(f"config file {file} does not exist; pass an existing YAML file to --config")
         try:
             text = file.read_text(encoding="utf-8")
-            loaded = yaml.safe_load(text)
-            _check_keys(yaml.compose(text, yaml.SafeLoader), file)
+            loaded, tree_of_nodes = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
         except OSError as err:
             raise SaerlError(f"config file {file} cannot be read: {err.strerror}") from None
         except RecursionError:
@@ -42,13 +42,19 @@ def load_config(path: str | Path | None = None, overrides: Overrides = ()) -> Co
             raise SaerlError(f"config file {file} is not valid YAML: {' '.join(str(err).split())}") from None
         if loaded is not None and not isinstance(loaded, dict):
             raise SaerlError(f"config file {file} must hold sections, not a {type(loaded).__name__}")
+        _check_nodes(tree_of_nodes, file)
         tree = loaded or {}
     return from_dict(Config, _override(tree, overrides))
 
 
-def _check_keys(node: Any, file: Path, seen: set[int] | None = None) -> None:
-    """SaerlError for a key with dots, or twice in one mapping, of which YAML keeps the last."""
+def _check_nodes(node: Any, file: Path, seen: set[int] | None = None) -> None:
+    """SaerlError for what YAML reads in its own way: a key twice in one mapping, of which it keeps the last,
+    one with dots, and the whole numbers 010 (8) and 1:30 (90)."""
     seen = set() if seen is None else seen
+    if getattr(node, "tag", "").endswith(":int") and re.match(r"[-+]?0[0-7_]|.*:", node.value):
+        raise SaerlError(
+            f"config file {file} holds {node.value}, which YAML reads as another number; write it in decimals"
+        )
     if not isinstance(getattr(node, "value", None), list) or id(node) in seen:
         return
     seen.add(id(node))
@@ -61,7 +67,7 @@ def _check_keys(node: Any, file: Path, seen: set[int] | None = None) -> None:
             fix = ": {".join(key.split(".")) + ": VALUE" + "}" * key.count(".")
             raise SaerlError(f"config file {file} has the key {key!r}; write it in its section, as {fix}")
     for child in [value for _, value in pairs] or node.value:
-        _check_keys(child, file, seen)
+        _check_nodes(child, file, seen)
 
 
 def apply_overrides(config: Config, overrides: Overrides) -> Config:

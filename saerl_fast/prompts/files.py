@@ -250,10 +250,14 @@ def _read_hub(spec: str, split: str, hub_config: str | None) -> Columns:
         data = datasets.load_dataset(spec, hub_config, split=split)
     except Exception as err:  # the hub client raises many kinds
         what = f"{spec} (configuration {hub_config})" if hub_config else spec
-        reason = f"{type(err).__name__}: {_first_line(err)}"
+        cause: BaseException = err  # what datasets raises may say no more than that something failed
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = f"{type(cause).__name__}: {_first_line(cause)}"
+        local = Path(spec).is_dir()
         raise SaerlError(
-            f"cannot load split {split!r} of the hub dataset {what} ({reason}); "
-            "check the id and data.split, or pass a local file"
+            f"cannot load split {split!r} of the {'folder' if local else 'hub dataset'} {what} ({reason}); "
+            f"check {'its files' if local else 'the id'} and data.split, or pass a local file"
         ) from None
     return {name: data[name][:] for name in data.column_names}
 
@@ -286,5 +290,5 @@ def _numbers(cells: list[str | None]) -> list[Any]:
         return list(cells)
 
 
-def _first_line(err: Exception) -> str:
+def _first_line(err: BaseException) -> str:
     return (str(err).strip().splitlines() or [""])[0]

@@ -27,7 +27,7 @@ def elements(text: str, name: str) -> Iterator[Any]:
         value, end = guarded_json(text, where, lambda start=at: DECODER.raw_decode(text, start))
         yield value
         at = _skip(text, end)
-        if text[at : at + 1] == ",":
+        if text[at : at + 1] == "," and text[(after := _skip(text, at + 1)) : after + 1] != "]":
             at += 1
         elif text[at : at + 1] != "]":
             line += text.count("\n", counted, at)

@@ -97,6 +97,8 @@ def publish(
         before = (read(folder) or {}).get(name, [])
         if recorded:
             _put(folder, name, [entry, *before])
+    if lost := [file for file in written if not (folder / file).is_file()]:
+        raise SaerlError(f"{folder / lost[0]} was removed while it was written; run the command again")
     if recorded:
         _put(folder, name, [entry])
     for stale in {file for old in before for file in old["files"]} - written.keys():
@@ -130,6 +132,8 @@ def read(folder: str | Path) -> dict[str, list[Entry]] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError):
+        return {}
+    if not value or isinstance(value, (str, int, float)):  # nobody's
         return {}
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import logging
 import os
 from collections.abc import Callable
@@ -111,6 +112,8 @@ class RunRecord:
         if not path.is_file():
             return False
         with path.open("rb") as file:
+            if cause := _foreign(file.read(1 << 16)):
+                raise SaerlError(f"{path} {cause}, so another program wrote it; put back the file of the run")
             file.seek(self._offset - len(self._end))
             if file.read(len(self._end)) != self._end:
                 self._clear()
@@ -203,6 +206,17 @@ class RunRecord:
         return sorted(due.difference(self.eval_steps))
 
 
+def _foreign(start: bytes) -> str:
+    """What the start of a file of rows says of a program that wrote it anew, or ""."""
+    if start[:2] == b"\x1f\x8b":
+        return "is compressed"
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "is no text of UTF-8"
+    return (
+        "ends its lines with CR alone" if start[:1] == b"{" and b"\r" in start and b"\n" not in start else ""
+    )
+
+
 def _inside(tree: Any, *path: str) -> int | None:
     """The whole number that stands at ``path`` in nested objects, if one does."""
     for name in path:
@@ -220,7 +234,7 @@ def find_runs(root: str | Path) -> list[Path]:
     run writes later. Links are followed; a folder that is reached twice is listed once, not as a link."""
     found, seen, links = [], set(), [Path(root)]
     while links:
-        for at, folders, files in os.walk(links.pop(0)):
+        for at, folders, files in os.walk(links.pop(0), onerror=_unreadable):
             real = os.path.realpath(at)
             if real in seen:
                 folders.clear()
@@ -230,6 +244,11 @@ def find_runs(root: str | Path) -> list[Path]:
                 found.append(Path(at))
             links += [path for name in sorted(folders) if (path := Path(at, name)).is_symlink()]
     return sorted(found)
+
+
+def _unreadable(err: OSError) -> None:
+    if not isinstance(err, FileNotFoundError):  # removed meanwhile
+        raise SaerlError(f"cannot read {err.filename}: {err.strerror}; make it readable")
 
 
 def load_runs(root: str | Path, say: Callable[[str], None] = log.warning) -> list[RunRecord]:
@@ -256,6 +275,9 @@ def load_runs(root: str | Path, say: Callable[[str], None] = log.warning) -> lis
     for run in runs:
         run.read(whole=True)
     runs = one_of_each(root, runs, say)
+    for arm, seed in itertools.product(order, seeds):
+        if (arm, seed) not in {(run.arm, run.seed) for run in runs}:
+            say(f"arm {arm}, seed {seed} of the comparison has no run in {root}")
     for run in runs:
         for line in run.holes():
             say(f"{run.folder}: {line}")

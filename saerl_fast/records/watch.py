@@ -54,6 +54,8 @@ def watch(root: str | Path, echo: Callable[[str], None], *, every: float = 5.0) 
             echo(line)
 
     while True:
+        if gone := [folder for folder in (root, *known) if not folder.is_dir()]:
+            raise SaerlError(f"{gone[0]} was removed while it was watched")
         if folders := [folder for folder in find_runs(root) if (folder / "metrics.jsonl").is_file()]:
             order, seeds = listed(root)
             for folder in folders:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import first_line, remove, use_umask, writing, written
-from saerl_fast.records.manifest import digest
+from saerl_fast.records.manifest import digest, read
 
 log = logging.getLogger(__name__)
 FORMAT = "2"
@@ -97,6 +97,7 @@ def save_checkpoint(
     numpy = [name for name, value in arrays.items() if isinstance(value, np.ndarray)]
     values = {name: value for name, value in plan.items() if name not in arrays}
     state = {"step": step, "plan": values, "numpy": numpy, "counters": dict(counters)}
+    state["run"] = _run(out_dir)
     temporary = root / f"step-{step:06d}.tmp"
     with writing(f"a checkpoint to {root}"):
         try:
@@ -142,15 +143,21 @@ def load_latest(out_dir: str | Path) -> Checkpoint | None:
     files = _files(Path(out_dir) / FOLDER)
     for file in files:
         try:
-            return _load(file)
+            return _load(file, _run(out_dir))
         except Exception as err:  # whatever a crafted file raises; safetensors has a type of its own
             log.warning("checkpoint %s is damaged (%s); trying the one before it", file, first_line(err))
     if files:
-        raise SaerlError(f"every checkpoint in {out_dir} is damaged; start the run again without --resume")
+        raise SaerlError(f"every checkpoint in {out_dir} is damaged; add --overwrite to make the run again")
     return None
 
 
-def _load(file: Path) -> Checkpoint:
+def _run(out_dir: str | Path) -> list[Any] | None:
+    """What the run in ``out_dir`` was made from, as its manifest has it."""
+    entries = (read(out_dir) or {}).get("run")
+    return [entries[0].get("resumable"), entries[0].get("plan")] if entries else None
+
+
+def _load(file: Path, run: list[Any] | None) -> Checkpoint:
     from safetensors import safe_open
 
     if digest(file)[:16] != file.stem.rpartition("-")[2]:
@@ -160,10 +167,14 @@ def _load(file: Path) -> Checkpoint:
         if about.get("format") != FORMAT:
             raise ValueError(f"format {about.get('format')}, this version reads {FORMAT}")
         state = json.loads(about["state"])
+        if None not in (run, state.get("run")) and run != state["run"]:
+            raise ValueError("it is of a run with other settings")
         parts: dict[str, dict[str, Any]] = {part: {} for part in (*PARTS, "plan")}
         for key in opened.keys():  # noqa: SIM118  # no mapping
             part, _, name = key.partition(".")
-            parts[part][name] = opened.get_tensor(key)
+            parts[part][name] = tensor = opened.get_tensor(key)
+            if part in PARTS and not tensor.isfinite().all():
+                raise ValueError(f"{key} holds NaN or infinite values")
     plan = state["plan"] | parts.pop("plan")
     plan |= {name: plan[name].numpy() for name in state["numpy"]}
     return Checkpoint(file, state["step"], plan=plan, counters=state["counters"], **parts)
@@ -171,8 +182,8 @@ def _load(file: Path) -> Checkpoint:
 
 def _files(root: Path) -> list[Path]:
     """Complete checkpoints, latest first."""
-    found = (file for file in root.glob("step-*.safetensors") if _NAME.fullmatch(file.name))
-    return sorted(found, key=_step, reverse=True)
+    found = root.iterdir() if root.is_dir() else ()  # glob() passes over a folder that cannot be read
+    return sorted((file for file in found if _NAME.fullmatch(file.name)), key=_step, reverse=True)
 
 
 def _step(file: Path) -> int:

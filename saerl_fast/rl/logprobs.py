@@ -132,7 +132,7 @@ def check_gradient(model: Any) -> None:
 
     def begin(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         kept.append(output.detach().requires_grad_())  # the gradient of no weight is kept
-        return kept[-1]
+        return kept[-1].clone()  # which the model may change in place
 
     handle = embeddings.register_forward_hook(begin)
     try:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path
+from saerl_fast.records.kept import Kept
 
 log = logging.getLogger(__name__)
 
@@ -22,12 +20,8 @@ EVERY = 60.0  # seconds between savings, at least
 _SHARE = 50  # and at least so many times what the last one took: 2 % of the time
 
 
-class Partial:
-    """A folder ``<folder>/sae.partial-<mark>``; those of another mark are removed.
-
-    ``mark`` stands for every setting that the SAE depends on. ``interrupted`` tells whether to save at once
-    and ``stop``. Each file's name has the start of its content's SHA-256: what is damaged is not used.
-    """
+class Partial(Kept):
+    """``<folder>/sae.partial-<mark>``; ``interrupted`` tells whether to save at once and ``stop``."""
 
     def __init__(
         self,
@@ -36,14 +30,9 @@ class Partial:
         interrupted: Callable[[], Any] = lambda: 0,
         stop: Callable[[Any], BaseException] = KeyboardInterrupt,
     ) -> None:
-        self.folder, self._interrupted = Path(folder) / f"sae.partial-{mark}", interrupted
-        self._stop = stop
+        super().__init__(folder, "sae", mark)
+        self._interrupted, self._stop = interrupted, stop
         self._last, self._pause = time.monotonic(), EVERY
-        for old in Path(folder).glob("sae.partial-*"):
-            if old != self.folder:
-                shutil.rmtree(old, ignore_errors=True)
-        for leftover in self.folder.glob(".*.tmp"):  # of a kill
-            leftover.unlink(missing_ok=True)
 
     def due(self) -> bool:
         """Whether it is time to save."""
@@ -58,10 +47,8 @@ class Partial:
 
         start = time.monotonic()
         data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        name = f"{kind}-{number:09d}-{_digest(data)}.safetensors"
         try:
-            with atomic_path(self.folder / name) as temporary:
-                temporary.write_bytes(data)
+            self.put(f"{kind}-{number:09d}", lambda path: path.write_bytes(data))
             self._pause = max(EVERY, _SHARE * (time.monotonic() - start))
         except SaerlError as err:
             log.warning("an interruption would lose this SAE: %s", err)
@@ -83,12 +70,7 @@ class Partial:
         """The intact files of a kind by rising number, on the CPU."""
         from safetensors.torch import load
 
-        found = []
-        for file in sorted(self.folder.glob(f"{kind}-*-*.safetensors")):
-            data = file.read_bytes()
-            if file.stem.rpartition("-")[2] == _digest(data):
-                found.append(load(data))
-        return found
+        return [load(file.read_bytes()) for file in self.files(f"{kind}-*")]
 
     def keep_only(self, kind: str, number: int) -> None:
         """Remove the files of a kind with other numbers."""
@@ -108,11 +90,3 @@ class Partial:
     def add_shard(self, start: int, end: int, parts: list[Tensor]) -> None:
         """Write the activations of rows ``start`` to ``end``."""
         self.save("activations", end, {"rows": torch.tensor([start, end]), "x": torch.cat(parts)})
-
-    def clear(self) -> None:
-        """Remove all of it; call it when the SAE is safely written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]

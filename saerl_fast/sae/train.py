@@ -88,7 +88,13 @@ def train_sae(
                 "lower sae.lr"
             )
 
-    for step in range(1 + (run.restore(state) if state else 0), cfg.steps + 1):
+    done = 0
+    if keep is not None and state:
+        try:
+            done = run.restore(state)
+        except (KeyError, RuntimeError, ValueError) as err:  # of code that has changed since
+            raise SaerlError(f"{keep.folder} does not fit this training ({err}); remove it") from err
+    for step in range(1 + done, cfg.steps + 1):
         loss, fvu = run.step(step)
         if on_step is not None and (step % _LOG_EVERY == 0 or step == cfg.steps):
             shown = {"loss": loss, "fvu": fvu, "dead": run.dead(step).float().mean()}

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path, written
-from saerl_fast.records.manifest import digest
+from saerl_fast.records.kept import Kept
 from saerl_fast.signals.kept import Parts, in_memory, join_arrays, load_part, save_part, suffix
 from saerl_fast.signals.stored import Stored
 
@@ -19,18 +17,12 @@ log = logging.getLogger(__name__)
 Compute = Callable[[int, int, Callable[[int, int], None] | None], Parts]
 
 
-class Shards:
-    """A folder ``<folder>/features.partial-<mark>`` of finished shards.
-
-    ``mark`` stands for every setting that the features depend on: shards of another mark are removed
-    when this one starts, because they can never be used again.
-    """
+class Shards(Kept):
+    """``<folder>/features.partial-<mark>``: finished shards of ``size`` prompts."""
 
     def __init__(self, folder: str | Path, mark: str, size: int) -> None:
-        self.folder, self.size = Path(folder) / f"features.partial-{mark}", size
-        for old in Path(folder).glob("features.partial-*"):
-            if old != self.folder:
-                shutil.rmtree(old, ignore_errors=True)  # another process may be at it too
+        super().__init__(folder, "features", mark)
+        self.size = size
 
     def ranges(self, total: int) -> list[tuple[int, int]]:
         """First row and end of every shard of ``total`` prompts; one, empty, for none."""
@@ -68,10 +60,6 @@ class Shards:
                 on_progress(end, total)
         return {name: self._joined(name, [part[name] for part in parts]) for name in parts[0]}
 
-    def clear(self) -> None:
-        """Remove the shards; call it when what they make up is safely written elsewhere."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _joined(self, name: str, parts: list[Any]) -> Any:
         if not isinstance(parts[0], Stored):
             return parts[0] if len(parts) == 1 else join_arrays(self.folder / name, parts)
@@ -84,11 +72,9 @@ class Shards:
         """The shard where its files have the content that their names tell; None where it is to be made."""
         found: dict[str, Any] = {}
         count = 0
-        for file in sorted(self.folder.glob(f"{start:09d}.*.*")):
+        for file in self.files(f"{start:09d}.*"):
+            name, total = file.stem.split(".")[1].split("-")[:2]
             try:
-                name, total, told = file.name.split(".")[1].split("-")
-                if digest(file)[:16] != told:
-                    raise SaerlError(f"{file} does not have the content that its name tells")
                 found[name], count = load_part(file, ids), int(total)
             except (SaerlError, OSError, ValueError) as err:
                 log.warning("%s; this part is made again", err)
@@ -96,16 +82,11 @@ class Shards:
         return found if count and len(found) == count else None
 
     def _write(self, start: int, ids: Sequence[str], parts: Parts) -> Parts:
-        """A file for each part: its name, of how many it is one, and the start of its SHA-256."""
+        """A file for each part: its name, and of how many it is one."""
         made: dict[str, Any] = {}
         for name, rows in parts.items():
-            plain = self.folder / f"{start:09d}.{name}"
-            with atomic_path(plain) as temporary:
-                save_part(temporary, rows, ids)
-                told = f"{name}-{len(parts)}-{digest(temporary)[:16]}{suffix(rows)}"
-            os.replace(plain, self.folder / f"{start:09d}.{told}")
-            written[self.folder / f"{start:09d}.{told}"] = None
-            made[name] = load_part(self.folder / f"{start:09d}.{told}", ids)
+            write = partial(save_part, rows=rows, ids=ids)
+            made[name] = load_part(self.put(f"{start:09d}.{name}-{len(parts)}", write, suffix(rows)), ids)
         return made
 
     def _shifted(

@@ -55,6 +55,8 @@ def settings(
     """
     planned = "plan" in sections
     kept = {name: _kept(Config.types[name], tree[name], planned) for name in sections if name != "labels"}
+    if "sae" in sections and tree["score"]["include_answer"]:  # it is trained on the answers, too
+        kept.setdefault("score", {})["include_answer"] = True
     for key in without:
         kept["train"].pop(key)
     return kept
@@ -201,6 +203,8 @@ def _covered(tree: dict[str, Any], sections: tuple[str, ...], without: tuple[str
     plain = dict(flat(settings(tree, sections, without)))
     if "labels" in sections:
         plain |= {key: value for key, value in flat({"train": tree["train"]}) if key in LABELS + WARMUP}
+    if "sae" in sections:
+        plain["score.include_answer"] = tree["score"]["include_answer"]
     plain["seed"] = tree.get("seed")
     if plain.get("train.seed", 0) is None:
         plain["train.seed"] = plain["seed"]

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from saerl_fast import __version__
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import read_json, remove, write_text
+from saerl_fast.fileio import read_json, write_text
 from saerl_fast.hub import at_home, hub_access, is_local
 from saerl_fast.records import manifest
+from saerl_fast.records.kept import drop
 from saerl_fast.records.lock import lock
 from saerl_fast.session import Session
 from saerl_fast.stages.console import Echo
@@ -107,8 +108,7 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None, *, red
     if redo:
         set_aside(config, echo, scores=False)
         if is_there(config, "sae", echo):
-            for old in Path(config.run_dir).glob("sae.partial-*"):
-                remove(old)  # of a command that was killed after it had written the SAE
+            drop(config.run_dir, "sae")
             return load_sae(folder)
     session = session or open_session(config, echo)
     init = None if config.sae.init is None else _load(config.sae.init)
@@ -247,8 +247,7 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
     if redo:
         set_aside(config, echo)
         if is_there(config, "scores", echo):
-            for old in Path(config.run_dir).glob("features.partial-*"):
-                remove(old)  # of a command that was killed after it had written the scores
+            drop(config.run_dir, "features")
             return Scores.load(config.run_dir)
     refuse_other(config, scores=False)
     rolled_out = config.difficulty.label_column is None and config.difficulty.n_labels > 0

@@ -13,7 +13,7 @@ from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json
 from saerl_fast.records import manifest
-from saerl_fast.records.lock import lock
+from saerl_fast.records.lock import clean, lock
 from saerl_fast.session import Session
 from saerl_fast.stages.about import about, runs_of
 from saerl_fast.stages.console import Echo
@@ -68,6 +68,7 @@ def train_stage(
     arm = arm or folder_name(given.schedule if given else config.plan.schedule)
     out = out or Path(config.run_dir) / arm
     with ExitStack() as stack:
+        distributed.on_first(lambda: clean(Path(config.run_dir)))
         distributed.on_first(lambda: stack.enter_context(lock(out)))
         return _train(
             config,
