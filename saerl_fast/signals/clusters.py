@@ -238,9 +238,9 @@ def _spherical(
 ) -> np.ndarray:
     """int64 [n]: labels of ``spherical_kmeans``, from the labels ``init`` or its own seeds."""
     if backend == "sklearn":
-        start = "k-means++" if init is None else _centroids(rows, init, backend)
+        seeds = "k-means++" if init is None else _centroids(rows, init, backend)
         kept = {"n_init": settings.get("n_init", 1), "random_state": settings.get("seed", 0)}
-        return _fit(rows.to_scipy(), n_clusters, init=start, max_iter=settings.get("max_iter", 300), **kept)
+        return _fit(rows.to_scipy(), n_clusters, init=seeds, max_iter=settings.get("max_iter", 300), **kept)
     X, sparse = (rows.to("cuda"), "auto") if backend == "cuml" else (rows, backend)
     start = None if init is None else torch.from_numpy(init).to(X.device)
     found = spherical_kmeans(X, n_clusters, init=start, backend=sparse, **settings)

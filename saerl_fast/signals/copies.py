@@ -62,7 +62,7 @@ def find_copies(
     same = _first(" ".join(text.lower().split()) for text in texts)
     own = np.flatnonzero(same == np.arange(len(same)))
     found: dict[str, Any] = {"rows": len(same) - len(own)} | _conflicts(same, answers, ids)
-    shapes = _first(NUMBER.sub("0", " ".join(texts[i].lower().split())) for i in own)
+    shapes = _first(NUMBER.sub("0", " ".join(texts[i].lower().split())) for i in own.tolist())
     kept = np.flatnonzero(shapes == np.arange(len(own)))
     found["renumbered"] = len(own) - len(kept)
     group = own[shapes]  # of the rows `own`: the first of their shape
