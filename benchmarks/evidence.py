@@ -2,9 +2,10 @@
 
     python -m benchmarks.evidence [--pools easy,demo,hard] [--seeds 200:212] [--work runs/evidence]
 
-Per pool one `saerl compare` of vanilla and adaptive, paired by seed, which goes on where it was interrupted. The
-pools differ in one number of their generator, the share of clean problems that are beyond the model. Targets
-were fixed beforehand, at 60 and 80 % of vanilla's gain on seeds 11 to 14; each pool has an SAE of its own.
+Per pool one `saerl compare` of vanilla and adaptive, paired by seed, which goes on where it was interrupted.
+The pools differ in one number of their generator, the share of clean problems that are beyond the model.
+Targets were fixed beforehand, at 60 and 80 % of vanilla's gain on seeds 11 to 14, the easy pool's being the
+demo's; each pool has an SAE of its own.
 Curves are kept in results/evidence/POOL.json, the lines of the table in results/evidence/summary.json.
 """
 
