@@ -31,6 +31,7 @@ pytest_plugins = ["tests.smollm2"]  # the fixture `smollm2`, a real language mod
 
 torch.set_num_threads(min(int(os.environ["OMP_NUM_THREADS"]), 2, torch.get_num_threads()))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts with &
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored in what nohup starts
 
 if importlib.util.find_spec("hypothesis"):
     import hypothesis

@@ -43,7 +43,8 @@ def test_one_train_renders_and_tokenises_each_pool_once(monkeypatch, tmp_path):
     settings = [*SMALL, "train.steps=1", "train.warmup.steps=1", "difficulty.n_labels=8"]
     config = load_config("examples/demo.yaml", [*settings, f"run_dir={tmp_path / 'run'}"])
     train_stage(config, Echo(quiet=True))
-    assert calls == {"render": 2, "__call__": 4}  # prompts and answers of the two pools
+    # Prompts and answers of the two pools, and a letter: what does this tokenizer append?
+    assert calls == {"render": 2, "__call__": 6}
 
 
 def test_a_selection_keeps_texts_and_ids_with_their_rows():

@@ -72,7 +72,7 @@ def watch(root: str | Path, echo: Callable[[str], None], *, every: float = 5.0) 
                 echo(name + _latest(run))
                 if lost := run.steps_lost():
                     say(f"{run.folder}: {lost}")
-            if fresh:
+            if fresh and root.is_dir():  # a picture would make it again
                 live(runs, figure)
             expected = max(1, len(order) * len(seeds))
             if len(runs) >= expected and all(run.folder in ended for run in runs):

@@ -49,8 +49,8 @@ def cards(
             most[f].add(part.start + some.indices[at], some.data[at])
         rows = weighted(raw, weights).to_scipy()
         for c in chosen:
-            inside = np.flatnonzero(mine == c)
-            near[c].add(part.start + inside, rows[inside] @ sums[c])
+            members = np.flatnonzero(mine == c)
+            near[c].add(part.start + members, rows[members] @ sums[c])
     named = np.unique(np.concatenate([top.rows for top in (*most.values(), *near.values())]))
     shown = dict(zip(named.tolist(), texts(named), strict=True))
 
