@@ -27,6 +27,7 @@ from benchmarks.defects import COPIES, DEFECTS
 from benchmarks.harness import DEVICE, environment
 from saerl_fast.config import DiversityConfig
 from saerl_fast.fileio import write_json
+from saerl_fast.sae.files import load_sae
 from saerl_fast.signals import ridge
 from saerl_fast.signals.bank import Bank
 from saerl_fast.signals.clusters import cluster_prompts
@@ -40,8 +41,8 @@ PART = 512  # prompts kept together
 KINDS = ("length", "text", "tfidf", "sae", "hidden")
 SETS: dict[str, tuple[str, ...]] = {
     **{kind: (kind,) for kind in KINDS},
-    "default": ("sae", "text", "tfidf"),
-    "all": ("sae", "text", "tfidf", "hidden"),
+    "sae + text + tfidf": ("sae", "text", "tfidf"),
+    "default": ("sae", "text", "tfidf", "hidden"),
 }
 SUBJECTS = {  # words that tell a subject, for want of a pool that names it
     "geometry": r"triangle|circle|angle|square|rectangl|radius|perimeter|polygon|trapezoid|cube|sphere|cone",
@@ -84,7 +85,6 @@ def extract(pool: Path, work: Path, model: str, dtype: str) -> None:
     """Train the SAE and pool features and hidden states, a file for every PART prompts."""
     from saerl_fast.config import load_config
     from saerl_fast.sae.capture import iter_hidden_ids, resolve_layer
-    from saerl_fast.sae.files import load_sae
     from saerl_fast.session import Session
     from saerl_fast.stages.console import Echo
     from saerl_fast.stages.pipeline import sae_stage
@@ -146,7 +146,7 @@ def _shared(rows: list[list[int]]) -> tuple[int, int]:
     return first, min(last, least - first - 1)
 
 
-def answer_scores(work: Path, model: str, dtype: str, prompts: int = 200, samples: int = 4) -> None:
+def answer_scores(work: Path, model: str, dtype: str, prompts: int = 80, samples: int = 4) -> None:
     """What the model says of right answers and of those of other prompts, kept in ``answers.npz``.
 
     The answer follows "The answer is "; of it the mean log-probability of its tokens, the same less that of
@@ -350,9 +350,7 @@ def main(argv: list[str] | None = None) -> None:
     bank, pooled, rows = load(args.work)
     result = {
         "pool": args.pool.name,
-        "model": Path(
-            json.loads((args.work / "sae" / "train.json").read_text())["config"]["model"]["path"]
-        ).name,
+        "model": Path(load_sae(args.work / "sae").cfg.model_name).name,
         "prompts": sum(row["kind"] == "sound" for row in rows),
         "draws": args.draws,
         "quality": quality(bank, rows, args.draws),
