@@ -194,8 +194,8 @@ def _share_pays(model: Any, ids: Tensor, starts: Tensor, lengths: Tensor, owner:
     """Whether sharing saves enough, and may work: no sliding windows, no recomputation of activations."""
     from saerl_fast.rl.cache import has_plain_layers
 
-    checkpointing = getattr(model, "is_gradient_checkpointing", False)  # which switches caches off
-    if checkpointing or not has_plain_layers(model) or _sharing.get(_inner(model), True) is None:
+    recomputed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())  # no caches
+    if recomputed or not has_plain_layers(model) or _sharing.get(_inner(model), True) is None:
         return False
     prompts = len(owner.unique_consecutive())
     tokens = prompts * int(starts.max()) + len(ids) * (int(lengths.max()) - 1)
