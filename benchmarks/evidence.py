@@ -81,6 +81,14 @@ def lines(pool: str, found: dict[str, Any], window: int) -> list[dict[str, Any]]
     return made
 
 
+def row(line: dict[str, Any]) -> str:
+    """A line as the table of benchmarks/README.md has it."""
+    saved = f"{line['saved']:.0%} [{line['low']:.0%}, {line['high']:.0%}]"
+    used = f"{line['used_vanilla']:.0%} | {line['used_adaptive']:.0%}"
+    final = f"{line['final_vanilla']:.3f} | {line['final_adaptive']:.3f}"
+    return f"| {line['pool']} | {line['target']} | {line['pairs']} | {saved} | {used} | {final} |"
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pools", default=",".join(POOLS))
@@ -99,8 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         if (args.out / f"{pool}.json").is_file():
             found += lines(pool, json.loads((args.out / f"{pool}.json").read_text()), config.compare.smooth)
     write_json(args.out / "summary.json", found)
-    for line in found:
-        print(json.dumps(line))
+    print("\n".join(map(row, found)))
 
 
 if __name__ == "__main__":
