@@ -161,7 +161,7 @@ def test_late_and_unknown_pass_rates_are_taken_and_only_drawn_ones_are_compared(
     other = sorted({str(i) for i in range(800)} - {*first, *second})[:5]
     plan.observe(other, [1.0] * 5)
     assert plan._guard.seen[:, 0].sum() == pytest.approx(16 * 0.97**2 + 16 * 0.97)
-    assert set(plan._counts[:, 0]) == {int(name) for name in (*first, *second, *other)}
+    assert set(plan._counts.rows()) == {int(name) for name in (*first, *second, *other)}
 
 
 def test_refreshed_features_replace_the_stored_ones_only_on_request():

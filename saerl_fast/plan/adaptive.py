@@ -21,12 +21,11 @@ from saerl_fast.config import PlanConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan import wide
 from saerl_fast.plan.base import Plan
-from saerl_fast.plan.belief import Guard, Prior, Trust, best
+from saerl_fast.plan.belief import Counts, Guard, Prior, Trust, best
 from saerl_fast.plan.embedding import BLOCK, Embedding
 from saerl_fast.records import packed
 from saerl_kernels import CSR
 
-GONE = 0.1  # rollouts of a prompt that are left after fading, below which they are forgotten
 PENDING = 64  # steps that a batch may wait for its pass rates
 
 
@@ -82,9 +81,8 @@ class AdaptivePlan(Plan):
         self._moment: np.ndarray = np.zeros(width)  # [d + 1] float64
         self._seen: dict[int, int] = {}  # row -> step of the last draw, while the cooldown lasts
         self._pending: dict[int, tuple[int, bool]] = {}  # row -> step, and whether it was drawn uniformly
-        self._counts: np.ndarray = np.zeros((0, 4))  # row, ascending; step; passed and failed until then
-        self._trust, self._guard = Trust(), Guard()
-        self._prior = Prior(settings.kappa or self._trust.kappa(), group_size)
+        self._counts, self._trust, self._guard = Counts(settings.fading), Trust(), Guard()
+        self._believe()
         self._figures: dict[str, float] = {}
         # Enough prompts must stay eligible for a batch, and half the pool for there to be a choice.
         room = (n_rows - max(self.batch_size, n_rows // 2)) // self.batch_size
@@ -158,8 +156,10 @@ class AdaptivePlan(Plan):
         z = self._with_bias(rows)
         settings, predicted = self.cfg.adaptive, self._clipped(z)
         self._figures.update(observed=float(rates.mean()), error=float(np.abs(predicted - rates).mean()))
-        self._trust.observe(predicted, self._counted(rows), rates, self.group_size, settings.fading)
-        self._prior = Prior(settings.kappa or self._trust.kappa(), self.group_size)
+        self._trust.observe(
+            predicted, self._counts.of(rows, self.step), rates, self.group_size, settings.fading
+        )
+        self._believe()
         asked = [self._pending.pop(row, None) for row in rows.tolist()]
         drawn = np.array([at is not None for at in asked])
         self._guard.observe(
@@ -167,7 +167,7 @@ class AdaptivePlan(Plan):
         )
         shares = zip(("informative_chosen", "informative_uniform"), self._guard.shares(), strict=True)
         self._figures.update({name: float(share) for name, share in shares if np.isfinite(share)})
-        self._count(rows, rates)
+        self._counts.add(rows, self.group_size * rates, self.group_size * (1 - rates), self.step)
         self._gram *= settings.forgetting
         self._gram.flat[:: len(self._gram) + 1] += (1 - settings.forgetting) * settings.ridge
         self._moment *= settings.forgetting
@@ -181,7 +181,7 @@ class AdaptivePlan(Plan):
         state["seen"] = torch.tensor(list(self._seen.items()), dtype=torch.int64).reshape(-1, 2)  # row, step
         pending = [(row, *at) for row, at in self._pending.items()]
         state["pending"] = torch.tensor(pending, dtype=torch.int64).reshape(-1, 3)  # row, step, uniform
-        state["counts"] = torch.from_numpy(self._counts.copy())
+        state["counts"] = torch.from_numpy(self._counts.table.copy())
         state["evidence"] = torch.from_numpy(self._trust.evidence.copy())
         state["groups"] = torch.from_numpy(self._guard.seen.copy())
         if self._short is not None:
@@ -222,8 +222,8 @@ class AdaptivePlan(Plan):
             short = np.array(state.get("short", ()), dtype=np.int64).ravel()
             self._short = np.unique(short[(short >= 0) & (short < len(self.prompt_ids))])
         self._pending = {row: (at, bool(uniform)) for row, at, uniform in arrays["pending"].tolist()}
-        self._counts = arrays["counts"]
-        self._prior = Prior(self.cfg.adaptive.kappa or self._trust.kappa(), self.group_size)
+        self._counts.table = arrays["counts"]
+        self._believe()
         for row, first in self._original.items():
             self.embedding.rows[row] = first
         self._original = {}
@@ -249,7 +249,7 @@ class AdaptivePlan(Plan):
 
     def _choose(self, size: int, waiting: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The ``size`` rows of greatest worth and noise, int64, best first, under the quota of clusters."""
-        known = self._counts[:, 0].astype(np.int64)
+        known = self._counts.rows()
         noise, worth = self.cfg.adaptive.noise, self._worth(known)
         if self._short is not None:
             room = wide.room(self.batch_size, self.cooldown)
@@ -272,31 +272,14 @@ class AdaptivePlan(Plan):
                 rows[row] = None
         return np.fromiter(rows, dtype=np.int64, count=size)
 
-    def _counted(self, rows: np.ndarray) -> np.ndarray:
-        """float64 [n, 2]: passed and failed rollouts that count today."""
-        found = np.zeros((len(rows), 2))
-        at = np.searchsorted(self._counts[:, 0], rows)
-        known = np.flatnonzero(at < len(self._counts))
-        known = known[self._counts[at[known], 0] == rows[known]]
-        entries = self._counts[at[known]]
-        found[known] = entries[:, 2:] * self.cfg.adaptive.fading ** (self.step - entries[:, 1:2])
-        return found
-
-    def _count(self, rows: np.ndarray, rates: np.ndarray) -> None:
-        """Add the rollouts of a step."""
-        each, place = np.unique(rows, return_inverse=True)
-        counts = self._counted(each)
-        np.add.at(counts, place, self.group_size * np.stack([rates, 1 - rates], axis=1))
-        fresh = np.column_stack([each, np.full(len(each), self.step), counts])
-        left = self._counts[:, 2:].sum(axis=1) * self.cfg.adaptive.fading ** (self.step - self._counts[:, 1])
-        stay = (left > GONE) & ~np.isin(self._counts[:, 0], each)
-        together = np.concatenate([self._counts[stay], fresh])
-        self._counts = together[np.argsort(together[:, 0])]
+    def _believe(self) -> None:
+        """Take up kappa, as set or as the rollouts so far say."""
+        self._prior = Prior(self.cfg.adaptive.kappa or self._trust.kappa(), self.group_size)
 
     def _worth(self, rows: np.ndarray) -> np.ndarray:
         """float64 [n]: the chance that a group of these rows carries a gradient."""
         predicted = self._clipped(self._with_bias(rows)).astype(np.float64)
-        return self._prior.updated(predicted, *self._counted(rows).T)
+        return self._prior.updated(predicted, *self._counts.of(rows, self.step).T)
 
     def _with_bias(self, rows: Any) -> np.ndarray:
         part = self.embedding.rows[rows]

@@ -20,6 +20,7 @@ CELLS = 512  # of the line on which the worth of prompts without rollouts is int
 KAPPAS = 2.0 ** np.arange(-1, 8)  # rollouts that a prediction may count for
 USUAL, SPREAD = 8.0, 1.0  # where log2 kappa is expected, before anything is seen, and its deviation
 TINY = 1e-9
+GONE = 0.1  # rollouts left of a prompt's after fading, below which they are forgotten
 SHORT = 64  # rollouts of a group up to which a product is faster
 LEAST = 8  # uniform groups, older ones faded, before choice and chance are compared
 
@@ -55,6 +56,41 @@ class Prior:
     def updated(self, predicted: np.ndarray, passed: np.ndarray, failed: np.ndarray) -> np.ndarray:
         """float64, ``worth`` of prompts with rollouts."""
         return worth(self.kappa * predicted + passed, self.kappa * (1 - predicted) + failed, self.group)
+
+
+class Counts:
+    """Passed and failed rollouts of prompts; a step multiplies them by ``fading``.
+
+    ``table`` float64 [n, 4]: row, ascending; step of its last group; passed and failed until then.
+    """
+
+    def __init__(self, fading: float) -> None:
+        self.fading, self.table = fading, np.zeros((0, 4))
+
+    def rows(self) -> np.ndarray:
+        """int64, the rows that have any, ascending."""
+        return self.table[:, 0].astype(np.int64)
+
+    def of(self, rows: np.ndarray, step: int) -> np.ndarray:
+        """float64 [n, 2]: passed and failed rollouts of ``rows`` that count in a step."""
+        found = np.zeros((len(rows), 2))
+        at = np.searchsorted(self.table[:, 0], rows)
+        known = np.flatnonzero(at < len(self.table))
+        known = known[self.table[at[known], 0] == rows[known]]
+        entries = self.table[at[known]]
+        found[known] = entries[:, 2:] * self.fading ** (step - entries[:, 1:2])
+        return found
+
+    def add(self, rows: np.ndarray, passed: np.ndarray, failed: np.ndarray, step: int) -> None:
+        """Add the groups of a step; what has faded below ``GONE`` is forgotten."""
+        each, place = np.unique(rows, return_inverse=True)
+        counts = self.of(each, step)
+        np.add.at(counts, place, np.stack([passed, failed], axis=1))
+        fresh = np.column_stack([each, np.full(len(each), step), counts])
+        left = self.table[:, 2:].sum(axis=1) * self.fading ** (step - self.table[:, 1])
+        stay = (left > GONE) & ~np.isin(self.table[:, 0], each)
+        together = np.concatenate([self.table[stay], fresh])
+        self.table = together[np.argsort(together[:, 0])]
 
 
 class Trust:
