@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
-from typing import overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -12,20 +13,52 @@ BLOCK = 1 << 16
 LARGE = 1 << 18  # strings from which they are packed
 
 
-class Packed(Sequence[str]):
-    """Strings in ``text`` uint8, UTF-8; string i is ``text[ends[i]:ends[i + 1]]``, ``ends`` int64 [n + 1]."""
+Row = TypeVar("Row")
+
+
+class Ragged(Sequence[Row]):
+    """Rows of different lengths in one array: row i is what lies from ``ends[i]`` to ``ends[i + 1]``."""
+
+    ends: np.ndarray  # int64 [n + 1]
+
+    @abstractmethod
+    def _between(self, start: int, stop: int) -> Row:
+        """The row that these places of the array hold."""
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    @overload
+    def __getitem__(self, at: int) -> Row: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Row]: ...
+    def __getitem__(self, at: int | slice) -> Row | list[Row]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(len(self))[at]]
+        at = range(len(self))[at]
+        return self._between(self.ends[at], self.ends[at + 1])
+
+
+def _read(rows: Iterable[Any], dtype: type, joined: Callable[[list], np.ndarray]) -> tuple[np.ndarray, ...]:
+    """The array and ``ends`` of rows that ``joined`` puts one after the other, a block at a time."""
+    parts: list[np.ndarray] = [np.empty(0, dtype=dtype)]
+    rest, sizes = iter(rows), [np.zeros(1, dtype=np.int64)]
+    while block := list(islice(rest, BLOCK)):
+        sizes.append(np.fromiter(map(len, block), dtype=np.int64, count=len(block)))
+        parts.append(joined(block))
+    return np.concatenate(parts), np.cumsum(np.concatenate(sizes))
+
+
+class Packed(Ragged[str]):
+    """Strings in ``text`` uint8, UTF-8."""
 
     def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
         self.text, self.ends = text, ends
 
     @classmethod
     def of(cls, strings: Iterable[str]) -> Packed:
-        rest, texts, sizes = iter(strings), [], [np.zeros(1, dtype=np.int64)]
-        while block := [text.encode("utf-8", "surrogatepass") for text in islice(rest, BLOCK)]:
-            texts.append(np.frombuffer(b"".join(block), dtype=np.uint8))
-            sizes.append(np.fromiter(map(len, block), dtype=np.int64, count=len(block)))
-        text = np.concatenate(texts) if texts else np.empty(0, dtype=np.uint8)
-        return cls(text, np.cumsum(np.concatenate(sizes)))
+        encoded = (text.encode("utf-8", "surrogatepass") for text in strings)
+        return cls(*_read(encoded, np.uint8, lambda block: np.frombuffer(b"".join(block), dtype=np.uint8)))
 
     def take(self, rows: np.ndarray) -> Packed:
         """The strings at ``rows``, in that order."""
@@ -39,18 +72,8 @@ class Packed(Sequence[str]):
             text[first:last] = self.text[np.arange(first, last) + shift]
         return Packed(text, ends)
 
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    @overload
-    def __getitem__(self, at: int) -> str: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[str]: ...
-    def __getitem__(self, at: int | slice) -> str | list[str]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(len(self))[at]]
-        at = range(len(self))[at]
-        return self.text[self.ends[at] : self.ends[at + 1]].tobytes().decode("utf-8", "surrogatepass")
+    def _between(self, start: int, stop: int) -> str:
+        return self.text[start:stop].tobytes().decode("utf-8", "surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), BLOCK):
@@ -60,32 +83,18 @@ class Packed(Sequence[str]):
                 yield text[ends[i] - ends[0] : ends[i + 1] - ends[0]].decode("utf-8", "surrogatepass")
 
 
-class Tokens(Sequence[list[int]]):
-    """Rows of token ids: row i is ``ids[ends[i]:ends[i + 1]]``, ids int32 and ends int64 [n + 1]."""
+class Tokens(Ragged[list[int]]):
+    """Rows of token ids in ``ids`` int32."""
 
     def __init__(self, ids: np.ndarray, ends: np.ndarray) -> None:
         self.ids, self.ends = ids, ends
 
     @classmethod
     def of(cls, rows: Iterable[list[int]]) -> Tokens:
-        rest, parts, sizes = iter(rows), [np.empty(0, dtype=np.int32)], [np.zeros(1, dtype=np.int64)]
-        while block := list(islice(rest, BLOCK)):
-            sizes.append(np.fromiter(map(len, block), dtype=np.int64, count=len(block)))
-            parts.append(np.fromiter(chain.from_iterable(block), dtype=np.int32, count=int(sizes[-1].sum())))
-        return cls(np.concatenate(parts), np.cumsum(np.concatenate(sizes)))
+        return cls(*_read(rows, np.int32, lambda block: np.fromiter(chain.from_iterable(block), np.int32)))
 
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    @overload
-    def __getitem__(self, at: int) -> list[int]: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[list[int]]: ...
-    def __getitem__(self, at: int | slice) -> list[int] | list[list[int]]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(len(self))[at]]
-        at = range(len(self))[at]
-        return self.ids[self.ends[at] : self.ends[at + 1]].tolist()
+    def _between(self, start: int, stop: int) -> list[int]:
+        return self.ids[start:stop].tolist()
 
 
 def chosen(strings: Sequence[str], rows: np.ndarray) -> Sequence[str]:
