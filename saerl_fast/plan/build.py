@@ -11,7 +11,7 @@ from saerl_fast.config import PlanConfig, QualityConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan.adaptive import AdaptivePlan
 from saerl_fast.plan.base import Dropped, Plan
-from saerl_fast.plan.embedding import embed, embed_kinds
+from saerl_fast.plan.embedding import BLOCK, embed, embed_kinds
 from saerl_fast.plan.static import StaticPlan, get_schedule, middle
 from saerl_fast.records.packed import LARGE, Packed, chosen
 from saerl_fast.signals.copies import same_text
@@ -44,9 +44,8 @@ def build_plan(
 
     ``seed`` serves where ``cfg.seed`` is None. ``group_size``: rollouts of a prompt. ``quality`` overrides
     the filter settings recorded in ``scores``. Without a quality signal nothing is filtered, which
-    ``plan.notes`` says, unless
-    ``cfg.filter`` asks for it: that is an error, as are a schedule whose signal is missing and a
-    filter that leaves nothing.
+    ``plan.notes`` says, unless ``cfg.filter`` asks for it: that is an error, as are a schedule whose signal
+    is missing and a filter that leaves nothing.
     """
     static = get_schedule(cfg.schedule)
     ids = scores.prompt_ids
@@ -108,8 +107,9 @@ def build_plan(
             "run `saerl score` again"
         )
     kinds = cfg.adaptive.features
-    if len(rows) > SAMPLE:
-        notes.append(f"components were fitted to the features of a sample of {SAMPLE} of {len(rows)} prompts")
+    most = SAMPLE if kinds == ["sae"] else BLOCK
+    if len(rows) > most:
+        notes.append(f"components were fitted to the features of a sample of {most} of {len(rows)} prompts")
     if kinds == ["sae"]:
         embedding = embed(scores.features, rows, cfg.adaptive, seed=common["seed"])
     else:

@@ -42,10 +42,8 @@ def embed(X: Features, rows: np.ndarray, cfg: AdaptiveConfig, *, seed: int) -> E
 
     With more than ``SAMPLE`` rows, frequencies and components are those of a sample of as many.
     """
-    X, fitted = checked(X), rows
-    if len(rows) > SAMPLE:
-        fitted = np.sort(np.random.default_rng(seed).choice(rows, SAMPLE, replace=False))
-    near = X.select_rows(torch.from_numpy(fitted))
+    X = checked(X)
+    near = X.select_rows(torch.from_numpy(_sample(rows, SAMPLE, seed)))
     idf = csr.idf(near, floor=1.0)
     dense, components = svd_reduce(weighted(near, idf), cfg.svd, seed)
     if len(rows) > SAMPLE:
@@ -69,10 +67,7 @@ def embed_kinds(
     from scipy.sparse import csr_matrix, hstack
     from sklearn.utils.extmath import randomized_svd
 
-    fitted = rows
-    if len(rows) > BLOCK:
-        fitted = np.sort(np.random.default_rng(seed).choice(rows, BLOCK, replace=False))
-    made = bank.blocks(names, fitted)
+    made = bank.blocks(names, _sample(rows, BLOCK, seed))
     parts = [csr_matrix(b.X - b.mean if isinstance(b.X, np.ndarray) else b.X) for b in made.values()]
     joined = hstack(parts, format="csr")
     width = min(cfg.svd, *joined.shape)
@@ -85,6 +80,13 @@ def embed_kinds(
                 dense[at] += bank.kinds[name](rows[at])[:, b.kept] @ (V * b.factor).T
     mean, scale = _scale(dense)
     return Embedding(dense, np.zeros(0, np.float32), np.zeros((len(mean), 0), np.float32), mean, scale)
+
+
+def _sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """``rows``, or ``most`` of them at random, in order."""
+    if len(rows) <= most:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
 
 
 def _scale(dense: np.ndarray) -> tuple[np.ndarray, float]:

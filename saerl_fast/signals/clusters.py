@@ -75,11 +75,8 @@ def cluster_prompts(
     weights = csr.idf(X, 0.0, rows_with(X))
     if texts is not None and cfg.look < 1:
         weights = weights * _plain(X, weights, texts, cfg)
-    if n_rows > SAMPLE:
-        chosen = np.random.default_rng([cfg.seed, n_rows]).choice(n_rows, SAMPLE, replace=False)
-        rows = weighted(X.select_rows(torch.from_numpy(np.sort(chosen))), weights)
-    else:
-        rows = weighted(block(X, slice(0, n_rows)), weights)
+    some = _sample(X, SAMPLE, cfg.seed)
+    rows = weighted(block(some, slice(0, some.n_rows)), weights)
     backend = _backend(cfg.backend, rows.nnz * (COUNTS[-1] if cfg.n_clusters == "auto" else cfg.n_clusters))
     tried: list[list[float]] = []
     wanted = cfg.n_clusters if cfg.n_clusters != "auto" else _choose(rows, cfg, backend, tried)
@@ -109,7 +106,7 @@ def cluster_prompts(
         metrics["fitted_rows"] = SAMPLE
         log.info("clusters were fitted to a sample of %d of %d prompts, the others assigned", SAMPLE, n_rows)
     if len(sizes) > 1:
-        sample = _sample(rows, cfg.seed)
+        sample = _sample(rows, NULL_ROWS, cfg.seed)
         found = (labels, centroids) if sample is rows else _cluster(sample, wanted, cfg, backend)
         metrics.update(silhouette=silhouette(sample, *found), silhouette_rows=sample.n_rows)
         rng = np.random.default_rng([cfg.seed, n_rows])
@@ -128,17 +125,17 @@ def cluster_prompts(
     return ClusterResult(labels.astype(np.int32), metrics, weights)
 
 
-def _sample(rows: CSR, seed: int) -> CSR:
-    """At most NULL_ROWS of ``rows``."""
-    if rows.n_rows <= NULL_ROWS:
-        return rows
-    chosen = np.random.default_rng([seed, rows.n_rows]).choice(rows.n_rows, NULL_ROWS, replace=False)
-    return rows.select_rows(torch.from_numpy(np.sort(chosen)))
+def _sample(X: Any, most: int, seed: int) -> Any:
+    """``X`` itself, or ``most`` random rows of it as CSR, in order."""
+    if X.n_rows <= most:
+        return X
+    chosen = np.random.default_rng([seed, X.n_rows]).choice(X.n_rows, most, replace=False)
+    return X.select_rows(torch.from_numpy(np.sort(chosen)))
 
 
 def _choose(rows: CSR, cfg: DiversityConfig, backend: str, tried: list[list[float]]) -> int:
     """The number of clusters; ``tried`` takes each number, its silhouette and that of the null."""
-    sample = _sample(rows, cfg.seed)
+    sample = _sample(rows, NULL_ROWS, cfg.seed)
     rng = np.random.default_rng([cfg.seed, rows.n_rows, 2])
     nulls = [permute_features(sample, rng) for _ in range(max(cfg.null_rounds, 2))]
     best, lead = 1, LEAD
@@ -152,9 +149,7 @@ def _choose(rows: CSR, cfg: DiversityConfig, backend: str, tried: list[list[floa
     return best
 
 
-def _plain(
-    X: Features, idf: torch.Tensor, texts: Callable[[np.ndarray], list[str]], cfg: DiversityConfig
-) -> torch.Tensor:
+def _plain(X: Features, idf: torch.Tensor, texts: Texts, cfg: DiversityConfig) -> torch.Tensor:
     """Factors float32 [n_cols] by which features that the look of the texts explains weigh less."""
     some = np.sort(np.random.default_rng([cfg.seed, 7]).permutation(X.n_rows)[:LOOK_ROWS])
     marks = look(texts(some))

@@ -59,10 +59,10 @@ def find_copies(
     numbers; ``near`` rows are further near-copies, ``examples`` names some; ``unsure`` rows had more
     neighbours than were looked at.
     """
-    same = _first(" ".join(text.lower().split()) for text in texts)
+    same = same_text(texts)
     own = np.flatnonzero(same == np.arange(len(same)))
     found: dict[str, Any] = {"rows": len(same) - len(own)} | _conflicts(same, answers, ids)
-    shapes = _first(NUMBER.sub("0", " ".join(texts[i].lower().split())) for i in own.tolist())
+    shapes = _first(NUMBER.sub("0", _folded(texts[i])) for i in own.tolist())
     kept = np.flatnonzero(shapes == np.arange(len(own)))
     found["renumbered"] = len(own) - len(kept)
     group = own[shapes]  # of the rows `own`: the first of their shape
@@ -106,7 +106,12 @@ def find_copies(
 
 def same_text(texts: Iterable[str]) -> np.ndarray:
     """int64 [n]: the first row whose text is the same but for spaces and case."""
-    return _first(" ".join(text.lower().split()) for text in texts)
+    return _first(map(_folded, texts))
+
+
+def _folded(text: Any) -> str:
+    """A text without what does not make it another: case, and how its words are spaced."""
+    return " ".join(str(text).lower().split())
 
 
 def _conflicts(same: np.ndarray, answers: Sequence[Any], ids: Sequence[str]) -> dict[str, Any]:
@@ -115,7 +120,7 @@ def _conflicts(same: np.ndarray, answers: Sequence[Any], ids: Sequence[str]) -> 
     rows: dict[int, list[int]] = {int(i): [] for i in repeated}
     for i in np.flatnonzero(np.isin(same, repeated)).tolist():
         rows[int(same[i])].append(i)
-    apart = [of for of in rows.values() if len({" ".join(str(answers[i]).lower().split()) for i in of}) > 1]
+    apart = [of for of in rows.values() if len({_folded(answers[i]) for i in of}) > 1]
     named = "; ".join(", ".join(str(ids[i]) for i in of[:NAMED]) for of in apart[:NAMED])
     return {"conflicting": len(apart), "conflicts": named or None}
 
