@@ -116,9 +116,7 @@ class Stream(Tokens):
         on_progress: Progress | None = None,
         keep: Partial | None = None,
     ) -> None:
-        self.rows = [row for row in rows if row]
-        if not self.rows:
-            raise SaerlError("no activations to collect: there is no text with a token; check data.train")
+        self.rows = [rows[i] for i in with_tokens(rows)]
         self.model, self.layer, self.cfg, self.batch_tokens = model, layer, cfg, batch_tokens
         self.on_progress, self.keep = on_progress, keep
         self.order = self._permutation(len(self.rows), 0)
@@ -197,6 +195,14 @@ class Stream(Tokens):
         texts = list(range(of)) if isinstance(of, int) else of
         numbers = torch.Generator().manual_seed(_seed(self.cfg.seed, epoch, 0))
         return [texts[i] for i in torch.randperm(len(texts), generator=numbers).tolist()]
+
+
+def with_tokens(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The numbers of the rows of ids that have a token; SaerlError where none has."""
+    full = [i for i, row in enumerate(rows) if row]
+    if not full:
+        raise SaerlError("no activations to collect: there is no text with a token; check data.train")
+    return full
 
 
 def _seed(seed: int, epoch: int, text: int) -> int:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +27,7 @@ from saerl_fast.sae.capture import Progress, iter_hidden_ids
 from saerl_fast.sae.measure import feature_drift, measure
 from saerl_fast.sae.model import SAE, SAESpec
 from saerl_fast.sae.partial import Partial
-from saerl_fast.sae.tokens import HELD_OUT, Stream, Tokens
+from saerl_fast.sae.tokens import HELD_OUT, Stream, Tokens, with_tokens
 from saerl_kernels import TopK, encode_batch_topk_train, encode_topk_train, sparse_decode
 from saerl_kernels.pack import normalise
 
@@ -154,9 +153,7 @@ def collect_activations(
     representative); surplus tokens are dropped at random. With ``keep`` they are saved now and then and at an
     interrupt, and what was saved is not captured again. Raises SaerlError when no row has a token.
     """
-    full = np.flatnonzero([len(row) > 0 for row in rows]).tolist()
-    if not full:
-        raise SaerlError("no activations to collect: there is no text with a token; check data.train")
+    full = with_tokens(rows)
     generator = torch.Generator().manual_seed(seed)
     chosen, count = [], 0
     for i in torch.randperm(len(full), generator=generator).tolist():

@@ -20,7 +20,7 @@ from saerl_fast import __version__
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_text
-from saerl_fast.hub import at_home, hub_access, is_local
+from saerl_fast.hub import at_home
 from saerl_fast.records import manifest
 from saerl_fast.records.kept import drop
 from saerl_fast.records.lock import lock
@@ -46,6 +46,7 @@ from saerl_fast.stages.made import (
 from saerl_fast.stages.preflight import (
     check_functions,
     check_sae,
+    open_sae,
 )
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def sae_stage(config: Config, echo: Echo, session: Session | None = None, *, red
             drop(config.run_dir, "sae")
             return load_sae(folder)
     session = session or open_session(config, echo)
-    init = None if config.sae.init is None else _load(config.sae.init)
+    init = None if config.sae.init is None else open_sae(config.sae.init)
     layer = resolve_layer(session.model, init, config.sae.layer)
     mark = fingerprint(config, SAE_SECTIONS)
     with graceful_interrupt() as interrupted:
@@ -194,7 +195,7 @@ def find_sae(config: Config, echo: Echo, session: Session) -> SAE:
 
     path = Path(config.run_dir) / "sae"
     if config.sae.path is not None:
-        sae = _load(config.sae.path)
+        sae = open_sae(config.sae.path)
     elif is_there(config, "sae", echo):
         refuse_other(config, scores=False)
         sae = load_sae(path)
@@ -211,16 +212,9 @@ def find_sae(config: Config, echo: Echo, session: Session) -> SAE:
     return sae.to(session.model.device)
 
 
-def _load(source: str) -> SAE:
-    from saerl_fast.sae.files import load_sae
-
-    with hub_access(not is_local(source)):
-        return load_sae(source)
-
-
 def describe_sae(path: str) -> str:
     """What ``saerl sae info`` prints: the shape and flags of a checkpoint, and how it was trained here."""
-    sae = _load(path)
+    sae = open_sae(path)
     lines = [f"{path}: {sae}"]
     lines += [f"  {key}: {value}" for key, value in sorted(vars(sae.cfg).items()) if value is not None]
     trained = Path(path) / "train.json"

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
@@ -17,6 +17,9 @@ from saerl_fast.fileio import check_writable, remove
 from saerl_fast.records.lock import NAME, vacant
 from saerl_fast.stages.fingerprint import changes
 from saerl_fast.stages.made import finished, other_inputs, run_entry, run_sections
+
+if TYPE_CHECKING:
+    from saerl_fast.sae.model import SAE
 
 UNRECORDED = "its manifest.json does not record it, as in a folder of an earlier version"
 
@@ -110,14 +113,20 @@ def check_functions(config: Config, *, planned: bool = False) -> None:
         raise SaerlError("plan.filter=true needs quality scores, and quality.head=none makes none; unset one")
 
 
-def check_sae(config: Config, path: str) -> None:
-    """SaerlError for an SAE that cannot be read, or is of another width than the model names."""
+def open_sae(source: str) -> SAE:
+    """The SAE that ``source`` names, from the hub where it is no path."""
     from saerl_fast.hub import hub_access, is_local
-    from saerl_fast.models import named_width
     from saerl_fast.sae.files import load_sae
 
-    with hub_access(not is_local(path)):
-        width, found = named_width(config.model), load_sae(path).d_in
+    with hub_access(not is_local(source)):
+        return load_sae(source)
+
+
+def check_sae(config: Config, path: str) -> None:
+    """SaerlError for an SAE that cannot be read, or is of another width than the model names."""
+    from saerl_fast.models import named_width
+
+    width, found = named_width(config.model), open_sae(path).d_in
     if width not in (None, found):
         raise SaerlError(
             f"the SAE {path} reads activations of width {found} but the hidden size of model "
