@@ -18,7 +18,7 @@ from saerl_fast.rl.judges import same_expression
 from saerl_fast.rl.rewards.intervals import same_intervals
 from saerl_fast.rl.rewards.notation import balanced, squeeze, tidy
 from saerl_fast.rl.rewards.numbers import equal, only_number, stuck
-from saerl_fast.rl.rewards.quantities import in_base, measure, same_clock, same_date, spelled
+from saerl_fast.rl.rewards.quantities import measure, same_base, same_clock, same_date, spelled
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _same(one: str, gold: str, depth: int = 0) -> bool:
             return True
     if ":" in gold:
         one = re.sub(r"(?<=\d)\s+to\s+(?=\d)", ":", one)  # a ratio
-    for agree in (_same_base, same_date, same_clock, _same_measure):
+    for agree in (same_base, same_date, same_clock, _same_measure):
         found = agree(one, gold)
         if found is not None:
             return found
@@ -145,18 +145,6 @@ def _core(text: str, gold: str) -> str:
     if named and not {word.lower() for word in named[1].split()} & _NOT_UNITS:
         return named[2] if _closing(named[2]) == len(named[2]) - 1 else text
     return text
-
-
-def _same_base(one: str, gold: str) -> bool | None:
-    """Numbers of which one at least names its base; without one it is taken to be in the other's."""
-    ours, wanted = in_base(one), in_base(gold)
-    if ours is None and wanted is None:
-        return None
-    plain = re.sub(r"^0+(?=.)|[\s,]", "", gold if wanted is None else one)
-    if ours is None or wanted is None:
-        known = ours or wanted
-        return known is not None and known[0] == plain if plain.isalnum() else None
-    return ours == wanted
 
 
 def _same_measure(one: str, gold: str) -> bool | None:

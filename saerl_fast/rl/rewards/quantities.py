@@ -122,3 +122,15 @@ def in_base(text: str) -> tuple[str, int] | None:
     if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in match[1]):
         return None
     return match[1].lstrip("0") or "0", base
+
+
+def same_base(one: str, gold: str) -> bool | None:
+    """Whether two numbers agree of which one at least names its base; the other is taken to be in it."""
+    ours, wanted = in_base(one), in_base(gold)
+    if ours is None and wanted is None:
+        return None
+    plain = re.sub(r"^0+(?=.)|[\s,]", "", gold if wanted is None else one)
+    if ours is None or wanted is None:
+        known = ours or wanted
+        return known is not None and known[0] == plain if plain.isalnum() else None
+    return ours == wanted
