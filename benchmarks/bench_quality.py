@@ -10,7 +10,6 @@ command goes on where it stopped, and the tables need no model once the parts ar
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -25,6 +24,7 @@ from sklearn.metrics import roc_auc_score
 
 from benchmarks.defects import COPIES, DEFECTS
 from benchmarks.harness import DEVICE, environment
+from benchmarks.pool import arguments, opened, save_part
 from saerl_fast.config import DiversityConfig
 from saerl_fast.fileio import write_json
 from saerl_fast.sae.files import load_sae
@@ -83,29 +83,12 @@ def make_pool(path: Path, out: Path) -> None:
 
 def extract(pool: Path, work: Path, model: str, dtype: str) -> None:
     """Train the SAE and pool features and hidden states, a file for every PART prompts."""
-    from saerl_fast.config import load_config
     from saerl_fast.sae.capture import iter_hidden_ids, resolve_layer
-    from saerl_fast.session import Session
-    from saerl_fast.stages.console import Echo
-    from saerl_fast.stages.pipeline import sae_stage
 
     if not (work / "pool.jsonl").is_file():
         work.mkdir(parents=True, exist_ok=True)
         make_pool(pool, work / "pool.jsonl")
-    settings = {
-        "model.path": model,
-        "model.dtype": dtype,
-        "data.train": work / "pool.jsonl",
-        "data.prompt_column": "problem",
-        "data.id_column": "id",
-        "data.eval_size": 1,
-        "data.max_prompt_tokens": 512,
-        "run_dir": work,
-    }
-    config = load_config(None, [f"{key}={value}" for key, value in settings.items()])
-    echo = Echo()
-    session = Session.open(config, echo)
-    sae = load_sae(work / "sae") if (work / "sae").is_dir() else sae_stage(config, echo, session)
+    session, sae, echo = opened(work / "pool.jsonl", work, model, dtype)
     layer = resolve_layer(session.model, sae, None)
     ids, rows = session.train.column("prompt_id"), session.train.ids
     before, after = _shared(rows)
@@ -132,10 +115,8 @@ def extract(pool: Path, work: Path, model: str, dtype: str) -> None:
             name: torch.stack([found[i][name] for i in range(len(found))]).numpy().astype(np.float32)
             for name in found[0]
         }
-        np.savez_compressed(work / "part.tmp.npz", ids=np.array(ids[start : start + PART]), **stacked)
-        (work / "part.tmp.npz").replace(file)
+        save_part(file, ids[start : start + PART], stacked)
         bar(min(start + PART, len(rows)), len(rows))
-    (work / "complete").touch()
 
 
 def _shared(rows: list[list[int]]) -> tuple[int, int]:
@@ -333,18 +314,7 @@ def wrong_answers(work: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pool", type=Path)
-    parser.add_argument("--model", help="what model.path takes; not needed once --work is complete")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--work", type=Path, default=Path("runs/bench_quality"))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--draws", type=int, default=10)
-    args = parser.parse_args(argv)
-    if not (args.work / "complete").is_file():
-        if not args.model:
-            parser.error(f"{args.work} holds no complete features; give --model")
-        extract(args.pool, args.work, args.model, args.dtype)
+    args = arguments(__doc__, "runs/bench_quality", extract, argv)
     if args.model and not (args.work / "answers.npz").is_file():
         answer_scores(args.work, args.model, args.dtype)
     bank, pooled, rows = load(args.work)

@@ -12,7 +12,6 @@ labelled ones; for the default also how often the interval held, and what labels
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from scipy.sparse import csr_matrix
 from sklearn.model_selection import KFold
 
 from benchmarks.harness import DEVICE, environment
+from benchmarks.pool import arguments, opened, save_part
 from saerl_fast.config import DifficultyConfig
 from saerl_fast.fileio import write_json
 from saerl_fast.signals import ridge
@@ -49,27 +49,9 @@ SETS: dict[str, tuple[str, ...]] = {
 
 def extract(pool: Path, work: Path, model: str, dtype: str) -> None:
     """Train the SAE and make every kind of features, a file for every PART prompts."""
-    from saerl_fast.config import load_config
-    from saerl_fast.sae.files import load_sae
     from saerl_fast.sae.pooled import bank_pass
-    from saerl_fast.session import Session
-    from saerl_fast.stages.console import Echo
-    from saerl_fast.stages.pipeline import sae_stage
 
-    settings = {
-        "model.path": model,
-        "model.dtype": dtype,
-        "data.train": pool,
-        "data.prompt_column": "problem",
-        "data.id_column": "id",
-        "data.eval_size": 1,
-        "data.max_prompt_tokens": 512,
-        "run_dir": work,
-    }
-    config = load_config(None, [f"{key}={value}" for key, value in settings.items()])
-    echo = Echo()
-    session = Session.open(config, echo)
-    sae = load_sae(work / "sae") if (work / "sae").is_dir() else sae_stage(config, echo, session)
+    session, sae, echo = opened(pool, work, model, dtype)
     prompts = session.train
     bar = echo.bar("features", "prompt")
     for start in range(0, len(prompts), PART):
@@ -79,10 +61,8 @@ def extract(pool: Path, work: Path, model: str, dtype: str) -> None:
             answers = [answer[:64] for answer in rows.answer_ids]
             found = bank_pass(session.model, sae, rows.ids, answers, kinds=STORED, own=rows.own)
             dense = {k: v.to_dense().numpy() if isinstance(v, CSR) else v for k, v in found.items()}
-            np.savez_compressed(work / "part.tmp.npz", ids=np.array(rows.column("prompt_id")), **dense)
-            (work / "part.tmp.npz").replace(file)
+            save_part(file, rows.column("prompt_id"), dense)
         bar(min(start + PART, len(prompts)), len(prompts))
-    (work / "complete").touch()
 
 
 def load(pool: Path, work: Path) -> tuple[Bank, np.ndarray]:
@@ -159,18 +139,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pool", type=Path)
-    parser.add_argument("--model", help="what model.path takes; not needed once --work is complete")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--work", type=Path, default=Path("runs/bench_signals"))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--draws", type=int, default=10)
-    args = parser.parse_args(argv)
-    if not (args.work / "complete").is_file():
-        if not args.model:
-            parser.error(f"{args.work} holds no complete features; give --model")
-        extract(args.pool, args.work, args.model, args.dtype)
+    args = arguments(__doc__, "runs/bench_signals", extract, argv)
     bank, failed = load(args.pool, args.work)
     result = {"pool": args.pool.name, "model": Path(args.model or "").name, "prompts": bank.n_rows}
     result |= {"draws": args.draws, **table(bank, failed, args.draws), "environment": environment(DEVICE)}

@@ -26,7 +26,7 @@ from saerl_fast.fileio import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU_SECONDS = 510.0
-OF_A_POOL = ("bench_quality", "bench_signals", "bench_transfer")  # no tests: they need a pool and a model
+OF_A_POOL = ("bench_quality", "bench_signals")  # no tests: they need a pool and a model
 GRACE = 10.0  # what a part that is told to stop may take to write its results
 TESTS = ("encode", "encode_gpu", "chunked", "topk", "pool", "decode", "csr", "train_ops", "kmeans")
 

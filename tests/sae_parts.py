@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from saerl_fast.sae.model import SAE, SAESpec
+from saerl_fast.sae.train import _Trainer
 from saerl_kernels import TopK
 
 D_IN, D_SAE = 12, 40
@@ -86,3 +88,17 @@ def by_saelens(loaders: Any, kind: str, repo: str, folder: str, scale: float | N
     if scale is not None:
         sae.fold_activation_norm_scaling_factor(scale)
     return sae
+
+
+def interrupted_after(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
+    """Ctrl-C at the ``number``-th training step of an SAE; the numbers of all steps that are made."""
+    real, steps = _Trainer.step, []
+
+    def step(self: _Trainer, at: int) -> Any:
+        steps.append(at)
+        if len(steps) == number:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, at)
+
+    monkeypatch.setattr(_Trainer, "step", step)
+    return steps

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from saerl_fast.config import SAEConfig
 from saerl_fast.sae import partial
 from saerl_fast.sae.partial import Partial
 from saerl_fast.sae.train import _Trainer, collect_activations, train_sae
+from tests.sae_parts import interrupted_after
 from tests.tiny_lm import tiny_model
 
 X = torch.randn(600, 16, generator=torch.Generator().manual_seed(3)).relu()
@@ -134,15 +134,7 @@ def test_the_command_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatc
     words = ["sae", "train", "--config", "examples/demo.yaml", "--quiet", "data.limit=40"]
     words += ["data.eval_limit=4", "sae.steps=12", "sae.d_sae=64", "sae.k=4", "sae.max_tokens=600"]
     assert main([*words, f"run_dir={tmp_path / 'one'}"]) == 0
-    real, steps = _Trainer.step, []
-
-    def step(self, number):
-        steps.append(number)
-        if len(steps) == 5:
-            signal.raise_signal(signal.SIGINT)
-        return real(self, number)
-
-    monkeypatch.setattr(_Trainer, "step", step)
+    steps = interrupted_after(monkeypatch, 5)
     assert main([*words, f"run_dir={tmp_path / 'two'}"]) == 130
     assert [path.name[:11] for path in (tmp_path / "two").iterdir()] == ["sae.partial"]
     assert main([*words, f"run_dir={tmp_path / 'two'}"]) == 0

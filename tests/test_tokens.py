@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from saerl_fast.sae import partial
 from saerl_fast.sae.partial import Partial
 from saerl_fast.sae.tokens import Stream, Tokens
 from saerl_fast.sae.train import _Trainer, collect_activations, train_sae
+from tests.sae_parts import interrupted_after
 from tests.tiny_lm import tiny_model
 
 ROWS = [[1 + (7 * i + j * j) % 40 for j in range(3 + i % 9)] for i in range(60)]
@@ -117,15 +117,7 @@ def test_the_command_streams_and_goes_on(tmp_path: Path, monkeypatch) -> None:
     words += ["data.eval_limit=4", "sae.steps=12", "sae.d_sae=64", "sae.k=4", "sae.max_tokens=400"]
     words += ["sae.batch_size=128"]
     assert main([*words, f"run_dir={tmp_path / 'one'}"]) == 0
-    real, steps = _Trainer.step, []
-
-    def step(self, number):
-        steps.append(number)
-        if len(steps) == 5:
-            signal.raise_signal(signal.SIGINT)
-        return real(self, number)
-
-    monkeypatch.setattr(_Trainer, "step", step)
+    steps = interrupted_after(monkeypatch, 5)
     assert main([*words, f"run_dir={tmp_path / 'two'}"]) == 130
     assert main([*words, f"run_dir={tmp_path / 'two'}"]) == 0
     assert steps == list(range(1, 6)) + list(range(6, 13))
