@@ -110,8 +110,8 @@ def parser() -> argparse.ArgumentParser:
 
 def read_config(args: argparse.Namespace) -> Config:
     """The config tree that the parsed arguments ask for; later settings win over earlier ones."""
-    shortcuts = SHORTCUTS | {"schedule": "plan.schedule", "arms": "compare.arms", "seeds": "compare.seeds"}
-    shortcuts["from"] = "sae.init"
+    own = {"schedule": "plan.schedule", "arms": "compare.arms", "seeds": "compare.seeds", "from": "sae.init"}
+    shortcuts = SHORTCUTS | own
     given = ((key, getattr(args, flag.replace("-", "_"), None)) for flag, key in shortcuts.items())
     return load_config(
         args.config, [f"{key}={value}" for key, value in given if value is not None] + args.overrides

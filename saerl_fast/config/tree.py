@@ -394,7 +394,7 @@ class Config(Section):
 
     def conflict(self) -> str | None:
         asked = {
-            "difficulty.features": self.difficulty.features or [],
+            "difficulty.features": self.difficulty.features,
             "quality.features": self.quality.features,
             "plan.adaptive.features": self.plan.adaptive.features,
         }

@@ -267,16 +267,17 @@ def load_runs(root: str | Path, say: Callable[[str], None] = log.warning) -> lis
         raise SaerlError(f"{root} holds no metrics.jsonl; run `saerl train` or `saerl compare` first")
     runs = [open_run(folder) for folder in folders]
     order, seeds = listed(root)
-    asked = [run for run in runs if run.arm in order and run.seed in seeds] or runs
-    for run in runs:
-        if all(run is not one for one in asked):
+    others = [run for run in runs if run.arm not in order or run.seed not in seeds]
+    if len(others) < len(runs):
+        for run in others:
             say(f"{run.folder} (arm {run.arm}, seed {run.seed}) is not of the comparison: it is not counted")
-    runs = asked
+        runs = [run for run in runs if run.arm in order and run.seed in seeds]
     for run in runs:
         run.read(whole=True)
     runs = one_of_each(root, runs, say)
+    there = {(run.arm, run.seed) for run in runs}
     for arm, seed in itertools.product(order, seeds):
-        if (arm, seed) not in {(run.arm, run.seed) for run in runs}:
+        if (arm, seed) not in there:
             say(f"arm {arm}, seed {seed} of the comparison has no run in {root}")
     for run in runs:
         for line in run.holes():
