@@ -49,6 +49,19 @@ def _read(rows: Iterable[Any], dtype: type, joined: Callable[[list], np.ndarray]
     return np.concatenate(parts), np.cumsum(np.concatenate(sizes))
 
 
+def _taken(array: np.ndarray, ends: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The array and ``ends`` of some rows."""
+    sizes = np.diff(ends)[rows]
+    new = np.concatenate([[0], np.cumsum(sizes)])
+    found = np.empty(new[-1], dtype=array.dtype)
+    for at in range(0, len(rows), BLOCK):
+        part = slice(at, min(at + BLOCK, len(rows)))
+        first, last = new[part.start], new[part.stop]
+        shift = np.repeat(ends[rows[part]] - new[part], sizes[part])
+        found[first:last] = array[np.arange(first, last) + shift]
+    return found, new
+
+
 class Packed(Ragged[str]):
     """Strings in ``text`` uint8, UTF-8."""
 
@@ -62,15 +75,7 @@ class Packed(Ragged[str]):
 
     def take(self, rows: np.ndarray) -> Packed:
         """The strings at ``rows``, in that order."""
-        sizes = np.diff(self.ends)[rows]
-        ends = np.concatenate([[0], np.cumsum(sizes)])
-        text = np.empty(ends[-1], dtype=np.uint8)
-        for at in range(0, len(rows), BLOCK):
-            part = slice(at, min(at + BLOCK, len(rows)))
-            first, last = ends[part.start], ends[part.stop]
-            shift = np.repeat(self.ends[rows[part]] - ends[part], sizes[part])
-            text[first:last] = self.text[np.arange(first, last) + shift]
-        return Packed(text, ends)
+        return Packed(*_taken(self.text, self.ends, rows))
 
     def _between(self, start: int, stop: int) -> str:
         return self.text[start:stop].tobytes().decode("utf-8", "surrogatepass")
@@ -92,6 +97,10 @@ class Tokens(Ragged[list[int]]):
     @classmethod
     def of(cls, rows: Iterable[list[int]]) -> Tokens:
         return cls(*_read(rows, np.int32, lambda block: np.fromiter(chain.from_iterable(block), np.int32)))
+
+    def take(self, rows: np.ndarray) -> Tokens:
+        """The rows at ``rows``, in that order."""
+        return Tokens(*_taken(self.ids, self.ends, rows))
 
     def _between(self, start: int, stop: int) -> list[int]:
         return self.ids[start:stop].tolist()
