@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from saerl_fast.records.packed import first_equal
 from saerl_fast.signals.features import Features
 from saerl_fast.signals.near import NearCopies
 from saerl_fast.signals.text import NUMBER
 
 log = logging.getLogger(__name__)
 NAMED = 5  # copies that a message names
-STEP = 1 << 14  # texts hashed at a time
 
 
 class Copies(NamedTuple):
@@ -47,7 +45,7 @@ def find_copies(
     same = same_text(texts)
     own = np.flatnonzero(same == np.arange(len(same)))
     found: dict[str, Any] = {"rows": len(same) - len(own)} | _conflicts(same, answers, ids)
-    shapes = _first(NUMBER.sub("0", _folded(texts[i])) for i in own.tolist())
+    shapes = first_equal(NUMBER.sub("0", _folded(texts[i])) for i in own.tolist())
     kept = np.flatnonzero(shapes == np.arange(len(own)))
     found["renumbered"] = len(own) - len(kept)
     rows, shape_of = own[kept], np.searchsorted(kept, shapes)
@@ -74,7 +72,7 @@ def find_copies(
 
 def same_text(texts: Iterable[str]) -> np.ndarray:
     """int64 [n]: the first row whose text is the same but for spaces and case."""
-    return _first(map(_folded, texts))
+    return first_equal(map(_folded, texts))
 
 
 def _folded(text: Any) -> str:
@@ -91,20 +89,3 @@ def _conflicts(same: np.ndarray, answers: Sequence[Any], ids: Sequence[str]) -> 
     apart = [of for of in rows.values() if len({_folded(answers[i]) for i in of}) > 1]
     named = "; ".join(", ".join(str(ids[i]) for i in of[:NAMED]) for of in apart[:NAMED])
     return {"conflicting": len(apart), "conflicts": named or None}
-
-
-def _first(keys: Iterable[str]) -> np.ndarray:
-    """int64 [n]: the position of the first key equal to each; by digest, so that no text is kept."""
-    rest, parts = iter(keys), [np.empty((0, 2), dtype=np.uint64)]
-    while part := list(islice(rest, STEP)):
-        texts = (key.encode("utf-8", "surrogatepass") for key in part)
-        found = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
-        parts.append(np.frombuffer(found, dtype=np.uint64).reshape(-1, 2))
-    digests = np.concatenate(parts)
-    order = np.lexsort(digests.T)
-    digests = digests[order]
-    begins = np.ones(len(order), dtype=bool)
-    begins[1:] = (digests[1:] != digests[:-1]).any(axis=1)
-    first = np.empty(len(order), dtype=np.int64)
-    first[order] = order[np.flatnonzero(begins)[np.cumsum(begins) - 1]]
-    return first

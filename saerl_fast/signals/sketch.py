@@ -57,7 +57,7 @@ class Sketches:
         seeds = np.random.default_rng([band, 8]).integers(0, 2**63, ROWS, dtype=np.uint64)
         for at in range(0, len(self.words), BLOCK):
             ends = self.words.ends[at : at + BLOCK + 1]
-            ids = self.words.ids[ends[0] : ends[-1]].astype(np.uint64)
+            ids = self.words.array[ends[0] : ends[-1]].astype(np.uint64)
             for seed in seeds:
                 least = np.minimum.reduceat(_mixed(ids + seed), ends[:-1] - ends[0])
                 found[at : at + BLOCK] = _mixed(found[at : at + BLOCK] ^ least)
@@ -65,15 +65,15 @@ class Sketches:
 
     def alike(self, i: np.ndarray, j: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
         """Those of the pairs of rows that have so much in common (Dice), as far as hashes tell."""
-        sizes = np.diff(self.words.ends)
+        sizes = self.words.sizes
         both_sizes = sizes[i] + sizes[j]
         found = 2 * np.minimum(sizes[i], sizes[j]) >= least * both_sizes
         close = np.flatnonzero(found)
         for at in range(0, len(close), PAIRS):
             part = close[at : at + PAIRS]
             names = [self.words.take(side[part]) for side in (i, j)]
-            places = [np.arange(len(part)).repeat(np.diff(rows.ends)) << 32 for rows in names]
-            both = np.concatenate([place + rows.ids for place, rows in zip(places, names, strict=True)])
+            places = [np.arange(len(part)).repeat(rows.sizes) << 32 for rows in names]
+            both = np.concatenate([place + rows.array for place, rows in zip(places, names, strict=True)])
             both.sort()
             common = np.bincount(both[1:][both[1:] == both[:-1]] >> 32, minlength=len(part))
             found[part] = 2 * common >= least * both_sizes[part]
