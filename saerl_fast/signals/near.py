@@ -29,8 +29,9 @@ from saerl_kernels import csr
 DIRECTIONS = 128
 ALIKE = 0.8  # share of the words that near-copies have in common (Dice), numbers counted as one word
 MOST = 64  # neighbours of a row that are looked at; further ones are counted (``unsure``)
-STEP = 2048  # rows compared at a time
-EXACT = 1 << 18  # rows up to which all are compared
+STEP = 2048  # rows compared at a time, or fewer
+BOUNDS = 1 << 24  # pairs whose bound is held
+EXACT = 1 << 17  # rows up to which all are compared
 CHECKED = 512  # rows of a larger pool that are compared with all
 DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)  # says little of the problem, in many words
 
@@ -130,8 +131,9 @@ def neighbours(
         Z[part, -1] = np.sqrt(np.maximum(square, 0.0))
     order = np.argsort(sizes, kind="stable")  # a pair of rows agrees only if their sizes are close
     Z, ranked = Z[order], sizes[order]
-    for at in range(0, n, STEP):
-        mine = slice(at, min(at + STEP, n))
+    step = min(STEP, BOUNDS // n + 1)
+    for at in range(0, n, step):
+        mine = slice(at, min(at + step, n))
         end = int(np.searchsorted(ranked, ranked[mine.stop - 1] * (2 / ALIKE - 1), side="right"))
         bound = Z[mine] @ Z[at:end].T
         bound[np.tril_indices(mine.stop - at, 0, end - at)] = -1.0
