@@ -13,6 +13,7 @@ from saerl_fast.models import load_model
 from saerl_fast.prompts import render as module
 from saerl_fast.prompts.pool import Pool
 from saerl_fast.prompts.render import prepare, render
+from saerl_fast.records import packed
 from saerl_fast.records.packed import Tokens
 from tests.prompt_files import message_of
 
@@ -191,6 +192,7 @@ def test_the_tokens_of_many_prompts_are_kept_in_one_array(tokenizer, monkeypatch
     cfg = DataConfig(max_prompt_tokens=3)
     expected = prepare(Pool(columns), tokenizer, cfg)
     monkeypatch.setattr(module, "BLOCK", 2)
+    monkeypatch.setattr(packed, "FEW", 2)
     found = prepare(Pool(columns), tokenizer, cfg)
     assert isinstance(found.ids, Tokens) and isinstance(found.answer_ids, Tokens) and len(found) == 4
     assert list(found.ids) == expected.ids and list(found.answer_ids) == expected.answer_ids

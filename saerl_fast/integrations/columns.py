@@ -13,7 +13,7 @@ from saerl_fast.signals.scores import SCORE_COLUMNS, Scores
 
 def to_dataset(pool: Pool) -> Any:
     """A ``datasets.Dataset`` with the pool's columns, rows in pool order."""
-    return _datasets().Dataset.from_dict(pool.columns)
+    return _datasets().Dataset.from_dict({name: list(column) for name, column in pool.columns.items()})
 
 
 def add_scores(dataset: Any, scores: Scores, id_column: str = "prompt_id") -> Any:

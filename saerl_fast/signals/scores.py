@@ -16,7 +16,7 @@ from saerl_fast.config import Config, QualityConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json
 from saerl_fast.records import manifest
-from saerl_fast.records.packed import Packed
+from saerl_fast.records.packed import Packed, Tokens
 from saerl_fast.signals.bank import Bank
 from saerl_fast.signals.cards import cards
 from saerl_fast.signals.clusters import cluster_prompts
@@ -27,6 +27,7 @@ from saerl_fast.signals.kept import Parts, in_memory, load_part, save_part, suff
 from saerl_fast.signals.quality import fit_quality
 from saerl_fast.signals.stored import Stored
 from saerl_fast.signals.table import SCORE_COLUMNS, Table, arrow_type, score_array, write_table
+from saerl_fast.signals.text import Plain
 
 if TYPE_CHECKING:
     from saerl_fast.prompts.pool import Pool
@@ -186,7 +187,7 @@ def score_features(
     labels, known = label_columns(pool, config)
     bank = Bank(prompt_features, pool.columns["prompt"], kept, pool.columns["answer"])
     ids = pool.columns["prompt_id"]
-    texts, near = bank.texts(slice(0, count)), config.quality.near
+    texts, near = Plain(pool.columns["prompt"]), config.quality.near
     copies = find_copies(prompt_features, texts, pool.columns["answer"], ids, near=near, seed=config.seed)
     lap("duplicates")
     column = config.quality.kind_column
@@ -259,7 +260,8 @@ def feature_pass(session: Session, sae: Any, config: Config) -> Compute:
     if config.score.include_answer and config.quality.head != "none" and None not in prompts.column("answer"):
         answers, kinds = prompts.answer_ids, [*kinds, "answer"]
     elif "answer_logprob" in kinds:
-        answers = [answer[:ANSWER] for answer in prompts.answer_ids]
+        cut_off = (answer[:ANSWER] for answer in prompts.answer_ids)
+        answers = Tokens.of(cut_off) if isinstance(prompts.answer_ids, Tokens) else list(cut_off)
         if cut := sum(len(answer) > ANSWER for answer in prompts.answer_ids):
             log.warning(
                 "answer_logprob reads the first %d tokens of answers: %d of %d are longer",
