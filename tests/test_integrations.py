@@ -163,7 +163,7 @@ class Spy:
         return [int(name[1:]) / N for name in prompt_id]
 
 
-def trl_run(tiny, folder, plan, *, max_steps, resume=None, **settings):
+def trl_run(tiny, folder, plan, *, max_steps, resume=None, data=None, **settings):
     from trl import GRPOConfig
 
     make, tokenizer = tiny
@@ -185,7 +185,7 @@ def trl_run(tiny, folder, plan, *, max_steps, resume=None, **settings):
         plan,
         model=make(),
         args=args,
-        train_dataset=to_dataset(make_pool()),
+        train_dataset=data or to_dataset(make_pool()),
         reward_funcs=spy,
         processing_class=tokenizer,
     )
@@ -214,6 +214,24 @@ def test_trl_feeds_an_adaptive_plan_and_resumes_exactly(tiny, tmp_path):
     first, _ = trl_run(tiny, tmp_path / "cut", make_plan("adaptive"), max_steps=2)
     rest, _ = trl_run(tiny, tmp_path / "cut", make_plan("adaptive"), max_steps=6, resume=True)
     assert first + rest == seen
+
+
+def test_trl_takes_conversations_and_tells_each_group_once(tiny, tmp_path):
+    """Also where a batch is trained on twice, in two parts: the rewards are those of one generation."""
+    make, tokenizer = tiny
+    chats = [[{"role": "user", "content": text}] for text in make_pool().column("prompt")]
+    data = to_dataset(make_pool()).remove_columns("prompt").add_column("prompt", chats)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    try:
+        twice = {"num_iterations": 2, "gradient_accumulation_steps": 1, "steps_per_generation": 2}
+        plan = make_plan("adaptive")
+        seen, _ = trl_run((make, tokenizer), tmp_path, plan, max_steps=8, data=data, **twice)
+    finally:
+        tokenizer.chat_template = None
+    events = json.loads((tmp_path / "checkpoint-8" / "saerl_plan.json").read_text())
+    observed = [event for event in events if len(event) == 2]
+    assert [ids for ids, _ in observed] == seen and len(seen) == 2  # a generation for four optimizer steps
+    assert plan.step == 3 and len({*seen[0], *seen[1]}) == 8
 
 
 TWO_PROCESSES = """

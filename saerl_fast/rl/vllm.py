@@ -6,6 +6,7 @@ On a CPU preload libiomp5 (``LD_PRELOAD``) and set ``VLLM_CPU_KVCACHE_SPACE`` (G
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,8 @@ class VllmEngine(Engine):
                 f"train.rollout.engine=vllm needs vLLM ({err}); run `pip install vllm`, or set "
                 "engine=transformers"
             ) from None
+        # it warns of what a tied output layer and constants do not load; `Engine` looks at the outcome
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         together = {"distributed_executor_backend": "external_launcher"} if distributed.size() > 1 else {}
         with _numba_aside():
             self.llm = LLM(
