@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.integrations.trl import EVENTS, Journal, PassRate, prompt_ids, rates_of, saved, saving
+from saerl_fast.integrations.journal import EVENTS, Journal, PassRate, prompt_ids, rates_of, saved, saving
 from saerl_fast.plan import Plan
 from saerl_fast.plan.sampler import dataset_rows
 
