@@ -30,12 +30,12 @@ def rate(name: str) -> float:
 
 def give(groups: Groups, number: int, name: str) -> None:
     for _ in range(SIZE):
-        groups.arrived(number, rate(name))
+        groups.reward(number, rate(name))
 
 
 def test_each_group_is_told_once_and_what_is_on_its_way_comes_again():
     groups = Groups(make_plan("adaptive"), IDS, None)
-    names = [IDS[groups.hand_out()] for _ in range(7)]
+    names = [IDS[groups.next_row()] for _ in range(7)]
     for number in (1, 0, 4, 5):  # they arrive in the order in which they are done; 5 is still arriving
         give(groups, number, names[number])
     told = [event for event in groups.events if len(event) == 2]
@@ -44,10 +44,10 @@ def test_each_group_is_told_once_and_what_is_on_its_way_comes_again():
     assert state["again"] == [names[i] for i in (2, 3, 5, 6)] and state["next"] == 7
     resumed = Groups(make_plan("adaptive"), IDS, None)
     resumed.load(state)
-    assert [IDS[resumed.hand_out()] for _ in range(4)] == [names[i] for i in (2, 3, 5, 6)]
-    assert resumed.hand_out() == groups.hand_out()  # then both go on with the plan
+    assert [IDS[resumed.next_row()] for _ in range(4)] == [names[i] for i in (2, 3, 5, 6)]
+    assert resumed.next_row() == groups.next_row()  # then both go on with the plan
     assert resumed.plan.step == groups.plan.step == 2
-    groups.arrived(5, float("nan"))  # one that no reward judges
+    groups.reward(5, float("nan"))  # one that no reward judges
     give(groups, 6, names[6])
     assert groups.events[-1] == [[names[5]], [rate(names[5])]]
 

@@ -1,8 +1,9 @@
-"""A plan with its history, which TRL's trainers keep in their checkpoints."""
+"""A plan with its history, which other trainers keep in their checkpoints."""
 
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,51 @@ class Journal:
             self._drawn.append(self.plan.next_batch())
             self.events.append([self._drawn[-1]])
         return self._drawn[index]
+
+
+class Stream(Journal):
+    """The plan's prompts one by one, for rollouts that are on their way while further ones are asked for.
+
+    Each is handed out under a number, from 0. A state also names those that are still on their way: they come
+    again first when it is loaded, so that no prompt is lost, or told twice.
+    """
+
+    FORM = {"events": EVENTS, "again": [str], "next": int}  # of a `state`
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.away: dict[int, str] = {}  # number -> id
+        self._again: deque[str] = deque()
+        self._next = 0  # of the plan's prompts, counted from its start
+        self._handed = 0
+
+    def hand_out(self) -> str:
+        """The id of the next prompt."""
+        if self._again:
+            name = self._again.popleft()
+        else:
+            name = self.batch(self._next // self.plan.batch_size)[self._next % self.plan.batch_size]
+            self._next += 1
+        self.away[self._handed] = name
+        self._handed += 1
+        return name
+
+    def arrived(self, number: int, rewards: list[float], pass_rate: PassRate | None) -> None:
+        """Tell the plan all rewards of that number's group; NaN: not judged."""
+        name, known = self.away.pop(number), [reward for reward in rewards if reward == reward]
+        if known:
+            self.observe([name], [float(rates_of(np.array([known]), pass_rate)[0])])
+
+    def state(self) -> dict[str, Any]:
+        """What `load` goes on from, as plain values."""
+        away = [*self.away.values(), *self._again]
+        return {"events": list(self.events), "again": away, "next": self._next}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`; SaerlError when it is of another plan."""
+        self.replay(state["events"])
+        self._again.extend(state["again"])
+        self._next = state["next"]
 
 
 def prompt_ids(dataset: Any) -> list[str]:

@@ -15,16 +15,13 @@ Checked with TRL 1.16 on a CPU, with a worker and an attention kernel that run t
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Iterator
 from multiprocessing import current_process
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
-import numpy as np
-
 from saerl_fast.errors import SaerlError
-from saerl_fast.integrations.journal import EVENTS, Journal, PassRate, prompt_ids, rates_of, saved, saving
+from saerl_fast.integrations.journal import PassRate, Stream, prompt_ids, saved, saving
 from saerl_fast.plan import Plan
 from saerl_fast.plan.sampler import dataset_rows
 
@@ -49,61 +46,34 @@ class PlanFeed:
         return self
 
 
-class Groups(Journal):
-    """The plan's prompts as numbered groups: handed out, then told their rewards.
-
-    ``again``: ids of groups that were on their way when the plan's state was saved.
-    """
+class Groups(Stream):
+    """The plan's prompts as TRL's numbered groups, whose rewards arrive one by one; for several threads."""
 
     def __init__(self, plan: Plan, ids: list[str], pass_rate: PassRate | None) -> None:
         super().__init__(plan)
-        self.ids, self.pass_rate = ids, pass_rate
-        self.again: deque[str] = deque()
+        self.pass_rate = pass_rate
         self._row = dataset_rows(plan, ids)
-        self._next = 0  # of the plan's prompts, counted from its start
-        self._away: dict[int, str] = {}  # group number -> id
-        self._handed = 0
         self._open: tuple[int, list[float]] | None = None  # the group that is arriving, and its rewards
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
-    def hand_out(self) -> int:
-        """The dataset row of the next group's prompt; groups are numbered from 0 in this order."""
+    def next_row(self) -> int:
+        """The dataset row of the next group's prompt."""
         with self._lock:
-            if self.again:
-                name = self.again.popleft()
-            else:
-                name = self.batch(self._next // self.plan.batch_size)[self._next % self.plan.batch_size]
-                self._next += 1
-            self._away[self._handed] = name
-            self._handed += 1
-            return self._row[name]
+            return self._row[self.hand_out()]
 
-    def arrived(self, number: int, reward: float) -> None:
+    def reward(self, number: int, value: float) -> None:
         """One of a group's rewards; a group has ended when another one's come."""
         with self._lock:
             if self._open is not None and self._open[0] != number:
-                self._close(*self._open)
+                self.arrived(*self._open, self.pass_rate)
                 self._open = None
             if self._open is None:
                 self._open = (number, [])
-            self._open[1].append(reward)
-
-    def _close(self, number: int, rewards: list[float]) -> None:
-        name, known = self._away.pop(number), [r for r in rewards if r == r]  # NaN: not judged
-        if known:
-            self.observe([name], [float(rates_of(np.array([known]), self.pass_rate)[0])])
+            self._open[1].append(value)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: events, ids of the groups on their way, the place in the plan."""
         with self._lock:
-            away = [*self._away.values(), *self.again]
-            return {"events": list(self.events), "again": away, "next": self._next}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`; SaerlError when it is of another plan."""
-        self.replay(state["events"])
-        self.again.extend(state["again"])
-        self._next = state["next"]
+            return super().state()
 
     def serve(self, listener: Listener) -> None:
         """Answer every `PlanFeed` that connects, in threads of their own."""
@@ -111,7 +81,7 @@ class Groups(Journal):
         def answer(link: Connection) -> None:
             try:
                 while link.recv_bytes():
-                    link.send_bytes(str(self.hand_out()).encode())
+                    link.send_bytes(str(self.next_row()).encode())
             except (EOFError, OSError):  # the other process has ended
                 link.close()
 
@@ -130,7 +100,7 @@ class _Watched:
 
     def get(self, *args: Any, **more: Any) -> Any:
         sample = self.queue.get(*args, **more)
-        self.groups.arrived(int(sample.group_id), float(sample.metrics["reward"]))
+        self.groups.reward(int(sample.group_id), float(sample.metrics["reward"]))
         return sample
 
     def qsize(self) -> int:
@@ -142,8 +112,7 @@ def async_trainer(plan: Plan, base: type, pass_rate: PassRate | None, kwargs: di
 
     class PlanAsyncTrainer(base):  # type: ignore[misc, valid-type]
         def train(self, resume_from_checkpoint: Any = None, **more: Any) -> Any:
-            form = {"events": EVENTS, "again": [str], "next": int}
-            if (state := saved(self, resume_from_checkpoint, form)) is not None:
+            if (state := saved(self, resume_from_checkpoint, Stream.FORM)) is not None:
                 groups.load(state)
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **more)
 
