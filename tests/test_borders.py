@@ -68,7 +68,15 @@ def finished(tmp_path_factory) -> Path:
     carried = [{"feature": 1, "effect": 0.5, "prompts": [{"id": "0", "text": "a prompt"}]}]
     told = {"quality": {"auc": 0.5, "by_kind": {"torn": 0.5}}, "fingerprint": "x", "config": {}}
     told |= {"difficulty": {"interval": 0.5, "features": carried}}
-    told["map"] = {"of": 9, "method": "pca", "explained": [0.5], "row": [0], "x": [1.0], "y": [1.0], "text": [""]}
+    told["map"] = {
+        "of": 9,
+        "method": "pca",
+        "explained": [0.5],
+        "row": [0],
+        "x": [1.0],
+        "y": [1.0],
+        "text": [""],
+    }
     Scores(columns, told, features).save(folder.parent)
     return folder.parent
 
