@@ -92,6 +92,14 @@ def test_reports_are_the_same_byte_for_byte(tmp_path):
     assert [path.read_bytes() for path in write_report(tmp_path)] == first
 
 
+def test_scores_alone_have_a_report(tmp_path):
+    shutil.rmtree(scored(tmp_path) / "adaptive")
+    names = {path.name for path in write_report(tmp_path)}
+    assert names >= {"map.png", "calibration.png"} and "learning_curves.png" not in names
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith(f"# {tmp_path.name}: scores\n") and "## Result" not in text
+
+
 def test_without_plotly_the_pictures_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "_plotly", lambda: None)
     write_report(scored(tmp_path))

@@ -15,7 +15,7 @@ from saerl_fast.records import plots, samples, scored
 from saerl_fast.records.charts import map_chart
 from saerl_fast.records.lock import clean
 from saerl_fast.records.page import Part, Picture, markdown, page, terminal
-from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes, load_runs, read_object
+from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes, find_runs, load_runs, read_object
 from saerl_fast.records.stats import area_under_curve, paired_ratio, steps_to_target
 
 Table = samples.Table
@@ -41,15 +41,16 @@ MODE_NOTES = {
 def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: None) -> list[Path]:
     """Write report.md, report.html and the figures into ``root``; returns the paths.
 
-    ``root`` is a run_dir or the folder of a single run in one, whose scores and SAE lie a level above.
-    Raises SaerlError when ``root`` holds no run.
+    ``root`` is a run_dir, with runs or scores alone, or the folder of a single run in one, whose scores and SAE
+    lie a level above. Raises SaerlError when ``root`` holds neither.
     """
     root, said = Path(root), list[str]()
-    runs = [run for run in load_runs(root, said.append) if run.last]
+    only_scored = (root / "scores.json").is_file() and not find_runs(root)
+    runs = [] if only_scored else [run for run in load_runs(root, said.append) if run.last]
     clean(root)  # a report that was killed
     for line in said:
         echo(line)
-    if not runs:
+    if not runs and not only_scored:
         raise SaerlError(f"the runs in {root} recorded no step yet; let `saerl train` finish one first")
     settings = _settings(root)
     targets = find_targets(runs, settings)
@@ -64,14 +65,8 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
     drawn = _draw(runs, targets, root) | _draw_scores(scores, root)
     order: list[Part | str] = [samples.damage_table(said), results[0], "learning_curves", *results[1:]]
     order += [samples.arms_table(root), samples.warnings_table(runs), "batches"]
-    order += [
-        signals["probes"],
-        "calibration",
-        "quality_kinds",
-        signals["features"],
-        "map",
-        signals["clusters"],
-    ]
+    order += [signals["probes"], "calibration", "quality_kinds", signals["features"]]
+    order += ["map", signals["clusters"]]
     order += ["signals", "phases", phase_table(runs), *samples.samples_tables(runs)]
     order += [samples.settings_table(runs), samples.about_table(runs), signals["signals"], signals["sae"]]
     parts: list[Part] = []
@@ -80,7 +75,8 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
             parts += [drawn[part]] if part in drawn else []
         elif isinstance(part, Picture) or part[2]:
             parts.append(part if isinstance(part, Picture) else _shown(part))
-    title = printable(f"{root.name}: {', '.join(dict.fromkeys(run.arm for run in runs))}")
+    arms = ", ".join(dict.fromkeys(run.arm for run in runs)) or "scores"
+    title = printable(f"{root.name}: {arms}")
     for table in results:
         if table[2]:
             echo(terminal(table))
@@ -198,7 +194,7 @@ def paired_table(runs: list[RunRecord], targets: dict[str, float], settings: Com
     header = [
         "arm",
         "target",
-        f"steps saved against {arms[0]}",
+        f"steps saved against {''.join(arms[:1])}",
         "95% interval",
         "pairs (+left out)",
         "verdict",
