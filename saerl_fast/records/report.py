@@ -41,8 +41,8 @@ MODE_NOTES = {
 def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: None) -> list[Path]:
     """Write report.md, report.html and the figures into ``root``; returns the paths.
 
-    ``root`` is a run_dir, with runs or scores alone, or the folder of a single run in one, whose scores and SAE
-    lie a level above. Raises SaerlError when ``root`` holds neither.
+    ``root`` is a run_dir, with runs or scores alone, or the folder of a single run in one, whose scores and
+    SAE lie a level above. Raises SaerlError when ``root`` holds neither.
     """
     root, said = Path(root), list[str]()
     only_scored = (root / "scores.json").is_file() and not find_runs(root)
@@ -65,8 +65,8 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
     drawn = _draw(runs, targets, root) | _draw_scores(scores, root)
     order: list[Part | str] = [samples.damage_table(said), results[0], "learning_curves", *results[1:]]
     order += [samples.arms_table(root), samples.warnings_table(runs), "batches"]
-    order += [signals["probes"], "calibration", "quality_kinds", signals["features"]]
-    order += ["map", signals["clusters"]]
+    order += [signals["probes"], "map", "calibration", "quality_kinds"]
+    order += [signals["clusters"], signals["features"]]
     order += ["signals", "phases", phase_table(runs), *samples.samples_tables(runs)]
     order += [samples.settings_table(runs), samples.about_table(runs), signals["signals"], signals["sae"]]
     parts: list[Part] = []
