@@ -14,11 +14,11 @@ from typing import Any, Literal, get_args
 from saerl_fast.config.fields import SEED, Section, name_sections, section, setting
 
 Stored = Literal["sae", "sae_mean", "sae_max", "sae_last", "hidden", "scalars", "answer_logprob"]
-Kind = Literal[Stored, "text", "tfidf", "length", "answer_text", "random"]
+Kind = Literal[Stored, "text", "tfidf", "length", "answer_text", "random", "none"]
 FEATURES = "what the ridge reads; each kind weighs what the labels say for it"
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 LOSSES = ("dapo", "grpo", "dr_grpo", "gspo", "cispo")
-SCHEDULES = ("vanilla", "literal", "global", "medium", "adaptive")
+SCHEDULES = ("vanilla", "literal", "global", "medium", "mopps", "bots", "greso", "adaptive")
 REWARDS: tuple[str, ...] = ("exact", "numeric", "maths", "maths-boxed", "reasoning-gym")
 REWARDS += tuple(f"{name}-think" for name in REWARDS)
 DEVICE = ("auto|cpu|mps|(cuda|xpu)(:[0-9]+)?", "be auto, cpu, cuda or cuda:N")
