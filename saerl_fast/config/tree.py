@@ -370,6 +370,10 @@ class CompareConfig(Section):
         None, "accuracies registered beforehand; replace `targets`", filled=True
     )
     smooth: int = setting(3, "evaluations in the mean that is tested against a target", at_least=1)
+    vary_sae: bool = setting(
+        False,
+        "every seed but the first has an SAE of its own, and scores, in run_dir/draws; one for all is luck",
+    )
 
 
 @dataclass
@@ -402,6 +406,8 @@ class Config(Section):
             for kind in kinds or ():
                 if kind in get_args(Stored) and kind not in self.score.features:
                     return f"{key} names {kind}, which is not kept; add it to score.features"
+        if self.compare.vary_sae and self.sae.path is not None:
+            return f"compare.vary_sae trains SAEs, and sae.path={self.sae.path} names one; unset one of them"
         return None
 
 
