@@ -1,113 +1,291 @@
-"""Steps saved by the adaptive order on three pools: easy, the demo's, and hard for the demo's model.
+"""Steps saved by arms on three pools: easy, the demo's, and hard for the demo's model.
 
-    python -m benchmarks.evidence [--pools easy,demo,hard] [--seeds 200:212] [--work runs/evidence]
+    python -m benchmarks.evidence [--pools easy,demo,hard] [--arms vanilla,sae,...] [--seeds 200:212]
+    python -m benchmarks.evidence --tables      # nothing but the tables, from what is kept
 
-Per pool one `saerl compare` of vanilla and adaptive, paired by seed, which goes on where it was interrupted.
 The pools differ in one number of their generator, the share of clean problems that are beyond the model.
 Targets were fixed beforehand, at 60 and 80 % of vanilla's gain on seeds 11 to 14, the easy pool's being the
-demo's; each pool has an SAE of its own.
-Curves are kept in results/evidence/POOL.json, the lines of the table in results/evidence/summary.json.
+demo's; each pool has an SAE of its own. A call makes the runs that the work folder lacks, one after the
+other, and goes on where it was interrupted. Orders that do not depend on the length of the run are stopped at
+30, 45 or 60 of the 80 steps once they are past the last target.
+
+results/evidence/POOL.json: curves of vanilla and of the default, each run whole; arms.json: of other arms.
+Its ``sae`` is the default once more, on the SAE, labels and clusters that all arms of arms.json share, which
+were made anew. summary.json: a line for each pool, arm and target; differences.json: ``sae`` against the same
+rule with other features. benchmarks/README.md has the tables between markers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.evidence_tables import draw_law, insert, tables
 from examples.demo_pool import make_pool
-from saerl_fast.config import Config, load_config
+from saerl_fast.config import Config, apply_overrides, load_config
 from saerl_fast.fileio import write_json, write_text
-from saerl_fast.records.runs import RunRecord, load_runs
-from saerl_fast.records.stats import paired_ratio, steps_to_target
-from saerl_fast.stages.compare import compare
+from saerl_fast.records.runs import RunRecord, open_run
+from saerl_fast.records.stats import PairedRatio, holm, paired_ratio, steps_to_target
+from saerl_fast.stages.compare import parse_arm
 from saerl_fast.stages.console import Echo
+from saerl_fast.stages.train import train_stage
 
 POOLS = {"easy": (0.0, (0.463, 0.511)), "demo": (0.4, (0.463, 0.511)), "hard": (0.75, (0.436, 0.476))}
-ARMS = ("vanilla", "adaptive")
+STOPS = (30, 45, 60, 80)
+WHOLE = ("vanilla", "adaptive")  # arms of POOL.json
+ROLLOUTS = 128  # of a step, unless an arm draws more
+EARLY = 30  # steps whose share of informative groups is compared
+
+
+class Arm(NamedTuple):
+    """``text`` as compare.arms has it; what the rule reads; whether a shorter run has the same order."""
+
+    text: str
+    features: str | None = None
+    stops: bool = True
+
+
+def _adaptive(features: str, more: str = "") -> Arm:
+    return Arm(f"x:plan.schedule=adaptive;plan.adaptive.features=[{features}]{more}", features)
+
+
+ARMS = {
+    "vanilla": Arm("vanilla", stops=False),
+    "adaptive": Arm("adaptive", "sae", stops=False),
+    "sae": _adaptive("sae"),
+    "hidden": _adaptive("hidden"),
+    "tfidf": _adaptive("tfidf"),
+    "length": _adaptive("length"),
+    "scalars": _adaptive("scalars"),
+    "none": _adaptive("none"),
+    "random": _adaptive("random"),
+    "answer": _adaptive("answer_logprob"),
+    "noquota": _adaptive("sae", ";plan.adaptive.quota=null"),
+    "mopps": Arm("mopps"),
+    "bots": Arm("bots"),
+    "greso": Arm("x:plan.schedule=greso;train.dynamic_sampling=3"),
+    "dapo": Arm("x:plan.schedule=vanilla;train.dynamic_sampling=3", stops=False),
+    "twice": Arm("x:plan.schedule=vanilla;train.rollout.prompts_per_step=32", stops=False),
+    "filtered": Arm("x:plan.schedule=vanilla;plan.filter=true", stops=False),
+    "literal": Arm("literal", stops=False),
+    "global": Arm("global", stops=False),
+    "medium": Arm("medium", stops=False),
+}
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "results" / "evidence"
+Runs = dict[str, dict[str, dict[str, Any]]]  # arm -> seed -> curves
 
 
-def configured(pool: str, seeds: list[int], work: Path) -> Config:
-    """The demo's config with another pool and other seeds; the pool is written to ``work``."""
-    hard, targets = POOLS[pool]
+def configured(pool: str, arm: str, seed: int, work: Path, steps: int = STOPS[-1]) -> Config:
+    """The demo's config with another pool, arm and seed; the pool is written to ``work``."""
     data = work / f"{pool}.jsonl"
-    write_text(data, "".join(json.dumps(row) + "\n" for row in make_pool(0, hard=hard)))
+    if not data.is_file():
+        write_text(data, "".join(json.dumps(row) + "\n" for row in make_pool(0, hard=POOLS[pool][0])))
     settings: dict[str, Any] = {
         "run_dir": work / pool,
         "data.train": data,
         "data.eval": ROOT / "examples" / "demo" / "eval.jsonl",
         "model.path": ROOT / "examples" / "demo" / "model",
-        "compare.arms": f"[{','.join(ARMS)}]",
-        "compare.seeds": f"[{','.join(map(str, seeds))}]",
-        "compare.target_values": f"[{','.join(map(str, targets))}]",
+        "score.features": "[sae,sae_mean,hidden,scalars,answer_logprob]",
+        "train.seed": seed,
+        "train.steps": steps,
+        "train.save_every": 0,
+        "train.save_model": "false",
     }
-    return load_config(ROOT / "examples" / "demo.yaml", [f"{key}={value}" for key, value in settings.items()])
+    config = load_config(
+        ROOT / "examples" / "demo.yaml", [f"{key}={value}" for key, value in settings.items()]
+    )
+    return apply_overrides(config, parse_arm(ARMS[arm].text)[1])
 
 
-def curves(runs: list[RunRecord]) -> dict[str, Any]:
-    """arm -> seed -> evaluations and the share of groups with a gradient in the run."""
-    found: dict[str, Any] = {}
-    for run in runs:
-        used = round(float(np.nanmean(run.train["used"])), 4)
-        kept = {"steps": run.eval_steps, "accuracy": [round(a, 6) for a in run.accuracy], "used": used}
-        found.setdefault(run.arm, {})[str(run.seed)] = kept
+def make(pool: str, arm: str, seed: int, work: Path) -> None:
+    """The run, up to the first of ``STOPS`` at which nothing after it can matter; what is there is kept."""
+    out = work / pool / f"{arm}.seed-{seed}"
+    for steps in STOPS if ARMS[arm].stops else STOPS[-1:]:
+        done = open_run(out) if (out / "summary.json").is_file() else None
+        if done is not None:
+            done.read()
+            hit = steps_to_target(done.eval_steps, done.accuracy, POOLS[pool][1][-1], 3)
+            if done.eval_steps[-1] >= steps or (hit is not None and hit <= done.eval_steps[-2]):
+                continue
+        train_stage(
+            configured(pool, arm, seed, work, steps), Echo(quiet=True), out=out, arm=arm, resume=out.exists()
+        )
+
+
+def curve(run: RunRecord) -> dict[str, Any]:
+    """Of a run its evaluations, rollouts and tokens until each, and the share of groups with a gradient."""
+    early = run.train["step"] <= EARLY
+    return {
+        "steps": run.eval_steps,
+        "accuracy": [round(a, 5) for a in run.accuracy],
+        "rollouts": run.spent("rollouts").astype(int).tolist(),
+        "tokens": run.spent("tokens").astype(int).tolist(),
+        "used": round(float(np.nanmean(run.train["used"])), 4),
+        "used_early": round(float(np.nanmean(run.train["used"][early])), 4),
+    }
+
+
+def collect(work: Path) -> dict[str, Runs]:
+    """pool -> arm -> seed -> curve, of the finished runs in ``work``."""
+    found: dict[str, Runs] = {}
+    for pool in POOLS:
+        for arm in ARMS:
+            folders = sorted((work / pool).glob(f"{arm}.seed-*"))
+            for out in (folder for folder in folders if (folder / "summary.json").is_file()):
+                run = open_run(out)
+                run.read(whole=True)
+                found.setdefault(pool, {}).setdefault(arm, {})[out.name.rpartition("-")[2]] = curve(run)
     return found
 
 
-def lines(pool: str, found: dict[str, Any], window: int) -> list[dict[str, Any]]:
-    """A line for each target: what the adaptive arm saved against vanilla, with its 95 % interval."""
+def kept(out: Path = OUT) -> dict[str, Runs]:
+    """All curves: those of POOL.json, with what arms.json adds to them, and those of arms.json."""
+    more = json.loads((out / "arms.json").read_text()) if (out / "arms.json").is_file() else {}
+    found: dict[str, Runs] = {}
+    for pool in POOLS:
+        found[pool] = json.loads((out / f"{pool}.json").read_text())
+        for run in (run for runs in found[pool].values() for run in runs.values()):
+            run["rollouts"] = [ROLLOUTS * step for step in run["steps"]]
+        for arm, runs in more.get(pool, {}).items():
+            mine = found[pool].setdefault(arm, {})
+            for seed, run in runs.items():
+                mine[seed] = run | mine.get(seed, {})
+    return found
+
+
+def _cost(run: dict[str, Any], target: float, window: int, unit: str) -> float | None:
+    """Steps, rollouts or tokens until the target."""
+    hit = steps_to_target(run["steps"], run["accuracy"], target, window)
+    return hit if hit is None or unit == "steps" else float(np.interp(hit, run["steps"], run[unit]))
+
+
+def paired(base: Any, arm: Any, target: float, window: int, unit: str = "steps") -> PairedRatio | None:
+    """Cost of ``arm`` over that of ``base``, by the seeds of which both have it."""
+    seeds = [seed for seed in base if seed in arm and unit in base[seed] and unit in arm[seed]]
+    both = [[_cost(runs[seed], target, window, unit) for seed in seeds] for runs in (base, arm)]
+    return paired_ratio(*both)
+
+
+def _told(result: PairedRatio | None) -> dict[str, Any]:
+    """A comparison as a line has it."""
+    if result is None:
+        return {}
+    line: dict[str, Any] = {"pairs": result.pairs, "left_out": result.censored + result.zero}
+    line["saved"] = round(1 - result.ratio, 4)
+    if result.interval is not None:
+        line["low"], line["high"] = (round(1 - edge, 4) for edge in result.interval[::-1])
+    return line
+
+
+def _mean(runs: dict[str, Any], name: str) -> float:
+    return round(float(np.mean([run[name] for run in runs.values() if name in run])), 4)
+
+
+def lines(pool: str, found: Runs, window: int, arm: str = "adaptive") -> list[dict[str, Any]]:
+    """A line for each target: what the arm saved against vanilla, with its 95 % interval."""
     made = []
     for target in POOLS[pool][1]:
-        reached = {
-            arm: [steps_to_target(run["steps"], run["accuracy"], target, window) for run in runs.values()]
-            for arm, runs in found.items()
-        }
-        result = paired_ratio(reached["vanilla"], reached["adaptive"])
-        line: dict[str, Any] = {"pool": pool, "arm": "adaptive", "features": "sae", "target": target}
-        if result is not None:
-            line |= {"pairs": result.pairs, "left_out": result.censored + result.zero}
-            line["saved"] = round(1 - result.ratio, 4)
-            if result.interval is not None:
-                line["low"], line["high"] = (round(1 - edge, 4) for edge in result.interval[::-1])
-        for arm, runs in found.items():
-            line[f"used_{arm}"] = round(float(np.mean([run["used"] for run in runs.values()])), 4)
-            line[f"final_{arm}"] = round(float(np.mean([run["accuracy"][-1] for run in runs.values()])), 4)
+        line: dict[str, Any] = {"pool": pool, "arm": arm, "features": ARMS[arm].features, "target": target}
+        line |= _told(paired(found["vanilla"], found[arm], target, window))
+        for name in ("vanilla", arm):
+            line[f"used_{name}"] = _mean(found[name], "used")
+            if all(run["steps"][-1] == STOPS[-1] for run in found[name].values()):
+                line[f"final_{name}"] = round(
+                    float(np.mean([run["accuracy"][-1] for run in found[name].values()])), 4
+                )
         made.append(line)
     return made
 
 
+def arm_lines(found: dict[str, Runs], window: int) -> list[dict[str, Any]]:
+    """The same of the arms of arms.json, with rollouts and tokens saved; p is Holm's over all lines."""
+    made, chances = [], []
+    for pool, arms in found.items():
+        for arm in (name for name in ARMS if name in arms and name not in WHOLE):
+            for line in lines(pool, arms, window, arm):
+                line["used_early"] = _mean(arms[arm], "used_early")
+                for unit in ("rollouts", "tokens"):
+                    result = paired(arms["vanilla"], arms[arm], line["target"], window, unit)
+                    if result is not None and result.pairs == line["pairs"]:
+                        line[f"{unit}_saved"] = round(1 - result.ratio, 4)
+                result = paired(arms["vanilla"], arms[arm], line["target"], window)
+                chances.append(None if result is None or line["left_out"] else result.p)
+                made.append(line)
+    return _with_p(made, chances)
+
+
+def differences(found: dict[str, Runs], window: int) -> list[dict[str, Any]]:
+    """Steps that ``sae`` needs fewer than the same rule with other features; p is Holm's over all lines."""
+    made, chances = [], []
+    for pool, arms in found.items():
+        for other in (name for name in ("none", "hidden", "tfidf", "random", "answer") if name in arms):
+            for target in POOLS[pool][1]:
+                result = paired(arms[other], arms["sae"], target, window)
+                made.append({"pool": pool, "against": other, "target": target} | _told(result))
+                chances.append(None if result is None or made[-1]["left_out"] else result.p)
+    return _with_p(made, chances)
+
+
+def _with_p(made: list[dict[str, Any]], chances: list[float | None]) -> list[dict[str, Any]]:
+    adjusted = holm(chances)
+    return [line | ({} if p is None else {"p": round(p, 4)}) for line, p in zip(made, adjusted, strict=True)]
+
+
 def row(line: dict[str, Any]) -> str:
-    """A line as the table of benchmarks/README.md has it."""
+    """A line of the default as the table of benchmarks/README.md has it."""
     saved = f"{line['saved']:.0%} [{line['low']:.0%}, {line['high']:.0%}]"
     used = f"{line['used_vanilla']:.0%} | {line['used_adaptive']:.0%}"
     final = f"{line['final_vanilla']:.3f} | {line['final_adaptive']:.3f}"
     return f"| {line['pool']} | {line['target']} | {line['pairs']} | {saved} | {used} | {final} |"
 
 
+def summarise(out: Path = OUT, window: int = 3) -> None:
+    """Write summary.json and differences.json, and the tables and the figure of benchmarks/README.md."""
+    found = kept(out)
+    whole = [line for pool in POOLS for line in lines(pool, found[pool], window)]
+    arms, against = arm_lines(found, window), differences(found, window)
+    write_json(out / "summary.json", whole + arms)
+    write_json(out / "differences.json", against)
+    if out == OUT:
+        readme = ROOT / "benchmarks" / "README.md"
+        write_text(readme, insert(readme.read_text(), tables(whole, arms, against)))
+        draw_law(whole, arms, ROOT / "benchmarks" / "figures" / "law.png")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pools", default=",".join(POOLS))
+    parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--seeds", default="200:212", help="FIRST:END")
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--tables", action="store_true", help="from what is kept, without runs")
     args = parser.parse_args(argv)
-    seeds = list(range(*map(int, args.seeds.split(":"))))
-    args.work.mkdir(parents=True, exist_ok=True)
-    for pool in args.pools.split(","):
-        config = configured(pool, seeds, args.work)
-        compare(config, Echo(quiet=True))
-        write_json(args.out / f"{pool}.json", curves(load_runs(args.work / pool)))
-    found = []
-    for pool in POOLS:
-        if (args.out / f"{pool}.json").is_file():
-            found += lines(pool, json.loads((args.out / f"{pool}.json").read_text()), config.compare.smooth)
-    write_json(args.out / "summary.json", found)
-    print("\n".join(map(row, found)))
+    if not args.tables:
+        for pool in args.pools.split(","):
+            for seed in range(*map(int, args.seeds.split(":"))):
+                for arm in args.arms.split(","):
+                    make(pool, arm, seed, args.work.resolve())
+        pack(collect(args.work), args.out)
+    summarise(args.out)
+
+
+def pack(found: dict[str, Runs], out: Path) -> None:
+    """Write POOL.json where the default was run, and all else to arms.json, a line a run."""
+    for pool, arms in found.items():
+        if "adaptive" in arms:
+            write_json(out / f"{pool}.json", {arm: arms.pop(arm) for arm in WHOLE})
+    text = json.dumps(found, indent=1)
+    text = re.sub(
+        r"\{\s+\"steps\".*?\}", lambda run: json.dumps(json.loads(run.group())), text, flags=re.DOTALL
+    )
+    write_text(out / "arms.json", text + "\n")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,30 @@ def test_arms_times_seeds_then_only_what_is_missing(tmp_path, recorded):
     assert [(arm, resume) for arm, *_, resume in recorded] == [("global", True), ("global", True)]
 
 
+def test_each_seed_may_have_an_sae_of_its_own(tmp_path, recorded, monkeypatch):
+    made, fake = [], module.train_stage
+
+    def train(config, echo, **options):
+        made.append((config.sae.seed, str(config.run_dir), options["out"].name))
+        fake(config, echo, **options)
+
+    monkeypatch.setattr(module, "train_stage", train)
+    config = settings(tmp_path, "compare.arms=adaptive", "compare.seeds=4,7,9", "sae.seed=5")
+    config.compare.vary_sae = True
+    compare(config, Echo(quiet=True))
+    assert made == [
+        (5, str(tmp_path), "adaptive"),
+        (6, str(tmp_path / "draws" / "seed-7"), "adaptive.seed-7"),
+        (7, str(tmp_path / "draws" / "seed-9"), "adaptive.seed-9"),
+    ]
+    assert "| adaptive | 3 |" in (tmp_path / "report.md").read_text()
+    made.clear()
+    compare(config, Echo(quiet=True))
+    assert made == []
+    with pytest.raises(SaerlError, match="compare.vary_sae trains SAEs"):
+        settings(tmp_path, "compare.vary_sae=true", "sae.path=somewhere")
+
+
 def test_a_run_with_other_settings_is_not_touched(tmp_path, recorded):
     compare(settings(tmp_path, "compare.arms=vanilla"), Echo(quiet=True))
     before = (tmp_path / "vanilla" / "metrics.jsonl").read_text()

@@ -1,4 +1,4 @@
-"""The evidence: its table is that of the kept curves, and benchmarks/README.md says what it says."""
+"""The evidence: lines and tables are those of the kept curves, and both READMEs say what they say."""
 
 from __future__ import annotations
 
@@ -7,17 +7,35 @@ import json
 import pytest
 
 from benchmarks import evidence
+from benchmarks.evidence_tables import BEGIN, END, tables, verdict
 
 
-def test_the_summary_and_the_table_come_from_the_curves():
-    found = json.loads((evidence.OUT / "summary.json").read_text())
-    text = (evidence.ROOT / "benchmarks" / "README.md").read_text()
-    assert found
-    for pool in dict.fromkeys(line["pool"] for line in found):
-        curves = json.loads((evidence.OUT / f"{pool}.json").read_text())
-        mine = [line for line in found if line["pool"] == pool]
-        assert evidence.lines(pool, curves, 3) == mine
-        assert all(evidence.row(line) in text for line in mine)
+def kept(name: str) -> list[dict]:
+    return json.loads((evidence.OUT / name).read_text())
+
+
+def test_the_summary_and_the_tables_come_from_the_curves():
+    found, text = evidence.kept(), (evidence.ROOT / "benchmarks" / "README.md").read_text()
+    whole = [line for pool in evidence.POOLS for line in evidence.lines(pool, found[pool], 3)]
+    arms, against = evidence.arm_lines(found, 3), evidence.differences(found, 3)
+    assert whole + arms == kept("summary.json") and against == kept("differences.json")
+    assert len(whole) == 6 and all(evidence.row(line) in text for line in whole)
+    section = BEGIN + text.partition(BEGIN)[2].partition(END)[0] + END
+    assert section == tables(whole, arms, against)
+
+
+def test_the_readme_says_the_figures_of_the_evidence():
+    text = " ".join((evidence.ROOT / "README.md").read_text().split())
+    lines = {
+        (line["pool"], line["target"]): line for line in kept("summary.json") if line["arm"] == "adaptive"
+    }
+    for pool, targets in (("demo", (0.463, 0.511)), ("hard", (0.436, 0.476))):
+        first, second = (lines[pool, target] for target in targets)
+        low, high = first["low"], first["high"]
+        assert f"{100 * first['saved']:.0f} %" in text and f"{100 * low:.0f} to {100 * high:.0f}" in text
+        assert (
+            f"{100 * second['saved']:.0f} % ({100 * second['low']:.0f} to {100 * second['high']:.0f})" in text
+        )
 
 
 def test_a_line_is_the_paired_comparison():
@@ -25,26 +43,60 @@ def test_a_line_is_the_paired_comparison():
     slow, fast = [0.4, 0.44, 0.48, 0.52], [0.4, 0.48, 0.56, 0.64]
     curves = {
         arm: {
-            str(s): {"steps": steps, "accuracy": [a + s / 1000 for a in values], "used": 0.5}
+            str(s): {
+                "steps": steps,
+                "accuracy": [a + s / 1000 for a in values],
+                "used": 0.5,
+                "used_early": 0.25,
+                "rollouts": [each * step for step in steps],
+            }
             for s in range(4)
         }
-        for arm, values in (("vanilla", slow), ("adaptive", fast))
+        for arm, values, each in (("vanilla", slow, 128), ("adaptive", fast, 128), ("dapo", fast, 256))
     }
     first, second = evidence.lines("demo", curves, 1)
     assert first["saved"] == pytest.approx(0.5, abs=1e-3) == second["saved"] and first["pairs"] == 4
-    assert first["low"] <= first["saved"] <= first["high"] and first["final_adaptive"] == pytest.approx(
-        0.6415
-    )
-    assert evidence.row(first).startswith("| demo | 0.463 | 4 | 50% [50%, 50%] | 50% | 50% |")
+    assert first["low"] <= first["saved"] <= first["high"] and "final_adaptive" not in first  # it was stopped
+    arm = evidence.arm_lines({"demo": curves}, 1)
+    assert [line["arm"] for line in arm] == ["dapo", "dapo"] and arm[0]["p"] < 0.01
+    assert arm[0]["rollouts_saved"] == pytest.approx(0, abs=2e-3) and "tokens_saved" not in arm[0]
+    curves["sae"] = curves["dapo"]
+    curves["none"] = curves["vanilla"]
+    against = evidence.differences({"demo": curves}, 1)
+    assert [line["against"] for line in against] == ["none", "none"]
+    assert verdict(against) == "Against no features: fewer steps: demo 0.463 (50%), demo 0.511 (50%)."
+
+
+def test_an_arm_that_was_stopped_early_was_past_the_last_target():
+    for pool, arms in json.loads((evidence.OUT / "arms.json").read_text()).items():
+        for arm, runs in arms.items():
+            for seed, run in runs.items():
+                hit = evidence.steps_to_target(run["steps"], run["accuracy"], evidence.POOLS[pool][1][-1], 3)
+                whole = run["steps"][-1] == evidence.STOPS[-1]
+                assert whole or hit <= run["steps"][-2], f"{pool} {arm} {seed}"
+
+
+def test_vanilla_made_again_is_vanilla():
+    for pool, arms in json.loads((evidence.OUT / "arms.json").read_text()).items():
+        first = json.loads((evidence.OUT / f"{pool}.json").read_text())["vanilla"]
+        for seed, run in arms.get("vanilla", {}).items():
+            assert run["accuracy"] == pytest.approx(first[seed]["accuracy"], abs=1e-3)
+
+
+def test_arms_are_packed_a_line_a_run(tmp_path):
+    run = {"steps": [0, 80], "accuracy": [0.1, 0.2], "used": 0.5}
+    evidence.pack({"easy": {"sae": {"1": run, "2": run}}}, tmp_path)
+    text = (tmp_path / "arms.json").read_text()
+    assert json.loads(text)["easy"]["sae"]["2"] == run and text.count(json.dumps(run)) == 2
 
 
 def test_pools_differ_in_what_is_beyond_the_model(tmp_path):
     hardness = {}
     for pool in evidence.POOLS:
-        config = evidence.configured(pool, [200, 201], tmp_path)
+        config = evidence.configured(pool, "hidden", 200, tmp_path)
         rows = [json.loads(line) for line in (tmp_path / f"{pool}.jsonl").read_text().splitlines()]
         hardness[pool] = sum(row["level"] == 5 for row in rows)
-        assert config.compare.seeds == [200, 201] and config.compare.arms == ["vanilla", "adaptive"]
+        assert config.train.seed == 200 and config.plan.adaptive.features == ["hidden"]
     assert hardness["easy"] < hardness["demo"] < hardness["hard"]
     shipped = (evidence.ROOT / "examples" / "demo" / "pool.jsonl").read_text()
     assert [json.loads(line) for line in shipped.splitlines()] == [

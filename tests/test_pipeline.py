@@ -675,3 +675,15 @@ def test_labels_may_be_spread_and_come_after_the_warm_up(scored, tmp_path, monke
     assert json.loads((folder / "labels.json").read_text())["rates"].keys() == chosen.keys()
     assert saerl("score", folder, *few, *warm_up, "difficulty.after_warmup=false", "--redo") == 0
     assert len(made) == 1 and json.loads((folder / "labels.json").read_text())["rates"] == chosen
+
+
+def test_a_comparison_with_an_sae_for_each_seed(tmp_path):
+    settings = ("compare.arms=adaptive", "compare.seeds=0,1", "compare.vary_sae=true", "train.steps=1")
+    assert saerl("compare", tmp_path / "r", *settings) == 0
+    first, second = (
+        load_file(folder / "sae" / "sae_weights.safetensors")["W_dec"]
+        for folder in (tmp_path / "r", tmp_path / "r" / "draws" / "seed-1")
+    )
+    assert first.shape == second.shape and not torch.equal(first, second)
+    assert "| adaptive | 2 |" in (tmp_path / "r" / "report.md").read_text()
+    assert saerl("compare", tmp_path / "r", *settings) == 0  # all of it is kept

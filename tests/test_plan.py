@@ -9,6 +9,7 @@ import torch
 from saerl_fast.config import AdaptiveConfig, PlanConfig, QualityConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan import SCHEDULES, build_plan
+from saerl_fast.plan.rivals import RIVALS
 from saerl_fast.plan.static import STATIC
 from saerl_fast.signals.scores import Scores
 from saerl_kernels import CSR
@@ -301,7 +302,7 @@ def test_bad_requests_are_refused_in_one_sentence(change, cfg, words):
 
 
 def test_every_schedule_of_the_config_has_a_plan():
-    assert set(SCHEDULES) == {*STATIC, "adaptive"}
+    assert set(SCHEDULES) == {*STATIC, *RIVALS, "adaptive"}
 
 
 def test_empty_pool_and_missing_quality_note():
@@ -356,6 +357,17 @@ def test_any_kind_of_features_makes_an_adaptive_order(kinds, tmp_path):
     assert not plan.wants_features and any("is refreshed" in note for note in plan.notes)
     again = load_plan(save_plan(plan, tmp_path / "plan.json"))
     assert run(plan, 4) == run(again, 4)
+
+
+def test_without_features_every_prediction_is_one_and_the_rule_is_the_same():
+    plan, _ = make_plan("adaptive", adaptive=AdaptiveConfig(features=["none"]))
+    before = run(plan, 6)
+    assert not plan.embedding.rows.any() and not any("train the SAE" in note for note in plan.notes)
+    assert np.ptp(plan.predicted()) == 0 and abs(plan.predicted()[0] - 0.5) < 0.2
+    seen = [int(name[1:]) for batch in before for name in batch]
+    fresh = next(row for row in range(120) if row not in seen)
+    one, other = plan._worth(np.array([seen[0], fresh]))  # a prompt's own rollouts tell it from the others
+    assert one != other
 
 
 def test_features_that_the_scores_do_not_keep_are_named():

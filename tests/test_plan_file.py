@@ -11,6 +11,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.plan import SCHEDULES, build_plan, load_plan, save_plan
 from saerl_fast.plan import file as module
 from saerl_fast.plan.file import _content_hash
+from saerl_fast.plan.static import STATIC
 from saerl_fast.signals.scores import Scores
 from saerl_kernels import CSR
 
@@ -50,7 +51,7 @@ def test_a_loaded_plan_is_the_same_plan(tmp_path, monkeypatch, schedule, most):
     assert body["version"] == (1 if most > 50 else 2)
     if most == 50:
         assert (body["prompts"], body["dropped"]) == (len(plan.prompt_ids), len(plan.dropped))
-        assert body["batches"] == (None if schedule == "adaptive" else 9)
+        assert body["batches"] == (9 if schedule in STATIC else None)
     loaded = load_plan(tmp_path / "plan.json")
     assert list(loaded.prompt_ids) == plan.prompt_ids and loaded.dropped == plan.dropped
     for found, wanted in ((loaded.table, plan.table), (loaded.dropped_table, plan.dropped_table)):

@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -200,7 +202,7 @@ def test_a_run_that_never_arrives_rules_out_the_verdict(comparison):
     (comparison / "compare.json").write_text(json.dumps(settings))
     write_report(comparison)
     text = (comparison / "report.md").read_text()
-    assert "| 4 (+1) | no claim (1 pair censored) |" in text and "fewer steps |" not in text
+    assert "| 4 (+1) | - | no claim (1 pair censored) |" in text and "fewer steps |" not in text
 
 
 def test_no_pair_arrives(tmp_path):
@@ -405,3 +407,11 @@ def test_what_a_killed_report_left_goes_with_the_next_one(comparison):
         file.touch()
     write_report(comparison)
     assert alive.exists() and not any(file.exists() for file in dead)
+
+
+def test_the_committed_report_is_drawn_again_byte_for_byte(tmp_path):
+    demo = Path(__file__).parents[1] / "benchmarks" / "results" / "demo"
+    shutil.copytree(demo, tmp_path / "demo")
+    (tmp_path / "demo" / "report.md").unlink()
+    write_report(tmp_path / "demo")
+    assert (tmp_path / "demo" / "report.md").read_bytes() == (demo / "report.md").read_bytes()

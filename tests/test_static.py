@@ -9,6 +9,7 @@ from saerl_fast.config import SCHEDULES, PlanConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan import build_plan, load_plan, save_plan
 from saerl_fast.plan import static as orders
+from saerl_fast.plan.rivals import RIVALS
 from saerl_fast.signals.scores import Scores
 
 
@@ -140,7 +141,7 @@ def run(plan, steps: int) -> list[list[str]]:
 
 
 def test_the_table_and_the_config_name_the_same_schedules():
-    assert (*orders.STATIC, "adaptive") == SCHEDULES
+    assert (*orders.STATIC, *RIVALS, "adaptive") == SCHEDULES
 
 
 def test_a_schedule_from_outside_orders_the_prompts(mine):

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from saerl_fast.records.stats import area_under_curve, paired_ratio, smooth, steps_to_target
+from saerl_fast.records.stats import area_under_curve, holm, paired_ratio, smooth, steps_to_target
 
 
 def test_smooth_is_a_running_mean_over_what_there_is():
@@ -47,9 +47,9 @@ def test_paired_ratio_is_geometric_and_counts_the_censored():
 
 def test_consistent_saving_excludes_one():
     result = paired_ratio([10, 20, 30, 40], [8, 15, 24, 33])
-    assert result is not None and result.interval[1] < 1 and result.verdict == "fewer steps"
+    assert result is not None and result.interval[1] < 1 and result.verdict() == "fewer steps"
     back = paired_ratio([8, 15, 24, 33], [10, 20, 30, 40])
-    assert back is not None and back.interval[0] > 1 and back.verdict == "more steps"
+    assert back is not None and back.interval[0] > 1 and back.verdict() == "more steps"
     assert result.ratio == pytest.approx(math.exp(np.mean(np.log([0.8, 0.75, 0.8, 33 / 40]))))
 
 
@@ -64,30 +64,60 @@ def test_interval_is_students():
 def test_false_verdicts_without_a_difference_are_rare(pairs):
     rng = np.random.default_rng(0)
     runs = np.exp(rng.normal(3.0, 0.3, size=(400, 2, pairs)))
-    verdicts = [paired_ratio(list(one), list(other)).verdict for one, other in runs]
+    verdicts = [paired_ratio(list(one), list(other)).verdict() for one, other in runs]
     assert sum(verdict != "no claim" for verdict in verdicts) <= 0.08 * 400
 
 
 def test_two_pairs_have_no_interval():
     result = paired_ratio([10, 20], [5, 10])
     assert result.interval is None and result.ratio == pytest.approx(0.5)
-    assert result.verdict == "no claim (too few pairs)"
+    assert result.verdict() == "no claim (too few pairs)"
 
 
 def test_a_censored_pair_rules_out_a_verdict():
     saving = [10, 20, 30, 40], [8, 15, 24, 33]
-    assert paired_ratio([*saving[0], 50], [*saving[1], None]).verdict == "no claim (1 pair censored)"
+    assert paired_ratio([*saving[0], 50], [*saving[1], None]).verdict() == "no claim (1 pair censored)"
     many = paired_ratio([*saving[0], None, 9], [*saving[1], 5, None])
-    assert many.verdict == "no claim (2 pairs censored)" and many.interval[1] < 1
+    assert many.verdict() == "no claim (2 pairs censored)" and many.interval[1] < 1
 
 
 def test_step_zero_is_reached_not_censored():
     result = paired_ratio([10, 20, 30, 0], [8, 15, 24, 33])
     assert (result.pairs, result.censored, result.zero) == (3, 0, 1)
-    assert result.verdict == "no claim (1 pair at step 0)"
+    assert result.verdict() == "no claim (1 pair at step 0)"
 
 
 def test_nothing_to_compare():
     assert paired_ratio([None], [3.0]) is None
     assert paired_ratio([0.0], [3.0]) is None
     assert paired_ratio([], []) is None
+
+
+def test_p_is_students_and_agrees_with_the_interval():
+    from scipy.stats import ttest_1samp
+
+    logs = np.array([-0.3, -0.1, 0.1, -0.2])
+    result = paired_ratio([10.0] * 4, list(10 * np.exp(logs)))
+    assert result.p == pytest.approx(ttest_1samp(logs, 0).pvalue)
+    assert (result.p < 0.05) == (result.interval[1] < 1)
+    assert paired_ratio([10, 20], [5, 10]).p is None
+    assert paired_ratio([10] * 3, [5] * 3).p == 0 and paired_ratio([10] * 3, [10] * 3).p == 1
+
+
+def test_holm_multiplies_the_least_most_and_keeps_the_order():
+    assert holm([0.01, 0.04, None, 0.03]) == pytest.approx([0.03, 0.06, None, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == [] == [*holm([None])][1:]
+
+
+def test_holm_takes_back_a_verdict():
+    result = paired_ratio([10, 20, 30, 40], [9.6, 18, 29, 37])
+    assert result.p < 0.05 and result.verdict() == "fewer steps"
+    assert result.verdict(holm([result.p] * 5)[0]) == "no claim"
+
+
+def test_false_verdicts_in_a_table_are_rare():
+    rng = np.random.default_rng(1)
+    logs = rng.normal(0.0, 0.3, size=(300, 6, 8))
+    tables = [[paired_ratio([10.0] * 8, list(10 * np.exp(line))).p for line in table] for table in logs]
+    plain, adjusted = ([min(f(table)) < 0.05 for table in tables] for f in (list, holm))
+    assert np.mean(adjusted) <= 0.08 < 0.15 < np.mean(plain)

@@ -14,11 +14,11 @@ from typing import Any, Literal, get_args
 from saerl_fast.config.fields import SEED, Section, name_sections, section, setting
 
 Stored = Literal["sae", "sae_mean", "sae_max", "sae_last", "hidden", "scalars", "answer_logprob"]
-Kind = Literal[Stored, "text", "tfidf", "length", "answer_text", "random"]
+Kind = Literal[Stored, "text", "tfidf", "length", "answer_text", "random", "none"]
 FEATURES = "what the ridge reads; each kind weighs what the labels say for it"
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 LOSSES = ("dapo", "grpo", "dr_grpo", "gspo", "cispo")
-SCHEDULES = ("vanilla", "literal", "global", "medium", "adaptive")
+SCHEDULES = ("vanilla", "literal", "global", "medium", "mopps", "bots", "greso", "adaptive")
 REWARDS: tuple[str, ...] = ("exact", "numeric", "maths", "maths-boxed", "reasoning-gym")
 REWARDS += tuple(f"{name}-think" for name in REWARDS)
 DEVICE = ("auto|cpu|mps|(cuda|xpu)(:[0-9]+)?", "be auto, cpu, cuda or cuda:N")
@@ -370,6 +370,10 @@ class CompareConfig(Section):
         None, "accuracies registered beforehand; replace `targets`", filled=True
     )
     smooth: int = setting(3, "evaluations in the mean that is tested against a target", at_least=1)
+    vary_sae: bool = setting(
+        False,
+        "every seed but the first has an SAE of its own, and scores, in run_dir/draws; one for all is luck",
+    )
 
 
 @dataclass
@@ -402,6 +406,8 @@ class Config(Section):
             for kind in kinds or ():
                 if kind in get_args(Stored) and kind not in self.score.features:
                     return f"{key} names {kind}, which is not kept; add it to score.features"
+        if self.compare.vary_sae and self.sae.path is not None:
+            return f"compare.vary_sae trains SAEs, and sae.path={self.sae.path} names one; unset one of them"
         return None
 
 

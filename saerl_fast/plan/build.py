@@ -12,6 +12,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.plan.adaptive import AdaptivePlan
 from saerl_fast.plan.base import Dropped, Plan
 from saerl_fast.plan.embedding import BLOCK, embed, embed_kinds
+from saerl_fast.plan.rivals import RIVALS
 from saerl_fast.plan.static import StaticPlan, get_schedule, middle
 from saerl_fast.records.packed import LARGE, Packed, chosen
 from saerl_fast.signals.copies import same_text
@@ -101,6 +102,8 @@ def build_plan(
         plan = StaticPlan(cfg.schedule, kept_ids, cfg, **common)
         plan.batch_rows(total_steps - 1)  # no step waits for its pass; what is wrong with an order shows here
         return plan
+    if cfg.schedule in RIVALS:
+        return RIVALS[cfg.schedule](kept_ids, cfg, group_size=group_size, **common)
     if scores.features is None:
         raise SaerlError(
             "schedule 'adaptive' needs the prompts' SAE features, but the scores have none; "
@@ -118,7 +121,7 @@ def build_plan(
         embedding = embed_kinds(bank, names, rows, cfg.adaptive, seed=common["seed"])
         if cfg.adaptive.refresh_features:
             notes.append("only plan.adaptive.features=sae is refreshed by rollouts")
-    if embedding.scale == 1.0:  # there was nothing to scale
+    if embedding.scale == 1.0 and kinds != ["none"]:  # there was nothing to scale
         notes.append(
             "all prompts have the same features: the plan cannot tell them apart; train the SAE again"
         )

@@ -2,7 +2,7 @@
 
 One object: format, version, schedule, seed, batch_size, total_steps, config (plan.* settings), notes,
 prompts (id and scores of every prompt in the plan), dropped (the others, with the reason), batches
-(ids, all ``total_steps`` of a static schedule; null for adaptive), tensors (name and SHA-256 of the
+(ids, all ``total_steps`` of a static schedule; null for those that learn), tensors (name and SHA-256 of the
 safetensors file beside it, which holds the adaptive schedule's features), sha256 of the rest, and of
 adaptive ones group_size, the rollouts of a prompt that it is for.
 
@@ -26,6 +26,7 @@ from saerl_fast.fileio import first_line, mismatch, read_json, write_text
 from saerl_fast.plan.adaptive import AdaptivePlan
 from saerl_fast.plan.base import Dropped, Plan
 from saerl_fast.plan.embedding import Embedding
+from saerl_fast.plan.rivals import RIVALS, Rival
 from saerl_fast.plan.static import StaticPlan
 from saerl_fast.plugins import check_name
 from saerl_fast.records.manifest import digest, json_digest
@@ -77,8 +78,9 @@ def save_plan(plan: Plan, path: str | Path) -> Path:
         body["dropped"] = _records(out, plan.dropped_table, reasons)
         if rows:
             body["batches"] = [[plan.prompt_ids[i] for i in batch] for batch in rows]
-    if isinstance(plan, AdaptivePlan):
+    if isinstance(plan, AdaptivePlan | Rival):
         body["group_size"] = plan.group_size
+    if isinstance(plan, AdaptivePlan):
         tensors |= _embedding(plan)
     if tensors:
         file = path.with_suffix(".safetensors")
@@ -138,8 +140,11 @@ def _plan(body: dict[str, Any], path: Path) -> Plan:
         "dropped": Dropped(out, reasons),
         "dropped_table": dropped_table,
     }
-    if schedule == "adaptive":
+    if schedule in (*RIVALS, "adaptive"):
         common["group_size"] = body["group_size"]
+    if schedule in RIVALS:
+        return RIVALS[schedule](ids, cfg, **common)
+    if schedule == "adaptive":
         return AdaptivePlan(ids, cfg, embedding=_read_embedding(tensors, len(ids)), **common)
     if body["version"] == 2:
         batches = tensors["batches"]

@@ -81,8 +81,7 @@ def learning_curves(runs: list[RunRecord], targets: dict[str, float], path: Path
             for run in mine:
                 steps, values = _curve(run)
                 axes[0].plot(steps, values, color=shade, lw=0.8, alpha=0.4 if len(mine) > 1 else 0)
-                rollouts = np.append(0, np.cumsum(np.nan_to_num(run.train["rollouts"])))
-                at = rollouts[np.searchsorted(run.train["step"], steps, side="right")]
+                at = run.spent("rollouts", steps)
                 axes[1].plot(at, values, color=shade, lw=1.6, alpha=0.9 if len(mine) == 1 else 0.5)
             curves = [_curve(run) for run in mine]
             if mine and all(np.array_equal(steps, curves[0][0]) for steps, _ in curves):

@@ -11,12 +11,12 @@ import numpy as np
 from saerl_fast.config import CompareConfig
 from saerl_fast.errors import SaerlError, printable
 from saerl_fast.fileio import first_line, mismatch, write_text
-from saerl_fast.records import plots, samples, scored
+from saerl_fast.records import compared, plots, samples, scored
 from saerl_fast.records.charts import map_chart
 from saerl_fast.records.lock import clean
 from saerl_fast.records.page import Part, Picture, markdown, page, terminal
 from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes, find_runs, load_runs, read_object
-from saerl_fast.records.stats import area_under_curve, paired_ratio, steps_to_target
+from saerl_fast.records.stats import area_under_curve, steps_to_target
 
 Table = samples.Table
 
@@ -56,11 +56,12 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
     targets = find_targets(runs, settings)
     scores = read_object(_shared(root, "scores.json")).get("metadata", {})
     sae = read_object(_shared(root, "sae/train.json")) or scores.pop("sae", {})
-    paired = paired_table(runs, targets, settings)
-    paired = (*paired[:3], f"{paired[3]} {label_cost(runs, scores)}".strip())
-    results = [
-        _shown(table) for table in (main_table(runs, targets, settings), paired, samples.merged_table(runs))
-    ]
+    paired = compared.paired_table(runs, targets, settings)
+    paired = (*paired[:3], f"{paired[3]} {compared.label_cost(runs, scores)}".strip())
+    results = [main_table(runs, targets, settings), paired]
+    results += [compared.costs_table(runs, targets, settings), compared.budget_table(runs, settings)]
+    results += [compared.ledger_table(runs, targets, settings, scores, sae), samples.merged_table(runs)]
+    results = [_shown(table) for table in results]
     signals = scored.signal_tables(scores, sae, sae_cost(runs, sae))
     drawn = _draw(runs, targets, root) | _draw_scores(scores, root)
     order: list[Part | str] = [samples.damage_table(said), results[0], "learning_curves", *results[1:]]
@@ -163,58 +164,6 @@ def _mode_note(runs: list[RunRecord]) -> str:
     return MODE_NOTES.get(modes[0], "") if modes else ""
 
 
-def paired_table(runs: list[RunRecord], targets: dict[str, float], settings: CompareConfig) -> Table:
-    """Steps to target relative to the first arm, paired by seed, with a t interval."""
-    arms = list(dict.fromkeys(run.arm for run in runs))
-    by_key = {(run.arm, run.seed): run for run in runs if run.accuracy}
-    seeds = sorted({run.seed for run in runs})
-    rows = []
-    for arm in arms[1:]:
-        pairs = [s for s in seeds if (arms[0], s) in by_key and (arm, s) in by_key]
-        for name, value in targets.items():
-            both = [[_steps(by_key[one, s], value, settings.smooth) for s in pairs] for one in (arms[0], arm)]
-            result = paired_ratio(both[0], both[1])
-            if result is None:
-                why = f"{len(pairs)} of {len(pairs)} pairs left out" if pairs else "no paired seed"
-                rows.append([arm, name, "-", "-", f"0 (+{len(pairs)})", f"no claim ({why})"])
-                continue
-            interval = "too few pairs"
-            if result.interval is not None:
-                low, high = result.interval
-                interval = f"[{1 - high:+.0%}, {1 - low:+.0%}]"
-            used = f"{result.pairs} (+{result.censored + result.zero})"
-            rows.append([arm, name, f"{1 - result.ratio:+.0%}", interval, used, result.verdict])
-    note = (
-        "Geometric mean over paired seeds; the interval is Student's t on the logarithms of the ratios. "
-        "Pairs in brackets are not in the mean: at least one run never reached the target (censored), or was "
-        "there at step 0, where a ratio means nothing. Any such pair rules out a verdict, for the others are "
-        "a selection. One or two pairs prove nothing: the same order run twice with other seeds differs by "
-        "as much. Each line is tested at 5% by itself; the more lines, the likelier a false verdict in one."
-    )
-    header = [
-        "arm",
-        "target",
-        f"steps saved against {''.join(arms[:1])}",
-        "95% interval",
-        "pairs (+left out)",
-        "verdict",
-    ]
-    return ("Paired comparison", header, rows, note)
-
-
-def label_cost(runs: list[RunRecord], scores: dict[str, Any]) -> str:
-    """What the difficulty labels cost before the first step, in steps of these runs."""
-    spent = scores.get("difficulty_labels", {}).get("rollouts", 0)
-    steps = [(run.rollouts(), len(run.train)) for run in runs if len(run.train)]
-    if not spent or not steps or not steps[0][0]:
-        return ""
-    worth = spent * steps[0][1] / steps[0][0]
-    return (
-        f"Not in the table: the difficulty labels took {spent:,.0f} rollouts before training, as many as "
-        f"{worth:.1f} steps; they are made once for all runs, and an arm that ignores them owes nothing."
-    )
-
-
 def sae_cost(runs: list[RunRecord], sae: dict[str, Any]) -> str:
     """What training the SAE took, in steps of these runs."""
     parts = [sae.get(name) for name in ("seconds_capture", "seconds", "seconds_ce")]
@@ -293,10 +242,6 @@ def _settings(root: Path) -> CompareConfig:
     recorded = read_object(root / "compare.json")
     known = {key: recorded[key] for key in CompareConfig.__dataclass_fields__ if key in recorded}
     return CompareConfig(**known)
-
-
-def _steps(run: RunRecord, target: float, window: int) -> float | None:
-    return steps_to_target(run.eval_steps, run.accuracy, target, window)
 
 
 def _step_seconds(run: RunRecord) -> float:

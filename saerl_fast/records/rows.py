@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-FIGURES = ("reward", "pass_rate", "accuracy", "rollouts", "groups", "groups_used")
+FIGURES = ("reward", "pass_rate", "accuracy", "rollouts", "tokens", "groups", "groups_used")
 PHASES = ("plan", "generate", "capture", "encode", "reward", "logprob", "update", "eval")
 BLOCK = 1 << 20  # bytes
 SMALL = 1 << 18  # a block that is parsed before pyarrow would be imported

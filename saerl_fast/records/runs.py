@@ -32,7 +32,7 @@ MERGED = {"change_kept": float, "accuracy": float, "rounded_to": str, "saved_as"
 WARNED = {"first": int, "times": int, "steps": int}
 SUMMARY = {"merged?": MERGED, "accuracy?": _NUMBER, "damage?": [str], "warnings?": {str: WARNED}}
 COMPARED = {"arms?": [str], "seeds?": [int], "notes?": list}
-COMPARED |= {"targets?": [float], "target_values?": (None, [float]), "smooth?": int}
+COMPARED |= {"targets?": [float], "target_values?": (None, [float]), "smooth?": int, "vary_sae?": bool}
 PROBE = {"note?": (None, str), "auc?": _NUMBER, "spearman?": _NUMBER, "baselines?": (None, {str: _NUMBER})}
 PROBES = {"difficulty?": (None, PROBE), "quality?": (None, PROBE)}
 SCORED = {"metadata?": {"difficulty_labels?": {"rollouts?": float}, "sae?": dict} | PROBES}
@@ -50,10 +50,10 @@ SAERL_PHASES = ("capture", "encode", "plan")  # what this project adds to a vani
 
 
 class Course:
-    """Columns of the training rows, float64 each: step, reward, pass_rate, rollouts and used, the share of
-    groups with a gradient. Ordered by step."""
+    """Columns of the training rows, float64 each: step, reward, pass_rate, rollouts, tokens generated, used,
+    the share of groups with a gradient, and seconds, without evaluation. Ordered by step."""
 
-    NAMES = ("step", "reward", "pass_rate", "rollouts", "used")
+    NAMES = ("step", "reward", "pass_rate", "rollouts", "tokens", "used", "seconds")
 
     def __init__(self) -> None:
         self._parts = [np.zeros((len(self.NAMES), 0))]
@@ -72,7 +72,9 @@ class Course:
     def add(self, block: Block, rows: np.ndarray) -> None:
         with np.errstate(invalid="ignore"):
             used = block.figures["groups_used"] / np.maximum(block.figures["groups"], 1)
-        columns = [block.step, *(block.figures[name] for name in self.NAMES[1:4]), used]
+        phases = [np.nan_to_num(found) for name, found in block.seconds.items() if name != "eval"]
+        seconds = np.sum(phases, axis=0) if phases else np.zeros(len(block.step))
+        columns = [block.step, *(block.figures[name] for name in self.NAMES[1:5]), used, seconds]
         self._parts.append(np.stack([column[rows] for column in columns]).astype(np.float64))
 
 
@@ -163,6 +165,14 @@ class RunRecord:
 
     def rollouts(self) -> int:
         return int(np.nansum(self.train["rollouts"]))
+
+    def spent(self, what: str, steps: Any = None) -> np.ndarray:
+        """float64: the sum of a column of `Course` until each of ``steps`` (None: of the evaluations)."""
+        at = np.asarray(self.eval_steps if steps is None else steps, dtype=np.float64)
+        if what == "steps":
+            return at
+        total = np.append(0.0, np.cumsum(np.nan_to_num(self.train[what])))
+        return total[np.searchsorted(self.train["step"], at, side="right")]
 
     def steps_lost(self) -> str:
         """The sentence about training steps that have no row though later ones do, or the run has ended."""

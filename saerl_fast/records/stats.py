@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from saerl_fast.errors import SaerlError
 
+ALPHA = 0.05  # of a verdict
 MIN_PAIRS = 3  # two leave one degree of freedom: an interval too wide to say anything
 
 
@@ -58,7 +60,7 @@ class PairedRatio:
 
     ``pairs`` entered the mean and the interval. Left out of both are the ``censored`` pairs, where a run
     never reached the target, and the ``zero`` pairs, where a run was there at step 0 and a ratio means
-    nothing. ``interval`` (low, high) is None with fewer than three pairs.
+    nothing. ``interval`` (low, high) and ``p``, two-sided, are None with fewer than three pairs.
     """
 
     ratio: float
@@ -66,10 +68,10 @@ class PairedRatio:
     pairs: int
     censored: int
     zero: int
+    p: float | None = None
 
-    @property
-    def verdict(self) -> str:
-        """ "fewer steps", "more steps" or "no claim" with its reason.
+    def verdict(self, p: float | None = None) -> str:
+        """ "fewer steps", "more steps" or "no claim" with its reason, at 5% by ``p``, or by its own.
 
         A pair left out was left out for its outcome, so the mean of the others is biased: no claim.
         """
@@ -79,8 +81,10 @@ class PairedRatio:
             return f"no claim ({', '.join(reasons).replace('1 pairs', '1 pair')})"
         if self.interval is None:
             return "no claim (too few pairs)"
-        low, high = self.interval
-        return "fewer steps" if high < 1 else "more steps" if low > 1 else "no claim"
+        p = self.p if p is None else p
+        if p is None or p >= ALPHA:
+            return "no claim"
+        return "fewer steps" if self.ratio < 1 else "more steps"
 
 
 def paired_ratio(baseline: Sequence[float | None], arm: Sequence[float | None]) -> PairedRatio | None:
@@ -100,16 +104,45 @@ def paired_ratio(baseline: Sequence[float | None], arm: Sequence[float | None]) 
     if not len(logs):
         return None
     mean = float(logs.mean())
-    interval = None
+    interval = p = None
     if len(logs) >= MIN_PAIRS:
-        half = _t_quantile(len(logs) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
+        t = _student(len(logs) - 1)
+        error = float(logs.std(ddof=1)) / math.sqrt(len(logs))
+        half = float(t.ppf(1 - ALPHA / 2)) * error
         interval = (math.exp(mean - half), math.exp(mean + half))
-    return PairedRatio(math.exp(mean), interval, len(logs), len(pairs) - len(both), len(both) - len(logs))
+        p = float(2 * t.sf(abs(mean) / error)) if error > 0 else float(mean == 0)
+    left_out = len(pairs) - len(both), len(both) - len(logs)
+    return PairedRatio(math.exp(mean), interval, len(logs), *left_out, p)
 
 
-def _t_quantile(freedom: int) -> float:
+def mean_difference(values: Sequence[float]) -> str:
+    """Mean of paired differences as text, with the half-width of its 95% interval (t) from three pairs on."""
+    array = np.asarray(values, dtype=np.float64)
+    mean = f"{array.mean():+.3f}"
+    if len(array) < MIN_PAIRS:
+        return mean
+    half = float(_student(len(array) - 1).ppf(1 - ALPHA / 2)) * array.std(ddof=1) / math.sqrt(len(array))
+    return f"{mean} ± {half:.3f}"
+
+
+def holm(values: Sequence[float | None]) -> list[float | None]:
+    """p values of one table, adjusted for being several (Holm, 1979); None stands for a line without one.
+
+    A verdict at 5% by these is false in any line of the table in at most 5% of tables. The i-th least of m is
+    multiplied by m - i + 1, and none is less than one before it.
+    """
+    known = sorted((value, i) for i, value in enumerate(values) if value is not None)
+    adjusted: list[float | None] = [None] * len(values)
+    least = 0.0
+    for rank, (value, i) in enumerate(known):
+        least = max(least, min(1.0, value * (len(known) - rank)))
+        adjusted[i] = least
+    return adjusted
+
+
+def _student(freedom: int) -> Any:
     try:
         from scipy.stats import t
     except ImportError:
         raise SaerlError("comparing arms needs SciPy; run `pip install scipy`") from None
-    return float(t.ppf(0.975, freedom))
+    return t(freedom)

@@ -34,7 +34,7 @@ class Bank:
     ``sae``: the pooled features ``X``. ``kept``: what else the forward pass left, by name (see `bank_pass`).
     ``text``, ``tfidf``: of the prompts' own text, without the chat template (see `text`); ``length``: the
     first column of ``text``; ``answer_text``: as ``text``, of the reference answers. ``random``: noise, as a
-    control. A new kind is an entry of ``kinds``, and a choice in the config.
+    control; ``none``: no column. A new kind is an entry of ``kinds``, and a choice in the config.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Bank:
             "tfidf": lambda rows: self._tfidf(self.texts(rows)),
             "length": lambda rows: surface(self.texts(rows))[:, :1],
             "random": lambda rows: self._random[rows],
+            "none": lambda rows: self._random[rows][:, :0],
         }
         for name, features in (kept or {}).items():
             dense = isinstance(features, np.ndarray)

@@ -61,9 +61,10 @@ def parse_arm(text: str) -> tuple[str, list[str]]:
 def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
     """Run every arm with every seed and write the report; finished runs are kept, broken ones resumed.
 
-    The first seed's runs are in ``<run_dir>/<arm>``, the others' in ``<run_dir>/<arm>.seed-<seed>``. ``redo``
-    makes again what was made with other settings. In what an arm differs from the first beyond what it names
-    is said aloud, and in the report. Several processes may run the same comparison: each takes the runs that
+    The first seed's runs are in ``<run_dir>/<arm>``, the others' in ``<run_dir>/<arm>.seed-<seed>``; with
+    ``compare.vary_sae`` the others' SAEs and scores are in ``<run_dir>/draws/seed-<seed>``. ``redo`` makes
+    again what was made with other settings. In what an arm differs from the first beyond what it names is
+    said aloud, and in the report. Several processes may run the same comparison: each takes the runs that
     nobody holds, and the last to end writes the whole report.
 
     Raises SaerlError before anything is trained when an arm or the list of seeds is wrong: settings, packages
@@ -78,9 +79,12 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
     seeds = config.compare.seeds
     jobs = []
     root = Path(config.run_dir)
-    for seed in seeds:
+    for draw, seed in enumerate(seeds):
+        given = [f"train.seed={seed}"]
+        if draw and config.compare.vary_sae:
+            given += [f"sae.seed={config.sae.seed + draw}", f"run_dir={root / 'draws' / f'seed-{seed}'}"]
         for name, overrides in arms:
-            mine = apply_overrides(config, [*overrides, f"train.seed={seed}"])
+            mine = apply_overrides(config, [*overrides, *given])
             if seed == seeds[0]:
                 check_packages(mine)
                 check_functions(mine)

@@ -1,0 +1,137 @@
+"""The tables and the figure of the evidence, from its lines alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- evidence:begin -->", "<!-- evidence:end -->"
+Lines = list[dict[str, Any]]
+OTHERS = {
+    "none": "no features",
+    "hidden": "hidden states",
+    "tfidf": "TF-IDF of the prompt",
+    "random": "random features",
+    "answer": "the log-probability of the reference answer",
+}
+
+
+def share(line: dict[str, Any], name: str = "saved") -> str:
+    """A saving with its interval, where there is one."""
+    if line.get(name) is None:
+        return "-"
+    if name != "saved" or "low" not in line:
+        return f"{line[name]:.0%}"
+    return f"{line['saved']:.0%} [{line['low']:.0%}, {line['high']:.0%}]"
+
+
+def chance(line: dict[str, Any]) -> str:
+    """p, adjusted."""
+    p = line.get("p")
+    return "-" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
+
+
+def arm_table(arms: Lines) -> list[str]:
+    """What every arm saved against vanilla, pool by pool."""
+    head = ["pool", "arm", "target", "pairs (+left out)", "steps saved", "p (Holm)"]
+    head += ["rollouts saved", "tokens saved", "groups with a gradient, first 30 steps", "final"]
+    made = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for line in arms:
+        out = f" (+{line['left_out']})" if line.get("left_out") else ""
+        final = line.get(f"final_{line['arm']}")
+        cells = [line["pool"], line["arm"], str(line["target"]), f"{line.get('pairs', 0)}{out}"]
+        cells += [share(line), chance(line), share(line, "rollouts_saved"), share(line, "tokens_saved")]
+        cells += [f"{line['used_early']:.0%}", "-" if final is None else f"{final:.3f}"]
+        made.append("| " + " | ".join(cells) + " |")
+    return made
+
+
+def difference_table(against: Lines) -> list[str]:
+    """Steps of the SAE's arm against those of the same rule with other features."""
+    head = ["pool", "SAE features against", "target", "pairs", "fewer steps", "p (Holm)"]
+    made = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for line in against:
+        cells = [line["pool"], OTHERS[line["against"]], str(line["target"]), str(line.get("pairs", 0))]
+        made.append("| " + " | ".join([*cells, share(line), chance(line)]) + " |")
+    return made
+
+
+def verdict(against: Lines) -> str:
+    """What the SAE adds to the rule, in a sentence for each of what it is compared with."""
+    said = []
+    for other, name in OTHERS.items():
+        mine = [line for line in against if line["against"] == other and "p" in line]
+        if not mine:
+            continue
+        parts = {"fewer": [], "more": [], "no claim": []}  # type: dict[str, list[str]]
+        for line in mine:
+            kind = "no claim" if line["p"] >= 0.05 else "fewer" if line["saved"] > 0 else "more"
+            parts[kind].append(f"{line['pool']} {line['target']} ({abs(line['saved']):.0%})")
+        told = [
+            f"{kind}{' steps' * (kind != 'no claim')}: {', '.join(at)}" for kind, at in parts.items() if at
+        ]
+        said.append(f"Against {name}: {'; '.join(told)}.")
+    return " ".join(said)
+
+
+def tables(whole: Lines, arms: Lines, against: Lines) -> str:
+    """The generated part of the evidence in benchmarks/README.md, markers included."""
+    made = [BEGIN, "", "![The law](figures/law.png)", ""]
+    if against:
+        made += ["What SAE features add to the rule. " + verdict(against), "", *difference_table(against), ""]
+    if arms:
+        made += [
+            "<details><summary>all arms against vanilla</summary>",
+            "",
+            *arm_table(arms),
+            "",
+            "</details>",
+            "",
+        ]
+    return "\n".join([*made, END])
+
+
+def insert(text: str, section: str) -> str:
+    """``text`` with what is between the markers replaced by ``section``, which brings the markers."""
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"benchmarks/README.md needs the lines {BEGIN} and {END}, in this order")
+    return head + section + tail
+
+
+def draw_law(whole: Lines, arms: Lines, path: Path) -> None:
+    """Steps saved against the share of vanilla's groups that carry a gradient, a point a pool and target."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    shown = [("default (SAE)", whole, "#c53030", 0.0)]
+    shown += [
+        (name, [line for line in arms if line["arm"] == arm], colour, shift)
+        for name, arm, colour, shift in (
+            ("without features", "none", "#718096", 0.008),
+            ("log-probability of the answer", "answer", "#2b6cb0", -0.008),
+        )
+    ]
+    for name, mine, colour, shift in shown:
+        known = [line for line in mine if "low" in line]
+        if not known:
+            continue
+        x = [line["used_vanilla"] + shift for line in known]
+        y = [line["saved"] for line in known]
+        low = [line["saved"] - line["low"] for line in known]
+        high = [line["high"] - line["saved"] for line in known]
+        axes.errorbar(x, y, yerr=[low, high], fmt="o", ms=4, capsize=2, color=colour, label=name)
+    axes.axhline(0, color="#a0aec0", lw=1)
+    axes.set(xlabel="vanilla's groups with a gradient", ylabel="steps saved against vanilla")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
