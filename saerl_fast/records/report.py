@@ -318,7 +318,7 @@ def _flatten(record: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def _draw(runs: list[RunRecord], targets: dict[str, float], root: Path) -> list[Path]:
     try:
-        import matplotlib  # noqa: F401
+        plots.load()
     except ImportError:
         return []
     figures = []
