@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from saerl_fast import __version__
 from saerl_fast.config import SCHEDULES, Config, describe, load_config
-from saerl_fast.errors import SaerlError, printable
+from saerl_fast.errors import SaerlError, no_memory, printable
 from saerl_fast.fileio import written
 from saerl_fast.rl.interrupt import graceful_interrupt, handled
 
@@ -29,11 +29,14 @@ SHORTCUTS = {  # flag -> config key: what most people set on the command line
     "run-dir": "run_dir",
     "seed": "seed",
 }
-PROCESSES, RANK = (int(os.environ.get(name, at)) for name, at in (("WORLD_SIZE", "1"), ("RANK", "0")))
+TORCHRUN = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}  # what it sets, and without it
+GIVEN = {name: os.environ.get(name, str(usual)) for name, usual in TORCHRUN.items()}
+PROCESSES, RANK, _ = (int(at) if at.isdecimal() else TORCHRUN[name] for name, at in GIVEN.items())
 OPTIONAL = {  # module -> package, of what the commands need and the kernels do not
     **{name: name for name in ("transformers", "datasets", "safetensors", "matplotlib", "numba", "pyarrow")},
     **{"scipy": "scipy", "tqdm": "tqdm", "yaml": "pyyaml", "sklearn": "scikit-learn"},
 }
+_said: set[str] = set()  # warnings of libraries
 OVERRIDES_HELP = "settings as key.sub=value, e.g. train.lr=3e-6 (`saerl settings` lists all)"
 
 
@@ -237,6 +240,14 @@ class _Plain(logging.Formatter):
         return printable(super().format(record))
 
 
+def _warned(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
+    """A library's warning as one line, once."""
+    line = f"{category.__name__}: {(str(message).strip().splitlines() or [''])[0]}"
+    if line not in _said:
+        _said.add(line)
+        logging.getLogger(__name__).warning("%s", line)
+
+
 def _unexpected(err: Exception, args: argparse.Namespace) -> int:
     """What no border has caught, in a sentence: 2 where the machine is to blame, 1 for a bug, ours or not."""
     from saerl_fast.fileio import cannot_write, first_line
@@ -245,8 +256,7 @@ def _unexpected(err: Exception, args: argparse.Namespace) -> int:
     ours = [frame for frame in frames if Path(__file__).parent.name in Path(frame.filename).parts]
     place = f"{(ours or frames)[-1].filename}:{(ours or frames)[-1].lineno}" if frames else "?"
     what = f"{type(err).__name__}: {first_line(err)}" if str(err) else type(err).__name__
-    full = "out of memory|allocate memory|[Ss]torage size"  # torch has several ways to say so
-    if isinstance(err, MemoryError) or "OutOfMemory" in type(err).__name__ or re.search(full, what):
+    if no_memory(err):
         fix = "lower train.micro_tokens, train.rollout.batch_size or score.batch_tokens, or limit data.train"
         _complain(SaerlError(f"there is not enough memory ({what}, at {place}); {fix}"), args, err)
         return 2
@@ -313,7 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     After SIGTERM 143 and after SIGHUP 129, as a shell counts.
     """
     try:
-        with handled():
+        with handled(), warnings.catch_warnings():
+            warnings.showwarning = _warned
             return _main(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt as err:  # before the arguments are read, or when all is done
         return 128 + int(getattr(err, "number", signal.SIGINT))
@@ -340,7 +351,11 @@ def _main(argv: Sequence[str]) -> int:
     if extra:
         args.overrides += extra
     written.clear()
+    _said.clear()
     try:
+        for name, value in GIVEN.items():
+            if not value.isdecimal():
+                raise SaerlError(f"the environment variable {name} is {value!r}, not a number; unset it")
         for name, value in vars(args).items():
             if value == "" and name != "section":
                 raise SaerlError(
@@ -351,6 +366,9 @@ def _main(argv: Sequence[str]) -> int:
         run(args)
         sys.stdout.flush()
     except SaerlError as err:
+        full = no_memory(err) if type(err) is SaerlError else None  # a reward's own has its name
+        if isinstance(full, Exception):
+            return _unexpected(full, args)
         _complain(err, args)
         return 2
     except ModuleNotFoundError as err:

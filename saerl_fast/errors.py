@@ -6,6 +6,7 @@ import re
 
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _LONGEST = 2000  # characters of a message
+_FULL = re.compile("OutOfMemory|out of memory|allocate memory|[Ss]torage size")  # torch has several ways
 
 
 def printable(text: str) -> str:
@@ -23,6 +24,19 @@ def halved(text: str) -> bool:
     except UnicodeEncodeError:
         return True
     return False
+
+
+def no_memory(err: BaseException | None) -> BaseException | None:
+    """The error that says that there is no memory left: ``err``, or what it came from. None for any other.
+
+    What reads files and calls libraries takes every error for a fault of theirs, and so this one as well.
+    """
+    while err is not None:
+        text = "" if isinstance(err, SaerlError) else f"{type(err).__name__} {err}"
+        if isinstance(err, MemoryError) or _FULL.search(text):
+            return err
+        err = err.__cause__ or err.__context__
+    return None
 
 
 class SaerlError(ValueError):

@@ -17,6 +17,8 @@ from typing import Any
 
 from saerl_fast.errors import SaerlError
 
+_imported: dict[str, str | None] = {}  # module -> hash of its file when it was imported here
+
 
 def is_function(name: str) -> bool:
     """Whether ``name`` has the form ``module:function``."""
@@ -54,6 +56,8 @@ def load_function(spec: str, setting: str, kind: type | None = None, takes: Sequ
             sys.modules.setdefault(path.stem, module)
             found.loader.exec_module(module)
         else:
+            if module_name not in sys.modules or module_name not in _imported:
+                _imported[module_name] = _digest(module_name)
             module = importlib.import_module(module_name)
     except SaerlError:
         raise
@@ -85,8 +89,19 @@ def call(what: str, made: Callable[[], Any], let: type[Exception] = SaerlError) 
 
 
 def source_digest(spec: str) -> str | None:
-    """A hash of the file that holds the function ``spec``; None where that file is not found."""
+    """A hash of the file that holds the function ``spec``; None where that file is not found.
+
+    SaerlError for a module that this process has imported from another content: what runs is not what the
+    file says now.
+    """
     module_name = spec.rpartition(":")[0]
+    found = _digest(module_name)
+    if module_name in sys.modules and _imported.get(module_name, found) != found:
+        raise SaerlError(f"{spec} was changed after this process had read it; start the command again")
+    return found
+
+
+def _digest(module_name: str) -> str | None:
     _look_here()
     try:
         if not module_name.endswith(".py"):

@@ -12,6 +12,7 @@ import re
 import resource
 import shutil
 import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saerl_fast import cli
-from saerl_fast.config import PlanConfig
+from saerl_fast.config import ModelConfig, PlanConfig
 from saerl_fast.fileio import cannot_write, mismatch, write_text
+from saerl_fast.models import load_model
 from saerl_fast.plan import save_plan
 from saerl_fast.plan.static import StaticPlan
 from saerl_fast.records.report import write_report
@@ -318,6 +320,58 @@ def test_what_no_border_catches(error, code, words, monkeypatch, capsys):
     assert not UNSEEN.search(err) and "Traceback" not in err
     assert cli.main(["report", "x", "--debug"]) == code
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail] can't allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("kind", ["parquet", "safetensors", "model", "write"])
+def test_a_border_takes_no_full_memory_for_a_fault_of_a_file(kind, error, tmp_path, monkeypatch, capsys):
+    def fail(*args, **more):
+        raise error
+
+    Scores({"prompt_id": IDS}).save(tmp_path)
+    if kind == "write":
+        monkeypatch.setattr(pq.ParquetWriter, "write_table", fail)
+        monkeypatch.setattr(cli, "run", lambda args: Scores({"prompt_id": IDS}).save(tmp_path))
+    elif kind == "parquet":
+        monkeypatch.setattr(pq.ParquetFile, "iter_batches", fail)
+        monkeypatch.setattr(cli, "run", lambda args: Scores.load(tmp_path))
+    elif kind == "model":
+        import transformers
+
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+        model = ModelConfig(path="examples/demo/model")
+        monkeypatch.setattr(cli, "run", lambda args: load_model(model))
+    else:
+        save_features(tmp_path / "x.safetensors", CSR.empty(6, 4), IDS)
+        monkeypatch.setattr("saerl_fast.records.tensors.json.loads", fail)
+        monkeypatch.setattr(cli, "run", lambda args: load_features(tmp_path / "x.safetensors"))
+    assert cli.main(["report", "x"]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "there is not enough memory" in err and "damaged" not in err and "cannot be written" not in err
+
+
+def test_a_librarys_warning_is_one_line_said_once(monkeypatch, capsys, caplog):
+    def warn(args):
+        for _ in range(3):
+            warnings.warn("lbfgs failed to converge\nSTOP: TOTAL NO.", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(cli, "run", warn)
+    before = warnings.showwarning
+    for _ in range(2):
+        caplog.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            assert cli.main(["report", "x"]) == 0
+        assert [record.getMessage() for record in caplog.records] == ["UserWarning: lbfgs failed to converge"]
+    assert warnings.showwarning is before
 
 
 @pytest.mark.parametrize(

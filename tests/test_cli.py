@@ -199,3 +199,15 @@ def test_an_unset_variable_is_no_name(argv, capsys, tmp_path, monkeypatch):
     code, error = code_and_error(argv, capsys)
     assert code == 2 and error.startswith("saerl: ") and error.count("\n") == 1 and "empty" in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "two"), ("WORLD_SIZE", ""), ("RANK", "-1")])
+def test_a_rank_that_is_no_number_is_one_sentence(name, value):
+    done = subprocess.run(
+        [sys.executable, "-m", "saerl_fast.cli", "settings", "sae"],
+        env=os.environ | {name: value},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr == f"saerl: the environment variable {name} is {value!r}, not a number; unset it\n"

@@ -1,5 +1,8 @@
 import json
+import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -157,3 +160,10 @@ def test_labels_that_are_scores_make_one_group():
     }
     assert plots.label_groups(["good", "bad"]) == {}
     assert list(plots.label_groups([1, 1])) == ["labelled good"]
+
+
+def test_a_backend_that_is_unknown_does_not_keep_files_from_being_drawn():
+    code = "from saerl_fast.records import plots; print(plots.load().get_backend())"
+    environment = os.environ | {"MPLBACKEND": "nonsense"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.lower() == "agg\n", done.stderr

@@ -84,3 +84,22 @@ def test_the_digest_follows_the_file(folder):
     assert plugins.source_digest("saerl_plugged:f") != first
     assert plugins.source_digest("saerl_no_module.sub:f") is None
     assert plugins.source_digest("none.py:f") is None
+
+
+def test_a_file_that_changed_after_it_was_read_is_refused(folder):
+    file = folder / "saerl_edited.py"
+    file.write_text("def f():\n    return 3\n")
+    spec = "saerl_edited:f"
+    assert plugins.load_function(spec, "train.reward")() == 3
+    first = plugins.source_digest(spec)
+    file.write_text("def f():\n    return 4\n")
+    for _ in range(2):  # a record that names the new content would tell of code that does not run
+        with pytest.raises(SaerlError, match="saerl_edited:f was changed .* start the command again"):
+            plugins.source_digest(spec)
+        assert plugins.load_function(spec, "train.reward")() == 3
+    file.write_text("def f():\n    return 3\n")
+    assert plugins.source_digest(spec) == first
+    script = "saerl_edited.py:f"  # is read at each load
+    assert plugins.load_function(script, "train.reward")() == 3
+    file.write_text("def f():\n    return 4\n")
+    assert plugins.load_function(script, "train.reward")() == 4 and plugins.source_digest(script) != first

@@ -216,7 +216,7 @@ def end_rows(path: str | Path, *, last: bool) -> list[Row]:
     """The rows of the first or the last step in a JSON-lines file, read from that end only; what cannot be
     read is passed over. [] without a file."""
     path, found = Path(path), list[Row]()
-    for line in (_backwards(path) if last else path.open("rb")) if path.is_file() else ():
+    for line in (_backwards(path) if last else _forwards(path)) if path.is_file() else ():
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -226,6 +226,12 @@ def end_rows(path: str | Path, *, last: bool) -> list[Row]:
                 break
             found.append(row)
     return found[::-1] if last else found
+
+
+def _forwards(path: Path) -> Iterator[bytes]:
+    """The lines of a file."""
+    with path.open("rb") as file:
+        yield from file
 
 
 def _backwards(path: Path) -> Iterator[bytes]:

@@ -27,6 +27,7 @@ FEW = 1 << 14  # rows that are a list when they are taken from packed ones
 SPILL = 1 << 26  # bytes of an array from which it lies in a file
 
 
+_written = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make one for every cell
 Row = TypeVar("Row")
 
 
@@ -250,7 +251,7 @@ def _bytes(rows: list[bytes]) -> np.ndarray:
 def _cell(value: Any) -> bytes:
     if not _comes_back(value):
         raise ValueError(f"JSON does not keep a {type(value).__name__}")
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b","
+    return _written(value).encode("utf-8", "surrogatepass") + b","
 
 
 def _comes_back(value: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,22 @@ SHADES = (  # of clusters, after matplotlib's tab20
 PALETTE = ("#4a5568", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d6a9f", "#2e4057", "#b56576")
 
 
-def _figure(
-    path: Path, size: tuple[float, float], draw: Callable[[Any, Any], None], columns: int = 1
-) -> Path:
+def load() -> Any:
+    """matplotlib's pyplot, drawing into files; a MPLBACKEND that it does not know would end its import."""
+    if "matplotlib" not in sys.modules:
+        os.environ.pop("MPLBACKEND", None)
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def _figure(
+    path: Path, size: tuple[float, float], draw: Callable[[Any, Any], None], columns: int = 1
+) -> Path:
+    plt = load()
     style: Any = {
         "axes.spines.top": False,
         "axes.spines.right": False,

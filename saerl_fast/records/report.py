@@ -192,7 +192,7 @@ def phase_table(runs: list[RunRecord]) -> Table:
 def _draw(runs: list[RunRecord], targets: dict[str, float], root: Path) -> dict[str, Picture]:
     """The figures of the runs, by name; none without matplotlib."""
     try:
-        import matplotlib  # noqa: F401
+        plots.load()
     except ImportError:
         return {}
     drawn = []

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from saerl_fast.config import RolloutConfig
-from saerl_fast.errors import SaerlError
+from saerl_fast.errors import SaerlError, no_memory
 from saerl_fast.models import check_fit
 from saerl_fast.rl.decode import CHECK_EVERY, Sampling, StaticDecoder, sample, use_static
 from saerl_fast.rl.logprobs import completion_logprobs
@@ -102,6 +102,8 @@ def generate(
             except SaerlError:
                 raise
             except Exception as error:  # whatever a model's code raises at what this way hands it
+                if no_memory(error):
+                    raise
                 state.give_up(model, f"failed ({short(error)})", error)
                 todo = _batches(state, [*chunk, *(i for rest in todo for i in rest)], sizes, width)
                 continue
@@ -172,9 +174,9 @@ def _off(
             wanted, _ = completion_logprobs(
                 model, sequence, starts[row : row + 1], lengths[row : row + 1], **options
             )
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if no_memory(error):
+                raise
             name = type(model).__name__
             raise SaerlError(
                 f"{name} cannot be trained: its forward pass over a whole sequence failed ({short(error)}); "

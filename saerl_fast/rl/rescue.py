@@ -44,6 +44,9 @@ class Rescue:
                 self._write(*self._kept)
                 self.saved = self._kept[0]
             except Exception as err:
-                log.warning("what came before the error could not be saved: %s", err)
+                log.warning(
+                    "what came before the error could not be saved: %s",
+                    err if str(err) else type(err).__name__,
+                )
         if self.saved >= 0:
             say(f"step {self.saved} is saved; go on with --resume when the error is mended")

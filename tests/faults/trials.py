@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,19 @@ from itertools import combinations_with_replacement, product
 from pathlib import Path
 
 from tests.faults.hooks import CHANGING, MAKING, counted, full_at, killed_at, no_file_above
-from tests.faults.workbench import STAGES, Ended, command, fresh, leftovers, run, scratch, start, written
+from tests.faults.workbench import (
+    MORE,
+    READING,
+    STAGES,
+    Ended,
+    command,
+    fresh,
+    leftovers,
+    run,
+    scratch,
+    start,
+    written,
+)
 
 SAME, SAID, REFUSED = "same result", "said aloud", "refused in a sentence"
 TRACEBACK, WRONG, STUCK, HUNG, LEFT = "traceback", "silently wrong", "stuck folder", "hung", "leftovers"
@@ -20,6 +33,7 @@ GOOD, BAD = (SAME, SAID, REFUSED), (TRACEBACK, WRONG, STUCK, HUNG, LEFT)
 OTHER = {"sae train": "sae.seed=7", "score": "score.reduce=max", "plan": "plan.adaptive.svd=6"}
 OTHER |= {"train": "train.lr=1e-4", "compare": "train.lr=1e-4"}
 ON = {"train": "train --resume"}  # how a user goes on
+TRAINING = {"train", "train --overwrite", "compare", "demo"}
 
 
 @dataclass(frozen=True)
@@ -34,9 +48,11 @@ class Bench:
 
     def __init__(self, folders: dict[str, Path]) -> None:
         self.folders = folders
-        names = list(folders)
-        self.after = {stage: folders[names[names.index(stage) + 1]] for stage in STAGES}
-        self.expected = {stage: written(self.after[stage], STAGES[stage]) for stage in STAGES}
+        chain = [*STAGES, "end"]
+        self.after = {stage: folders[chain[chain.index(stage) + 1]] for stage in STAGES}
+        self.after |= {name: folders[f"after {name}"] for name in MORE}
+        self.patterns = STAGES | {name: patterns for name, (_, patterns) in MORE.items()}
+        self.expected = {name: written(self.after[name], self.patterns[name]) for name in self.patterns}
 
     def all(self) -> Iterator[Trial]:
         """Every trial, in an order that mixes the kinds."""
@@ -66,7 +82,7 @@ class Bench:
     ) -> tuple[str, str]:
         """Whether what ``stage`` has written is as it should be. ``about``: what a line that tells names."""
         wanted = self.expected[stage] if wanted is None else wanted
-        patterns = STAGES[stage] if patterns is None else patterns
+        patterns = self.patterns[stage] if patterns is None else patterns
         if ended.code is None:
             return HUNG, ended.text[-300:]
         if ended.traceback:
@@ -83,7 +99,7 @@ class Bench:
     def go_on(self, stage: str, folder: Path, *settings: str) -> tuple[str, str]:
         """The command again; where it is refused, with --redo, which has to work."""
         found = self.judge(stage, folder, run(ON.get(stage, stage), folder, *settings))
-        if found[0] != REFUSED or stage in ("report", "sae convert"):
+        if found[0] != REFUSED or stage in READING:
             return found
         redone = self.judge(stage, folder, run(f"{stage} --redo", folder, *settings))
         return (REFUSED, found[1]) if redone[0] == SAME else (STUCK, f"{found[1]} / --redo: {redone}")
@@ -92,7 +108,7 @@ class Bench:
 
     def kills(self) -> Iterator[Trial]:
         """SIGKILL at every operation on files; then the same command again."""
-        for stage in STAGES:
+        for stage in self.patterns:
             for number in range(1, self.operations(stage, self.folders[stage]) + 1):
 
                 def trial(stage: str = stage, number: int = number) -> tuple[str, str]:
@@ -126,7 +142,7 @@ class Bench:
 
     def full_disks(self) -> Iterator[Trial]:
         """No space left at every operation, or for large files only; then with space again."""
-        for stage in STAGES:
+        for stage in self.patterns:
             total = self.operations(stage, self.folders[stage], among=MAKING)
             sizes = [0, 100, 3_000, 20_000, 100_000, 400_000, 1_000_000]
             for number in [*range(1, total + 1), *(-size for size in sizes)]:
@@ -152,8 +168,13 @@ class Bench:
             "compare": ("compare", again, ("report.md",)),
             "report": ("report", again, ("report.md",)),
             "sae info": ("sae info", whole, ()),
+            "sae convert": ("sae convert", whole, STAGES["sae convert"]),
+            "score": ("score", whole, ("scores.parquet", "features.safetensors")),
+            "watch": ("watch", whole, ()),
         }
         for name, (way, spoil), reader in product(files, WAYS.items(), readers):
+            if reader == "sae convert" and name.parts[0] == "converted":  # which it makes
+                continue
 
             def trial(
                 name: Path = name, spoil: Callable[[Path], None] = spoil, reader: str = reader
@@ -161,6 +182,8 @@ class Bench:
                 command, goal, patterns = readers[reader]
                 folder = fresh(whole)
                 spoil(folder / name)
+                if reader == "sae convert":
+                    shutil.rmtree(folder / "converted")
                 before = written(folder, (str(name),))
                 ended = run(command, folder, *["train.steps=6"] * (reader == "train"))
                 untouched = before if written(folder, (str(name),)) == before else {}
@@ -172,7 +195,7 @@ class Bench:
 
     def signals(self) -> Iterator[Trial]:
         """Signals at random times; then the same command again."""
-        for stage in STAGES:
+        for stage in self.patterns:
             began = time.monotonic()
             folder = fresh(self.folders[stage])
             run(stage, folder)
@@ -196,8 +219,9 @@ class Bench:
 
     def races(self) -> Iterator[Trial]:
         """Two commands on one folder at once; then both again, one after the other."""
-        pairs = combinations_with_replacement([stage for stage in STAGES if stage != "sae convert"], 2)
-        for first, second in pairs:
+        for first, second in combinations_with_replacement(self.patterns, 2):
+            if "watch" in (first, second) and not {first, second} & TRAINING:  # it would wait for a run
+                continue
             for delay in (0.0, 0.02, 0.3):
 
                 def trial(first: str = first, second: str = second, delay: float = delay) -> tuple[str, str]:
@@ -208,7 +232,8 @@ class Bench:
                     for ended in (one.wait(), two.wait()):
                         if ended.code is None or ended.traceback:
                             return self.judge(first, folder, ended)
-                    for stage in dict.fromkeys((first, second)) if second != "report" else (first,):
+                    pair = dict.fromkeys((first, second))
+                    for stage in [stage for stage in pair if stage not in ("report", "watch")] or pair:
                         found = self.go_on(stage, folder)
                         if found[0] not in (SAME, REFUSED):
                             return found

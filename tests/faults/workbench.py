@@ -50,6 +50,13 @@ STAGES = {  # what each command adds to a folder in which those before it have r
     "report": ("report.md",),
     "sae convert": ("converted/cfg.json", "converted/*.safetensors"),  # its manifest names the source
 }
+MORE = {  # what other commands write, and the stage whose folder they begin in
+    "sae train --from": ("sae train", ("sae/*.safetensors", "sae/cfg.json")),
+    "train --overwrite": ("compare", ("adaptive/*.jsonl", "adaptive/plan.*", "adaptive/model/*")),
+    "demo": ("sae train", ("scores.parquet", "plan.json", "*/*.jsonl", "*/plan.*", "*/model/*")),
+    "watch": ("report", ("live.png",)),
+}
+READING = ("report", "watch", "sae convert")  # commands without --redo
 VOLATILE = re.compile(r"seconds|time|date|per_second|phases|overhead|machine|started|memory|^id$|run_id")
 LIMIT = 120.0  # seconds that no command here needs
 
@@ -103,15 +110,18 @@ class Started:
 
 
 def command(name: str, run_dir: Path, *settings: str) -> list[str]:
-    """The arguments of one of the STAGES, or of ``sae info``."""
-    if name == "report":
-        return ["report", str(run_dir)]
+    """The arguments of one of the STAGES, of MORE, or of ``sae info``."""
+    if name in ("report", "watch"):
+        return [name, str(run_dir)]
     if name == "sae info":
         return ["sae", "info", str(run_dir / "sae")]
     if name == "sae convert":
         return ["sae", "convert", str(run_dir / "sae"), str(run_dir / "converted")]
     head, *flags = name.split(" --")
     config = ["--config", str(ROOT / "examples" / "demo.yaml"), "--quiet"]
+    if "from" in flags:
+        flags.remove("from")
+        config.append(f"sae.init={os.environ['FAULTS_SAE']}")
     return [*head.split(), *(f"--{flag}" for flag in flags), *config, f"run_dir={run_dir}", *SMALL, *settings]
 
 
@@ -246,19 +256,32 @@ def warm_up() -> None:
 
 
 def templates(home: Path) -> dict[str, Path]:
-    """A folder for every stage in which all before it have run, and ``compare``'s end under ``end``."""
+    """A folder for every stage in which all before it have run, and ``compare``'s end under ``end``.
+
+    For every command of MORE the one that it begins in, and what it makes of it under ``after ...``.
+    """
     made, before = {}, None
     for name in (*STAGES, "end"):
-        folder = home / name.replace(" ", "-") / "run"
-        if not (done := folder.with_name("done")).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(made[before], folder) if before else folder.mkdir(parents=True)
-            if before:
-                ended = run(before, folder)
-                assert ended.code == 0, f"{before}: {ended.text}"
-            done.touch()
-        made[name], before = folder, name
+        made[name] = _template(home, name, made[before] if before else None, before)
+        before = name
+    os.environ["FAULTS_SAE"] = str(made["score"] / "sae")
+    for name, (stage, _) in MORE.items():
+        made[name] = made[stage]
+        made[f"after {name}"] = _template(home, f"after {name}", made[stage], name)
     return made
+
+
+def _template(home: Path, name: str, base: Path | None, ran: str | None) -> Path:
+    """A copy of ``base`` in which a command ran, made once."""
+    folder = home / name.replace(" ", "-") / "run"
+    if not (done := folder.with_name("done")).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(base, folder) if base else folder.mkdir(parents=True)
+        if ran:
+            ended = run(ran, folder)
+            assert ended.code == 0, f"{ran}: {ended.text}"
+        done.touch()
+    return folder
 
 
 def fresh(template: Path) -> Path:
