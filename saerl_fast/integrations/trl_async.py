@@ -9,7 +9,8 @@ come first, so that a dropped group holds nothing up, and no prompt is lost or t
 loader has fetched ahead counts as trained, as in TRL's own bookkeeping; a conversation that became several
 training rows counts once for each. Prompts must be lists of messages.
 
-Checked with TRL 1.16 on a CPU, with a worker and an attention kernel that run there: TRL's own need a GPU.
+Checked with TRL 1.16 on a CPU: with an attention kernel that runs there, for TRL's needs a GPU, and with its
+own worker process on a stand-in for vLLM's server.
 """
 
 from __future__ import annotations
