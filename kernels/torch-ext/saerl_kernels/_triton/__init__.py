@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..dispatch import interpreting
+from ..library import LARGEST_K
 from ..pack import PackedEncoder
 from ..types import CSR, TopK, _indptr
 from .chunked import launch_chunked
@@ -35,7 +36,6 @@ __all__ = [
 
 SCRATCH = 1 << 28  # bytes of group maxima held at once
 TILE = 16384  # candidates a program ranks in registers
-LARGEST_K = 1024  # a program holds and sorts a row's k keys in registers; more are left to torch
 
 
 @on_device
