@@ -162,9 +162,7 @@ def process_mb(field: str) -> float:
 def environment(device: torch.device) -> dict[str, Any]:
     """What a number means nothing without."""
     root = Path(__file__).resolve().parents[1]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True
-    ).stdout.strip()
+    commit = _said(["git", "-C", str(root), "rev-parse", "--short", "HEAD"])
     found: dict[str, Any] = {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -178,14 +176,21 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
         found["cuda"] = torch.version.cuda
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        found["driver"] = _said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     else:
         found["cpu"] = _cpu_name()
         found["threads"] = torch.get_num_threads()
         found["clock"] = "thread cpu time" if torch.get_num_threads() == 1 else "wall"
         found["load"] = os.getloadavg()[0]
     return found
+
+
+def _said(command: list[str]) -> str:
+    """What a command prints; nothing where it is missing, since that must cost no measurement."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _cpu_name() -> str:

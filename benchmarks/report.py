@@ -62,11 +62,11 @@ class Table(NamedTuple):
         return [*first, *(name for name in found if name != self.base)]
 
 
-def load(results: Path) -> tuple[list[Table], list[str]]:
+def load(results: Path, pattern: str = "*/*.json") -> tuple[list[Table], list[str]]:
     """The tables of all files under ``results``, and one sentence for every file that is broken."""
     tables: list[Table] = []
     complaints = []
-    for path in sorted(results.glob("*/*.json"), key=lambda p: (p.stem, p.parent.name)):
+    for path in sorted(results.glob(pattern), key=lambda p: (p.stem, p.parent.name)):
         try:
             found = json.loads(path.read_text())
         except ValueError:

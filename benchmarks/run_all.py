@@ -1,7 +1,6 @@
-"""Run every benchmark; on a GPU after the tests that need one and the tuning, within one budget of time.
+"""Run every benchmark on the CPU (make bench); gpu.py is the one for a GPU.
 
-    python -m benchmarks.run_all             # on the CPU, no limit (make bench)
-    python -m benchmarks.run_all --gpu       # under 9 minutes (benchmarks/gpu.sh)
+    python -m benchmarks.run_all [--only encode,pool] [--seconds 600]
 
 Each bench_<name>.py writes results/<device>/<name>.json. A part that fails or runs over its share of the
 time does not keep the later ones from running; what it had measured by then is written; the exit status is 1
@@ -25,10 +24,8 @@ from typing import NamedTuple
 from saerl_fast.fileio import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-GPU_SECONDS = 510.0
 OF_A_POOL = ("bench_quality", "bench_signals")  # no tests: they need a pool and a model
 GRACE = 10.0  # what a part that is told to stop may take to write its results
-TESTS = ("encode", "encode_gpu", "chunked", "topk", "pool", "decode", "csr", "train_ops", "kmeans")
 
 
 class Part(NamedTuple):
@@ -38,15 +35,10 @@ class Part(NamedTuple):
     output: Path | None = None  # the JSON it writes
 
 
-def parts(gpu: bool, tiny: bool, results: Path) -> list[Part]:
-    """What to run, in order; a rehearsal collects the tests only and tunes nothing."""
+def parts(results: Path) -> list[Part]:
+    """What to run, in order."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     found = []
-    if gpu:
-        tests = [f"tests/test_{name}.py" for name in TESTS if (ROOT / f"tests/test_{name}.py").is_file()]
-        found.append(Part("correctness", [*pytest, *tests, *(["--collect-only"] if tiny else [])], 2.0))
-    if gpu and not tiny:
-        found.append(Part("tuning", [sys.executable, "-m", "benchmarks.tune_encode", "{seconds}"], 2.0))
     files = (ROOT / "benchmarks").glob("bench_*.py")
     files = (file for file in files if file.stem not in OF_A_POOL)
     files = sorted(files, key=lambda p: (p.stem != "bench_encode", p.stem))
@@ -80,10 +72,7 @@ def _run_part(part: Part, seconds: float | None) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder) / "result.json"
         soft = None if seconds is None else max(1.0, seconds - GRACE)
-        words = {"{output}": str(fresh), "{seconds}": str(soft)}
-        command = part.command
-        for old, new in words.items():
-            command = [word.replace(old, new) for word in command]
+        command = [word.replace("{output}", str(fresh)) for word in part.command]
         environment = dict(os.environ)
         if soft is not None:
             environment["SAERL_BENCH_SECONDS"] = str(0.9 * soft)
@@ -128,42 +117,26 @@ def _slim(path: Path) -> dict | None:
     return {"datetime": found["datetime"], "version": found["version"], "benchmarks": kept} if kept else None
 
 
-def device_name(gpu: bool) -> str:
-    """The folder under results/: "cpu" or the GPU's name."""
-    if not gpu:
-        return "cpu"
-    import torch
-
-    return torch.cuda.get_device_name().replace(" ", "-").lower()
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--gpu", action="store_true", help="tests and tuning first, everything in 9 minutes")
-    parser.add_argument("--seconds", type=float, default=None, help=f"in all; with --gpu {GPU_SECONDS:.0f}")
+    parser.add_argument("--seconds", type=float, default=None, help="in all")
     parser.add_argument("--results", type=Path, default=None, help="where the JSON files go")
     parser.add_argument("--only", default="", help="comma-separated names of parts, such as encode,pool")
     args = parser.parse_args(argv)
     tiny = os.environ.get("SAERL_BENCH_GRID") == "tiny"
-    if args.gpu and not tiny:
-        import torch
-
-        if not torch.cuda.is_available():
-            sys.stderr.write("no CUDA device found; `make bench` runs the benchmarks on the CPU\n")
-            return 2
     results = args.results
     if results is None and tiny:
         results = Path(tempfile.mkdtemp(prefix="saerl-bench-"))
     elif results is None:
-        results = ROOT / "benchmarks" / "results" / device_name(args.gpu)
-    found = parts(args.gpu, tiny, results.resolve())
+        results = ROOT / "benchmarks" / "results" / "cpu"
+    found = parts(results.resolve())
     if args.only:
         chosen = args.only.split(",")
         unknown = set(chosen) - {part.name for part in found}
         if unknown:
             parser.error(f"--only names no part: {', '.join(sorted(unknown))}")
         found = [part for part in found if part.name in chosen]
-    failures = run(found, args.seconds or (GPU_SECONDS if args.gpu else None))
+    failures = run(found, args.seconds)
     print("all parts ran" if not failures else "failed: " + "; ".join(failures))
     return 1 if failures else 0
 

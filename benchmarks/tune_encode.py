@@ -1,25 +1,22 @@
-"""Time every candidate plan of the fused encoder on this GPU and store the winners.
+"""The fastest plan of the fused encoder for a shape on this GPU: the tuning part of gpu.py.
 
-    python -m benchmarks.tune_encode [SECONDS]
-
-writes kernels/torch-ext/saerl_kernels/_triton/tuned.json, which ``backend="triton"`` reads. Shapes come in
-the order of the benchmark grid and those left when SECONDS (default 240) are over keep the heuristic. A plan
-whose result differs from torch's is an error, not a candidate.
+Its table takes the place of kernels/torch-ext/saerl_kernels/_triton/tuned.json, which ``backend="triton"``
+reads. A plan whose result differs from torch's is an error, not a candidate.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import saerl_kernels
-from benchmarks.bench_encode import GPU_GRID, Shape
-from benchmarks.harness import timed
+from benchmarks.bench_encode import Shape
+from benchmarks.harness import DEVICE, timed
+from saerl_fast.fileio import write_json
 from saerl_kernels import PackedEncoder, pack_encoder
 
 
@@ -48,51 +45,29 @@ def best_plan(
     return winner, best[winner]
 
 
-def tune(shapes: list[Shape], seconds: float, device: torch.device) -> list[dict[str, Any]]:
-    """Rows of the table for as many shapes as ``seconds`` allow."""
+def tune(shape: Shape, device: torch.device = DEVICE) -> dict[str, Any]:
+    """A row of the table: the fastest plan of ``shape`` in bfloat16."""
     from saerl_kernels._triton.tune import candidates
 
-    stop = time.monotonic() + seconds
     major, minor = torch.cuda.get_device_capability(device)
-    rows = []
-    for shape in shapes:
-        if time.monotonic() > stop:
-            break
-        g = torch.Generator(device).manual_seed(0)
-        at = {"generator": g, "device": device}
-        x = torch.randn(shape.batch, shape.d_in, **at).bfloat16()
-        W = (torch.randn(shape.d_in, shape.d_sae, **at) / shape.d_in**0.5).bfloat16()
-        encoder = pack_encoder(W, torch.zeros(shape.d_sae, device=device))
-        plans = candidates(shape.d_sae, shape.k, major * 10 + minor)
-        plan, milliseconds = best_plan(x, encoder, shape.k, plans)
-        rows.append(
-            {
-                "bits": 16,
-                "d_in": shape.d_in,
-                "d_sae": shape.d_sae,
-                "k": shape.k,
-                "n": shape.batch,
-                "ms": milliseconds,
-                "plan": plan._asdict(),
-            }
-        )
-    return rows
+    g = torch.Generator(device).manual_seed(0)
+    at = {"generator": g, "device": device}
+    x = torch.randn(shape.batch, shape.d_in, **at).bfloat16()
+    W = (torch.randn(shape.d_in, shape.d_sae, **at) / shape.d_in**0.5).bfloat16()
+    encoder = pack_encoder(W, torch.zeros(shape.d_sae, device=device))
+    plan, milliseconds = best_plan(x, encoder, shape.k, candidates(shape.d_sae, shape.k, major * 10 + minor))
+    sizes = {"d_in": shape.d_in, "d_sae": shape.d_sae, "k": shape.k, "n": shape.batch}
+    return {"bits": 16, **sizes, "ms": milliseconds, "plan": plan._asdict()}
 
 
-def main() -> None:
-    from saerl_kernels._triton.tune import TABLE, table
+def keep_row(path: Path, gpu: str, row: dict[str, Any]) -> None:
+    """Add ``row`` to the table in ``path``, which starts as the one that is installed."""
+    from saerl_kernels._triton.tune import table
 
-    if not torch.cuda.is_available():
-        sys.exit("tuning needs a CUDA device")
-    device = torch.device("cuda")
-    # The middle batch first: a cut-short run then still has every width and k.
-    shapes = sorted(GPU_GRID, key=lambda s: (s.batch != 4096, s.batch))
-    found = dict(table())
-    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 240.0
-    found[torch.cuda.get_device_name()] = tune(shapes, seconds, device)
-    Path(TABLE).write_text(json.dumps(found, indent=1) + "\n")
-    print(f"wrote {TABLE}")
+    found = json.loads(path.read_text()) if path.is_file() else dict(table())
+    found[gpu] = [r for r in found.get(gpu, []) if _key(r) != _key(row)] + [row]
+    write_json(path, found)
 
 
-if __name__ == "__main__":
-    main()
+def _key(row: dict[str, Any]) -> tuple:
+    return tuple(row[name] for name in ("bits", "d_in", "d_sae", "k", "n"))

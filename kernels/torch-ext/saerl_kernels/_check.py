@@ -30,6 +30,8 @@ REDUCES = {
 
 
 def check_k(k: int, limit: int, name: str = "d_sae") -> None:
+    if not isinstance(k, (bool, int)) and hasattr(k, "__index__"):
+        raise ValueError(f"k is a {type(k).__module__}.{type(k).__name__}; give int(k)")
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k={k!r} must be a positive integer")
     if k > limit:

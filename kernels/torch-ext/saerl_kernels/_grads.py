@@ -34,8 +34,12 @@ def owners(indices: Tensor, indptr: Optional[Tensor]) -> Tensor:
 
 
 def segments(values: Tensor, indices: Tensor, d_sae: int, indptr: Optional[Tensor]) -> Segments:
-    """The entries by feature; a stable sort, so sums over a segment are reproducible."""
-    ordered, order = indices.reshape(-1).sort(stable=True)
+    """The entries by feature; a stable sort, so sums over a segment are reproducible.
+
+    Entries of value 0 (fillers) come last and belong to no feature: 0 times the NaN of one token is NaN.
+    """
+    flat = indices.reshape(-1)
+    ordered, order = torch.where(values.reshape(-1) == 0, d_sae, flat).sort(stable=True)
     features = torch.arange(d_sae + 1, device=indices.device, dtype=ordered.dtype)
     starts = torch.searchsorted(ordered, features)
     return Segments(owners(indices, indptr)[order], values.reshape(-1)[order], starts)
@@ -63,5 +67,6 @@ def weight_grads(
     tokens, scales, starts = segments(values.to(dense.dtype), indices, d_sae, indptr)
     if tokens.numel() == 0:
         return dense.new_zeros((d_sae, dense.shape[1])), dense.new_zeros(d_sae)
-    total = F.embedding_bag(tokens, dense, starts[:-1], mode="sum", per_sample_weights=scales)
+    # one bag more, for the entries of no feature
+    total = F.embedding_bag(tokens, dense, starts, mode="sum", per_sample_weights=scales)[:-1]
     return total, torch.segment_reduce(scales, "sum", lengths=starts.diff(), unsafe=True)

@@ -1,11 +1,12 @@
 """Reconstructions from sparse codes, differentiable in the values and the decoder.
 
 ``sparse_decode`` takes a fixed number of entries per row (``TopK``), ``decode_csr`` rows of any length.
+Forward and backward are custom ops, without the [n, k, d_in] tensor that gathering decoder rows would make.
 """
 
 from __future__ import annotations
 
-from typing import Any, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -13,54 +14,8 @@ from torch import Tensor
 from . import reference
 from ._check import check_csr, check_indices
 from .dispatch import implementation, resolve
-from .types import CSR
-
-
-class SparseDecode(torch.autograd.Function):
-    """Forward and backward without the [n, k, d_in] tensor that gathering decoder rows would make."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, indices: Tensor, W_dec: Tensor, name: str) -> Tensor:
-        ctx.save_for_backward(values, indices, W_dec)
-        ctx.name = name
-        return implementation(name).sparse_decode(values, indices, W_dec)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], None, Optional[Tensor], None]:
-        values, indices, W_dec = ctx.saved_tensors
-        backend, grad = implementation(ctx.name), grad.contiguous()
-        grad_values = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_values = backend.value_grads(grad, indices, W_dec).to(values.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_weight = backend.weight_grads(grad, values, indices, W_dec.shape[0])[0].to(W_dec.dtype)
-        return grad_values, None, grad_weight, None
-
-
-class DecodeCSR(torch.autograd.Function):
-    """As ``SparseDecode``, for rows of any length."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, indptr: Tensor, indices: Tensor, W_dec: Tensor, name: str
-    ) -> Tensor:
-        ctx.save_for_backward(values, indptr, indices, W_dec)
-        ctx.name = name
-        return implementation(name).decode_csr(indptr, indices, values, W_dec)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], None, None, Optional[Tensor], None]:
-        values, indptr, indices, W_dec = ctx.saved_tensors
-        backend, grad = implementation(ctx.name), grad.contiguous()
-        grad_values = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_values = backend.value_grads(grad, indices, W_dec, indptr).to(values.dtype)
-        if ctx.needs_input_grad[3]:
-            grad_weight = backend.weight_grads(grad, values, indices, W_dec.shape[0], indptr)[0]
-            grad_weight = grad_weight.to(W_dec.dtype)
-        return grad_values, None, None, grad_weight, None
+from .library import register
+from .types import CSR, need_tensors
 
 
 def sparse_decode(
@@ -80,26 +35,29 @@ def sparse_decode(
         W_dec: [d_sae, d_in], any floating dtype; sums run in float32 (float64 for a float64 decoder).
         b_dec: [d_in] or None.
         check: raise ValueError for an index out of range; on a GPU that waits for the device. None checks on
-            the CPU only. Unchecked, such an index is never followed and contributes nothing.
+            the CPU only, and not under torch.compile. Unchecked, such an index is never followed and
+            contributes nothing.
 
     Returns [..., d_in] in W_dec's dtype. Gradients flow to values, W_dec and b_dec; they are
     deterministic. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
+    need_tensors(values=values, indices=indices, W_dec=W_dec, b_dec=b_dec)
     if values.shape != indices.shape or values.dim() == 0 or values.shape[-1] == 0:
         raise ValueError(
             f"values {tuple(values.shape)} and indices {tuple(indices.shape)} must have one shape "
             "[..., k] with k >= 1"
         )
     _check_parts(values, indices, W_dec, b_dec)
-    name = resolve(backend, W_dec.device)
-    if W_dec.device.type == "cpu" if check is None else check:
-        check_indices(indices, W_dec.shape[0])
-    elif not _masked_in_kernel(name, values, W_dec):
-        values, indices = _inside(values, indices, W_dec.shape[0])
-    if name == "reference":
+    eager = not torch.compiler.is_compiling()
+    check = eager and W_dec.device.type == "cpu" if check is None else check
+    if eager and resolve(backend, W_dec.device) == "reference":
+        if check:
+            check_indices(indices, W_dec.shape[0])
+        else:
+            values, indices = _inside(values, indices, W_dec.shape[0])
         return reference.sparse_decode(values, indices, W_dec, b_dec)
     k = values.shape[-1]
-    flat = SparseDecode.apply(values.reshape(-1, k), indices.reshape(-1, k), W_dec, name)
+    flat = _decode_op(values.reshape(-1, k), None, indices.reshape(-1, k), W_dec, check, backend)
     return _finish(flat, W_dec, b_dec).reshape(*values.shape[:-1], W_dec.shape[1])
 
 
@@ -117,24 +75,26 @@ def decode_csr(
         csr: [n_rows, d_sae]; columns in any order, and repeats add up. An empty row gives b_dec.
         W_dec, b_dec, backend: as in ``sparse_decode``.
         check: raise ValueError for columns out of range and an indptr that does not start with 0, falls or
-            does not end with nnz; on a GPU that waits for the device. None checks on the CPU only. Unchecked,
+            does not end with nnz; on a GPU that waits for the device. None checks as above. Unchecked,
             such a column contributes nothing, and no memory outside the tensors is read.
 
     Returns [n_rows, d_in] in W_dec's dtype. Gradients flow to csr.values, W_dec and b_dec; they are
     deterministic.
     """
     indptr, indices, values, n_cols = csr
+    need_tensors(indptr=indptr, indices=indices, values=values, W_dec=W_dec, b_dec=b_dec)
     _check_parts(values, indices, W_dec, b_dec)
     if n_cols != W_dec.shape[0]:
         raise ValueError(f"csr has {n_cols} columns but W_dec has {W_dec.shape[0]} rows")
-    name = resolve(backend, W_dec.device)
-    checked = check_csr(csr, W_dec.device.type == "cpu" if check is None else check)
-    if not (checked or _masked_in_kernel(name, values, W_dec)):
-        values, indices = _inside(values, indices, n_cols)
-        indptr = indptr.clamp(0, csr.nnz).cummax(0).values
-    if name == "reference":
+    eager = not torch.compiler.is_compiling()
+    check = eager and W_dec.device.type == "cpu" if check is None else check
+    check_csr(csr, False)
+    if eager and resolve(backend, W_dec.device) == "reference":
+        if not check_csr(csr, check):
+            values, indices = _inside(values, indices, n_cols)
+            indptr = indptr.clamp(0, csr.nnz).cummax(0).values
         return reference.decode_csr(CSR(indptr, indices, values, n_cols), W_dec, b_dec)
-    return _finish(DecodeCSR.apply(values, indptr, indices, W_dec, name), W_dec, b_dec)
+    return _finish(_decode_op(values, indptr, indices, W_dec, check, backend), W_dec, b_dec)
 
 
 def _check_parts(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Optional[Tensor]) -> None:
@@ -154,10 +114,18 @@ def _check_parts(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Optional
         raise ValueError(f"{where}: move them to one device")
 
 
-def _masked_in_kernel(name: str, values: Tensor, W_dec: Tensor) -> bool:
-    """Triton's forward kernel follows no index or row start that leaves the tensors; its gradients may."""
-    needs_grad = torch.is_grad_enabled() and (values.requires_grad or W_dec.requires_grad)
-    return name == "triton" and not needs_grad
+def _wide(W_dec: Tensor) -> torch.dtype:
+    return torch.float64 if W_dec.dtype == torch.float64 else torch.float32
+
+
+def _backend(backend: str, device: torch.device) -> Any:
+    name = resolve(backend, device)
+    return implementation("torch" if name == "reference" else name)
+
+
+def _starts(indptr: Optional[Tensor], indices: Tensor) -> Optional[Tensor]:
+    """Row starts that stay inside the entries and never fall."""
+    return None if indptr is None else indptr.clamp(0, indices.shape[0]).cummax(0).values
 
 
 def _inside(values: Tensor, indices: Tensor, d_sae: int) -> Tuple[Tensor, Tensor]:
@@ -170,3 +138,93 @@ def _finish(flat: Tensor, W_dec: Tensor, b_dec: Optional[Tensor]) -> Tensor:
     if b_dec is not None:
         flat = flat + b_dec.to(flat.dtype)
     return flat.to(W_dec.dtype)
+
+
+def _decode(
+    values: Tensor, indptr: Optional[Tensor], indices: Tensor, W_dec: Tensor, check: bool, backend: str
+) -> Tensor:
+    """values and indices [n, k], or [nnz] with indptr [n + 1]: rows [n, d_in] in the dtype of their sums."""
+    if check and indptr is not None:
+        check_csr(CSR(indptr, indices, values, W_dec.shape[0]), True)
+    elif check:
+        check_indices(indices, W_dec.shape[0])
+    module = _backend(backend, W_dec.device)
+    if not check and resolve(backend, W_dec.device) != "triton":  # its kernel follows no such index
+        indptr, (values, indices) = _starts(indptr, indices), _inside(values, indices, W_dec.shape[0])
+    if indptr is None:
+        return module.sparse_decode(values, indices, W_dec)
+    return module.decode_csr(indptr, indices, values, W_dec)
+
+
+def _decode_fake(
+    values: Tensor, indptr: Optional[Tensor], indices: Tensor, W_dec: Tensor, check: bool, backend: str
+) -> Tensor:
+    n = indices.shape[0] if indptr is None else indptr.shape[0] - 1
+    return W_dec.new_empty((n, W_dec.shape[1]), dtype=_wide(W_dec))
+
+
+def _grads(
+    grad: Tensor,
+    values: Tensor,
+    indptr: Optional[Tensor],
+    indices: Tensor,
+    W_dec: Tensor,
+    check: bool,
+    needs: List[bool],
+    backend: str,
+) -> Tuple[Tensor, Tensor]:
+    """Gradients of values and W_dec; an empty tensor for one that ``needs`` does not name."""
+    module, grad, kept = _backend(backend, W_dec.device), grad.contiguous(), indices
+    if not check:
+        indptr, (values, kept) = _starts(indptr, indices), _inside(values, indices, W_dec.shape[0])
+    out = [values.new_empty(0), W_dec.new_empty(0)]
+    if needs[0]:
+        out[0] = module.value_grads(grad, kept, W_dec, indptr).to(values.dtype)
+        if not check:  # what contributed nothing has no gradient
+            out[0] = torch.where(kept == indices, out[0], 0.0)
+    if needs[1]:
+        out[1] = module.weight_grads(grad, values, kept, W_dec.shape[0], indptr)[0].to(W_dec.dtype)
+    return out[0], out[1]
+
+
+def _grads_fake(
+    grad: Tensor,
+    values: Tensor,
+    indptr: Optional[Tensor],
+    indices: Tensor,
+    W_dec: Tensor,
+    check: bool,
+    needs: List[bool],
+    backend: str,
+) -> Tuple[Tensor, Tensor]:
+    return (
+        values.new_empty(indices.shape if needs[0] else (0,)),
+        W_dec.new_empty(W_dec.shape if needs[1] else (0,)),
+    )
+
+
+def _setup(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
+    values, indptr, indices, W_dec, ctx.check, ctx.backend = inputs
+    ctx.save_for_backward(values, indptr, indices, W_dec)
+
+
+def _backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[3]]
+    by_value, by_weight = _grads_op(grad, *ctx.saved_tensors, ctx.check, needs, ctx.backend)
+    return by_value if needs[0] else None, None, None, by_weight if needs[1] else None, None, None
+
+
+_decode_op = register(
+    "decode",
+    _decode,
+    "(Tensor values, Tensor? indptr, Tensor indices, Tensor W_dec, bool check, str backend) -> Tensor",
+    _decode_fake,
+)
+_decode_op.register_autograd(_backward, setup_context=_setup)
+_grads_op = register(
+    "decode_grads",
+    _grads,
+    "(Tensor grad, Tensor values, Tensor? indptr, Tensor indices, Tensor W_dec, bool check, bool[] needs, "
+    "str backend) -> (Tensor, Tensor)",
+    _grads_fake,
+)

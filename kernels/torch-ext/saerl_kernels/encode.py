@@ -10,7 +10,7 @@ from torch import Tensor
 from . import reference
 from ._check import check_finite, check_k, check_threshold
 from .dispatch import implementation, resolve
-from .library import encode_rows
+from .library import encode_rows, encode_rows_waiting, waits
 from .pack import PackedEncoder
 from .types import CSR, TopK
 
@@ -41,7 +41,8 @@ def encode_topk(
     shape = (*x.shape[:-1], k)
     if torch.compiler.is_compiling():  # the backend is then chosen at run time, inside the op
         rows = encoder.prepare(x)
-        kept = TopK(*encode_rows(rows, encoder.weight, encoder.bias, encoder.permutation, k, backend))
+        op = encode_rows_waiting if waits(k, backend) else encode_rows
+        kept = TopK(*op(rows, encoder.weight, encoder.bias, encoder.permutation, k, backend))
         return TopK(kept.values.reshape(shape), kept.indices.reshape(shape))
     name = resolve(backend, encoder.device)
     if name == "reference":

@@ -1,19 +1,21 @@
-"""encode_topk as a torch custom op, with a fake implementation: what torch.compile and export see."""
+"""How ops become torch custom ops, which torch.compile and export see whole, and encode_topk as one."""
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .dispatch import implementation, resolve
-from .pack import PackedEncoder
+from .pack import VMAP, PackedEncoder
 from .types import TopK
 
 # The first part of the package's name, so that a copy loaded from the hub registers beside this one.
 NAMESPACE = (__package__ or "saerl_kernels").partition(".")[0]
+
+LARGEST_K = 1024  # on a GPU a program holds and sorts a row's k keys in registers; more are left to torch
 
 
 def _encode(
@@ -37,8 +39,27 @@ def _encode_fake(
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int32)
 
 
+def register(name: str, function: Callable, schema: str, fake: Callable, waiting: bool = False) -> Any:
+    """A custom op; ``waiting``: it may wait for the device, so torch must not capture it in a CUDA graph."""
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None) if waiting else None
+    tags = {} if tag is None else {"tags": (tag,)}
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=schema, **tags)
+    op.register_fake(fake)
+    op.register_vmap(_refuse_vmap)
+    return op
+
+
+def _refuse_vmap(*_: Any) -> Any:
+    raise NotImplementedError(VMAP)
+
+
 _SCHEMA = (
     "(Tensor x, Tensor weight, Tensor bias, Tensor? permutation, int k, str backend) -> (Tensor, Tensor)"
 )
-encode_rows = torch.library.custom_op(f"{NAMESPACE}::encode_topk", _encode, mutates_args=(), schema=_SCHEMA)
-encode_rows.register_fake(_encode_fake)
+encode_rows = register("encode_topk", _encode, _SCHEMA, _encode_fake)
+encode_rows_waiting = register("encode_topk_waiting", _encode, _SCHEMA, _encode_fake, True)
+
+
+def waits(k: int, backend: str) -> bool:
+    """Does ranking wait for the device? torch's does, and it ranks where k is above ``LARGEST_K``."""
+    return k > LARGEST_K or backend in ("torch", "reference")

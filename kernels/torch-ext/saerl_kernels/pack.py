@@ -8,8 +8,13 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
+from .types import need_tensors
+
 NORMALISATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")  # SAELens' names
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+VMAP = (
+    "torch.vmap over this op is not supported; it takes any leading dimensions, so give it the whole tensor"
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -113,12 +118,15 @@ class PackedEncoder:
 
     def prepare(self, x: Tensor) -> Tensor:
         """``x`` [..., d_in] as the matrix product takes it: [n, d_in], normalised, in the weight's dtype."""
+        need_tensors(x=x)
         if x.dim() == 0 or x.shape[-1] != self.d_in:
             raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be d_in={self.d_in}")
         if not x.is_floating_point():
             raise ValueError(f"x must be floating point, got {x.dtype}")
         if x.device != self.device:
             raise ValueError(f"x is on {x.device} but the encoder is on {self.device}; move one of them")
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
+            raise NotImplementedError(VMAP)
         x = x.detach()
         if x.dim() != 2:
             x = x.reshape(-1, self.d_in)
@@ -179,10 +187,7 @@ def pack_encoder(
     Folding is done in float64 against the rounded weight, so a 16-bit encoder has no second rounding.
     Raises ValueError for shapes that do not fit or an unknown option.
     """
-    tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
-    for name, given in tensors.items():
-        if given is not None and not isinstance(given, Tensor):
-            raise ValueError(f"{name} is a {type(given).__name__}; give a torch.Tensor (torch.as_tensor)")
+    need_tensors(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec)
     if W_enc.dim() != 2:
         raise ValueError(f"W_enc must be [d_in, d_sae], got shape {tuple(W_enc.shape)}")
     d_in, d_sae = W_enc.shape

@@ -71,7 +71,11 @@ def encode_pool(
 
 
 class PoolStream:
-    """``encode_pool`` for tokens that come in pieces; the result does not depend on where they are cut.
+    """``encode_pool`` for tokens that come in pieces, cut anywhere.
+
+    The same codes give the same bits wherever they are cut: totals are added up in token order. The codes
+    themselves may differ in the last bits, since a matrix product may sum a row in another order when it
+    comes with other rows: features of nearly equal value may swap places, and sums differ by that rounding.
 
         stream = PoolStream(encoder, k=64, reduce="mean")
         for hidden, offsets in batches:  # whole sequences

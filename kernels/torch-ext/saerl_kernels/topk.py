@@ -9,7 +9,7 @@ from torch import Tensor
 from . import reference
 from ._check import check_k
 from .dispatch import implementation, resolve
-from .types import TopK
+from .types import TopK, need_tensors
 
 
 def topk(scores: Tensor, k: int, *, backend: str = "auto") -> TopK:
@@ -19,6 +19,7 @@ def topk(scores: Tensor, k: int, *, backend: str = "auto") -> TopK:
     are equal) are ordered by index, which torch.topk does not promise. NaN counts as -inf.
     Raises ValueError unless 1 <= k <= n.
     """
+    need_tensors(scores=scores)
     check_k(k, scores.shape[-1] if scores.dim() else 0, "the row length")
     name = resolve(backend, scores.device)
     if name == "reference":

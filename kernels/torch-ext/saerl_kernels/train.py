@@ -13,11 +13,11 @@ from torch import Tensor
 
 from . import _torch, reference
 from ._batch import batch_topk, gather_survivors
-from ._check import check_average_k, check_k
+from ._check import check_average_k, check_indices, check_k
 from .dispatch import implementation, resolve
-from .library import NAMESPACE
+from .library import register, waits
 from .pack import DTYPES, PackedEncoder
-from .types import TopK
+from .types import TopK, need_tensors
 
 
 def encode_topk_train(
@@ -41,8 +41,9 @@ def encode_topk_train(
         b_enc: [d_sae] or None.
         k: 1 .. d_sae (of the features that compete).
         b_dec: [d_in], subtracted from x first; its gradient costs no gradient of x.
-        features: integers [m], each in 0 .. d_sae - 1 and different: only these compete, at the cost of m
-            features. For the auxiliary loss over dead features (Gao et al. 2024, arXiv 2406.04093).
+        features: integers [m], each in 0 .. d_sae - 1 and different (checked on a CPU): only these compete,
+            at the cost of m features. For the auxiliary loss over dead features (Gao et al. 2024,
+            arXiv 2406.04093).
         relu: False ranks and returns the pre-activations themselves, so that a feature below zero everywhere
             can come back.
         dtype: of the product (bfloat16, float16, float32); None: W_enc's. Sums and the returned values are
@@ -65,7 +66,8 @@ def encode_topk_train(
         bias = None if bias is None else bias.index_select(0, features)
     rows = x.reshape(-1, x.shape[-1])
     mode = "topk" if relu else "signed"
-    values, indices = _encode_op(rows, weight, bias, b_dec, k, mode, dtype, backend)
+    op = _encode_op_waiting if waits(k, backend) else _encode_op
+    values, indices = op(rows, weight, bias, b_dec, k, mode, dtype, backend)
     if features is not None:
         indices = features[indices.long()].int()
     shape = (*x.shape[:-1], k)
@@ -100,7 +102,7 @@ def encode_batch_topk_train(
     if not torch.compiler.is_compiling() and resolve(backend, x.device) == "reference":
         return reference.encode_batch_topk_train(x, W_enc, b_enc, k, b_dec=b_dec, dtype=dtype)
     count = k * x.shape[0] if isinstance(k, int) else int(k * x.shape[0])
-    return TopK(*_encode_op(x, W_enc.t(), b_enc, b_dec, count, "batch", dtype, backend))
+    return TopK(*_encode_op_waiting(x, W_enc.t(), b_enc, b_dec, count, "batch", dtype, backend))
 
 
 def _check(
@@ -111,6 +113,7 @@ def _check(
     features: Optional[Tensor],
     dtype: Optional[torch.dtype],
 ) -> None:
+    need_tensors(x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec, features=features)
     if W_enc.dim() != 2:
         raise ValueError(f"W_enc must be [d_in, d_sae], got shape {tuple(W_enc.shape)}")
     d_in, d_sae = W_enc.shape
@@ -129,6 +132,10 @@ def _check(
         raise ValueError(f"dtype={dtype} is not supported; choose float32, bfloat16 or float16")
     if features is not None and (features.dim() != 1 or features.dtype not in (torch.int32, torch.int64)):
         raise ValueError(f"features must be integers [m], got {features.dtype} {tuple(features.shape)}")
+    if features is not None and features.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_indices(features, d_sae, "features")
+        if features.unique().numel() < features.numel():
+            raise ValueError("features holds a feature twice; each may compete once (features.unique())")
 
 
 def _rows(x: Tensor, b_dec: Optional[Tensor], dtype: torch.dtype) -> Tensor:
@@ -262,20 +269,18 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> Tuple[Optional[Tensor], ...]:
     return (*grads, None, None, None, None)
 
 
-_encode_op = torch.library.custom_op(
-    f"{NAMESPACE}::encode_train",
-    _encode,
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? b_dec, int k, str mode, ScalarType? dtype, "
-    "str backend) -> (Tensor, Tensor)",
+_SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? b_dec, int k, str mode, ScalarType? dtype, str backend) "
+    "-> (Tensor, Tensor)"
 )
-_encode_op.register_fake(_encode_fake)
-_encode_op.register_autograd(_backward, setup_context=_setup)
-_grads_op = torch.library.custom_op(
-    f"{NAMESPACE}::encode_train_grads",
+_encode_op = register("encode_train", _encode, _SCHEMA, _encode_fake)
+_encode_op_waiting = register("encode_train_waiting", _encode, _SCHEMA, _encode_fake, True)
+for _op in (_encode_op, _encode_op_waiting):
+    _op.register_autograd(_backward, setup_context=_setup)
+_grads_op = register(
+    "encode_train_grads",
     _grads,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor values, Tensor indices, Tensor x, Tensor weight, Tensor? b_dec, str mode, "
+    "(Tensor grad, Tensor values, Tensor indices, Tensor x, Tensor weight, Tensor? b_dec, str mode, "
     "ScalarType? dtype, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _grads_fake,
 )
-_grads_op.register_fake(_grads_fake)

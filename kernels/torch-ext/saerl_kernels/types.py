@@ -139,6 +139,13 @@ class CSR(NamedTuple):
         )
 
 
+def need_tensors(**given: Any) -> None:
+    """ValueError for an argument that is neither a tensor nor None."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}; give a torch.Tensor (torch.as_tensor)")
+
+
 def _indptr(counts: Tensor) -> Tensor:
     """Row starts, int64 [n + 1], of rows that hold ``counts`` [n] entries."""
     indptr = torch.zeros(counts.shape[0] + 1, dtype=torch.int64, device=counts.device)

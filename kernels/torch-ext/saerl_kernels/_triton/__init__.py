@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
+import warnings
+from typing import Optional, Set, Tuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from .. import _torch
 from ..dispatch import interpreting
+from ..library import LARGEST_K
 from ..pack import PackedEncoder
 from ..types import CSR, TopK, _indptr
 from .chunked import launch_chunked
@@ -20,7 +24,7 @@ from .grads import value_grads, weight_grads
 from .groups import GROUP, _reopen_kernel, _score_groups_kernel
 from .pool import pool_codes
 from .select import _order_kernel, _pad_kernel, _select_kernel
-from .tune import Plan, plan_encode
+from .tune import Plan, chunked_plan, plan_encode
 
 __all__ = [
     "decode_csr",
@@ -35,15 +39,36 @@ __all__ = [
 
 SCRATCH = 1 << 28  # bytes of group maxima held at once
 TILE = 16384  # candidates a program ranks in registers
-LARGEST_K = 1024  # a program holds and sorts a row's k keys in registers; more are left to torch
+# Raised before a kernel runs. An error of the device is none of them: it stays, and nothing may hide it.
+LAUNCH_ERRORS = (OutOfResources, PTXASError, CompilationError)
+_refused: Set[Tuple] = set()
 
 
 @on_device
 def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, plan: Optional[Plan] = None) -> TopK:
-    """``x`` [n, d_in] as ``PackedEncoder.prepare`` returns it; ``plan`` overrides the table's choice."""
+    """``x`` [n, d_in] as ``PackedEncoder.prepare`` returns it; ``plan`` overrides the table's choice.
+
+    Where the table's plan does not launch on this GPU or Triton, the chunked one runs, and where that does
+    not, torch; a warning says so once. A plan that was given raises.
+    """
     if k > LARGEST_K:
         return _torch.encode_topk(x, encoder, k)
-    plan = plan or plan_encode(x.shape[0], encoder, k)
+    if plan is not None:
+        return _run(x, encoder, k, plan)
+    for plan in (plan_encode(x.shape[0], encoder, k), chunked_plan(x.shape[0], encoder.d_sae)):
+        key = (x.device, x.dtype, encoder.d_in, k, plan)
+        if key in _refused:
+            continue
+        try:
+            return _run(x, encoder, k, plan)
+        except LAUNCH_ERRORS as err:
+            _refused.add(key)
+            name = f"{type(err).__name__}: {err}".partition("\n")[0][:200]
+            warnings.warn(f"{plan} does not launch ({name}); a slower one runs", stacklevel=2)
+    return _torch.encode_topk(x, encoder, k)
+
+
+def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
     kept = TopK.empty((x.shape[0], k), x.device)
     if plan.algorithm == "chunked":
         for start, keys, counts in launch_chunked(x, encoder, _numbers(encoder), k, plan):

@@ -47,7 +47,7 @@ def _place_above_kernel(
 def _decode_kernel(
     values_ptr,  # [M]
     indices_ptr,  # int [M]
-    indptr_ptr,  # int64 [N + 1]; not read where K > 0: every row then holds K entries
+    indptr_ptr,  # int64 [N + 1]; any integers, not read, where K > 0: every row then holds K entries
     w_ptr,  # [F, D]
     out_ptr,  # [N, D], float32 or float64
     M,
@@ -63,8 +63,8 @@ def _decode_kernel(
     here = row * K
     stop = here + K
     if K == 0:
-        here = tl.maximum(tl.load(indptr_ptr + row), 0)
-        stop = tl.minimum(tl.load(indptr_ptr + row + 1), M)
+        here = tl.maximum(tl.load(indptr_ptr + row).to(tl.int64), 0)
+        stop = tl.minimum(tl.load(indptr_ptr + row + 1).to(tl.int64), M)
     acc = tl.zeros((BD,), dtype=WIDE)
     while here < stop:  # BE rows of weights are in flight at once
         entry = here + tl.arange(0, BE)

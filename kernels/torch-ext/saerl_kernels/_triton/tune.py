@@ -70,7 +70,7 @@ def gpu_plan(bits: int, T: int, arch: int) -> Plan:
     """Tiles for weights of ``bits`` bits on compute capability ``arch``: they compile without spills."""
     if bits == 32:
         return Plan("groups", T, BM=64, BN=128, BK=32, warps=8, stages=2, tree=False)
-    if arch < 90:
+    if not 90 <= arch < 120:  # sm_120 has no matrix instructions of a warp group either, and 99 KB as sm_89
         return Plan("groups", T, BM=128, BN=128, BK=32, warps=8, stages=4, tree=False)
     return Plan("groups", T)
 
@@ -90,7 +90,7 @@ def candidates(d_sae: int, k: int, arch: int) -> List[Plan]:
     for T in (2, 3, 4):
         if reopened(d_sae, k, T) > 2:
             continue
-        if arch < 90:
+        if not 90 <= arch < 120:
             plans += [gpu_plan(16, T, arch), gpu_plan(16, T, arch)._replace(stages=3)]
             continue
         for BM, BN, warps, stages in ((128, 256, 8, 3), (128, 256, 8, 4), (128, 128, 8, 3), (128, 128, 4, 4)):

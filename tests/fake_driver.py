@@ -1,0 +1,123 @@
+"""The real launchers, compiled and not run: a Triton driver that pretends to be a GPU.
+
+    python tests/fake_driver.py ARCH       writes JSON to stdout
+
+Every launcher is called with CPU tensors, so that Triton's own specialisation of the arguments (1, multiples
+of 16, int64) and its binding of their names happen as on the GPU; the launch itself is left out. Reported of
+every compiled variant: shared memory, registers, stack bytes; of every launcher: host microseconds per call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+ARCH = int(sys.argv[1])
+variants: dict = {}
+launches: list = []
+
+
+class Driver:
+    """What JITFunction asks of a driver before it launches."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", ARCH, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+def usage(cubin: bytes) -> dict:
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    if not os.path.exists(tool):
+        return {}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+    return {key.lower(): int(n) for key, n in re.findall(r"(REG|STACK):(\d+)", text)}
+
+
+def compile_only(self, *args, grid, warmup, **kwargs):
+    kernel = real_run(self, *args, grid=grid, warmup=True, **kwargs)
+    launches.append(self.__name__)
+    if kernel is not None and kernel.hash not in variants:
+        variants[kernel.hash] = (self.__name__, kernel)
+    return kernel
+
+
+real_run = JITFunction.run
+JITFunction.run = compile_only
+driver.set_active(Driver())
+torch.empty = lambda *args, **kwargs: torch.zeros(*args, **kwargs)  # no kernel writes: nothing may be garbage
+
+from saerl_kernels import CSR, pack_encoder  # noqa: E402
+from saerl_kernels import _triton as launch  # noqa: E402
+from saerl_kernels._triton import kmeans, tune  # noqa: E402
+
+
+def launchers():
+    """Name -> a call, with sizes of 1, odd sizes and multiples of 16 among them."""
+
+    def encoder(d_in, d_sae, dtype, permute=True):
+        return pack_encoder(torch.zeros(d_in, d_sae), torch.zeros(d_sae), dtype=dtype, permute=permute)
+
+    half, whole = torch.bfloat16, torch.float32
+    big, odd, wide = encoder(256, 4096, half), encoder(100, 1000, half, False), encoder(256, 4096, whole)
+    rows = {e: torch.zeros(96, e.d_in, dtype=e.dtype) for e in (big, odd, wide)}
+    plan = tune.gpu_plan(16, 3, ARCH)
+    chunked = tune.chunked_plan(96, 4096)
+    yield "groups", lambda: launch.encode_topk(rows[big], big, 32, plan)
+    yield "groups, k 1, 1 row, odd", lambda: launch.encode_topk(rows[odd][:1], odd, 1, plan._replace(T=4))
+    yield "groups, float32", lambda: launch.encode_topk(rows[wide], wide, 32, tune.gpu_plan(32, 3, ARCH))
+    yield "chunked", lambda: launch.encode_topk(rows[wide], wide, 32, chunked)
+    yield "chunked, k 1, 1 row, odd", lambda: launch.encode_topk(rows[odd][:1], odd, 1, chunked)
+    yield "topk", lambda: launch.topk(torch.zeros(96, 4096), 32)
+    yield "threshold", lambda: launch.encode_threshold(rows[wide], wide, torch.zeros(4096))
+    values, indices = torch.ones(96, 32), torch.zeros(96, 32, dtype=torch.int32)
+    decoder = torch.zeros(4096, 256, dtype=half)
+    yield "decode", lambda: launch.sparse_decode(values, indices, decoder)
+    starts, none = torch.zeros(97, dtype=torch.int64), torch.zeros(0, dtype=torch.int32)
+    yield "decode of a CSR", lambda: launch.decode_csr(starts, none, none.float(), decoder.double())
+    yield (
+        "gradients of values",
+        lambda: launch.value_grads(torch.zeros(96, 256), indices.long(), decoder.float()),
+    )
+    yield "gradients of weights", lambda: launch.weight_grads(torch.zeros(96, 256), values, indices, 4096)
+    codes = CSR(torch.arange(97) * 32, indices.reshape(-1), values.reshape(-1), 4096)
+    ends = torch.tensor([0, 96])
+    yield "pool", lambda: launch.pool_codes(codes, ends, "sum", None, None)
+    yield "k-means", lambda: kmeans.assign(codes, torch.zeros(4096, 64))
+    labels = torch.zeros(96, dtype=torch.int32)
+    yield "k-means update", lambda: kmeans.update(codes, labels, 64)
+
+
+report = {"calls": {}, "variants": []}
+for name, call in launchers():
+    call()  # compiles
+    del launches[:]
+    begin = time.thread_time()
+    for _ in range(3):
+        call()
+    spent = (time.thread_time() - begin) / 3
+    report["calls"][name] = {"launches": len(launches) // 3, "host_us": spent * 1e6}
+for name, kernel in variants.values():
+    found = usage(kernel.asm["cubin"])
+    report["variants"].append({"kernel": name, "shared": kernel.metadata.shared, **found})
+json.dump(report, sys.stdout)
