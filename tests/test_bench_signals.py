@@ -36,7 +36,15 @@ def test_the_table_comes_from_what_was_kept(tmp_path, monkeypatch, capsys):
     found = {name: row["40"]["mean"] for name, row in result["spearman"].items()}
     assert min(found[name] for name in ("text", "length", "scalars", "default", "all")) > 0.8
     assert max(found[name] for name in ("hidden", "random", "sae")) < 0.4
+    assert "within tasks" not in result["spearman"]["default"]
     assert "| default |" in capsys.readouterr().out and result["prompts"] == 400
+
+
+def test_what_only_tells_tasks_apart_says_nothing_within_them():
+    tasks = np.repeat(["a", "b"], 50)
+    failed = np.r_[np.linspace(0, 0.4, 50), np.linspace(0.6, 1, 50)]
+    assert bench._within(failed, failed, tasks) == 1
+    assert bench._within(np.repeat([0.0, 1.0], 50), failed, tasks) == 0
 
 
 def test_small_pools_are_tested_on_what_each_draw_leaves():
