@@ -50,10 +50,11 @@ def extract(pool: Path, work: Path, model: str, dtype: str) -> None:
     keep_features(pool, work, model, dtype, STORED)
 
 
-def load(pool: Path, work: Path) -> tuple[Bank, np.ndarray]:
-    """What `extract` has kept, as a bank, and the failure rates of its rows, NaN where unknown."""
+def load(pool: Path, work: Path) -> tuple[Bank, np.ndarray, np.ndarray]:
+    """What `extract` has kept, as a bank; of its rows the failure rates, NaN where unknown, and the tasks."""
     bank, rows = kept_bank(rows_of(pool), work)
-    return bank, 1.0 - np.array([row["pass_rate"] for row in rows], dtype=float)
+    failed = 1.0 - np.array([row["pass_rate"] for row in rows], dtype=float)
+    return bank, failed, np.array([str(row.get("task")) for row in rows])
 
 
 def split(known: np.ndarray, draw: int) -> tuple[np.ndarray, np.ndarray]:
@@ -65,9 +66,10 @@ def split(known: np.ndarray, draw: int) -> tuple[np.ndarray, np.ndarray]:
     return mixed[len(known) // 2 :], mixed[: len(known) // 2]
 
 
-def table(bank: Bank, failed: np.ndarray, draws: int) -> dict[str, Any]:
-    """Set of features -> labels -> mean and deviation of Spearman; for the default the interval's share and
-    the Spearman of labels chosen by `spread` out of 1,500 prompts, of which the random ones are drawn too."""
+def table(bank: Bank, failed: np.ndarray, tasks: np.ndarray, draws: int) -> dict[str, Any]:
+    """Set of features -> labels -> mean and deviation of Spearman, and of several tasks the mean of Spearman
+    within each, by the most labels; for the default the interval's share and the Spearman of labels chosen by
+    `spread` out of 1,500 prompts, of which the random ones are drawn too."""
     known = np.flatnonzero(np.isfinite(failed))
     blocks = bank.blocks(
         [*STORED, "text", "tfidf", "length", "answer_text", "random"], np.arange(bank.n_rows)
@@ -78,6 +80,7 @@ def table(bank: Bank, failed: np.ndarray, draws: int) -> dict[str, Any]:
     coverage: dict[str, Any] = {}
     for count in (count for count in COUNTS if count <= len(split(known, 0)[1])):
         scores: dict[str, list[float]] = {name: [] for name in found}
+        within: dict[str, list[float]] = {name: [] for name in found}
         covered, spread_out = [], []
         for draw in range(draws):
             tested, candidates = split(known, draw)
@@ -85,27 +88,34 @@ def table(bank: Bank, failed: np.ndarray, draws: int) -> dict[str, Any]:
             for name, kinds in SETS.items():
                 made = {kind: blocks[kind] for kind in kinds}
                 fit = ridge.fit(made, seen, failed[seen])
-                scores[name].append(spearman(fit.predict(made, tested), failed[tested]))
+                predicted = fit.predict(made, tested)
+                scores[name].append(spearman(predicted, failed[tested]))
+                within[name].append(_within(predicted, failed[tested], tasks[tested]))
                 if name == "default" and draw < COVERED:
                     splits = list(KFold(5, shuffle=True, random_state=0).split(seen))
                     off = np.abs(
                         failed[seen] - np.clip(ridge.held_out(made, seen, failed[seen], splits), 0, 1)
                     )
                     half = np.sort(off)[min(int(np.ceil(LEVEL * (count + 1))), count) - 1]
-                    inside = np.abs(failed[tested] - np.clip(fit.predict(made, tested), 0, 1)) <= half
+                    inside = np.abs(failed[tested] - np.clip(predicted, 0, 1)) <= half
                     covered.append(float(inside.mean()))
                 if name == "default" and count in SPREAD:
                     best = candidates[spread(made, candidates, count)]
                     fit = ridge.fit(made, best, failed[best])
                     spread_out.append(spearman(fit.predict(made, tested), failed[tested]))
             parts = matrix[seen], failed[seen], [matrix[tested]]
-            scores["elasticnet"].append(spearman(_fit_predict(*parts, DifficultyConfig())[0], failed[tested]))
+            predicted = _fit_predict(*parts, DifficultyConfig())[0]
+            scores["elasticnet"].append(spearman(predicted, failed[tested]))
+            within["elasticnet"].append(_within(predicted, failed[tested], tasks[tested]))
         for name, values in scores.items():
             found[name][str(count)] = figures(values)
         coverage[str(count)] = figures(covered)
         if count in SPREAD:
             chosen_by[str(count)] = figures(spread_out)
         print(count, {name: row[str(count)]["mean"] for name, row in found.items()}, flush=True)
+    if len(set(tasks)) > 1:
+        for name, values in within.items():
+            found[name]["within tasks"] = figures(values)
     return {
         "tested": len(split(known, 0)[0]),
         "spearman": found,
@@ -114,15 +124,21 @@ def table(bank: Bank, failed: np.ndarray, draws: int) -> dict[str, Any]:
     }
 
 
+def _within(predicted: np.ndarray, failed: np.ndarray, tasks: np.ndarray) -> float:
+    """The mean over tasks of the Spearman within each."""
+    return float(np.mean([spearman(predicted[one], failed[one]) for one in map(tasks.__eq__, set(tasks))]))
+
+
 def figures(found: list[float]) -> dict[str, float]:
     return {"mean": round(float(np.mean(found)), 4), "std": round(float(np.std(found)), 4)}
 
 
 def markdown(result: dict[str, Any]) -> str:
     """A row for a set of features."""
-    counts = result["coverage_of_80"]
+    counts = result["spearman"]["default"]
+    heads = [f"{count} labels" if count.isdecimal() else f"the same, {count}" for count in counts]
     lines = [
-        f"| features | {' | '.join(f'{count} labels' for count in counts)} |",
+        f"| features | {' | '.join(heads)} |",
         "|---" * (len(counts) + 1) + "|",
     ]
     rows = result["spearman"] | {"default, labels spread": result["labels_spread"]}
@@ -134,9 +150,13 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, "runs/bench_signals", extract, argv)
-    bank, failed = load(args.pool, args.work)
+    bank, failed, tasks = load(args.pool, args.work)
     result = {"pool": args.name, "model": Path(args.model or "").name, "prompts": bank.n_rows}
-    result |= {"draws": args.draws, **table(bank, failed, args.draws), "environment": environment(DEVICE)}
+    result |= {
+        "draws": args.draws,
+        **table(bank, failed, tasks, args.draws),
+        "environment": environment(DEVICE),
+    }
     if args.out:
         write_json(args.out, result)
     print(markdown(result))

@@ -20,8 +20,8 @@ from saerl_kernels import CSR
 
 Extract = Callable[[Path, Path, str, str], None]  # pool, work, model, dtype
 SOURCE = "reasoning-gym:"
-MADE, ROLLOUTS = 800, 16  # prompts of a pool that is made here, and completions of each
-UNTRIED = 2000  # prompts of one that needs no pass rates
+DRAWN, TRIED, ROLLOUTS = 800, 608, 16  # prompts that are made here, how many are tried, and how often
+UNTRIED = 1200  # prompts of a pool that needs no pass rates
 PART = 256  # prompts kept together
 
 
@@ -55,7 +55,7 @@ def arguments(
 
 
 def made(source: str, work: Path, model: str | None, dtype: str) -> Path:
-    """A file of MADE prompts of these tasks, with pass rates of ROLLOUTS short completions by ``model``.
+    """A file of TRIED prompts of these tasks, with pass rates of ROLLOUTS short completions by ``model``.
 
     The rollouts are kept beside it: the same command goes on where it stopped.
     """
@@ -69,10 +69,10 @@ def made(source: str, work: Path, model: str | None, dtype: str) -> Path:
         "model.path": model,
         "model.dtype": dtype,
         "data.train": source,
-        "data.size": MADE,
+        "data.size": DRAWN,
         "data.eval_size": 1,
         "data.prefill": "Answer:",
-        "difficulty.n_labels": MADE,
+        "difficulty.n_labels": TRIED,
         "difficulty.rollouts": ROLLOUTS,
         "train.reward": "reasoning-gym",
         "train.rollout.max_new_tokens": 8,
@@ -84,11 +84,10 @@ def made(source: str, work: Path, model: str | None, dtype: str) -> Path:
     assert rates is not None
     columns = {"id": "prompt_id", "problem": "prompt", "answer": "answer", "task": "task"}
     rows = [
-        dict(zip(columns, row, strict=True))
-        for row in zip(*map(session.train.column, columns.values()), strict=True)
+        dict(zip(columns, row, strict=True)) | {"pass_rate": rate}
+        for *row, rate in zip(*map(session.train.column, columns.values()), rates.tolist(), strict=True)
+        if np.isfinite(rate)
     ]
-    for row, rate in zip(rows, rates.tolist(), strict=True):
-        row["pass_rate"] = rate if np.isfinite(rate) else None
     write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
     return file
 

@@ -66,10 +66,12 @@ START = """
   const script = document.createElement("script");
   script.textContent = await new Response(whole).text();
   document.head.append(script);
+  const buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]];
   for (const [name, chart] of Object.entries(JSON.parse(read("charts")))) {
     const place = document.getElementById("chart-" + name);
     place.hidden = false;
-    await Plotly.newPlot(place, chart.data, chart.layout, {responsive: true, displaylogo: false});
+    const settings = {responsive: true, displaylogo: false, modeBarButtons: buttons};
+    await Plotly.newPlot(place, chart.data, chart.layout, settings);
     document.getElementById("picture-" + name).hidden = true;
   }
 })();

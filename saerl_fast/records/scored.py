@@ -12,7 +12,7 @@ from saerl_fast.fileio import first_line, read_table
 from saerl_fast.records.samples import Table
 
 AGAIN = "make them again with `saerl score`"
-NAMES = ("difficulty", "quality", "pass_rate", "cluster")
+NAMES = ("cluster", "difficulty", "quality", "pass_rate")
 COLUMNS = ["prompt_id", "quality_label", *(f"saerl_{name}" for name in NAMES)]
 SIGNALS_NOTE = (
     "Out of fold, on rows whose labels the fit had not seen: quality.auc or quality.spearman, "
