@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.evidence_tables import draw_law, insert, tables
+from benchmarks.evidence_tables import draw_law, tables
+from benchmarks.report import insert
 from examples.demo_pool import make_pool
 from saerl_fast.config import Config, apply_overrides, load_config
 from saerl_fast.fileio import write_json, write_text

@@ -91,15 +91,6 @@ def tables(whole: Lines, arms: Lines, against: Lines) -> str:
     return "\n".join([*made, END])
 
 
-def insert(text: str, section: str) -> str:
-    """``text`` with what is between the markers replaced by ``section``, which brings the markers."""
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"benchmarks/README.md needs the lines {BEGIN} and {END}, in this order")
-    return head + section + tail
-
-
 def draw_law(whole: Lines, arms: Lines, path: Path) -> None:
     """Steps saved against the share of vanilla's groups that carry a gradient, a point a pool and target."""
     import matplotlib

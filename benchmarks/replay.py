@@ -156,6 +156,11 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def section(result: dict[str, Any]) -> str:
+    """The table as benchmarks/README.md has it, between its markers."""
+    return f"<!-- replay:begin -->\n\n{markdown(result)}\n\n<!-- replay:end -->"
+
+
 def opened(pool: Path, work: Path | None) -> tuple[Bank, np.ndarray]:
     """The features and pass rates of the pool's rows; ``truth`` is a kind of features, too."""
     if work is not None:
@@ -184,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     result |= {"shares": replay(bank, rates, args.seeds), "environment": environment(DEVICE)}
     if args.out:
         write_json(args.out, result)
-    print(markdown(result))
+    print(section(result))
 
 
 if __name__ == "__main__":

@@ -52,3 +52,9 @@ def test_a_pool_is_read(tmp_path):
     assert rates.tolist() == [0, 0.25, 0.5, 0.75, 1] and bank.kinds["truth"](np.array([1])).tolist() == [
         [0.25]
     ]
+
+
+@pytest.mark.skipif(not RESULT.is_file(), reason="not measured yet")
+def test_the_readme_has_the_committed_figures():
+    readme = (RESULT.parents[1] / "README.md").read_text()
+    assert replay.section(json.loads(RESULT.read_text())) in readme
