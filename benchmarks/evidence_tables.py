@@ -74,6 +74,20 @@ def verdict(against: Lines) -> str:
     return " ".join(said)
 
 
+def claim(against: Lines) -> str:
+    """The sentence of README.md on what the SAE adds, at the demo's second target."""
+    told = {line["against"]: line for line in against if line["pool"] == "demo" and line["target"] == 0.511}
+    parts = []
+    for other in ("none", "tfidf", "hidden"):
+        low, mean, high = (round(100 * told[other][name]) for name in ("low", "saved", "high"))
+        parts.append(f"{mean} % ({low} to {high})")
+    return (
+        f"To the demo's second target its SAE features save {parts[0]} of the steps against the same rule "
+        f"without features, {parts[1]} against TF-IDF of the prompt, {parts[2]} against the model's hidden "
+        "states."
+    )
+
+
 def tables(whole: Lines, arms: Lines, against: Lines) -> str:
     """The generated part of the evidence in benchmarks/README.md, markers included."""
     made = [BEGIN, "", "![The law](figures/law.png)", ""]

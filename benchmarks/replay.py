@@ -91,6 +91,7 @@ def plans(bank: Bank, rows: np.ndarray, truth: Callable[[int], np.ndarray], seed
     kinds = [kind for kind in (*TEXTS, *STORED, "truth") if kind in bank.kinds]
     made |= {f"adaptive, {kind}": adaptive(kind) for kind in kinds}
     made["adaptive, tfidf, predictions alone"] = adaptive("tfidf", kappa=1e6)
+    made["adaptive, tfidf, no cooldown"] = adaptive("tfidf", cooldown=0)
     made["oracle"] = Oracle(ids, PlanConfig(), truth, **sizes)
     return made
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks import evidence
-from benchmarks.evidence_tables import BEGIN, END, tables, verdict
+from benchmarks.evidence_tables import BEGIN, END, claim, tables, verdict
 
 
 def kept(name: str) -> list[dict]:
@@ -46,6 +46,11 @@ def test_the_readme_says_the_figures_of_the_evidence():
         assert (
             f"{100 * second['saved']:.0f} % ({100 * second['low']:.0f} to {100 * second['high']:.0f})" in text
         )
+
+
+def test_the_readme_says_what_the_sae_adds():
+    text = " ".join((evidence.ROOT / "README.md").read_text().split())
+    assert claim(kept("differences.json")) in text
 
 
 def test_a_line_is_the_paired_comparison():

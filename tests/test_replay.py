@@ -29,8 +29,9 @@ def test_rules_stand_between_chance_and_the_oracle(small):
     assert list(found)[0] == "one visit, fixed policy" and len(found) == 4
     for regime, rows in found.items():
         share = {name: row["all steps"]["share"] for name, row in rows.items()}
-        if regime.startswith("one"):  # else a rule without a cooldown may draw the same few again and again
-            assert max(share, key=share.get) == "oracle"
+        if regime.startswith("one"):  # rules without a cooldown may draw the same few again and again
+            waiting = ("uniform", "adaptive, none", "adaptive, tfidf", "adaptive, truth")
+            assert share["oracle"] > max(share[name] for name in waiting)
         assert share["uniform"] < share["adaptive, tfidf"] <= share["oracle"]  # the text tells
     one = found["one visit, fixed policy"]
     assert one["oracle"]["all steps"]["share"] > one["uniform"]["all steps"]["share"] + 0.25
