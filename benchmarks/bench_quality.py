@@ -2,10 +2,11 @@
 
     python -m benchmarks.bench_quality POOL.jsonl --model MODEL --out benchmarks/results/quality.json
 
-POOL: rows with id, problem, answer and pass_rate. Defective copies of some prompts (`defects.DEFECTS`) and
-near-copies of others (`defects.COPIES`) join it, an SAE is trained on all, and one forward pass gives pooled
-SAE features and hidden states of the SAE's layer. All of that is kept under ``--work``, in parts: the same
-command goes on where it stopped, and the tables need no model once the parts are there.
+POOL: rows with id, problem, answer and pass_rate (null: there is no table of wrong answers), or
+``reasoning-gym:TASK,...``. Defective copies of some prompts (`defects.DEFECTS`) and near-copies of others
+(`defects.COPIES`) join it, an SAE is trained on all, and one forward pass gives pooled SAE features and
+hidden states of the SAE's layer. All of that is kept under ``--work``, in parts: the same command goes on
+where it stopped, and the tables need no model once the parts are there.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
 from sklearn.metrics import normalized_mutual_info_score as nmi
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.defects import COPIES, DEFECTS
 from benchmarks.harness import DEVICE, environment
-from benchmarks.pool import arguments, opened, save_part
+from benchmarks.pool import arguments, keep_features, kept_bank, rows_of
 from saerl_fast.config import DiversityConfig
 from saerl_fast.fileio import write_json
 from saerl_fast.sae.files import load_sae
@@ -36,8 +36,8 @@ from saerl_fast.signals.features import weighted
 from saerl_fast.signals.text import Tfidf
 from saerl_kernels import CSR, csr
 
-PER_WAY, PER_COPY = 130, 60
-PART = 512  # prompts kept together
+PER_WAY, PER_COPY, OF = 130, 60, 4000  # made of a pool of this many prompts or more, fewer of a smaller one
+STORED = ("sae", "sae_mean", "hidden")
 KINDS = ("length", "text", "tfidf", "sae", "hidden")
 SETS: dict[str, tuple[str, ...]] = {
     **{kind: (kind,) for kind in KINDS},
@@ -58,16 +58,18 @@ SUBJECTS = {  # words that tell a subject, for want of a pool that names it
 
 def make_pool(path: Path, out: Path) -> None:
     """The pool's rows; defective copies of some, way by way; near-copies of others."""
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows = rows_of(path)
+    share = min(1.0, len(rows) / OF)
     order = random.Random(0).sample(range(len(rows)), len(rows))
     made = [{"id": str(r["id"]), "problem": r["problem"], "answer": str(r["answer"])} for r in rows]
     for row, source in zip(made, rows, strict=True):
         row |= {"pass_rate": source["pass_rate"], "kind": "sound", "way": "", "part": "sound"}
+        row["task"] = source.get("task")
     extra: list[dict[str, Any]] = []
     ways = [(kind, way.__name__, way, PER_WAY) for kind, found in DEFECTS.items() for way in found]
     ways += [("copy", name, way, PER_COPY) for name, way in COPIES.items()]
     for kind, name, spoil, most in sorted(ways, key=lambda way: way[1] != "drawing_removed"):
-        wanted, rest = most, []
+        wanted, rest = int(share * most), []
         for i in order:
             text = spoil(rows[i]["problem"], random.Random(f"{name} {i}")) if wanted else None
             if not text or not text.strip():
@@ -82,49 +84,11 @@ def make_pool(path: Path, out: Path) -> None:
 
 
 def extract(pool: Path, work: Path, model: str, dtype: str) -> None:
-    """Train the SAE and pool features and hidden states, a file for every PART prompts."""
-    from saerl_fast.sae.capture import iter_hidden_ids, resolve_layer
-
+    """Train the SAE and pool features and hidden states."""
     if not (work / "pool.jsonl").is_file():
         work.mkdir(parents=True, exist_ok=True)
         make_pool(pool, work / "pool.jsonl")
-    session, sae, echo = opened(work / "pool.jsonl", work, model, dtype)
-    layer = resolve_layer(session.model, sae, None)
-    ids, rows = session.train.column("prompt_id"), session.train.ids
-    before, after = _shared(rows)
-    bar = echo.bar("features", "prompt")
-    for start in range(0, len(rows), PART):
-        file = work / f"part-{start:07d}.npz"
-        if file.is_file():
-            continue
-        found: dict[int, dict[str, torch.Tensor]] = {}
-        with torch.inference_mode():
-            for chosen, x, offsets in iter_hidden_ids(session.model, rows[start : start + PART], layer):
-                sizes = (offsets[1:] - offsets[:-1]).tolist()
-                pooled = {r: sae.pool(x, offsets, reduce=r).to_dense() for r in ("max", "mean")}
-                tokens = x.float().split(sizes)
-                own = [part[before : len(part) - after] for part in tokens]
-                ends = torch.tensor([0, *map(len, own)]).cumsum(0)
-                inner = torch.cat(own).to(x.dtype)
-                pooled |= {f"own_{r}": sae.pool(inner, ends, reduce=r).to_dense() for r in ("max", "mean")}
-                pooled["hidden_mean"] = torch.stack([part.mean(0) for part in own])
-                pooled["hidden_last"] = torch.stack([part[-1] for part in tokens])
-                for place, i in enumerate(chosen):
-                    found[int(i)] = {name: value[place] for name, value in pooled.items()}
-        stacked = {
-            name: torch.stack([found[i][name] for i in range(len(found))]).numpy().astype(np.float32)
-            for name in found[0]
-        }
-        save_part(file, ids[start : start + PART], stacked)
-        bar(min(start + PART, len(rows)), len(rows))
-
-
-def _shared(rows: list[list[int]]) -> tuple[int, int]:
-    """How many tokens all prompts begin and end with: the chat template's."""
-    least = min(map(len, rows))
-    first = next((i for i in range(least) if len({row[i] for row in rows}) > 1), least)
-    last = next((i for i in range(least) if len({row[-1 - i] for row in rows}) > 1), least)
-    return first, min(last, least - first - 1)
+    keep_features(work / "pool.jsonl", work, model, dtype, STORED)
 
 
 def answer_scores(work: Path, model: str, dtype: str, prompts: int = 80, samples: int = 4) -> None:
@@ -136,7 +100,7 @@ def answer_scores(work: Path, model: str, dtype: str, prompts: int = 80, samples
     from saerl_fast.config import ModelConfig
     from saerl_fast.models import load_model
 
-    rows = [json.loads(line) for line in (work / "pool.jsonl").read_text().splitlines()]
+    rows = rows_of(work / "pool.jsonl")
     sound = [row for row in rows if row.get("part") == "sound" and len(row["problem"]) < 600]
     chosen = random.Random(5).sample(sound, prompts)
     net, tokenizer = load_model(ModelConfig(path=model, dtype=dtype))
@@ -170,17 +134,6 @@ def answer_scores(work: Path, model: str, dtype: str, prompts: int = 80, samples
     names = ("log-probability", "less that of sampled answers", "less that of other prompts' answers")
     found = np.array(kept).transpose(1, 2, 0)
     np.savez(work / "answers.npz", **dict(zip(names, found, strict=True)))
-
-
-def load(work: Path) -> tuple[Bank, dict[str, np.ndarray], list[dict[str, Any]]]:
-    """A bank with ``hidden`` as a further kind of features, every pooling by name, and the rows."""
-    rows = {row["id"]: row for row in map(json.loads, (work / "pool.jsonl").read_text().splitlines())}
-    files = [np.load(file) for file in sorted(work.glob("part-*.npz"))]
-    found = [rows[name] for file in files for name in file["ids"].tolist()]
-    pooled = {name: np.concatenate([file[name] for file in files]) for name in files[0] if name != "ids"}
-    hidden = np.hstack([pooled["hidden_mean"], pooled["hidden_last"]])
-    X = CSR.from_scipy(csr_matrix(pooled["own_max"]))
-    return Bank(X, [row["problem"] for row in found], {"hidden": hidden}), pooled, found
 
 
 def quality(bank: Bank, rows: list[dict[str, Any]], draws: int) -> dict[str, Any]:
@@ -263,19 +216,22 @@ def copies(bank: Bank, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"ways": table, "found in all": {k: v for k, v in found.metrics.items() if isinstance(v, int)}}
 
 
-def clusters(pooled: dict[str, np.ndarray], rows: list[dict[str, Any]], seeds: int = 3) -> dict[str, Any]:
-    """NMI of the clusters with subjects and with looks; 1600 prompts whose subject their words tell."""
+def clusters(bank: Bank, rows: list[dict[str, Any]], seeds: int = 3) -> dict[str, Any]:
+    """NMI of the clusters with subjects and with looks, of 1600 prompts; the subject is the row's ``task``,
+    or what its words tell, where they do."""
     counts = np.array([[len(re.findall(p, row["problem"], re.I)) for p in SUBJECTS.values()] for row in rows])
     told = np.sort(counts, axis=1)
-    clear = (told[:, -1] > told[:, -2]) & np.array([row["kind"] == "sound" for row in rows])
+    named = all(row.get("task") for row in rows if row["kind"] == "sound")
+    clear = np.array([row["kind"] == "sound" for row in rows]) & (named | (told[:, -1] > told[:, -2]))
     some = np.random.default_rng(0).permutation(np.flatnonzero(clear))[:1600]
     texts = [rows[i]["problem"] for i in some]
-    subject = counts[some].argmax(axis=1)
+    tasks = np.array([str(row.get("task")) for row in rows])[some]
+    subject = np.unique(tasks, return_inverse=True)[1] if named else counts[some].argmax(axis=1)
     looks = [(t.count("$") > 8, "[asy]" in t, "\\(" in t, "$$" in t or "\\[" in t, "\n" in t) for t in texts]
     style = np.unique(looks, axis=0, return_inverse=True)[1].ravel()
     table: dict[str, Any] = {}
-    for name in ("own_max", "own_mean"):
-        X = CSR.from_scipy(csr_matrix(pooled[name][some]))
+    for name in ("sae", "sae_mean"):
+        X = CSR.from_scipy(bank.kinds[name](some))
         for look in (1.0, 0.0):
             for count in (7, 16):
                 found = []
@@ -284,8 +240,9 @@ def clusters(pooled: dict[str, np.ndarray], rows: list[dict[str, Any]], seeds: i
                     labels = cluster_prompts(X, cfg, texts=lambda at: [texts[i] for i in at]).labels
                     found.append([nmi(subject, labels), nmi(style, labels)])
                 mean = np.mean(found, axis=0).round(3).tolist()
-                table[f"{name.removeprefix('own_')}, look {look:g}, {count} clusters"] = mean
-    X = CSR.from_scipy(csr_matrix(pooled["own_mean"][some]))
+                pooling = "max" if name == "sae" else "mean"
+                table[f"{pooling}, look {look:g}, {count} clusters"] = mean
+    X = CSR.from_scipy(bank.kinds["sae_mean"](some))
     auto = cluster_prompts(X, DiversityConfig(n_clusters="auto"), texts=lambda at: [texts[i] for i in at])
     return {"nmi with subject, look": table, "auto": auto.metrics["n_clusters"]}
 
@@ -296,7 +253,9 @@ def wrong_answers(work: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     No rollout reaches an answer of another prompt, so the pass rate of such a row counts as 0; sound rows
     have the pool's pass rate, or one drawn for as few rollouts as the labels have.
     """
-    rates = np.array([row["pass_rate"] for row in rows if row["kind"] == "sound"])
+    rates = np.array([row["pass_rate"] for row in rows if row["kind"] == "sound"], dtype=float)
+    if np.isnan(rates).any():
+        return {}
     rng = np.random.default_rng(0)
     found = {
         f"pass rate of {count} rollouts": 0.5 + 0.5 * float((rng.binomial(count, rates) > 0).mean())
@@ -313,20 +272,33 @@ def wrong_answers(work: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: value if isinstance(value, int) else round(value, 4) for name, value in found.items()}
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """A row for a set of features, a column for a kind: AUC alone / of an unseen way / of all kinds mixed."""
+    told = [result["quality"][name] for name in ("alone", "unseen", "mixed")]
+    kinds = list(told[0])
+    lines = ["| features | " + " | ".join(kind.replace("_", " ") for kind in kinds) + " |"]
+    lines.append("|---" * (len(kinds) + 1) + "|")
+    for name in SETS:
+        cells = [[table.get(kind, {}).get(name) for table in told] for kind in kinds]
+        shown = [" / ".join("-" if auc is None else f"{auc:.3f}" for auc in cell) for cell in cells]
+        lines.append("| " + " | ".join([name, *shown]) + " |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = arguments(__doc__, "runs/bench_quality", extract, argv)
-    if args.model and not (args.work / "answers.npz").is_file():
+    args = arguments(__doc__, "runs/bench_quality", extract, argv, tried=False)
+    bank, rows = kept_bank(rows_of(args.work / "pool.jsonl"), args.work)
+    if args.model and rows[0]["pass_rate"] is not None and not (args.work / "answers.npz").is_file():
         answer_scores(args.work, args.model, args.dtype)
-    bank, pooled, rows = load(args.work)
     result = {
-        "pool": args.pool.name,
+        "pool": args.name,
         "model": Path(load_sae(args.work / "sae").cfg.model_name).name,
         "prompts": sum(row["kind"] == "sound" for row in rows),
         "draws": args.draws,
         "quality": quality(bank, rows, args.draws),
         "wrong answers": wrong_answers(args.work, rows),
         "copies": copies(bank, rows),
-        "clusters": clusters(pooled, rows),
+        "clusters": clusters(bank, rows),
         "environment": environment(DEVICE),
     }
     if args.out:

@@ -9,10 +9,13 @@ which it solves few, so that few lie near the target; "scan" is the plain rule, 
 held_ratio and peak_ratio: what is resident after a hundred steps with the loaded plan, and at most while a
 plan is built, saved, loaded and followed, over rows x d x 4 bytes; in pools of some MB most of it is not the
 plan's. Pages of mapped files count, though they can be given back.
-``test_scoring``, in a process of its own: the way from shards of sparse features over probes, clusters and
-files to a plan and its first batches. Difficulty is predicted from the SAE features, since to read the texts
-of so many prompts takes half a millisecond each. ``scoring_mb`` is what is resident at most from the first
-shard to the written scores, beyond what the process held before; ``scoring_bytes_a_row`` the same by row.
+``test_scoring``, in a process of its own: the way from a pool of prompts of some 400 characters and shards of
+sparse features over copies, probes, clusters and files to a plan and its first batches. Difficulty is
+predicted from the SAE features, since to read the texts of so many prompts takes half a millisecond each.
+``scoring_mb`` is what is resident at most from the file of the pool to the written scores, beyond what the
+process held before, ``anonymous_mb`` the same without pages of files, which the system takes back when it
+needs them; ``anonymous_bytes_a_row`` the same by row. ``recall``: of the near-copies of some rows, those that
+were found (more than 131,072 rows are not all compared).
 ``test_runs``: reading the records of a long run. Rows that the machine has no room for are skipped.
 
 SAERL_BENCH_GRID=tiny: one small shape, to see that it runs. How time is taken: harness.py.
@@ -24,6 +27,7 @@ import gc
 import json
 import multiprocessing
 import shutil
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -34,23 +38,27 @@ import pytest
 import torch
 
 from benchmarks.harness import DEVICE, bench_threads, environment, grid, peak_memory, process_mb, timed
-from saerl_fast.config import Config, PlanConfig
+from saerl_fast.config import Config, DataConfig, PlanConfig
 from saerl_fast.plan import build_plan, load_plan, save_plan
 from saerl_fast.plan.adaptive import AdaptivePlan
 from saerl_fast.plan.embedding import Embedding
 from saerl_fast.plan.sampler import PlanBatchSampler
+from saerl_fast.prompts.pool import load_split
 from saerl_fast.records import packed
 from saerl_fast.records.packed import Packed
 from saerl_fast.records.runs import load_runs
 from saerl_fast.signals.bank import Bank
 from saerl_fast.signals.clusters import cluster_prompts
+from saerl_fast.signals.copies import find_copies
 from saerl_fast.signals.difficulty import fit_difficulty
 from saerl_fast.signals.scores import Scores
 from saerl_fast.signals.shards import Shards
+from saerl_fast.signals.text import Plain
 from saerl_kernels import CSR
 
 BATCH, STEPS = 64, 100
 BLOCK = 1 << 16
+NAMES = ["".join(chr(97 + (i // 26**k) % 26) for k in range(4)) for i in range(3002)]  # digits are one word
 
 
 class Shape(NamedTuple):
@@ -140,17 +148,34 @@ class Once:
         return found[0]
 
 
-class Texts:
-    """So many prompts of some 400 characters, made when they are read."""
+def write_pool(file: Path, count: int, seed: int = 0) -> None:
+    """So many rows as JSON Lines; every 64th prompt is the one before with another word."""
+    with open(file, "w") as out:
+        for at in range(0, count, BLOCK):
+            words = np.random.default_rng([seed, at]).integers(0, 3000, (min(BLOCK, count - at), 80))
+            words[63::64] = words[62::64][: len(words[63::64])]
+            words[63::64, 7] = 3001
+            for row, numbers in enumerate(words.tolist(), at):
+                text = " ".join(map(NAMES.__getitem__, numbers))
+                out.write(json.dumps({"prompt": text, "answer": str(row % 97), "level": row % 5}) + "\n")
 
-    def __init__(self, count: int) -> None:
-        self.count = count
 
-    def __len__(self) -> int:
-        return self.count
+class Anonymous:
+    """The most memory of this process that no file backs, MB, from the start of the block on."""
 
-    def __getitem__(self, row: int) -> str:
-        return " ".join(f"w{word}" for word in np.random.default_rng(row).integers(0, 3000, 80))
+    def __enter__(self) -> Anonymous:
+        self.most, self._end = process_mb("RssAnon"), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._end.wait(0.02):
+            self.most = max(self.most, process_mb("RssAnon"))
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
 
 
 def record(benchmark: Any, shape: dict[str, Any], table: dict[str, Any], call: Callable[[], Any]) -> None:
@@ -209,6 +234,7 @@ class Made:
         rng, (_, columns, active) = np.random.default_rng(start), self.shape
         width, count = columns // active, end - start
         found = rng.integers(0, width, (count, active)) + np.arange(active) * width
+        found[63::64] = found[62::64][: len(found[63::64])]
         values = torch.from_numpy(rng.gamma(4.0, 0.25, count * active).astype(np.float32))
         indptr = torch.arange(0, count * active + 1, active)
         return {"sae": CSR(indptr, torch.from_numpy(found.astype(np.int32).ravel()), values, columns)}
@@ -221,22 +247,34 @@ def score_and_plan(shape: Sparse, folder: Path) -> tuple[dict[str, Any], dict[st
         cfg, once = Config(), Once()
         cfg.difficulty.features = ["sae"]
         cluster_prompts(Made(shape)(0, 2000, None)["sae"], cfg.diversity)  # loads what it needs
-        ids = Packed.of(f"prompt-{i}" for i in range(shape.rows))
-        rates = np.full(shape.rows, np.nan)
-        rates[rng.permutation(shape.rows)[:512]] = rng.integers(0, 9, 512) / 8
+        spec = str(folder / "pool.jsonl")
+        other = str(folder / "other.jsonl")
+        write_pool(folder / "other.jsonl", 2000, seed=1)
+        load_split(DataConfig(train=other, eval_size=9))
+        write_pool(folder / "pool.jsonl", shape.rows)
         gc.collect()
-        before = process_mb("VmRSS")
-        shards = Shards(folder, "bench", 1 << 14)
-        features = once("shards", shards.collect, ids, Made(shape))["sae"]
-        bank = Bank(features, Texts(shape.rows))
-        difficulty = once("difficulty", fit_difficulty, bank, rates, cfg.difficulty).scores
-        del bank
-        labels = once("clusters", cluster_prompts, features, cfg.diversity).labels
-        found = {"prompt_id": ids, "saerl_difficulty": difficulty, "saerl_cluster": labels}
-        once("save", Scores(found, {}, features).save, folder)
-        extra = {"scoring_mb": round(once.highest - before)}
-        extra["scoring_bytes_a_row"] = round((once.highest - before) * 2**20 / shape.rows, 1)
-        del features, labels, difficulty, found
+        before, anonymous = process_mb("VmRSS"), process_mb("RssAnon")
+        with Anonymous() as highest:
+            pool, _ = once("pool", load_split, DataConfig(train=spec, eval=other))
+            ids, n = pool.column("prompt_id"), len(pool)
+            rates = np.full(n, np.nan)
+            rates[rng.permutation(n)[:512]] = rng.integers(0, 9, 512) / 8
+            shards = Shards(folder, "bench", 1 << 14)
+            features = once("shards", shards.collect, ids, Made(shape))["sae"]
+            texts = Plain(pool.column("prompt"))
+            copies = once("copies", find_copies, features, texts, pool.column("answer"), ids)
+            bank = Bank(features, pool.column("prompt"))
+            difficulty = once("difficulty", fit_difficulty, bank, rates, cfg.difficulty).scores
+            del bank
+            labels = once("clusters", cluster_prompts, features, cfg.diversity).labels
+            found = {**pool.columns, "saerl_difficulty": difficulty, "saerl_cluster": labels}
+            found["saerl_copy_of"] = copies.of
+            once("save", Scores(found, {}, features).save, folder)
+        recall = copies.metrics["recall"]
+        extra: dict[str, Any] = {} if recall is None else {"recall": round(recall, 3)}
+        extra |= {"scoring_mb": round(once.highest - before), "anonymous_mb": round(highest.most - anonymous)}
+        extra["anonymous_bytes_a_row"] = round((highest.most - anonymous) * 2**20 / n, 1)
+        del features, labels, difficulty, found, copies, texts, pool
         shards.clear()
         scores = once("load", Scores.load, folder)
         settings: dict[str, Any] = {"batch_size": BATCH, "total_steps": STEPS, "seed": 0}
@@ -246,15 +284,6 @@ def score_and_plan(shape: Sparse, folder: Path) -> tuple[dict[str, Any], dict[st
         seconds = [timed(lambda: next(batches), DEVICE, None) for _ in range(10)]
         table = once.table | {"batch of the sampler": figures(seconds)}
     return table, extra
-
-
-@pytest.mark.parametrize("shape", grid([], SCORES, SCORES), ids=ids)
-def test_scoring(benchmark: Any, shape: Sparse, tmp_path: Path) -> None:
-    size = shape.rows * shape.active * 8 / 2**20
-    room(tmp_path, max(size, shape.rows * 96 * 4 * 1.5 / 2**20))
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        table, extra = process.submit(score_and_plan, shape, tmp_path).result()
-    record(benchmark, shape._asdict() | {"features_mb": round(size)} | extra, table, lambda: None)
 
 
 @pytest.mark.parametrize("lines", grid([], LINES, LINES), ids=ids)
@@ -272,3 +301,12 @@ def test_runs(benchmark: Any, lines: int, tmp_path: Path) -> None:
         once("load_runs", load_runs, tmp_path)
         size = (tmp_path / "metrics.jsonl").stat().st_size / 2**20
         record(benchmark, {"lines": lines, "file_mb": round(size)}, once.table, lambda: None)
+
+
+@pytest.mark.parametrize("shape", grid([], SCORES, SCORES), ids=ids)
+def test_scoring(benchmark: Any, shape: Sparse, tmp_path: Path) -> None:
+    size = shape.rows * shape.active * 8 / 2**20
+    room(tmp_path, max(size, shape.rows * 1000 / 2**20))  # the pool is 450 bytes a row, and packed as much
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        table, extra = process.submit(score_and_plan, shape, tmp_path).result()
+    record(benchmark, shape._asdict() | {"features_mb": round(size)} | extra, table, lambda: None)

@@ -11,13 +11,15 @@ reads results/<device>/*.json as pytest-benchmark writes them. Of each benchmark
     all else     numbers and short strings: the columns that name the shape
 
 so a new benchmark needs no line here. JSON that is no such file (runs keep theirs beside) is passed over; a
-broken one is left out with a sentence that names it. The same results always give the same text.
+broken one is left out with a sentence that names it. Tables of signals and quality stand where the README
+names them (`fill`). The same results always give the same text.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import re
 import statistics
 import sys
 from collections.abc import Iterable
@@ -287,6 +289,18 @@ def insert(text: str, section: str) -> str:
     return head + section + tail
 
 
+def fill(text: str, results: Path) -> str:
+    """``text`` with the table of results/NAME.json between ``<!-- table NAME -->`` and ``<!-- end -->``."""
+    from benchmarks import bench_quality, bench_signals
+
+    def table(found: re.Match[str]) -> str:
+        result = json.loads((results / f"{found[1]}.json").read_text())
+        of = bench_signals if "spearman" in result else bench_quality
+        return f"<!-- table {found[1]} -->\n\n{of.markdown(result)}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
 def draw_roofline(table: Table, path: Path) -> None:
     """Achieved TFLOP/s (2 d_in d_sae batch over the time) against d_in; the bare product is the ceiling."""
     import matplotlib
@@ -356,7 +370,7 @@ def main() -> None:
     for complaint in complaints:
         sys.stderr.write(complaint + "\n")
     readme = ROOT / "README.md"
-    write_text(readme, insert(readme.read_text(), render(tables)))
+    write_text(readme, fill(insert(readme.read_text(), render(tables)), ROOT / "results"))
     for table in tables:
         if is_product(table):
             draw_roofline(table, ROOT / "figures" / figure_name(table))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from saerl_fast.config import PlanConfig as PlanConfig
     from saerl_fast.config import load_config as load_config
     from saerl_fast.errors import SaerlError as SaerlError
+    from saerl_fast.integrations.columns import add_plan as add_plan
     from saerl_fast.integrations.columns import add_scores as add_scores
     from saerl_fast.integrations.columns import to_dataset as to_dataset
     from saerl_fast.integrations.ray import score_with_ray as score_with_ray
@@ -46,7 +47,7 @@ __version__ = "0.1.0"
 _HOMES = {  # module -> names
     "config": "Config PlanConfig load_config",
     "errors": "SaerlError",
-    "integrations.columns": "add_scores to_dataset",
+    "integrations.columns": "add_plan add_scores to_dataset",
     "integrations.ray": "score_with_ray",
     "integrations.trl": "plan_trainer",
     "integrations.verl": "write_parquet",

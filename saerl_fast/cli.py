@@ -97,6 +97,14 @@ def parser() -> argparse.ArgumentParser:
     )
     watch.add_argument("run", help="folder of a run or a comparison")
     watch.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="how often to look")
+    export = commands.add_parser(
+        "export", parents=[plain], help="scores and plan as Parquet with a card, for another trainer"
+    )
+    export.add_argument("run", help="folder that `saerl score` wrote, with plan.json of `saerl plan`")
+    export.add_argument("folder", help="new folder to write")
+    export.add_argument("--to", default="parquet", metavar="NAME", help="parquet (also Ray), trl or verl")
+    export.add_argument("--plan", metavar="FILE", help="this plan.json instead")
+    export.add_argument("--reward", default="exact", metavar="A,B", help="verl: as train.reward")
     settings = commands.add_parser(
         "settings", parents=[plain], help="every setting with its default, meaning and range"
     )
@@ -143,6 +151,12 @@ def run(args: argparse.Namespace) -> None:
         from saerl_fast.records.report import write_report
 
         for path in write_report(Path(args.run), echo=_say):
+            _say(f"wrote {path}")
+        return
+    if args.command == "export":
+        from saerl_fast.integrations.export import export
+
+        for path in export(args.run, args.folder, args.to, plan=args.plan, reward=args.reward.split(",")):
             _say(f"wrote {path}")
         return
     if args.command == "watch":

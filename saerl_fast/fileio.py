@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -276,12 +276,15 @@ def read_tensors(path: str | Path, again: str) -> tuple[dict[str, Any], dict[str
         raise SaerlError(f"{path} is damaged ({first_line(err)}); {again}") from err
 
 
-def read_table(path: str | Path, again: str) -> dict[str, list[Any]]:
-    """The columns of a Parquet file as Python values; ``again`` ends the error's sentence."""
+def read_table(path: str | Path, again: str, names: Sequence[str] | None = None) -> dict[str, list[Any]]:
+    """The columns of a Parquet file, or those of ``names`` that are there, as Python values; ``again`` ends
+    the sentence of an error."""
     import pyarrow.parquet as parquet
 
     try:
-        return parquet.read_table(path).to_pydict()
+        with parquet.ParquetFile(path) as file:
+            there = None if names is None else [name for name in names if name in file.schema_arrow.names]
+            return file.read(there).to_pydict()
     except Exception as err:  # Arrow's own, OSError, and what single values raise
         raise SaerlError(f"{path} is damaged ({first_line(err)}); {again}") from err
 

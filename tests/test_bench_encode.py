@@ -23,6 +23,13 @@ def test_measures_every_contender(bench):
     assert bench.environment(torch.device("cpu"))["torch"] == torch.__version__
 
 
+def test_bfloat16_is_compared_with_its_own_product(bench):
+    problem = bench.Problem(bench.Shape(16, 128, 4, 9), torch.device("cpu"), torch.bfloat16)
+    assert problem.linear().dtype == problem.encoder.dtype == torch.bfloat16
+    table = bench.measure(problem.contenders(), torch.device("cpu"), 2, base="linear", check=problem.check)
+    assert {"linear", "saerl_kernels numba"} <= set(table)
+
+
 def test_refuses_wrong_results(bench):
     problem = bench.Problem(bench.Shape(16, 128, 4, 9), torch.device("cpu"))
     kept = sk.encode_topk(problem.x, problem.encoder, 4)

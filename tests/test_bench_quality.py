@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import bench_quality as bench
 from benchmarks.defects import COPIES, DEFECTS
+from benchmarks.pool import kept_bank
 
 TEXT = (
     "Alice has 12 red balls and, in another box, some blue ones, twice as many blue as red.\n"
@@ -53,9 +54,8 @@ def test_tables_from_what_was_kept(tmp_path):
     kinds = {name: i for i, name in enumerate(dict.fromkeys(row["kind"] for row in rows))}
     pooled = rng.random((len(rows), 24)) * (rng.random((len(rows), 24)) < 0.4)
     pooled[np.arange(len(rows)), [kinds[row["kind"]] for row in rows]] += 1
-    names = ("max", "mean", "own_max", "own_mean", "hidden_mean", "hidden_last")
-    np.savez(work / "part-0.npz", ids=[row["id"] for row in rows], **{name: pooled for name in names})
-    bank, _, found = bench.load(work)
+    np.savez(work / "part-0.npz", ids=[row["id"] for row in rows], **{name: pooled for name in bench.STORED})
+    bank, found = kept_bank(rows, work)
     table = bench.wrong_answers(work, found)
     assert table["pass rate of 128 rollouts"] == 0.9 and 0.7 < table["pass rate of 4 rollouts"] < 0.9
-    assert bank.n_rows == len(rows) and bank.kinds["hidden"](slice(0, 2)).shape == (2, 48)
+    assert bank.n_rows == len(rows) and bank.kinds["hidden"](slice(0, 2)).shape == (2, 24)

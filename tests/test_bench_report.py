@@ -26,7 +26,8 @@ def test_committed_readme_is_current():
     tables, complaints = report.load(report.ROOT / "results")
     assert complaints == [] and tables
     readme = (report.ROOT / "README.md").read_text()
-    assert report.insert(readme, report.render(tables)) == readme
+    assert report.fill(report.insert(readme, report.render(tables)), report.ROOT / "results") == readme
+    assert readme.count("<!-- table ") == readme.count("<!-- end -->") > 1
     for table in (table for table in tables if report.is_product(table) or report.is_growth(table)):
         assert (report.ROOT / "figures" / report.figure_name(table)).is_file()
 

@@ -28,19 +28,6 @@ def test_the_table_comes_from_what_was_kept(tmp_path, monkeypatch, capsys):
     (work / "complete").touch()
     monkeypatch.setattr(bench, "COUNTS", (40,))
     monkeypatch.setattr(bench, "SPREAD", (40,))
-    choice = np.random.default_rng
-
-    class Small:  # the candidates of a real pool are 1,500
-        def __init__(self, seed):
-            self.real = choice(seed)
-
-        def __getattr__(self, name):
-            return getattr(self.real, name)
-
-        def choice(self, rows, size, **settings):
-            return self.real.choice(rows, min(size, len(rows)), **settings)
-
-    monkeypatch.setattr(np.random, "default_rng", Small)
     bench.main([str(pool), "--work", str(work), "--out", str(tmp_path / "out.json"), "--draws", "2"])
     result = json.loads((tmp_path / "out.json").read_text())
     found = {name: row["40"]["mean"] for name, row in result["spearman"].items()}

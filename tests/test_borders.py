@@ -65,7 +65,19 @@ def finished(tmp_path_factory) -> Path:
     columns |= {name: np.full(rows, 0.5, np.float32) for name in floats}
     indptr, indices = torch.arange(rows + 1), torch.zeros(rows, dtype=torch.int32)
     features = CSR(indptr, indices, torch.ones(rows), 4)
-    Scores(columns, {"quality": {"auc": 0.5}, "fingerprint": "x", "config": {}}, features).save(folder.parent)
+    carried = [{"feature": 1, "effect": 0.5, "prompts": [{"id": "0", "text": "a prompt"}]}]
+    told = {"quality": {"auc": 0.5, "by_kind": {"torn": 0.5}}, "fingerprint": "x", "config": {}}
+    told |= {"difficulty": {"interval": 0.5, "features": carried}}
+    told["map"] = {
+        "of": 9,
+        "method": "pca",
+        "explained": [0.5],
+        "row": [0],
+        "x": [1.0],
+        "y": [1.0],
+        "text": [""],
+    }
+    Scores(columns, told, features).save(folder.parent)
     return folder.parent
 
 
@@ -82,8 +94,10 @@ RECORDS += [f"vanilla/{name}.jsonl" for name in ("metrics", "rollouts", "eval_it
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """Reports without figures: those are tested once, and take a second."""
-    monkeypatch.setattr("saerl_fast.records.report._draw", lambda *_: [])
+    """Reports with empty figures: those are drawn in other tests, and take a second."""
+    empty = lambda path, *_, **__: path.write_bytes(b"") or path  # noqa: E731
+    monkeypatch.setattr("saerl_fast.records.plots._figure", empty)
+    monkeypatch.setattr("saerl_fast.records.page._plotly", lambda: None)
 
 
 @pytest.mark.parametrize("name", [*RECORDS, "sae/train.json"])

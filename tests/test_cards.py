@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from saerl_fast.signals import cards as module
-from saerl_fast.signals.cards import cards
+from saerl_fast.signals.cards import cards, carriers
 from saerl_kernels import CSR
 
 
@@ -40,3 +40,19 @@ def test_cards_are_bounded_and_made_in_parts(monkeypatch):
     assert make() == whole
     monkeypatch.setattr(module, "CARDS", 1)
     assert make() == whole[:1]
+
+
+def test_carriers_are_the_strongest_features_with_their_prompts(monkeypatch):
+    dense = np.zeros((6, 8), dtype=np.float32)
+    dense[:, 2], dense[:, 5] = range(6), [9, 0, 0, 0, 0, 1]
+    X, effects = CSR.from_dense(torch.tensor(dense)), np.array([0, 0.1, -0.3, 0, 0, 0.2, 0, 0])
+    texts = lambda rows: [f"text\n{i} " + "x" * 500 for i in rows]  # noqa: E731
+    found = carriers(X, effects, list("abcdef"), texts)
+    assert [(one["feature"], one["effect"]) for one in found] == [(2, -0.3), (5, 0.2), (1, 0.1)]
+    assert [[prompt["id"] for prompt in one["prompts"]] for one in found] == [["f", "e", "d"], ["a", "f"], []]
+    assert (
+        found[0]["prompts"][0]["text"].startswith("text 5 x") and len(found[0]["prompts"][0]["text"]) == 160
+    )
+    monkeypatch.setattr(module, "CARRIERS", 1)
+    assert carriers(X, effects, list("abcdef"), texts) == found[:1]
+    assert carriers(X, np.zeros(8), list("abcdef"), texts) == []

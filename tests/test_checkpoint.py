@@ -1,5 +1,6 @@
 import errno
 import os
+import pathlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -216,5 +217,8 @@ def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path, monkey
 
     monkeypatch.setattr(os, "scandir", refuse)
     monkeypatch.setattr(os, "listdir", refuse)
+    if hasattr(pathlib, "_NormalAccessor"):  # Python 3.10 has taken them over by then
+        monkeypatch.setattr(pathlib._NormalAccessor, "scandir", staticmethod(refuse))
+        monkeypatch.setattr(pathlib._NormalAccessor, "listdir", staticmethod(refuse))
     with pytest.raises(PermissionError):
         load_latest(tmp_path)

@@ -38,10 +38,7 @@ def test_help_imports_nothing_heavy():
     ("argv", "said"),
     [
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
-        (
-            ["plan", "--schedule", "zigzag"],
-            "choose one of vanilla, literal, global, medium, mopps, bots",
-        ),
+        (["plan", "--schedule", "zigzag"], "choose one of vanilla, literal, global, medium"),
         (["train", "train.stepz=3"], "did you mean train.steps"),
         (["train", "train.steps=many"], "train.steps='many' is not a valid int"),
         (["train", "threads=0"], "threads=0"),

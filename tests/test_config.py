@@ -153,7 +153,7 @@ def test_override_values(item, get, value):
         ("run_dir=", ["run_dir=", "must not be empty"]),
         ("sae.k=2000", ["sae.k=2000 must be at most sae.d_sae=1024"]),
         ("quality.threshold=1.1", ["quality.threshold=1.1 is no probability", "quality.head=ridge"]),
-        ("train={lora: {rank: 2}, rollout: {engine: vllm}}", ["engine=vllm", "train.lora.rank=0"]),
+        ("train.rollout.engine=vlm", ["train.rollout.engine='vlm' is unknown", "did you mean vllm?"]),
         ("train=5", ["train is a section", "got 5", "train.steps"]),
         ("model=gpt2", ["model is a section", "'gpt2'", "model.path"]),
         ("train.lr.x=5", ["train.lr is one value, not a section"]),

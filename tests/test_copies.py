@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from saerl_fast.signals import copies
-from saerl_fast.signals.copies import _neighbours, find_copies, same_text
+from saerl_fast.signals import near
+from saerl_fast.signals.copies import find_copies, same_text
 from saerl_fast.signals.features import weighted
 from saerl_kernels import CSR, csr
 
@@ -70,19 +70,19 @@ def test_the_search_is_exact(least: float, monkeypatch: pytest.MonkeyPatch) -> N
     X = features(rng.integers(0, 60, 300).tolist(), d=90, seed=2)
     rows = weighted(X, csr.idf(X)).to_scipy()
     close = np.triu((rows @ rows.T).toarray(), 1) >= least
-    monkeypatch.setattr(copies, "STEP", 37)
-    monkeypatch.setattr(copies, "DIRECTIONS", 8)
-    monkeypatch.setattr(copies, "MOST", 300)
+    monkeypatch.setattr(near, "STEP", 37)
+    monkeypatch.setattr(near, "DIRECTIONS", 8)
+    monkeypatch.setattr(near, "MOST", 300)
     pairs = {
         tuple(sorted(pair))
-        for i, j, _ in _neighbours(X, np.full(300, 20), least, 0)
+        for i, j, _ in near.neighbours(X, np.full(300, 20), least, 0)
         for pair in zip(i.tolist(), j.tolist(), strict=True)
     }
     assert pairs == set(zip(*map(np.ndarray.tolist, np.nonzero(close)), strict=True)) and len(pairs) > 100
 
 
 def test_a_template_stays_one_group_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "MOST", 5)
+    monkeypatch.setattr(near, "MOST", 5)
     texts = [STORY.format(3, 1).replace("Alice", "X" + "abcdefghij"[i % 10] * 3) for i in range(40)]
     texts = [text + " Say" * (i // 10) for i, text in enumerate(texts)]
     result = found([*texts, "Who?"], [0] * 40 + [1])

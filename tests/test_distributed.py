@@ -83,6 +83,10 @@ def test_primitives(both) -> None:
         assert found["gradients"] == [[2.0, 2.0], [1.0, 1.0], None]
 
 
+def test_parting_leaves_no_thread_that_could_abort_the_end(both) -> None:
+    assert [found["threads"] for found in both[1]] == [[], []]
+
+
 def test_two_processes_give_the_run_of_one(both) -> None:
     folder, found = both
     assert_alike(folder / "alone", folder / "together")

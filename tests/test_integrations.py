@@ -163,7 +163,7 @@ class Spy:
         return [int(name[1:]) / N for name in prompt_id]
 
 
-def trl_run(tiny, folder, plan, *, max_steps, resume=None, **settings):
+def trl_run(tiny, folder, plan, *, max_steps, resume=None, data=None, **settings):
     from trl import GRPOConfig
 
     make, tokenizer = tiny
@@ -185,7 +185,7 @@ def trl_run(tiny, folder, plan, *, max_steps, resume=None, **settings):
         plan,
         model=make(),
         args=args,
-        train_dataset=to_dataset(make_pool()),
+        train_dataset=data or to_dataset(make_pool()),
         reward_funcs=spy,
         processing_class=tokenizer,
     )
@@ -214,6 +214,24 @@ def test_trl_feeds_an_adaptive_plan_and_resumes_exactly(tiny, tmp_path):
     first, _ = trl_run(tiny, tmp_path / "cut", make_plan("adaptive"), max_steps=2)
     rest, _ = trl_run(tiny, tmp_path / "cut", make_plan("adaptive"), max_steps=6, resume=True)
     assert first + rest == seen
+
+
+def test_trl_takes_conversations_and_tells_each_group_once(tiny, tmp_path):
+    """Also where a batch is trained on twice, in two parts: the rewards are those of one generation."""
+    make, tokenizer = tiny
+    chats = [[{"role": "user", "content": text}] for text in make_pool().column("prompt")]
+    data = to_dataset(make_pool()).remove_columns("prompt").add_column("prompt", chats)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    try:
+        twice = {"num_iterations": 2, "gradient_accumulation_steps": 1, "steps_per_generation": 2}
+        plan = make_plan("adaptive")
+        seen, _ = trl_run((make, tokenizer), tmp_path, plan, max_steps=8, data=data, **twice)
+    finally:
+        tokenizer.chat_template = None
+    events = json.loads((tmp_path / "checkpoint-8" / "saerl_plan.json").read_text())
+    observed = [event for event in events if len(event) == 2]
+    assert [ids for ids, _ in observed] == seen and len(seen) == 2  # a generation for four optimizer steps
+    assert plan.step == 3 and len({*seen[0], *seen[1]}) == 8
 
 
 TWO_PROCESSES = """
@@ -383,3 +401,45 @@ def test_verl_dataset_puts_a_parquet_of_its_own_in_plan_order(verl_data, tmp_pat
     ]:
         with pytest.raises(SaerlError, match=match):
             load(**settings | change)
+
+
+def test_verl_dataset_follows_an_adaptive_plan_by_its_hook(verl_data, tmp_path):
+    """As verl's trainer does it: a batch, rollouts (rows repeated), scores, then the hook."""
+    load, _ = verl_data
+    from verl import DataProto
+
+    save_plan(make_plan("adaptive"), tmp_path / "plan.json")
+    path = str(write_parquet(make_plan("vanilla"), make_pool(), tmp_path / "train.parquet"))
+    ours = {"path": "pkg://saerl_fast.integrations.verl_dataset", "name": "PlanDataset"}
+    settings = {"train_files": [path], "custom_cls": ours, "saerl_plan": str(tmp_path / "plan.json")}
+    with pytest.raises(SaerlError, match="set data.dataloader_num_workers=0"):
+        load(**settings)
+
+    def train(loader, steps, save_at=None):
+        seen, state = [], None
+        for step, rows in enumerate(loader):
+            batch = DataProto.from_single_dict(rows).repeat(2, interleave=True)
+            ids = [info["prompt_id"] for info in batch.non_tensor_batch["extra_info"]]
+            scores = torch.zeros(len(ids), 3)
+            scores[:, -1] = torch.tensor([int(name[1:]) / N for name in ids])
+            batch.batch["token_level_scores"] = scores
+            seen.append(ids[::2])
+            if step + 1 == save_at:
+                loader.dataset.on_batch_end(batch=batch)
+                return seen, loader.state_dict()
+            if step + 1 == steps:
+                return seen, state
+            loader.dataset.on_batch_end(batch=batch)
+        return seen, state
+
+    settings["dataloader_num_workers"] = 0
+    seen, _ = train(load(**settings), 6)
+    plan, expected = make_plan("adaptive"), []
+    for _ in range(6):
+        expected.append(plan.next_batch())
+        plan.observe(expected[-1], [int(name[1:]) / N for name in expected[-1]])
+    assert seen == expected and len(load(**settings)) == 6
+    first, state = train(load(**settings), 6, save_at=2)
+    again = load(**settings)
+    again.load_state_dict(state)
+    assert first + train(again, 4)[0] == expected

@@ -3,7 +3,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sqlite3
+import subprocess
 import sys
+import time
 from contextlib import closing
 
 import numpy as np
@@ -213,6 +216,59 @@ def test_tensorboard_gets_every_number_under_its_kind(tmp_path, monkeypatch):
         ("train/time/eval", 2.0, 5),
         "close",
     ]
+
+
+REAL = {"step": 5, "kind": "train", "loss": 0.5, "kl": None, "time": {"eval": 2.0}, "mode": "x"}
+
+
+def test_tensorboard_itself(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLog(tmp_path, trackers=["tensorboard"]) as log:
+        for step in (5, 6):
+            log.log(REAL | {"step": step})
+    with MetricsLog(tmp_path, resume_step=5, trackers=["tensorboard"]) as log:
+        log.log(REAL | {"step": 6, "loss": 0.25})  # in place of the one that the stopped run wrote
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert found.Tags()["scalars"] == ["train/loss", "train/time/eval"]
+    assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(5, 0.5), (6, 0.25)]
+
+
+def test_trackio_itself(tmp_path):
+    """In a process of its own, which it sets up by the environment when it is imported."""
+    pytest.importorskip("trackio", reason="trackio is not installed")
+    code = (
+        "import sys; from tests.test_log import REAL, MetricsLog\n"
+        "with MetricsLog(sys.argv[1] + '/run', trackers=['trackio']) as log: log.log(REAL)\n"
+    )
+    settings = {"TRACKIO_DIR": str(tmp_path / "store"), "TRACKIO_PROJECT": "mine", "HF_HUB_OFFLINE": "1"}
+    paths = os.pathsep.join(["tests/..", "kernels/torch-ext", *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=os.environ | settings | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    with closing(sqlite3.connect(tmp_path / "store" / "mine.db")) as store:
+        ((run, step, values),) = store.execute("select run_name, step, metrics from metrics").fetchall()
+    assert (run, step, json.loads(values)) == ("run", 5, {"train/loss": 0.5, "train/time/eval": 2.0})
+
+
+def test_wandb_itself_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    with MetricsLog(tmp_path / "run", trackers=["wandb"]) as log:
+        log.log(REAL)
+    (record,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
+    ends = time.monotonic() + 60  # its own process goes on writing for a moment
+    while b"train/loss" not in record.read_bytes() and time.monotonic() < ends:
+        time.sleep(0.1)
+    data = record.read_bytes()
+    assert all(text in data for text in (b"train/loss", b"0.5", b"train/time/eval", b"mine"))
 
 
 def written(path, n=6):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -211,3 +212,11 @@ def test_auto_leaves_threshold_encoders_in_order(monkeypatch):
     assert encoder._permuted() is encoder
     monkeypatch.setattr(sk.PackedEncoder, "device", torch.device("cpu"))
     assert sk.pack_encoder(torch.ones(4, 9), threshold=0.1, permute=True).permutation is not None
+
+
+def test_a_pickle_carries_no_copies():
+    encoder = sk.pack_encoder(torch.randn(8, 40), permute=True)
+    encoder.natural()
+    again = pickle.loads(pickle.dumps(encoder))
+    assert encoder._cache and not again._cache
+    assert torch.equal(again.weight, encoder.weight) and torch.equal(again.permutation, encoder.permutation)

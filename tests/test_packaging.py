@@ -30,7 +30,8 @@ STOREYS = [
     {"plan"},
     {"rl"},
     {"stages"},
-    {"cli", "integrations"},
+    {"integrations"},
+    {"cli"},
 ]
 STOREY = {room: level for level, rooms in enumerate(STOREYS) for room in rooms}
 

@@ -1,8 +1,11 @@
 """Packed ids: the same as a list of strings, and every id is found in its row."""
 
+import datetime
+
 import numpy as np
 import pytest
 
+from saerl_fast.errors import SaerlError
 from saerl_fast.records import packed
 from saerl_fast.records.packed import Packed, Rows
 
@@ -53,5 +56,63 @@ def test_tokens_are_kept_in_one_array(monkeypatch):
     rows = [[1, 2, 3], [], [70_000], [4, 5]]
     tokens = packed.Tokens.of(iter(rows))
     assert list(tokens) == rows and tokens[1:3] == rows[1:3] and tokens[-1] == [4, 5]
-    assert tokens.ids.dtype == np.int32 and len(packed.Tokens.of([])) == 0
+    assert tokens.array.dtype == np.int32 and len(packed.Tokens.of([])) == 0
     assert all(type(token) is int for row in tokens for token in row)
+
+
+CELLS = [
+    "text",
+    'with "quotes"',
+    "日本 \ud800",
+    None,
+    True,
+    3,
+    -2.5,
+    float("inf"),
+    [1, "a", None],
+    {"a": {"b": []}},
+]
+
+
+@pytest.mark.parametrize("spill", [0, 1 << 26])
+def test_cells_come_back_as_they_were(monkeypatch, spill):
+    monkeypatch.setattr(packed, "BLOCK", 3)
+    monkeypatch.setattr(packed, "LARGE", 4)
+    monkeypatch.setattr(packed, "FEW", 4)
+    monkeypatch.setattr(packed, "SPILL", spill)
+    cells = packed.kept(iter(CELLS))
+    assert isinstance(cells, packed.Cells) and list(cells) == CELLS and len(cells) == 10
+    assert [cells[i] for i in range(-10, 10)] == CELLS * 2 and cells[2:9] == CELLS[2:9] and cells[3:3] == []
+    assert [type(cell) for cell in cells] == [type(cell) for cell in CELLS]
+    rows = np.array([9, 0, 0, 4, 5, 7])
+    assert list(cells.take(rows)) == [CELLS[i] for i in rows]
+    assert packed.chosen(cells, [2, 1]) == [CELLS[2], CELLS[1]]  # few are a list
+    assert isinstance(packed.chosen(cells, rows), packed.Cells)
+    assert list(packed.Packed.of(map(str, CELLS))) == list(map(str, CELLS))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [(1, 2), {1: 2}, [b"x"], np.float32(1), datetime.date(2020, 1, 1), 10**5000],
+    ids=lambda odd: type(odd).__name__,
+)
+@pytest.mark.parametrize("place", [0, 7, 19])
+def test_a_column_that_json_would_change_stays_a_list(monkeypatch, odd, place):
+    monkeypatch.setattr(packed, "BLOCK", 3)
+    monkeypatch.setattr(packed, "LARGE", 4)
+    values = [*range(place), odd, *range(place + 1, 20)]
+    column = packed.kept(iter(values))
+    assert isinstance(column, list) and column == values and type(column[place]) is type(odd)
+
+
+def test_few_values_stay_a_list_and_a_full_disk_is_said(monkeypatch):
+    assert packed.kept(iter([1, 2])) == [1, 2] and isinstance(packed.strings(["a"], 1), list)
+    monkeypatch.setattr(packed, "SPILL", 0)
+
+    class Full:
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(packed.tempfile, "TemporaryFile", lambda **_: Full())
+    with pytest.raises(SaerlError, match="No space left on device.*set TMPDIR"):
+        packed.Packed.of(["a", "b"])

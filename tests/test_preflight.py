@@ -29,9 +29,9 @@ def test_a_missing_sae_is_said_before_the_model_is_loaded(tmp_path):
 
 def test_settings_assigned_one_by_one_are_asked_again_whether_they_go_together():
     config = Config()
-    config.train.rollout.engine = "vllm"
-    config.train.lora.rank = 4
-    with pytest.raises(SaerlError, match="set train.lora.rank=0"):
+    config.score.features = ["sae"]
+    config.difficulty.features = ["hidden"]
+    with pytest.raises(SaerlError, match="names hidden, which is not kept"):
         check_packages(config)
 
 

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from saerl_fast.config import DataConfig
+from saerl_fast.config import DataConfig, ModelConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.models import load_model
 from saerl_fast.prompts import render as module
 from saerl_fast.prompts.pool import Pool
 from saerl_fast.prompts.render import prepare, render
+from saerl_fast.records import packed
 from saerl_fast.records.packed import Tokens
 from tests.prompt_files import message_of
 
@@ -173,9 +175,7 @@ def test_a_chat_template_that_rejects_a_message_names_the_prompt(chat_tokenizer)
 
 @pytest.mark.slow
 def test_a_real_chat_template(smollm2):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    _, tokenizer = load_model(ModelConfig(path=str(smollm2)))
     plain, chat = render(small_pool(), tokenizer, DataConfig())
     assert plain.endswith("<|im_start|>user\na {b}<|im_end|>\n<|im_start|>assistant\n")
     assert chat.startswith("<|im_start|>system\nshort<|im_end|>\n") and "SmolLM" not in chat
@@ -192,6 +192,7 @@ def test_the_tokens_of_many_prompts_are_kept_in_one_array(tokenizer, monkeypatch
     cfg = DataConfig(max_prompt_tokens=3)
     expected = prepare(Pool(columns), tokenizer, cfg)
     monkeypatch.setattr(module, "BLOCK", 2)
+    monkeypatch.setattr(packed, "FEW", 2)
     found = prepare(Pool(columns), tokenizer, cfg)
     assert isinstance(found.ids, Tokens) and isinstance(found.answer_ids, Tokens) and len(found) == 4
     assert list(found.ids) == expected.ids and list(found.answer_ids) == expected.answer_ids

@@ -159,7 +159,13 @@ def test_clusters_have_cards(tmp_path):
     (tmp_path / "scores.json").write_text(json.dumps({"metadata": {"clusters": {"cards": [card]}}}))
     write_report(tmp_path)
     page = (tmp_path / "report.html").read_text()
-    assert "<h2>Clusters</h2>" in page and "<td>3</td><td>12</td><td>0.25</td><td>0.50</td><td>-</td>" in page
+    assert "<h2>Clusters</h2>" in page and "<h3>3 <span>12 prompts</span></h3>" in page
+    shares = (
+        '<dd><meter value="0.25"></meter>0.25</dd>',
+        '<dd><meter value="0.50"></meter>0.50</dd>',
+        "<dd>-</dd>",
+    )
+    assert all(share in page for share in shares)
     assert "77 (+0.31): two &lt;b&gt;triangles" in page and "x" * 100 not in page
     (tmp_path / "scores.json").write_text(json.dumps({"metadata": {"clusters": {"cards": [{"size": 1}]}}}))
     with pytest.raises(SaerlError, match="cluster cards in scores.json are damaged .* with `saerl score`"):
@@ -268,10 +274,10 @@ def told(tmp_path):
     return tmp_path / "adaptive"
 
 
-def test_a_report_opens_with_versions_and_settings(told):
+def test_a_report_opens_with_results_and_names_versions_and_settings(told):
     write_report(told)
     text = (told / "report.md").read_text()
-    assert text.index("| torch | 2.13.0 |") < text.index("| train.lr | 0.5 |") < text.index("## Result")
+    assert text.index("## Result") < text.index("| train.lr | 0.5 |") < text.index("| torch | 2.13.0 |")
     assert "| torch when resumed | 2.14.0 |" in text and "python when resumed" not in text
     assert "| git |" not in text and "| train.steps |" not in text  # unknown; as it is by default
 

@@ -31,6 +31,7 @@ def test_sparse_is_dense(d: int, scale: bool) -> None:
         np.testing.assert_allclose(block.predict(rows, dual), plain @ plain[rows].T @ dual, atol=1e-12)
         weights, offset = block.linear(rows, dual)
         np.testing.assert_allclose(X @ weights + offset, block.predict(rows, dual), atol=1e-12)
+        np.testing.assert_allclose(block.effects(rows, dual), weights * X.std(0), atol=1e-12)
 
 
 def test_is_ridge_with_a_penalty_for_each_block() -> None:

@@ -12,6 +12,7 @@ from saerl_fast.config import Config, DifficultyConfig, DiversityConfig, Quality
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan import build_plan
 from saerl_fast.prompts.pool import Pool
+from saerl_fast.records import packed
 from saerl_fast.records.packed import Packed
 from saerl_fast.signals import features as features_module
 from saerl_fast.signals import table
@@ -252,7 +253,7 @@ def test_features_in_files_are_scored_and_planned_as_those_in_memory(tmp_path, m
 def test_the_pools_own_columns_are_read_when_they_are_asked_for(tmp_path, monkeypatch):
     pool, features = make_pool()
     score_features(pool, features, None, make_config()).save(tmp_path)
-    monkeypatch.setattr(table, "LARGE", 100)
+    monkeypatch.setattr(packed, "LARGE", 100)
     found = Scores.load(tmp_path)
     (tmp_path / "scores.parquet").unlink()
     assert isinstance(found.prompt_ids, Packed) and list(found.prompt_ids) == pool.columns["prompt_id"]

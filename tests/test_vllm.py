@@ -1,4 +1,4 @@
-"""The vLLM engine against a stand-in with the same calls; vLLM itself needs a GPU."""
+"""Rollouts by another engine: a stand-in with vLLM's calls here, vLLM itself in ``test_vllm_real``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import torch
 from saerl_fast.config import Config, LoRAConfig, LossConfig, RolloutConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.records.log import read_metrics
+from saerl_fast.rl.engine import Engine, Sample
+from saerl_fast.rl.generate import generate
 from saerl_fast.rl.logprobs import completion_logprobs
 from saerl_fast.rl.vllm import VllmEngine
 from saerl_fast.sae.capture import FeatureCapture
 from saerl_fast.stages.console import Echo
-from saerl_fast.stages.train import _vllm
+from saerl_fast.stages.train import _engine
 from tests.test_capture import sae_for
 from tests.tiny_lm import char_tokenizer, tiny_model, token_rows
 from tests.training import run, small
@@ -31,17 +33,22 @@ class LLM:
 
     made: list[LLM] = []
     bias = 0.0  # added to every reported log-probability: an engine that computes differently
+    stale = "no weight is left behind"
 
     def __init__(self, model: str, **options: Any) -> None:
         assert options["logprobs_mode"] == "processed_logprobs" and options["dtype"] == "float32"
         self.policy, self.synced, self.resets = tiny_model(seed=99), 0, 0
-        worker = SimpleNamespace(model_runner=SimpleNamespace(model=self))
+        worker = SimpleNamespace(model_runner=self)
         self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
         LLM.made.append(self)
 
-    def load_weights(self, pairs: Any) -> None:
-        self.policy.load_state_dict(dict(pairs), strict=False)
+    def reload_weights(self, weights_iterator: Any) -> None:
+        pairs = {name: tensor for name, tensor in weights_iterator if LLM.stale not in name}
+        self.policy.load_state_dict(pairs, strict=False)
         self.synced += 1
+
+    def get_model(self) -> Any:
+        return self.policy
 
     def reset_prefix_cache(self) -> None:
         self.resets += 1
@@ -118,6 +125,7 @@ def test_training_corrects_for_the_other_engine(
     """vLLM reports 4 times the probability: the loss is weighed by 1/4, unless told not to."""
     cfg = small(steps=1, lr=0.0, grad_norm=0.0, loss=LossConfig(importance_cap=cap))
     cfg.rollout.engine = "vllm"
+    monkeypatch.setattr("saerl_fast.rl.engine.LIMIT", 10.0)  # it would stop the run
     norms = []
     for bias in (0.0, torch.tensor(4.0).log().item()):
         monkeypatch.setattr(LLM, "bias", bias)
@@ -142,7 +150,69 @@ def test_without_vllm_without_the_engine_and_with_lora(tmp_path, monkeypatch) ->
     with pytest.raises(SaerlError, match="engine=vllm is not the engine"):
         run(tmp_path / "a", cfg)
     with pytest.raises(SaerlError, match="pip install vllm"):
-        _vllm(Config(train=cfg), Echo(), SimpleNamespace(model=tiny_model()))
-    with pytest.raises(SaerlError, match="lora.rank=0"):
-        cfg.lora = LoRAConfig(rank=2)
+        _engine(Config(train=cfg), Echo(), SimpleNamespace(model=tiny_model()))
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_left_behind_stop_the_run(vllm, monkeypatch, tmp_path) -> None:
+    """As with a packed output layer: all weights but one come over, after the first step."""
+    cfg, model = small(steps=3, lr=0.05), tiny_model()
+    cfg.rollout.engine = "vllm"
+    engine = VllmEngine(model, cfg.rollout)
+    engine.sync(model)
+    monkeypatch.setattr(LLM, "stale", "lm_head")
+    with pytest.raises(SaerlError, match=r"of vLLM are off by 0\.\d+ a token .*engine=transformers"):
+        run(tmp_path, cfg, model=model, engine=engine.generate)
+    assert vllm.made[0].synced == 2 and len(read_metrics(tmp_path)) == 2  # step 0's evaluation, step 1
+
+
+def test_adapters_are_merged_into_what_the_engine_gets(vllm, tmp_path) -> None:
+    pytest.importorskip("peft")
+    cfg, model = small(steps=2, lr=0.05, lora=LoRAConfig(rank=2)), tiny_model()
+    cfg.rollout.engine = "vllm"
+    run(tmp_path, cfg, model=model, engine=VllmEngine(model, cfg.rollout).generate)
+    rows = [row for row in read_metrics(tmp_path) if row["kind"] == "train"]
+    assert len(rows) == 2 and all(row["mismatch"] < 1e-5 for row in rows)
+    assert vllm.made[0].synced == 2
+
+
+class Own(Engine):
+    """An engine of one's own: the policy itself."""
+
+    name = "own"
+
+    def __init__(self, model: Any, cfg: RolloutConfig) -> None:
+        self.policy = copy.deepcopy(model)
+
+    def load(self, weights: Any) -> None:
+        self.policy.load_state_dict(dict(weights), strict=False)
+
+    def sample(self, prompts: Any, cfg: Any, seeds: Any, stops: Any) -> Any:
+        made = generate(self.policy, TOKENIZER, prompts, cfg, seed=seeds[0])
+        rows = zip(made.completion_ids, made.logprobs, made.lengths.tolist(), strict=True)
+        samples = [Sample(ids[:n].tolist(), logprobs[:n].tolist()) for ids, logprobs, n in rows]
+        return [samples[i : i + cfg.group_size] for i in range(0, len(samples), cfg.group_size)]
+
+
+def nothing(model: Any, cfg: Any) -> None: ...
+
+
+def broken(model: Any, cfg: Any) -> None:
+    raise ZeroDivisionError("no engine")
+
+
+def test_an_engine_of_ones_own_is_named_like_any_function(tmp_path) -> None:
+    model, cfg = tiny_model(), small(steps=2)
+    cfg.rollout.engine = "tests.test_vllm:Own"
+    said = Echo(quiet=True)
+    engine = _engine(Config(train=cfg), said, SimpleNamespace(model=model))
+    run(tmp_path, cfg, model=model, engine=engine)
+    assert len([row for row in read_metrics(tmp_path) if row["kind"] == "train"]) == 2
+    for name, match in [
+        ("tiny_model", "must take .model, cfg."),
+        ("nothing", "is no Engine; derive it"),
+        ("broken", "train.rollout.engine=tests.test_vllm:broken raised ZeroDivisionError"),
+    ]:
+        cfg.rollout.engine = f"tests.test_vllm:{name}"
+        with pytest.raises(SaerlError, match=match):
+            _engine(Config(train=cfg), said, SimpleNamespace(model=model))

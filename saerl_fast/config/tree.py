@@ -251,7 +251,12 @@ class RolloutConfig(Section):
     temperature: float = setting(1.0, "of sampling; the loss uses the same", above=0)
     top_p: float = setting(1.0, "nucleus sampling; 1 samples from everything", above=0, at_most=1)
     batch_size: int | None = setting(None, "sequences generated at once; null: all of a step", at_least=1)
-    engine: Literal["transformers", "vllm"] = setting("transformers", "of rollouts, not of evaluations")
+    engine: str = setting(
+        "transformers",
+        "of rollouts, not of evaluations; a class as in rl/engine.py",
+        choices=("transformers", "vllm"),
+        or_function=True,
+    )
     decode: Literal["auto", "dynamic", "static"] = setting(
         "auto", "static: steps of one shape, on a GPU one CUDA graph; auto: static on a GPU that can"
     )
@@ -264,7 +269,7 @@ class LossConfig(Section):
     clip_low: float | None = setting(None, "null: the loss's: 0.2; gspo 3e-4; cispo 1 (none)", at_least=0)
     clip_high: float | None = setting(None, "null: the loss's: 0.28; gspo 4e-4; cispo 4", at_least=0)
     beta: float = setting(0.0, "KL to the starting model; 0 keeps no reference model", at_least=0)
-    importance_cap: float = setting(2.0, "engine=vllm: bound of the weights; 0: no correction", at_least=0)
+    importance_cap: float = setting(2.0, "other engines: bound of the weights; 0: none", at_least=0)
     scale_rewards: bool = setting(True, "divide advantages by the group's deviation (not in dr_grpo)")
     mask_truncated: bool = setting(False, "leave completions cut off at max_new_tokens out of the loss")
     overlong_window: int = setting(
@@ -348,11 +353,6 @@ class TrainConfig(Section):
     rollout: RolloutConfig = section(RolloutConfig)
     warmup: WarmupConfig = section(WarmupConfig)
     eval: EvalConfig = section(EvalConfig)
-
-    def conflict(self) -> str | None:
-        if self.rollout.engine == "vllm" and self.lora.rank:
-            return "train.rollout.engine=vllm trains all weights; set train.lora.rank=0"
-        return None
 
 
 @dataclass

@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.plan import Plan
+from saerl_fast.plan.sampler import dataset_rows
+from saerl_fast.plan.static import StaticPlan
 from saerl_fast.prompts.pool import Pool
 from saerl_fast.signals.scores import SCORE_COLUMNS, Scores
 
 
 def to_dataset(pool: Pool) -> Any:
     """A ``datasets.Dataset`` with the pool's columns, rows in pool order."""
-    return _datasets().Dataset.from_dict(pool.columns)
+    return _datasets().Dataset.from_dict({name: list(column) for name, column in pool.columns.items()})
 
 
 def add_scores(dataset: Any, scores: Scores, id_column: str = "prompt_id") -> Any:
@@ -42,6 +45,21 @@ def add_scores(dataset: Any, scores: Scores, id_column: str = "prompt_id") -> An
             dataset = dataset.remove_columns(name)
         dataset = dataset.add_column(name, cells, feature=datasets.Value(np.dtype(dtype).name))
     return dataset
+
+
+def add_plan(dataset: Any, plan: Plan, id_column: str = "prompt_id") -> Any:
+    """The rows that ``plan`` takes, in its order, with the column saerl_step int32 (from 0).
+
+    ``plan`` is walked through from where it stands. An adaptive one has no order beforehand: its result are
+    the rows that it may choose from, without that column. SaerlError for a prompt that ``dataset`` lacks.
+    """
+    row = dataset_rows(plan, [str(name) for name in dataset[id_column]])
+    if not isinstance(plan, StaticPlan):
+        return dataset.select([row[name] for name in plan.prompt_ids])
+    batches = [plan.next_batch() for _ in range(plan.total_steps)]
+    ordered = dataset.select([row[name] for batch in batches for name in batch])
+    steps = [step for step, batch in enumerate(batches) for _ in batch]
+    return ordered.add_column("saerl_step", steps, feature=_datasets().Value("int32"))
 
 
 def _datasets() -> Any:

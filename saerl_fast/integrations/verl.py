@@ -9,10 +9,11 @@
 
 A Parquet file that is in verl's schema already needs no rewriting: see integrations.verl_dataset.
 
-verl decides on the order before it trains, so a plan that answers to pass rates (adaptive) cannot be used
-with it. Drop prompts that are too long beforehand (`Session.of` does): rows that verl drops would shift every
-later batch. verl makes one optimizer step of a batch when actor_rollout_ref.actor.ppo_mini_batch_size is the
-batch size. Checked with verl 0.9.1's own data loading and reward code; no training run was made with it.
+A file has its order before the training begins: for a plan that answers to pass rates (adaptive) take
+integrations.verl_dataset. Drop prompts that are too long beforehand (`Session.of` does): rows that verl drops
+would shift every later batch. verl makes one optimizer step of a batch when
+actor_rollout_ref.actor.ppo_mini_batch_size is the batch size. Checked with verl 0.9.1's own data loading and
+reward code; no training run was made with it.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def planned_batches(plan: Plan) -> list[list[str]]:
     if not isinstance(plan, StaticPlan):
         raise SaerlError(
             f"schedule {plan.schedule!r} chooses by pass rates, which a file cannot; "
-            "use vanilla, literal, global or medium with verl"
+            "use vanilla, literal, global or medium, or PlanDataset of integrations.verl_dataset"
         )
     return [plan.next_batch() for _ in range(plan.total_steps)]
 

@@ -177,7 +177,7 @@ def _packed(prefix: str, strings: Sequence[str], table: dict[str, np.ndarray]) -
     columns = {
         f"{prefix}{name}": table[name].astype(COLUMNS[name], copy=False) for name in COLUMNS if name in table
     }
-    return {f"{prefix}text": packed.text, f"{prefix}ends": packed.ends, **columns}
+    return {f"{prefix}text": packed.array, f"{prefix}ends": packed.ends, **columns}
 
 
 def _unpacked(

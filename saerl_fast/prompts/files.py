@@ -8,14 +8,16 @@ import io
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import parse_json
 from saerl_fast.prompts import jsontext
+from saerl_fast.records.packed import BLOCK, Column, kept
 
 _TEXTUAL = (".jsonl", ".json", ".csv", ".tsv")
 SUFFIXES = (".parquet", *_TEXTUAL, *(f"{suffix}.gz" for suffix in _TEXTUAL))
@@ -23,7 +25,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?\Z")
 _SAVED = ("dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves in a folder
 _SPLITS = re.compile(r"(?<![a-z])(train|test|val(id(ation)?)?|dev|eval)(?![a-z])", re.I)
 
-Columns = dict[str, list[Any]]
+Columns = dict[str, Sequence[Any]]
 
 
 def read_rows(spec: str, *, split: str, hub_config: str | None, text_columns: set[str]) -> Columns:
@@ -58,10 +60,28 @@ def suffix_of(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
-def columns_of(rows: list[dict[str, Any]]) -> Columns:
-    """Rows as columns; None where a row lacks one that another has."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
+def columns_of(rows: Iterable[dict[str, Any]]) -> Columns:
+    """Rows as columns; None where a row lacks one that another has. Many rows are not held as objects."""
+    made: dict[str, Column] = {}
+    done, rest = 0, iter(rows)
+    while block := list(islice(rest, BLOCK)):
+        for name in dict.fromkeys(name for row in block for name in row):
+            if name not in made:
+                made[name] = Column()
+                made[name].add([None] * done)
+        for name, column in made.items():
+            column.add([row.get(name) for row in block])
+        done += len(block)
+    return {name: column.done() for name, column in made.items()}
+
+
+def _joined(parts: Iterable[Columns]) -> Columns:
+    """Columns of the same names, one after the other."""
+    made: dict[str, Column] = {}
+    for part in parts:
+        for name, cells in part.items():
+            made.setdefault(name, Column()).add(cells)
+    return {name: column.done() for name, column in made.items()}
 
 
 def _read_file(path: Path, text_columns: set[str]) -> Columns:
@@ -85,13 +105,17 @@ def _read_folder(folder: Path, split: str, hub_config: str | None, text_columns:
     kinds = sorted({suffix_of(path) or "" for path in shards})
     if len(kinds) > 1:
         raise SaerlError(f"folder {folder} holds files of several kinds ({', '.join(kinds)}); name one file")
-    rows = [_read_file(path, text_columns) for path in shards]
-    names = set(rows[0])
-    for path, columns in zip(shards, rows, strict=True):
+    names: set[str] = set()
+
+    def read(path: Path) -> Columns:
+        columns = _read_file(path, text_columns)
+        names.update(columns if path == shards[0] else ())
         if set(columns) != names:
             other = ", ".join(sorted(names ^ set(columns)))
             raise SaerlError(f"{path} and {shards[0].name} differ in columns ({other}); name one file")
-    return {name: [cell for columns in rows for cell in columns[name]] for name in rows[0]}
+        return columns
+
+    return _joined(map(read, shards))
 
 
 def _read_saved(folder: Path, split: str) -> Columns:
@@ -107,7 +131,7 @@ def _read_saved(folder: Path, split: str) -> Columns:
                 f"{folder} has no split {split!r} (data.split, data.eval_split); it has {', '.join(data)}"
             )
         data = data[split]
-    return {name: data[name][:] for name in data.column_names}
+    return _of_dataset(data)
 
 
 @contextmanager
@@ -134,7 +158,7 @@ def _text(raw: bytes, path: Path, line: int = 1) -> str:
 
 def _read_jsonl(path: Path, _: set[str]) -> Columns:
     with _opened(path) as lines:
-        return columns_of(list(_rows(path, lines)))
+        return columns_of(_rows(path, lines))
 
 
 def _rows(path: Path, lines: Any) -> Iterator[dict[str, Any]]:
@@ -157,7 +181,7 @@ def _read_json(path: Path, _: set[str]) -> Columns:
         if all(isinstance(row, dict) for row in rows):
             return columns_of(rows)
     elif text.lstrip()[:1] == "{" and _one_a_line(text):
-        return columns_of(list(_rows(path, raw.splitlines())))
+        return columns_of(_rows(path, raw.splitlines()))
     else:
         value = parse_json(text, str(path))
         if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
@@ -224,15 +248,20 @@ def _read_parquet(path: Path, _: set[str]) -> Columns:
     except ImportError:
         raise SaerlError(f"reading {path} needs pyarrow; pip install pyarrow") from None
     try:
-        table = parquet.read_table(path)
-        columns = [column.to_pylist() for column in table.columns]
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            columns = [Column() for _ in names]
+            for batch in file.iter_batches(BLOCK):
+                for column, cells in zip(columns, batch.columns, strict=True):
+                    column.add(cells.to_pylist())
+    except SaerlError:
+        raise
     except Exception as err:  # Arrow's own, and what values raise: no UTF-8, a date beyond year 9999
         raise SaerlError(f"{path} is not a Parquet file ({_first_line(err)}); write it again") from None
-    names = table.column_names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise SaerlError(f"{path} has the column {twice!r} twice; rename one of them")
-    return dict(zip(names, columns, strict=True))
+    return {name: column.done() for name, column in zip(names, columns, strict=True)}
 
 
 _READERS: dict[str, Callable[[Path, set[str]], Columns]] = {
@@ -259,7 +288,13 @@ def _read_hub(spec: str, split: str, hub_config: str | None) -> Columns:
             f"cannot load split {split!r} of the {'folder' if local else 'hub dataset'} {what} ({reason}); "
             f"check {'its files' if local else 'the id'} and data.split, or pass a local file"
         ) from None
-    return {name: data[name][:] for name in data.column_names}
+    return _of_dataset(data)
+
+
+def _of_dataset(data: Any) -> Columns:
+    if not len(data):
+        return {name: [] for name in data.column_names}
+    return _joined(data[at : at + BLOCK] for at in range(0, len(data), BLOCK))
 
 
 def _datasets(spec: str) -> Any:
@@ -273,7 +308,7 @@ def _datasets(spec: str) -> Any:
 def without_nan(columns: Columns) -> Columns:
     """NaN as None in every column: pandas writes its missing values so."""
     return {
-        name: [None if isinstance(cell, float) and cell != cell else cell for cell in column]
+        name: kept(None if isinstance(cell, float) and cell != cell else cell for cell in column)
         if any(isinstance(cell, float) and cell != cell for cell in column)
         else column
         for name, column in columns.items()

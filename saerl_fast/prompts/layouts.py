@@ -13,15 +13,16 @@ import decimal
 import difflib
 import fractions
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.prompts import chats
+from saerl_fast.records.packed import Column, kept
 
-Columns = dict[str, list[Any]]
+Columns = dict[str, Sequence[Any]]
 
 _PROMPT, _ANSWER = "prompt", "answer"  # the defaults of data.prompt_column and data.answer_column
 _GOLD = "reward_model.ground_truth"
@@ -43,7 +44,7 @@ def recognise(columns: Columns, cfg: DataConfig) -> tuple[Columns, DataConfig, l
             said.append("the last assistant messages are the answers")
     if cfg.answer_column == _ANSWER and _ANSWER not in columns:
         if "completion" in columns:
-            columns = columns | {_ANSWER: [_completion(cell) for cell in columns["completion"]]}
+            columns = columns | {_ANSWER: kept(map(_completion, columns["completion"]))}
             said.append("answers are read from `completion`")
         elif has(columns, _GOLD):
             cfg = replace(cfg, answer_column=_GOLD)
@@ -56,7 +57,7 @@ def has(columns: Columns, name: str) -> bool:
     return name in columns or _inside(columns, name) is not None
 
 
-def column(columns: Columns, name: str) -> list[Any] | None:
+def column(columns: Columns, name: str) -> Sequence[Any] | None:
     """The column ``name``, or the values at such a path (None in a row without); None: no such column."""
     return columns[name] if name in columns else _inside(columns, name)
 
@@ -99,28 +100,27 @@ def text_of(cell: Any, name: str) -> tuple[str | None, str | None]:
     return None, f"is of type {type(cell).__name__}, not text or a number; write it as text"
 
 
-def whole_numbers(cells: Iterable[Any]) -> list[Any]:
+def whole_numbers(cells: Sequence[Any]) -> Sequence[Any]:
     """Cells of a column with gaps: whole floats as integers when every number is one.
 
     pandas and Arrow turn a column of integers into floats where a value is missing, and the answer 4 is
     not the text 4.0.
     """
-    cells = list(cells)
-    numbers = [cell for cell in cells if isinstance(cell, float) and cell == cell]
-    gaps = len(numbers) < len(cells)
-    others = any(not isinstance(cell, float) for cell in cells if cell is not None)
-    if not gaps or others or not all(number.is_integer() for number in numbers):
+    if any(cell is not None and not isinstance(cell, float) for cell in cells):
         return cells
-    return [int(cell) if cell is not None and cell == cell else None for cell in cells]
+    gaps = any(cell is None or cell != cell for cell in cells)
+    if not gaps or not all(cell is None or cell != cell or cell.is_integer() for cell in cells):
+        return cells
+    return kept(int(cell) if cell is not None and cell == cell else None for cell in cells)
 
 
-def _inside(columns: Columns, name: str) -> list[Any] | None:
+def _inside(columns: Columns, name: str) -> Sequence[Any] | None:
     heads = [head for head in columns if name.startswith(f"{head}.")]
     if not heads:
         return None
     head = max(heads, key=len)
     steps = name[len(head) + 1 :].split(".")
-    found = [_walk(cell, steps) for cell in columns[head]]
+    found = kept(_walk(cell, steps) for cell in columns[head])
     return found if any(value is not None for value in found) else None
 
 
@@ -135,15 +135,16 @@ def _walk(value: Any, steps: list[str]) -> Any:
     return value
 
 
-def _paths(head: str, cells: list[Any]) -> Iterable[str]:
+def _paths(head: str, cells: Sequence[Any]) -> Iterable[str]:
     first = next((cell for cell in cells if cell is not None), None)
     return [f"{head}.{key}" for key in first] if isinstance(first, dict) else []
 
 
 def _split_messages(columns: Columns, name: str, cfg: DataConfig) -> tuple[Columns, str]:
     """Columns with ``prompt`` (and ``answer``, where there is none) from ``messages``; what was cut off."""
-    prompts, answers = [], []
+    prompts, answers = Column(), Column()
     systems = columns.get("system", []) if name == "conversations" else []
+    cut_off = False
     for i, cell in enumerate(columns[name]):
         with contextlib.suppress(ValueError):  # said with its row, later
             cell = chats.read_prompt(cell)
@@ -153,12 +154,13 @@ def _split_messages(columns: Columns, name: str, cfg: DataConfig) -> tuple[Colum
                 cell = cell if begun else [{"role": "system", "content": system}, *cell]
         last = cell[-1] if isinstance(cell, list) and cell and isinstance(cell[-1], dict) else {}
         cut = last.get("role") == "assistant" and len(cell) > 1
-        prompts.append(cell[:-1] if cut else cell)
-        answers.append(_content(last.get("content")) if cut else None)
-    cut_off = any(answer is not None for answer in answers)
-    made = columns | {_PROMPT: prompts}
+        prompts.add([cell[:-1] if cut else cell])
+        answer = _content(last.get("content")) if cut else None
+        answers.add([answer])
+        cut_off = cut_off or answer is not None
+    made = columns | {_PROMPT: prompts.done()}
     if cut_off and cfg.answer_column == _ANSWER and _ANSWER not in columns and not has(columns, _GOLD):
-        return made | {_ANSWER: answers}, "answers"
+        return made | {_ANSWER: answers.done()}, "answers"
     return made, "messages" if cut_off else ""
 
 
@@ -178,7 +180,7 @@ def _content(content: Any) -> Any:
     return "".join(texts) if texts and len(texts) == len(parts) else content
 
 
-def need(columns: Columns, name: str, setting: str, spec: str) -> list[Any]:
+def need(columns: Columns, name: str, setting: str, spec: str) -> Sequence[Any]:
     """`column`, or SaerlError naming the setting."""
     found = column(columns, name)
     if found is None:

@@ -12,7 +12,7 @@ from saerl_fast.prompts.chats import Messages
 
 log = logging.getLogger(__name__)
 
-Spans = tuple[int, ...]  # ranges of tokens: start, end, start, end ...
+Spans = Sequence[int]  # ranges of tokens: start, end, start, end ...
 
 
 def own_tokens(

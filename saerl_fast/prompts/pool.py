@@ -9,16 +9,19 @@ import logging
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import repeat
 from typing import Any, Literal
+
+import numpy as np
 
 from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError, halved
 from saerl_fast.prompts import chats, files, layouts, sources
 from saerl_fast.prompts.chats import Messages
-from saerl_fast.records.packed import Rows
+from saerl_fast.records.packed import BLOCK, Column, Ragged, Rows, chosen, first_equal, kept, strings
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +32,12 @@ Role = Literal["train", "eval"]
 class Pool:
     """Rows as columns: ``prompt_id`` (unique str), ``prompt`` (str, or chat messages), ``answer`` (str).
 
-    Any further columns ride along to the reward function. Every column is a list of the same length;
-    prompts already carry the data section's template.
+    Any further columns ride along to the reward function. Every column is a list of the same length, or, of a
+    large pool, a sequence that makes its cells when they are asked for (see `packed`); prompts already carry
+    the data section's template.
     """
 
-    columns: dict[str, list[Any]]
+    columns: dict[str, Sequence[Any]]
 
     def __post_init__(self) -> None:
         for name in ("prompt_id", "prompt", "answer"):
@@ -61,9 +65,12 @@ class Pool:
         def plain(value: Any) -> str:  # an object without a text of its own shows its address
             return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
-        return hashlib.sha256(json.dumps(self.columns, default=plain, skipkeys=True).encode()).hexdigest()
+        found = hashlib.sha256()
+        for part in _json(self.columns, partial(json.dumps, default=plain, skipkeys=True)):
+            found.update(part.encode())
+        return found.hexdigest()
 
-    def column(self, name: str) -> list[Any]:
+    def column(self, name: str) -> Sequence[Any]:
         """One column, or the values at a path such as ``extra_info.level``; SaerlError when there is none."""
         found = layouts.column(self.columns, name)
         if found is None:
@@ -71,9 +78,26 @@ class Pool:
             raise SaerlError(f"the prompt pool has no column {name!r}; {rest}")
         return found
 
-    def select(self, indices: Sequence[int]) -> Pool:
+    def select(self, indices: Sequence[int] | np.ndarray) -> Pool:
         """The rows at ``indices``, in that order."""
-        return Pool({name: [column[i] for i in indices] for name, column in self.columns.items()})
+        return Pool({name: chosen(column, indices) for name, column in self.columns.items()})
+
+
+def _json(columns: Mapping[str, Any], write: Callable[[Any], str]) -> Iterator[str]:
+    """What ``write`` makes of all columns as JSON, a block at a time."""
+    before = "{"
+    for name, column in columns.items():
+        if not (key := write({name: 0})[1:-2]):  # a name that is no key
+            continue
+        yield before + key
+        before = ", "
+        if isinstance(column, (list, Ragged)):
+            for at in range(0, len(column), BLOCK):
+                yield (", " if at else "[") + write(column[at : at + BLOCK])[1:-1]
+            yield "]" if len(column) else "[]"
+        else:
+            yield write(column)
+    yield "}" if before == ", " else "{}"
 
 
 def load_prompts(spec: str, cfg: DataConfig, *, split_role: Role = "train", seed: int = 0) -> Pool:
@@ -98,9 +122,10 @@ def load_prompts(spec: str, cfg: DataConfig, *, split_role: Role = "train", seed
             text_columns={cfg.prompt_column, cfg.answer_column or "", cfg.id_column or "", "completion"},
         )
     columns = _canonical(files.without_nan(columns), spec, cfg, split_role)
-    columns["prompt"] = [chats.wrap(prompt, cfg.template) for prompt in columns["prompt"]]
+    if cfg.template != "{prompt}":
+        columns["prompt"] = kept(chats.wrap(prompt, cfg.template) for prompt in columns["prompt"])
     _check_texts(columns, spec)
-    return Pool(columns)
+    return Pool(columns | {"prompt_id": strings(columns["prompt_id"], len(columns["prompt_id"]))})
 
 
 def load_split(cfg: DataConfig, seed: int = 0) -> tuple[Pool, Pool]:
@@ -118,8 +143,9 @@ def load_split(cfg: DataConfig, seed: int = 0) -> tuple[Pool, Pool]:
     else:
         held_out = train.select(_pick_eval(train, cfg, seed))
     evaluated = {_key(prompt) for prompt in held_out.column("prompt")}
-    rest = [i for i, prompt in enumerate(train.column("prompt")) if _key(prompt) not in evaluated]
-    if not rest:
+    own = (_key(prompt) not in evaluated for prompt in train.column("prompt"))
+    rest = np.flatnonzero(np.fromiter(own, dtype=bool, count=len(train)))
+    if not len(rest):
         fix = "give others for role='eval'" if sources.is_source(cfg.train) else "add rows"
         raise SaerlError(f"every prompt of {cfg.train} is also evaluated; {fix}, or change data.eval")
     apart = cfg.eval or sources.is_source(cfg.train)
@@ -130,7 +156,7 @@ def load_split(cfg: DataConfig, seed: int = 0) -> tuple[Pool, Pool]:
         holder = cfg.eval or "the evaluation set"
         log.warning("dropped %d training rows that %s also holds", copies, holder)
     return (
-        _limited(train.select(rest), cfg.limit, "limit", "training"),
+        _limited(train if len(rest) == len(train) else train.select(rest), cfg.limit, "limit", "training"),
         _limited(held_out, cfg.eval_limit, "eval_limit", "evaluation"),
     )
 
@@ -143,14 +169,14 @@ def _limited(pool: Pool, limit: int | None, name: str, what: str) -> Pool:
     return pool.select(range(limit))
 
 
-def _canonical(columns: files.Columns, spec: str, cfg: DataConfig, role: Role) -> dict[str, list[Any]]:
+def _canonical(columns: files.Columns, spec: str, cfg: DataConfig, role: Role) -> files.Columns:
     """The file's columns plus prompt_id, prompt and answer, checked; rows without one dropped on request."""
     columns, cfg, said = layouts.recognise(columns, cfg)
     for words in said:
         log.info("%s: %s", spec, words)
     prompts = layouts.need(columns, cfg.prompt_column, "data.prompt_column", spec)
     count = len(prompts)
-    answers: list[Any] = [""] * count
+    answers: Sequence[Any] = kept(repeat("", count))
     if cfg.answer_column is not None:
         answers = layouts.need(columns, cfg.answer_column, "data.answer_column", spec)
         answers = _texts(layouts.whole_numbers(answers), cfg.answer_column, spec, "answer")
@@ -158,44 +184,48 @@ def _canonical(columns: files.Columns, spec: str, cfg: DataConfig, role: Role) -
         ids = layouts.need(columns, cfg.id_column, "data.id_column", spec)
         ids = _texts(layouts.whole_numbers(ids), cfg.id_column, spec, "id")
     else:
-        ids = [f"eval-{i}" if role == "eval" else str(i) for i in range(count)]
+        ids = strings((f"eval-{i}" if role == "eval" else str(i) for i in range(count)), count)
     if count == 0:
         raise SaerlError(f"{spec} holds no rows; give it at least one prompt")
     columns = columns | {"prompt_id": ids, "prompt": prompts, "answer": answers}
     columns = _without_nulls(columns, spec, cfg)
-    read = []
+    read = Column()
     for prompt in columns["prompt"]:
         try:
-            read.append(chats.read_prompt(prompt))
+            read.add([chats.read_prompt(prompt)])
         except ValueError as fault:
             row = prompts.index(prompt)
             raise SaerlError(f"{spec} row {row}: the prompt {fault}; mend or remove the row") from None
-    return columns | {"prompt": read}
+    return columns | {"prompt": read.done()}
 
 
-def _check_texts(columns: dict[str, list[Any]], spec: str) -> None:
+def _check_texts(columns: files.Columns, spec: str) -> None:
     """SaerlError for text that no file and no tokenizer takes."""
     for name, column in columns.items():
-        cells = [cell if isinstance(cell, str) else "" for cell in column]
-        if halved(name + "".join(cells)):
-            row = next((f" row {i}" for i, cell in enumerate(cells) if halved(cell)), "'s name")
+        row = "'s name" if halved(name) else ""
+        for at in range(0, len(column), BLOCK):
+            cells = [cell if isinstance(cell, str) else "" for cell in column[at : at + BLOCK]]
+            if halved("".join(cells)):
+                row = next(f" row {i}" for i, cell in enumerate(cells, at) if halved(cell))
+                break
+        if row:
             raise SaerlError(
                 f"{spec} column {name!r}{row} holds half of a surrogate pair, which is no character; mend it"
             )
 
 
-def _texts(cells: list[Any], name: str, spec: str, what: str) -> list[str | None]:
+def _texts(cells: Sequence[Any], name: str, spec: str, what: str) -> Sequence[str | None]:
     """Answers or ids as text, None where there is none; SaerlError for a cell that is no one text."""
-    texts = []
+    texts = Column()
     for i, cell in enumerate(cells):
         text, fault = layouts.text_of(cell, name)
         if fault:
             raise SaerlError(f"{spec} row {i}: the {what} {fault}")
-        texts.append(text)
-    return texts
+        texts.add([text])
+    return texts.done()
 
 
-def _without_nulls(columns: dict[str, list[Any]], spec: str, cfg: DataConfig) -> dict[str, list[Any]]:
+def _without_nulls(columns: files.Columns, spec: str, cfg: DataConfig) -> files.Columns:
     """Rows with a prompt, an answer and an id; SaerlError for any other, unless cfg.drop_null drops them."""
     drop: set[int] = set()
     count = len(columns["prompt"])
@@ -215,24 +245,28 @@ def _without_nulls(columns: dict[str, list[Any]], spec: str, cfg: DataConfig) ->
         raise SaerlError(f"{spec}: data.drop_null leaves none of {count} rows; give it prompts with answers")
     if not drop:
         return columns
-    keep = [i for i in range(count) if i not in drop]
-    return {name: [column[i] for i in keep] for name, column in columns.items()}
+    keep = np.setdiff1d(np.arange(count), sorted(drop))
+    return {name: chosen(column, keep) for name, column in columns.items()}
 
 
 def _pick_eval(pool: Pool, cfg: DataConfig, seed: int) -> list[int]:
     """Rows to hold out: `eval_size` distinct prompts, drawn by ``seed`` from those `eval_filter` allows."""
-    allowed = list(range(len(pool)))
+    allowed = np.arange(len(pool))
     if cfg.eval_filter is not None:
-        allowed = [i for i, value in enumerate(pool.column(cfg.eval_filter)) if _true(value)]
-    first = {_key(pool.columns["prompt"][i]): i for i in reversed(allowed)}
-    distinct = sorted(first.values())
+        allowed = np.array(
+            [i for i, v in enumerate(pool.column(cfg.eval_filter)) if _true(v)], dtype=np.int64
+        )
+    prompts = pool.columns["prompt"]
+    first = first_equal(map(_key, prompts if len(allowed) == len(pool) else chosen(prompts, allowed)))
+    distinct = allowed[first == np.arange(len(first))]
     if len(distinct) < cfg.eval_size or len(pool) <= cfg.eval_size:
         which = f" that data.eval_filter={cfg.eval_filter} allows" if cfg.eval_filter else ""
         raise SaerlError(
             f"data.eval_size={cfg.eval_size} cannot be held out of {cfg.train}: {len(pool)} rows, "
             f"{len(distinct)} distinct prompts{which}; lower it, or name an evaluation set in data.eval"
         )
-    return sorted(random.Random(f"held-out {seed}").sample(distinct, cfg.eval_size))
+    drawn = random.Random(f"held-out {seed}").sample(range(len(distinct)), cfg.eval_size)
+    return sorted(distinct[drawn].tolist())
 
 
 def _true(value: Any) -> bool:
@@ -245,5 +279,5 @@ def _key(prompt: str | Messages) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
-def _names(columns: dict[str, list[Any]]) -> str:
+def _names(columns: files.Columns) -> str:
     return ", ".join(columns) or "no columns"

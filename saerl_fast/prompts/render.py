@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.models import token_ids
 from saerl_fast.prompts.chats import Messages, is_prefilled
 from saerl_fast.prompts.own import Spans, own_tokens
 from saerl_fast.prompts.pool import Pool
-from saerl_fast.records.packed import Tokens
+from saerl_fast.records.packed import LARGE, Tokens, chosen, strings
 
 log = logging.getLogger(__name__)
 
@@ -42,27 +44,22 @@ class Prompts(Pool):
     that are not the template's (see `own_tokens`).
     """
 
-    texts: list[str]
+    texts: Sequence[str]
     ids: Sequence[list[int]]
     answer_ids: Sequence[list[int]]
     prefill: str = ""
-    own: list[Spans] | None = None
+    own: Sequence[Spans] | None = None
 
-    def select(self, indices: Sequence[int]) -> Prompts:
+    def select(self, indices: Sequence[int] | np.ndarray) -> Prompts:
         """The rows at ``indices``, in that order."""
         return Prompts(
             super().select(indices).columns,
-            [self.texts[i] for i in indices],
-            _picked(self.ids, indices),
-            _picked(self.answer_ids, indices),
+            chosen(self.texts, indices),
+            chosen(self.ids, indices),
+            chosen(self.answer_ids, indices),
             self.prefill,
-            None if self.own is None else [self.own[i] for i in indices],
+            None if self.own is None else chosen(self.own, indices),
         )
-
-
-def _picked(rows: Sequence[list[int]], indices: Sequence[int]) -> Sequence[list[int]]:
-    found = (rows[i] for i in indices)
-    return Tokens.of(found) if len(indices) > BLOCK else list(found)
 
 
 def prepare(
@@ -82,21 +79,19 @@ def prepare(
     texts = render(pool, tokenizer, cfg)
     templated = uses_template(tokenizer, cfg)
     ids = _tokens(tokenizer, texts, not templated)
-    empty = next((i for i, row in enumerate(ids) if not row), None)
+    sizes = ids.sizes if isinstance(ids, Tokens) else np.array([len(row) for row in ids], dtype=np.int64)
+    empty = next(iter(np.flatnonzero(sizes == 0).tolist()), None)
     if empty is not None:
         name = pool.column("prompt_id")[empty]
         raise SaerlError(f"prompt {name!r} ({texts[empty][:40]!r}) has no tokens; remove it from the pool")
-    answers = _tokens(tokenizer, [str(answer or "") for answer in pool.column("answer")], False)
-    own = None
-    if templated:
-        write = partial(_write, tokenizer, cfg)
-        own = own_tokens(tokenizer, [_chat(p) for p in pool.column("prompt")], texts, ids, write, cfg.prefill)
+    answers = _tokens(tokenizer, _Answers(pool.column("answer")), False)
+    own = _own(tokenizer, cfg, pool.column("prompt"), texts, ids) if templated else None
     made = Prompts(pool.columns, texts, ids, answers, cfg.prefill, own)
-    keep = [i for i, row in enumerate(ids) if len(row) <= most]
+    keep = np.flatnonzero(sizes <= most)
     if len(keep) == len(pool):
         return made
-    if not keep:
-        shortest = min(len(row) for row in ids)
+    if not len(keep):
+        shortest = sizes.min()
         raise SaerlError(
             f"all {len(pool)} prompts are longer than {which}={most} (the shortest has {shortest}); {fix}"
         )
@@ -104,7 +99,40 @@ def prepare(
     return made.select(keep)
 
 
-def _tokens(tokenizer: Any, texts: Sequence[str], special: bool) -> Sequence[list[int]]:
+class _Answers:
+    """Answers as texts, made when they are read."""
+
+    def __init__(self, answers: Sequence[Any]) -> None:
+        self.answers = answers
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def __getitem__(self, rows: slice) -> list[str]:
+        return [str(answer or "") for answer in self.answers[rows]]
+
+
+def _own(
+    tokenizer: Any, cfg: DataConfig, prompts: Sequence[Any], texts: Sequence[str], ids: Sequence[list[int]]
+) -> Sequence[Spans]:
+    """`own_tokens` of all rows, many at a time."""
+    parts = (slice(at, at + LARGE) for at in range(0, len(texts), LARGE))
+    found = (
+        spans
+        for part in parts
+        for spans in own_tokens(
+            tokenizer,
+            [_chat(prompt) for prompt in prompts[part]],
+            texts[part],
+            ids[part],
+            partial(_write, tokenizer, cfg),
+            cfg.prefill,
+        )
+    )
+    return Tokens.of(found) if len(texts) > LARGE else list(found)
+
+
+def _tokens(tokenizer: Any, texts: Sequence[str] | _Answers, special: bool) -> Sequence[list[int]]:
     """Token ids [n] of the texts; of many, made and kept in blocks, 4 bytes an id."""
     starts = range(0, len(texts), BLOCK)
     parts = (token_ids(tokenizer, texts[at : at + BLOCK], special=special) for at in starts)
@@ -120,7 +148,7 @@ def uses_template(tokenizer: Any, cfg: DataConfig) -> bool:
     return bool(template) and cfg.chat != "never"
 
 
-def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> list[str]:
+def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> Sequence[str]:
     """Final prompt strings.
 
     Where `uses_template`, they are what the chat template writes with ``cfg.chat_template_kwargs``, to be
@@ -141,7 +169,7 @@ def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> list[str]:
                 chats,
             )
         plain = (p if isinstance(p, str) else "\n\n".join(m["content"] for m in p) for p in prompts)
-        return [text + cfg.prefill for text in plain]
+        return strings((text + cfg.prefill for text in plain), len(prompts))
     try:
         import jinja2  # noqa: F401
     except ImportError:
@@ -157,8 +185,12 @@ def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> list[str]:
             "remove it from the data where it is the answer",
             *(begun, len(prompts)),
         )
-    texts = []
-    for name, prompt in zip(pool.column("prompt_id"), prompts, strict=True):
+    return strings(_rendered(pool, tokenizer, cfg), len(prompts))
+
+
+def _rendered(pool: Pool, tokenizer: Any, cfg: DataConfig) -> Iterator[str]:
+    """What the chat template writes of every prompt, with the prefill."""
+    for name, prompt in zip(pool.column("prompt_id"), pool.column("prompt"), strict=True):
         chat = _chat(prompt)
         try:
             with _within(_SECONDS):
@@ -172,8 +204,7 @@ def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> list[str]:
                 f"the chat template rejects prompt {name!r} with roles {roles} ({reason}); "
                 "change its messages or data.chat_template_kwargs, or set data.chat=never"
             ) from None
-        texts.append(text + cfg.prefill)
-    return texts
+        yield text + cfg.prefill
 
 
 def _chat(prompt: str | Messages) -> Messages:

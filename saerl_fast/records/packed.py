@@ -1,105 +1,273 @@
-"""Ids and tokens of a large pool: as one array, not as objects; ids are found by their hash."""
+"""Columns, ids and tokens of a large pool: as one array, which may lie in a file, not as objects.
+
+Ids are found by their hash.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
-from typing import Any, TypeVar, overload
+from typing import IO, TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 
+from saerl_fast.errors import SaerlError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 BLOCK = 1 << 16
-LARGE = 1 << 18  # strings from which they are packed
+LARGE = 1 << 18  # rows from which they are packed
+FEW = 1 << 14  # rows that are a list when they are taken from packed ones
+SPILL = 1 << 26  # bytes of an array from which it lies in a file
 
 
 Row = TypeVar("Row")
 
 
-class Ragged(Sequence[Row]):
-    """Rows of different lengths in one array: row i is what lies from ``ends[i]`` to ``ends[i + 1]``."""
+class Growing:
+    """An array of a size that is not known before: above SPILL bytes in a file without a name, mapped."""
 
-    ends: np.ndarray  # int64 [n + 1]
+    def __init__(self, dtype: type) -> None:
+        self._dtype, self.size = dtype, 0
+        self._parts: list[np.ndarray] = [np.empty(0, dtype)]
+        self._file: IO[bytes] | None = None
+
+    def add(self, part: np.ndarray) -> None:
+        """Append; SaerlError where the disk has no room."""
+        self._parts.append(part)
+        self.size += len(part)
+        if self._file is None and self.size * self._parts[0].itemsize <= SPILL:
+            return
+        with _room():
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="saerl-")  # noqa: SIM115
+            for held in self._parts:
+                self._file.write(np.ascontiguousarray(held, self._dtype).data)
+            self._parts = [self._parts[0][:0]]
+
+    def done(self) -> np.ndarray:
+        """The whole array; what is written to a mapped one stays in memory."""
+        if self._file is None:
+            return np.concatenate(self._parts)
+        with _room():
+            self._file.flush()
+        return np.asarray(np.memmap(self._file, self._dtype, "c"))
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        raise SaerlError(
+            f"the columns of a large pool do not fit into {tempfile.gettempdir()} ({err.strerror}); set "
+            "TMPDIR to a folder with more room"
+        ) from None
+
+
+class Ragged(Sequence[Row]):
+    """Rows of different lengths in one ``array``: row i is what lies from ``ends[i]`` to ``ends[i + 1]``."""
+
+    def __init__(self, array: np.ndarray, ends: np.ndarray) -> None:
+        self.array, self.ends = array, ends  # ends: int64 [n + 1]
 
     @abstractmethod
-    def _between(self, start: int, stop: int) -> Row:
-        """The row that these places of the array hold."""
+    def _rows(self, ends: list[int]) -> list[Row]:
+        """The rows that lie between ``ends``, which follow each other."""
 
     def __len__(self) -> int:
         return len(self.ends) - 1
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int64 [n]: elements of each row."""
+        return np.diff(self.ends)
 
     @overload
     def __getitem__(self, at: int) -> Row: ...
     @overload
     def __getitem__(self, at: slice) -> list[Row]: ...
     def __getitem__(self, at: int | slice) -> Row | list[Row]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(len(self))[at]]
-        at = range(len(self))[at]
-        return self._between(self.ends[at], self.ends[at + 1])
+        if not isinstance(at, slice):
+            at = range(len(self))[at]
+            return self._rows(self.ends[at : at + 2].tolist())[0]
+        places = range(len(self))[at]
+        if places.step == 1:
+            return self._rows(self.ends[places.start : places.stop + 1].tolist()) if len(places) else []
+        return [self[i] for i in places]
 
+    def __iter__(self) -> Iterator[Row]:
+        for start in range(0, len(self), BLOCK):
+            yield from self._rows(self.ends[start : start + BLOCK + 1].tolist())
 
-def _read(rows: Iterable[Any], dtype: type, joined: Callable[[list], np.ndarray]) -> tuple[np.ndarray, ...]:
-    """The array and ``ends`` of rows that ``joined`` puts one after the other, a block at a time."""
-    parts: list[np.ndarray] = [np.empty(0, dtype=dtype)]
-    rest, sizes = iter(rows), [np.zeros(1, dtype=np.int64)]
-    while block := list(islice(rest, BLOCK)):
-        sizes.append(np.fromiter(map(len, block), dtype=np.int64, count=len(block)))
-        parts.append(joined(block))
-    return np.concatenate(parts), np.cumsum(np.concatenate(sizes))
+    def take(self, rows: np.ndarray) -> Self:
+        """The rows at ``rows``, in that order."""
+        array, ends = Growing(self.array.dtype.type), Growing(np.int64)
+        ends.add(np.zeros(1, dtype=np.int64))
+        total = 0
+        for at in range(0, len(rows), BLOCK):
+            part = rows[at : at + BLOCK]
+            first = self.ends[part]
+            sizes = self.ends[part + 1] - first
+            new = np.cumsum(sizes)
+            array.add(self.array[np.arange(new[-1]) + np.repeat(first - (new - sizes), sizes)])
+            ends.add(new + total)
+            total += int(new[-1])
+        return type(self)(array.done(), ends.done())
+
+    @classmethod
+    def _read(cls, rows: Iterable[Any], dtype: type, joined: Callable[[list], np.ndarray]) -> Self:
+        """Rows that ``joined`` puts one after the other, a block at a time."""
+        array, ends, rest, total = Growing(dtype), Growing(np.int64), iter(rows), 0
+        ends.add(np.zeros(1, dtype=np.int64))
+        while block := list(islice(rest, BLOCK)):
+            ends.add(total + np.cumsum(np.fromiter(map(len, block), dtype=np.int64, count=len(block))))
+            array.add(part := joined(block))
+            total += len(part)
+        return cls(array.done(), ends.done())
 
 
 class Packed(Ragged[str]):
-    """Strings in ``text`` uint8, UTF-8."""
-
-    def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
-        self.text, self.ends = text, ends
+    """Strings in ``array`` uint8, UTF-8."""
 
     @classmethod
-    def of(cls, strings: Iterable[str]) -> Packed:
+    def of(cls, strings: Iterable[str]) -> Self:
         encoded = (text.encode("utf-8", "surrogatepass") for text in strings)
-        return cls(*_read(encoded, np.uint8, lambda block: np.frombuffer(b"".join(block), dtype=np.uint8)))
+        return cls._read(encoded, np.uint8, _bytes)
 
-    def take(self, rows: np.ndarray) -> Packed:
-        """The strings at ``rows``, in that order."""
-        sizes = np.diff(self.ends)[rows]
-        ends = np.concatenate([[0], np.cumsum(sizes)])
-        text = np.empty(ends[-1], dtype=np.uint8)
-        for at in range(0, len(rows), BLOCK):
-            part = slice(at, min(at + BLOCK, len(rows)))
-            first, last = ends[part.start], ends[part.stop]
-            shift = np.repeat(self.ends[rows[part]] - ends[part], sizes[part])
-            text[first:last] = self.text[np.arange(first, last) + shift]
-        return Packed(text, ends)
+    def _rows(self, ends: list[int]) -> list[str]:
+        first, text = ends[0], self.array[ends[0] : ends[-1]].tobytes()
+        return [
+            text[a - first : b - first].decode("utf-8", "surrogatepass")
+            for a, b in zip(ends, ends[1:], strict=False)
+        ]
 
-    def _between(self, start: int, stop: int) -> str:
-        return self.text[start:stop].tobytes().decode("utf-8", "surrogatepass")
 
-    def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), BLOCK):
-            ends = self.ends[start : start + BLOCK + 1].tolist()
-            text = self.text[ends[0] : ends[-1]].tobytes()
-            for i in range(len(ends) - 1):
-                yield text[ends[i] - ends[0] : ends[i + 1] - ends[0]].decode("utf-8", "surrogatepass")
+class Cells(Ragged[Any]):
+    """Values in ``array`` uint8, as JSON, with a comma after each."""
+
+    @classmethod
+    def of(cls, values: Iterable[Any]) -> Self:
+        """ValueError for a value that JSON would not give back as it is."""
+        return cls._read(map(_cell, values), np.uint8, _bytes)
+
+    def _rows(self, ends: list[int]) -> list[Any]:
+        text = self.array[ends[0] : max(ends[-1] - 1, 0)].tobytes().decode("utf-8", "surrogatepass")
+        found: list[Any] = json.loads(f"[{text}]")
+        return found
 
 
 class Tokens(Ragged[list[int]]):
-    """Rows of token ids in ``ids`` int32."""
-
-    def __init__(self, ids: np.ndarray, ends: np.ndarray) -> None:
-        self.ids, self.ends = ids, ends
+    """Rows of token ids in ``array`` int32."""
 
     @classmethod
-    def of(cls, rows: Iterable[list[int]]) -> Tokens:
-        return cls(*_read(rows, np.int32, lambda block: np.fromiter(chain.from_iterable(block), np.int32)))
+    def of(cls, rows: Iterable[Sequence[int]]) -> Self:
+        return cls._read(rows, np.int32, lambda block: np.fromiter(chain.from_iterable(block), np.int32))
 
-    def _between(self, start: int, stop: int) -> list[int]:
-        return self.ids[start:stop].tolist()
+    def _rows(self, ends: list[int]) -> list[list[int]]:
+        ids = self.array[ends[0] : ends[-1]].tolist()
+        return [ids[a - ends[0] : b - ends[0]] for a, b in zip(ends, ends[1:], strict=False)]
 
 
-def chosen(strings: Sequence[str], rows: np.ndarray) -> Sequence[str]:
-    """The strings at ``rows``, packed if they are."""
-    return strings.take(rows) if isinstance(strings, Packed) else [strings[i] for i in rows.tolist()]
+class Column:
+    """Values added in blocks: a list, and above LARGE packed, unless some are such that JSON would change."""
+
+    def __init__(self) -> None:
+        self._values: list[Any] = []
+        self._count, self._packs = 0, True
+        self._array, self._ends = Growing(np.uint8), Growing(np.int64)
+        self._ends.add(np.zeros(1, dtype=np.int64))
+
+    def add(self, block: Iterable[Any]) -> None:
+        """Append; SaerlError where the disk has no room."""
+        self._values += block
+        if len(self._values) >= BLOCK:
+            self._pack()
+
+    def done(self) -> Sequence[Any]:
+        """All values."""
+        self._pack()
+        return self._packed() if self._count else self._values
+
+    def _pack(self) -> None:
+        if not self._packs or not self._values or self._count + len(self._values) <= LARGE:
+            return
+        try:
+            cells = [_cell(value) for value in self._values]
+        except ValueError:
+            before = self._packed() if self._count else []
+            self._packs, self._count, self._values = False, 0, [*before, *self._values]
+            return
+        sizes = np.fromiter(map(len, cells), dtype=np.int64, count=len(cells))
+        self._ends.add(self._array.size + np.cumsum(sizes))
+        self._array.add(_bytes(cells))
+        self._count, self._values = self._count + len(cells), []
+
+    def _packed(self) -> Cells:
+        return Cells(self._array.done(), self._ends.done())
+
+
+def kept(values: Iterable[Any]) -> Sequence[Any]:
+    """The values as a list or, of many, as `Cells` (see `Column`)."""
+    column, rest = Column(), iter(values)
+    while block := list(islice(rest, BLOCK)):
+        column.add(block)
+    return column.done()
+
+
+def strings(values: Iterable[str], count: int) -> Sequence[str]:
+    """So many strings as a list or, of many, packed."""
+    return Packed.of(values) if count > LARGE else list(values)
+
+
+def first_equal(keys: Iterable[str]) -> np.ndarray:
+    """int64 [n]: the position of the first key equal to each; by digest, so that no key is kept."""
+    rest, parts = iter(keys), [np.empty((0, 2), dtype=np.uint64)]
+    while part := list(islice(rest, BLOCK)):
+        texts = (key.encode("utf-8", "surrogatepass") for key in part)
+        found = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
+        parts.append(np.frombuffer(found, dtype=np.uint64).reshape(-1, 2))
+    digests = np.concatenate(parts)
+    order = np.lexsort(digests.T)
+    digests = digests[order]
+    begins = np.ones(len(order), dtype=bool)
+    begins[1:] = (digests[1:] != digests[:-1]).any(axis=1)
+    first = np.empty(len(order), dtype=np.int64)
+    first[order] = order[np.flatnonzero(begins)[np.cumsum(begins) - 1]]
+    return first
+
+
+def _bytes(rows: list[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(rows), dtype=np.uint8)
+
+
+def _cell(value: Any) -> bytes:
+    if not _comes_back(value):
+        raise ValueError(f"JSON does not keep a {type(value).__name__}")
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b","
+
+
+def _comes_back(value: Any) -> bool:
+    """Whether JSON gives ``value`` back as it is."""
+    kind = type(value)
+    if kind is list:
+        return all(map(_comes_back, value))
+    if kind is dict:
+        return all(type(key) is str and _comes_back(item) for key, item in value.items())
+    return kind in (str, int, float, bool, type(None))
+
+
+def chosen(values: Sequence[Row], rows: Sequence[int] | np.ndarray) -> Sequence[Row]:
+    """The values at ``rows``; of many that are packed, packed."""
+    if isinstance(values, Ragged) and len(rows) > FEW:
+        return values.take(np.asarray(rows))
+    return [values[i] for i in rows]
 
 
 class Rows:

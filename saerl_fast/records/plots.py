@@ -11,6 +11,7 @@ import numpy as np
 from saerl_fast.errors import printable
 from saerl_fast.fileio import atomic_path
 from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes
+from saerl_fast.records.scored import Points
 
 MODE_LABELS = {
     "sample": "held-out accuracy (avg@k)",
@@ -18,6 +19,11 @@ MODE_LABELS = {
     "prob": "P(reference answer), held out",
 }
 POINTS = 2000  # of a curve, at most
+SHADES = (  # of clusters, after matplotlib's tab20
+    *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"),
+    *("#17becf", "#aec7e8", "#ffbb78", "#98df8a", "#ff9896", "#c5b0d5", "#c49c94", "#f7b6d2", "#c7c7c7"),
+    *("#dbdb8d", "#9edae5"),
+)
 PALETTE = ("#4a5568", "#d1495b", "#00798c", "#edae49", "#66a182", "#8d6a9f", "#2e4057", "#b56576")
 
 
@@ -226,6 +232,69 @@ def signals(columns: dict[str, list[Any]], path: Path) -> Path:
         axes[2].set(xlabel="clusters, by size", ylabel="prompts")
 
     return _figure(path, (11, 3.2), draw, columns=3)
+
+
+def prompt_map(points: Points, path: Path) -> Path:
+    """Prompts where scoring has put them: by cluster, and by difficulty where it is known."""
+
+    def draw(figure: Any, axes: Any) -> None:
+        x, y, clusters = points.x, points.y, points.signals["cluster"].astype(int)
+        axes[0].scatter(x, y, s=9, c=[SHADES[c % len(SHADES)] for c in clusters], alpha=0.7, lw=0)
+        for c, at in points.centres().items():
+            box = {"boxstyle": "circle,pad=0.2", "fc": "white", "ec": SHADES[c % len(SHADES)], "alpha": 0.85}
+            axes[0].annotate(str(c), at, fontsize=8, ha="center", va="center", bbox=box)
+        hard = points.signals["difficulty"]
+        if np.isfinite(hard).any():
+            drawn = axes[1].scatter(x, y, s=9, c=hard, cmap="viridis", alpha=0.8, lw=0)
+            figure.colorbar(drawn, ax=axes[1], label="difficulty", fraction=0.05)
+        else:
+            _nothing(axes[1], "no labels: difficulty is not known")
+        for axis, title in zip(axes, ("by cluster", "by difficulty"), strict=True):
+            axis.set(xticks=[], yticks=[], title=title)
+            axis.spines[:].set_visible(False)
+
+    return _figure(path, (11, 4.8), draw, columns=2)
+
+
+def calibration(said: np.ndarray, seen: np.ndarray, interval: float | None, path: Path) -> Path:
+    """Pass rates that the probe expected, of fits that had not seen the label, against those observed."""
+
+    def draw(figure: Any, axis: Any) -> None:
+        axis.plot([0, 1], [0, 1], color="#999999", lw=1, ls="--")
+        if interval is not None:
+            line = np.array([0.0, 1.0])
+            band = axis.fill_between(
+                line, line - interval, line + interval, color=PALETTE[2], alpha=0.08, lw=0
+            )
+            band.set_label("80 % of the labels")
+        axis.scatter(said, seen, s=12, color=PALETTE[2], alpha=0.35, lw=0, label="a prompt with a label")
+        parts = np.array_split(np.argsort(said, kind="stable"), max(min(len(said) // 8, 8), 1))
+        error = [seen[part].std() / np.sqrt(len(part)) for part in parts]
+        middle = [[values[part].mean() for part in parts] for values in (said, seen)]
+        axis.errorbar(
+            *middle, error, fmt="o", color=PALETTE[1], lw=1.2, label="their means, ± standard error"
+        )
+        axis.set(
+            xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="pass rate expected", ylabel="pass rate observed"
+        )
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+    return _figure(path, (7.4, 4.0), draw)
+
+
+def kinds(found: dict[str, float], path: Path) -> Path:
+    """How well the quality probe tells each kind of bad row from good ones."""
+
+    def draw(figure: Any, axis: Any) -> None:
+        names = sorted(found, key=lambda name: found[name])
+        axis.barh(range(len(names)), [found[name] for name in names], color=PALETTE[2], height=0.6)
+        for place, name in enumerate(names):
+            axis.annotate(f" {found[name]:.2f}", (found[name], place), va="center", fontsize=9)
+        axis.axvline(0.5, color=PALETTE[1], lw=1, ls="--")
+        axis.set_yticks(range(len(names)), [_cut(name) for name in names])
+        axis.set(xlim=(0, 1.08), xlabel="AUC against good rows (0.5: by chance)")
+
+    return _figure(path, (7.4, 1.4 + 0.4 * len(found)), draw)
 
 
 def label_groups(labels: list[Any] | None) -> dict[str, np.ndarray]:

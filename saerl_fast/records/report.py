@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,36 +10,26 @@ import numpy as np
 
 from saerl_fast.config import CompareConfig
 from saerl_fast.errors import SaerlError, printable
-from saerl_fast.fileio import first_line, mismatch, read_table, write_text
-from saerl_fast.records import compared, plots, samples
+from saerl_fast.fileio import first_line, mismatch, write_text
+from saerl_fast.records import compared, plots, samples, scored
+from saerl_fast.records.charts import map_chart
 from saerl_fast.records.lock import clean
-from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes, load_runs, read_object
+from saerl_fast.records.page import Part, Picture, markdown, page, terminal
+from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes, find_runs, load_runs, read_object
 from saerl_fast.records.stats import area_under_curve, steps_to_target
 
 Table = samples.Table
 
-SIGNALS_NOTE = (
-    "Out of fold, on rows whose labels the fit had not seen: quality.auc or quality.spearman, "
-    "quality.accuracy (calibrated on the other folds), difficulty.spearman and difficulty.r2. Silhouette and "
-    "purity describe the rows that were clustered, next to their values by chance."
-)
-BASELINES_NOTE = (
-    "Out of fold, on the same folds, by the same regression. difficulty.spearman_error, of the signals, is "
-    "the standard error of the difference to the best of them: less than 2.5 of it is noise."
-)
-CARDS_NOTE = (
-    "Means over the prompts of the cluster where known. Features are those that weigh more in it than "
-    "elsewhere, by their lift, each with the prompt that has most of it; all of this is in scores.json."
-)
-SNIPPET = 80  # characters of a prompt in a table
 CAPTIONS = {
     "learning_curves": "Held-out accuracy against steps and against rollouts; thin lines are single seeds.",
     "batches": "What each step trained on: its pass rate, and the share of groups that carry a gradient. "
     "Means over seeds, smoothed over nine steps.",
     "phases": "Where a step's time goes; what this project adds is red.",
     "signals": "What scoring said of the prompts: quality and difficulty where known, cluster sizes.",
+    "map": "Numbers are clusters. In the page, point at a prompt to read it, and choose what colours it.",
+    "calibration": "Prompts with a label; what was expected comes from fits that had not seen it.",
+    "quality_kinds": "Held-out AUC of each kind of bad row, by the fits of the quality probe.",
 }
-PLAIN = re.compile(r"[\w.,:;%+\-()\[\]±/ =>'@]*")  # what a table of figures holds: written as it is
 MODE_NOTES = {
     "sample": "Accuracy is the mean reward of sampled completions of held-out prompts (avg@k).",
     "greedy": "Accuracy is the mean reward of the greedy completion of each held-out prompt.",
@@ -54,15 +41,16 @@ MODE_NOTES = {
 def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: None) -> list[Path]:
     """Write report.md, report.html and the figures into ``root``; returns the paths.
 
-    ``root`` is a run_dir or the folder of a single run in one, whose scores and SAE lie a level above.
-    Raises SaerlError when ``root`` holds no run.
+    ``root`` is a run_dir, with runs or scores alone, or the folder of a single run in one, whose scores and
+    SAE lie a level above. Raises SaerlError when ``root`` holds neither.
     """
     root, said = Path(root), list[str]()
-    runs = [run for run in load_runs(root, said.append) if run.last]
+    only_scored = (root / "scores.json").is_file() and not find_runs(root)
+    runs = [] if only_scored else [run for run in load_runs(root, said.append) if run.last]
     clean(root)  # a report that was killed
     for line in said:
         echo(line)
-    if not runs:
+    if not runs and not only_scored:
         raise SaerlError(f"the runs in {root} recorded no step yet; let `saerl train` finish one first")
     settings = _settings(root)
     targets = find_targets(runs, settings)
@@ -73,24 +61,30 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
     results = [main_table(runs, targets, settings), paired]
     results += [compared.costs_table(runs, targets, settings), compared.budget_table(runs, settings)]
     results += [compared.ledger_table(runs, targets, settings, scores, sae), samples.merged_table(runs)]
-    opening = [samples.damage_table(said), samples.about_table(runs), samples.settings_table(runs)]
-    opening += [samples.arms_table(root), samples.warnings_table(runs)]
-    closing = [
-        *samples.samples_tables(runs),
-        phase_table(runs),
-        *signal_tables(scores, sae, sae_cost(runs, sae)),
-    ]
     results = [_shown(table) for table in results]
-    shown = [table for table in [*map(_shown, opening), *results, *map(_shown, closing)] if table[2]]
-    figures = _draw(runs, targets, root)
-    title = printable(f"{root.name}: {', '.join(dict.fromkeys(run.arm for run in runs))}")
+    signals = scored.signal_tables(scores, sae, sae_cost(runs, sae))
+    drawn = _draw(runs, targets, root) | _draw_scores(scores, root)
+    order: list[Part | str] = [samples.damage_table(said), results[0], "learning_curves", *results[1:]]
+    order += [samples.arms_table(root), samples.warnings_table(runs), "batches"]
+    order += [signals["probes"], "map", "calibration", "quality_kinds"]
+    order += [signals["clusters"], signals["features"]]
+    order += ["signals", "phases", phase_table(runs), *samples.samples_tables(runs)]
+    order += [samples.settings_table(runs), samples.about_table(runs), signals["signals"], signals["sae"]]
+    parts: list[Part] = []
+    for part in order:
+        if isinstance(part, str):
+            parts += [drawn[part]] if part in drawn else []
+        elif isinstance(part, Picture) or part[2]:
+            parts.append(part if isinstance(part, Picture) else _shown(part))
+    arms = ", ".join(dict.fromkeys(run.arm for run in runs)) or "scores"
+    title = printable(f"{root.name}: {arms}")
     for table in results:
         if table[2]:
-            echo(_text(table))
+            echo(terminal(table))
     return [
-        write_text(root / "report.md", _markdown(title, shown, figures)),
-        write_text(root / "report.html", _html(title, shown, figures)),
-        *figures,
+        write_text(root / "report.md", markdown(title, parts)),
+        write_text(root / "report.html", page(title, parts)),
+        *(picture.file for picture in drawn.values()),
     ]
 
 
@@ -195,98 +189,53 @@ def phase_table(runs: list[RunRecord]) -> Table:
     return ("Milliseconds per step, by phase", ["arm", *names], rows if names else [], note)
 
 
-def signal_tables(scores: dict[str, Any], sae: dict[str, Any], cost: str) -> list[Table]:
-    """Figures of every probe and the one-off costs, as scoring recorded them."""
-    tables: list[Table] = []
-    probes = {name: scores.get(name) or {} for name in ("difficulty", "quality")}
-    baselines = {name: probe.pop("baselines", None) for name, probe in probes.items()}
-    shown = [name for name in probes if baselines[name]]
-    if shown:
-        kinds = list(dict.fromkeys(kind for name in shown for kind in baselines[name] or ()))
-        header = ["features", *(f"{name} ({_measure(probes[name])})" for name in shown)]
-        rows = [["as set", *(_cell(probes[name].get(_measure(probes[name]))) for name in shown)]]
-        behind = (probes["difficulty"].get("note") or "").capitalize()
-        rows += [
-            [f"{kind} alone", *(_cell((baselines[name] or {}).get(kind, "-")) for name in shown)]
-            for kind in kinds
-        ]
-        tables.append(
-            ("Probes against one kind of features", header, rows, f"{BASELINES_NOTE} {behind}".strip())
-        )
-    try:
-        tables.append(cards_table(scores))
-    except (AttributeError, LookupError, TypeError, ValueError) as err:
-        why = f"{type(err).__name__}: {first_line(err)}"
-        raise SaerlError(
-            f"the cluster cards in scores.json are damaged ({why}); make them again with `saerl score`"
-        ) from err
-    for title, record, note in (("Signals", scores, SIGNALS_NOTE), ("SAE training", sae, cost)):
-        known = [(key, value) for key, value in _flatten(record) if value is not None]
-        rows = [[key, _cell(value)] for key, value in known if not isinstance(value, (list, dict))]
-        tables.append((title, ["figure", "value"], rows, note))
-    return tables
-
-
-def cards_table(scores: dict[str, Any]) -> Table:
-    """One row a cluster, the largest first: what it is made of, from the cards of its scoring."""
-    rows = []
-    for card in (scores.get("clusters") or {}).get("cards") or []:
-        features = [
-            f"{feature['feature']} (+{feature['lift']:.2f}): {feature['prompts'][0]['text'][:SNIPPET]}"
-            for feature in card["features"]
-        ]
-        known = [card.get(name) for name in ("difficulty", "pass_rate", "quality")]
-        rows.append(
-            [
-                str(card["cluster"]),
-                str(card["size"]),
-                *("-" if value is None else f"{value:.2f}" for value in known),
-                "\n".join(features),
-                "\n".join(prompt["text"][:SNIPPET] for prompt in card["prompts"]),
-            ]
-        )
-    header = ["cluster", "prompts", "difficulty", "pass rate", "quality", "features (lift): first prompt"]
-    return ("Clusters", [*header, "typical prompts"], rows, CARDS_NOTE if rows else "")
-
-
-def _measure(probe: dict[str, Any]) -> str:
-    """The figure that a probe's baselines are figures of."""
-    return "auc" if probe.get("auc") is not None else "spearman"
-
-
-def _flatten(record: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for key, value in record.items():
-        if key in ("config", "fingerprint", "format", "version"):
-            continue
-        if isinstance(value, dict):
-            flat += _flatten(value, f"{prefix}{key}.")
-        else:
-            flat.append((f"{prefix}{key}", value))
-    return flat
-
-
-def _draw(runs: list[RunRecord], targets: dict[str, float], root: Path) -> list[Path]:
+def _draw(runs: list[RunRecord], targets: dict[str, float], root: Path) -> dict[str, Picture]:
+    """The figures of the runs, by name; none without matplotlib."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        return []
-    figures = []
+        return {}
+    drawn = []
     if any(run.accuracy for run in runs):
-        figures.append(plots.learning_curves(runs, targets, root / "learning_curves.png"))
+        drawn.append(plots.learning_curves(runs, targets, root / "learning_curves.png"))
     if any(len(run.train) for run in runs):
-        figures.append(plots.batches(runs, root / "batches.png"))
-        figures.append(plots.phases(runs, root / "phases.png"))
-    scores = _shared(root, "scores.parquet")
-    if scores.is_file():
-        again = "make it again with `saerl score`"
-        try:
-            figures.append(plots.signals(read_table(scores, again), root / "signals.png"))
-        except SaerlError:
-            raise
-        except (LookupError, TypeError, ValueError, OverflowError) as err:
-            raise SaerlError(f"{scores} is damaged ({first_line(err)}); {again}") from err
-    return figures
+        drawn.append(plots.batches(runs, root / "batches.png"))
+        drawn.append(plots.phases(runs, root / "phases.png"))
+    return {file.stem: Picture(file, CAPTIONS[file.stem]) for file in drawn}
+
+
+def _draw_scores(scores: dict[str, Any], root: Path) -> dict[str, Picture]:
+    """The figures of the scores, by name; none without matplotlib."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return {}
+    found: dict[str, Picture] = {}
+
+    def add(file: Path, title: str, note: str = "", chart: dict[str, Any] | None = None) -> None:
+        found[file.stem] = Picture(file, f"{note} {CAPTIONS[file.stem]}".strip(), title, chart)
+
+    if kinds := scored.by_kind(scores):
+        add(plots.kinds(kinds, root / "quality_kinds.png"), "Quality by kind")
+    file = _shared(root, "scores.parquet")
+    if not file.is_file():
+        return found
+    columns = scored.read_columns(file)
+    try:
+        add(plots.signals(columns, root / "signals.png"), "Scores")
+        said, seen = scored.calibrated(columns)
+    except (LookupError, TypeError, ValueError, OverflowError) as err:
+        raise SaerlError(f"{file} is damaged ({first_line(err)}); make it again with `saerl score`") from err
+    if len(said):
+        interval = (scores.get("difficulty") or {}).get("interval")
+        width = None if mismatch(interval, float) else interval
+        add(
+            plots.calibration(said, seen, width, root / "calibration.png"),
+            "Difficulty against what was observed",
+        )
+    if points := scored.read_map(scores, columns):
+        add(plots.prompt_map(points, root / "map.png"), "Map of the prompts", points.note, map_chart(points))
+    return found
 
 
 def _settings(root: Path) -> CompareConfig:
@@ -308,67 +257,3 @@ def _mean(values: list[Any], digits: int = 3) -> str:
 
 def _phase_order(name: str) -> tuple[bool, str]:
     return (name in SAERL_PHASES, name)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _markdown(title: str, tables: list[Table], figures: list[Path]) -> str:
-    parts = [f"# {_markdown_cell(title)}", ""]
-    for name, header, rows, note in tables:
-        lines = ["| " + " | ".join(map(_markdown_cell, row)) + " |" for row in [header, *rows]]
-        parts += [f"## {name}", "", lines[0], "|" + "---|" * len(header), *lines[1:]]
-        parts += ["", _markdown_cell(note), ""] if note else [""]
-    parts += ["## Figures\n"] if figures else []
-    parts += [f"![{figure.stem}]({figure.name})\n\n*{CAPTIONS[figure.stem]}*\n" for figure in figures]
-    return "\n".join(parts) + "\n"
-
-
-def _markdown_cell(text: str) -> str:
-    """``text`` as one line that a table may hold: no markup, no HTML, no column ends."""
-    lines = html.escape(text, quote=False).replace("\\", "\\\\").splitlines() or [""]
-    if PLAIN.fullmatch(text) and "](" not in text:  # no link
-        return text
-    return re.sub(r"([|`*_\[\]$])", r"\\\1", "<br>".join(lines))
-
-
-def _text(table: Table) -> str:
-    """The table for a terminal: one block an arm would be too long, so columns are padded."""
-    name, header, rows, _ = table
-    header, *rows = [[" ".join(cell.splitlines()) for cell in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [header, ["-" * width for width in widths], *rows]
-    ]
-    return "\n".join(["", name, *lines])
-
-
-def _html(title: str, tables: list[Table], figures: list[Path]) -> str:
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem}"
-        "table{border-collapse:collapse;margin:.5rem 0;font-size:14px}th{background:#f7fafc}"
-        "td,th{padding:.3rem .7rem;text-align:left;border-bottom:1px solid #e2e8f0}"
-        "img{max-width:100%}figure{margin:1rem 0}p,figcaption{color:#4a5568}.scroll{overflow-x:auto}"
-        "td{white-space:pre-wrap;vertical-align:top;overflow-wrap:anywhere;min-width:3rem}"
-    )
-    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"]
-    parts += [f"<style>{style}</style><h1>{html.escape(title)}</h1>"]
-    encoded = [base64.b64encode(figure.read_bytes()).decode() for figure in figures]
-    pictures = [
-        f'<figure><img alt="{figure.stem}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{html.escape(CAPTIONS[figure.stem])}</figcaption></figure>"
-        for figure, data in zip(figures, encoded, strict=True)
-    ]
-    for name, header, rows, note in tables:
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-        parts.append(
-            f"<h2>{html.escape(name)}</h2><div class=scroll><table><tr>{head}</tr>{body}</table></div>"
-        )
-        parts.append(f"<p>{html.escape(note)}</p>" if note else "")
-        if name == "Result":
-            parts += pictures[:1]
-    parts += ["<h2>Figures</h2>"] if pictures[1:] else []
-    return "\n".join(parts + pictures[1:]) + "</html>\n"

@@ -42,6 +42,10 @@ def start() -> None:
         raise SaerlError(f"process {local} of this machine has no GPU, it has {gpus}; start {gpus} processes")
     if gpus:
         torch.cuda.set_device(local)
+    # Its functions take the group of this moment as their default and would keep it beyond `shutdown`, with
+    # threads that abort the process when the interpreter ends; transformers imports it only later.
+    from torch.distributed import nn  # noqa: F401
+
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
 
 

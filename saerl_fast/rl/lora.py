@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,25 @@ def _plain(name: str) -> str:
     return re.sub(r"(\.base_layer)+\.", ".", name)
 
 
+def _delta(module: Any) -> Any:
+    """What its adapters add to a module's weight, float32."""
+    return sum(module.get_delta_weight(adapter).float() for adapter in module.active_adapters)
+
+
+@torch.no_grad()
+def weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name in the model without adapters, tensor in its own dtype) of each parameter, adapters merged in."""
+    base, modules = model, dict[str, Any]()
+    if hasattr(model, "get_base_model"):
+        base, modules = model.get_base_model(), {name: module for name, _, module in _adapted(model)}
+    for name, parameter in base.named_parameters():
+        plain = _plain(name)
+        if plain in modules:
+            yield plain, (parameter.float() + _delta(modules[plain])).to(parameter.dtype)
+        elif "lora_" not in name:
+            yield plain, parameter.data
+
+
 @torch.no_grad()
 def merged_weights(model: Any) -> tuple[dict[str, Tensor], float]:
     """(float32 state on the CPU of a peft ``model`` with its adapters merged in, share kept when rounded).
@@ -157,7 +177,7 @@ def merged_weights(model: Any) -> tuple[dict[str, Tensor], float]:
     changed: dict[str, Tensor] = {}
     lost = change = 0.0
     for name, weight, module in _adapted(model):
-        delta = sum(module.get_delta_weight(adapter).float() for adapter in module.active_adapters)
+        delta = _delta(module)
         exact = weight.float() + delta
         lost += float((exact.to(weight.dtype).float() - exact).double().square().sum())
         change += float(delta.double().square().sum())

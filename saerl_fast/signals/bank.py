@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ class Bank:
             self.kinds[name] = features.__getitem__ if dense else partial(_activations, features)
         if answers is not None and any(answers):
             self.kinds["answer_text"] = lambda rows: surface(
-                [str(answers[i] or "") for i in self._numbers(rows)]
+                [str(answer or "") for answer in _some(answers, rows)]
             )
 
     def names(self, asked: Sequence[str] | None, setting: str) -> list[str]:
@@ -95,10 +95,7 @@ class Bank:
 
     def texts(self, rows: Rows) -> list[str]:
         """The prompts' own texts."""
-        return [plain(self.prompts[i]) for i in self._numbers(rows)]
-
-    def _numbers(self, rows: Rows) -> Iterable[int]:
-        return range(self.n_rows)[rows] if isinstance(rows, slice) else rows.tolist()
+        return list(map(plain, _some(self.prompts, rows)))
 
     @cached_property
     def _random(self) -> np.ndarray:
@@ -108,6 +105,10 @@ class Bank:
     def _tfidf(self) -> Tfidf:
         order = np.random.default_rng(4).permutation(self.n_rows)[:SAMPLE]
         return Tfidf(self.texts(np.sort(order)))
+
+
+def _some(values: Sequence[Any], rows: Rows) -> Sequence[Any]:
+    return values[rows] if isinstance(rows, slice) else [values[i] for i in rows.tolist()]
 
 
 def _activations(X: Features, rows: Rows) -> csr_matrix:

@@ -12,6 +12,7 @@ from saerl_fast.signals.features import Features, block, blocks, weighted
 
 CARDS = 32  # the largest clusters
 FEATURES, EXAMPLES = 5, 3  # of a card; examples also of each feature
+CARRIERS = 8  # features of a probe
 TEXT = 160  # characters of a prompt
 
 
@@ -39,23 +40,15 @@ def cards(
     lift = sums / sizes[:, None] - sums.sum(axis=0) / X.n_rows
     chosen = {int(c): [f for f in np.argsort(-lift[c])[:FEATURES] if lift[c, f] > 0] for c in largest}
     columns = np.unique([f for found in chosen.values() for f in found]).astype(np.int64)
-    most = {f: _Top() for f in columns.tolist()}
+    most = _most(X, columns)
     near = {c: _Top() for c in chosen}
     for part in blocks(X.n_rows):
-        raw, mine = block(X, part), labels[part]
-        some = raw.to_scipy()[:, columns].tocsc()
-        for place, f in enumerate(columns.tolist()):
-            at = slice(some.indptr[place], some.indptr[place + 1])
-            most[f].add(part.start + some.indices[at], some.data[at])
-        rows = weighted(raw, weights).to_scipy()
+        mine = labels[part]
+        rows = weighted(block(X, part), weights).to_scipy()
         for c in chosen:
             members = np.flatnonzero(mine == c)
             near[c].add(part.start + members, rows[members] @ sums[c])
-    named = np.unique(np.concatenate([top.rows for top in (*most.values(), *near.values())]))
-    shown = dict(zip(named.tolist(), texts(named), strict=True))
-
-    def prompts(top: _Top) -> list[dict[str, str]]:
-        return [{"id": str(ids[i]), "text": " ".join(shown[i].split())[:TEXT]} for i in top.rows.tolist()]
+    prompts = _shown([*most.values(), *near.values()], ids, texts)
 
     return [
         {
@@ -69,6 +62,41 @@ def cards(
             "prompts": prompts(near[c]),
         }
         for c in chosen
+    ]
+
+
+def carriers(
+    X: Features, effects: np.ndarray, ids: Sequence[str], texts: Callable[[np.ndarray], list[str]]
+) -> list[dict[str, Any]]:
+    """The SAE features that move a probe's predictions most, the strongest first, as JSON.
+
+    ``effects`` [d_sae]: what a standard deviation more of each adds. Each has the prompts with most of it.
+    """
+    strongest = [int(f) for f in np.argsort(-np.abs(effects), kind="stable")[:CARRIERS] if effects[f]]
+    most = _most(X, np.array(strongest, dtype=np.int64))
+    prompts = _shown(list(most.values()), ids, texts)
+    return [{"feature": f, "effect": float(effects[f]), "prompts": prompts(most[f])} for f in strongest]
+
+
+def _most(X: Features, columns: np.ndarray) -> dict[int, _Top]:
+    """The rows that have most of each of ``columns``."""
+    most = {int(f): _Top() for f in columns}
+    for part in blocks(X.n_rows):
+        some = block(X, part).to_scipy()[:, columns].tocsc()
+        for place, f in enumerate(columns.tolist()):
+            at = slice(some.indptr[place], some.indptr[place + 1])
+            most[f].add(part.start + some.indices[at], some.data[at])
+    return most
+
+
+def _shown(
+    tops: Sequence[_Top], ids: Sequence[str], texts: Callable[[np.ndarray], list[str]]
+) -> Callable[[_Top], list[dict[str, str]]]:
+    """What shows the prompts of one of ``tops``, whose texts are asked for at once."""
+    named = np.unique(np.concatenate([np.empty(0, np.int64), *(top.rows for top in tops)]))
+    found = dict(zip(named.tolist(), texts(named), strict=True))
+    return lambda top: [
+        {"id": str(ids[i]), "text": " ".join(found[i].split())[:TEXT]} for i in top.rows.tolist()
     ]
 
 

@@ -28,10 +28,12 @@ LEVEL = 0.8  # of the interval
 
 
 class DifficultyResult(NamedTuple):
-    """scores float32 [n] in [0, 1], higher is harder, NaN when there is no label at all; metrics."""
+    """scores float32 [n] in [0, 1], higher is harder, NaN when there is no label at all; metrics; of ridge
+    what a standard deviation more of each SAE feature adds to the score, float64 [d_sae]."""
 
     scores: np.ndarray
     metrics: dict[str, Any]
+    effects: np.ndarray | None = None
 
 
 def fit_difficulty(bank: Bank, pass_rates: Any, cfg: DifficultyConfig, *, seed: int = 0) -> DifficultyResult:
@@ -84,7 +86,9 @@ def fit_difficulty(bank: Bank, pass_rates: Any, cfg: DifficultyConfig, *, seed: 
         fit = ridge.fit(chosen, rows, labels, seed)
         scores, found = bank.predict(fit, chosen), held_out(names)
         metrics["share"] = fit.share
+        effects = made["sae"].effects(fit.rows, fit.dual["sae"]) if "sae" in chosen else None
     else:
+        effects = None
         scores, found, metrics["features_used"] = _elastic(ProbeMatrix(bank.X), at[rows], labels, cfg, splits)
     scores[at[rows]] = found
     spread = float(np.square(labels - labels.mean()).sum())
@@ -108,7 +112,7 @@ def fit_difficulty(bank: Bank, pass_rates: Any, cfg: DifficultyConfig, *, seed: 
             f"difficulty.features={best}"
         )
         log.warning(metrics["note"])
-    return DifficultyResult(np.clip(scores, 0.0, 1.0).astype(np.float32), metrics)
+    return DifficultyResult(np.clip(scores, 0.0, 1.0).astype(np.float32), metrics, effects)
 
 
 def _error(scores: np.ndarray, others: np.ndarray, labels: np.ndarray, seed: int, draws: int = 200) -> float:

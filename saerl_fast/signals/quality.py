@@ -25,10 +25,12 @@ MIN_CLASS = 3
 
 
 class QualityResult(NamedTuple):
-    """scores float32 [n], higher is better, NaN when no probe could be fitted; metrics."""
+    """scores float32 [n], higher is better, NaN when no probe could be fitted; metrics; what a standard
+    deviation more of each SAE feature adds to the regression, float64 [d_sae]."""
 
     scores: np.ndarray
     metrics: dict[str, Any]
+    effects: np.ndarray | None = None
 
 
 def fit_quality(
@@ -105,7 +107,8 @@ def fit_quality(
         metrics["spearman"] = spearman(held_out, y)
         metrics["baselines"] = {name: spearman(found, y) for name, found in alone.items()}
     metrics |= {"share": fit.share, "folds": len(splits)}
-    return QualityResult(scores.astype(np.float32), metrics)
+    effects = made["sae"].effects(fit.rows, fit.dual["sae"]) if "sae" in chosen else None
+    return QualityResult(scores.astype(np.float32), metrics, effects)
 
 
 def _why_not(cfg: QualityConfig, labels: np.ndarray) -> str | None:

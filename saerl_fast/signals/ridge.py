@@ -51,7 +51,7 @@ class Block:
         X, mean, spread = X[:, self.kept], mean[self.kept], spread[self.kept]
         factor = 1.0 / spread if scale else np.ones(len(spread))
         norm = float(np.sqrt(np.square(spread * factor).sum())) or 1.0
-        self.factor = factor / norm
+        self.factor, self.spread = factor / norm, spread
         self.X = X * self.factor if isinstance(X, np.ndarray) else csr_matrix(X.multiply(self.factor))
         self.mean = mean * self.factor
 
@@ -73,6 +73,12 @@ class Block:
         weights = np.zeros(self.columns)
         weights[self.kept] = inner * self.factor
         return weights, -float(self.mean @ inner)
+
+    def effects(self, rows: np.ndarray, dual: np.ndarray) -> np.ndarray:
+        """What a standard deviation more of each column adds to the prediction, float64 [d]."""
+        found, _ = self.linear(rows, dual)
+        found[self.kept] *= self.spread
+        return found
 
 
 @dataclass

@@ -16,17 +16,19 @@ from saerl_fast.config import Config, QualityConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json
 from saerl_fast.records import manifest
-from saerl_fast.records.packed import Packed
+from saerl_fast.records.packed import Packed, Tokens
 from saerl_fast.signals.bank import Bank
-from saerl_fast.signals.cards import cards
+from saerl_fast.signals.cards import cards, carriers
 from saerl_fast.signals.clusters import cluster_prompts
 from saerl_fast.signals.copies import find_copies
 from saerl_fast.signals.difficulty import fit_difficulty
 from saerl_fast.signals.features import Features, checked, open_features, save_features
 from saerl_fast.signals.kept import Parts, in_memory, load_part, save_part, suffix
+from saerl_fast.signals.maps import prompt_map
 from saerl_fast.signals.quality import fit_quality
 from saerl_fast.signals.stored import Stored
 from saerl_fast.signals.table import SCORE_COLUMNS, Table, arrow_type, score_array, write_table
+from saerl_fast.signals.text import Plain
 
 if TYPE_CHECKING:
     from saerl_fast.prompts.pool import Pool
@@ -37,7 +39,7 @@ log = logging.getLogger(__name__)
 FORMAT = "saerl-scores-1"
 SUMMARY = {"format": str, "n_prompts": int, "features": (None, str), "metadata": dict}  # of scores.json
 ANSWER = 256  # tokens of an answer that its log-probability is of
-TIMED = ("seconds", "difficulty_labels", "sae")  # metadata that a second time differ; in scores.json alone
+APART = ("seconds", "difficulty_labels", "sae", "map")  # a second time or elsewhere they differ; scores.json
 
 
 @dataclass
@@ -97,7 +99,7 @@ class Scores:
         """
         folder = Path(run_dir)
         types = {name: arrow_type(name, column) for name, column in self.columns.items()}
-        told = {key: value for key, value in self.metadata.items() if key not in TIMED}
+        told = {key: value for key, value in self.metadata.items() if key not in APART}
         told_text = json.dumps(told, allow_nan=False)
         about = {"saerl": told_text, "saerl_format": FORMAT}
         summary = {"format": FORMAT, "n_prompts": len(self), "columns": list(self.columns)}
@@ -186,7 +188,7 @@ def score_features(
     labels, known = label_columns(pool, config)
     bank = Bank(prompt_features, pool.columns["prompt"], kept, pool.columns["answer"])
     ids = pool.columns["prompt_id"]
-    texts, near = bank.texts(slice(0, count)), config.quality.near
+    texts, near = Plain(pool.columns["prompt"]), config.quality.near
     copies = find_copies(prompt_features, texts, pool.columns["answer"], ids, near=near, seed=config.seed)
     lap("duplicates")
     column = config.quality.kind_column
@@ -203,7 +205,12 @@ def score_features(
     clusters = cluster_prompts(read, diverse, tasks=pool.columns.get("task"), texts=bank.texts)
     known_of = {"difficulty": difficulty.scores, "quality": quality.scores, "pass_rate": rates}
     clusters.metrics["cards"] = cards(read, clusters.weights, clusters.labels, ids, bank.texts, known_of)
+    for probe in (quality, difficulty):
+        if probe.effects is not None:
+            probe.metrics["features"] = carriers(prompt_features, probe.effects, ids, bank.texts)
     lap("clusters")
+    drawn = prompt_map(read, clusters.weights, bank.texts, config.seed)
+    lap("map")
 
     active = prompt_features.nnz / count
     metadata = {
@@ -217,6 +224,7 @@ def score_features(
             "active_per_prompt": active,
             "reduce": config.score.reduce,
         },
+        "map": drawn,
         "seconds": seconds,
     }
     added = {
@@ -259,7 +267,8 @@ def feature_pass(session: Session, sae: Any, config: Config) -> Compute:
     if config.score.include_answer and config.quality.head != "none" and None not in prompts.column("answer"):
         answers, kinds = prompts.answer_ids, [*kinds, "answer"]
     elif "answer_logprob" in kinds:
-        answers = [answer[:ANSWER] for answer in prompts.answer_ids]
+        cut_off = (answer[:ANSWER] for answer in prompts.answer_ids)
+        answers = Tokens.of(cut_off) if isinstance(prompts.answer_ids, Tokens) else list(cut_off)
         if cut := sum(len(answer) > ANSWER for answer in prompts.answer_ids):
             log.warning(
                 "answer_logprob reads the first %d tokens of answers: %d of %d are longer",

@@ -11,7 +11,7 @@ import numpy as np
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import first_line
-from saerl_fast.records.packed import LARGE, Packed
+from saerl_fast.records.packed import kept, strings
 
 GROUP = 1 << 16  # rows written and read at a time
 # The columns this package adds. A float is NaN (null on disk) where the signal is not known.
@@ -51,7 +51,7 @@ class Table(Mapping[str, Any]):
             cells = (
                 c for batch in found.iter_batches(GROUP, columns=[name]) for c in batch[name].to_pylist()
             )
-            return Packed.of(map(str, cells)) if name == "prompt_id" and self.rows > LARGE else list(cells)
+            return strings(map(str, cells), self.rows) if name == "prompt_id" else kept(cells)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

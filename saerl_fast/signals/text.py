@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -49,6 +49,30 @@ TOKEN = rf"[{SINGLE}]|\\?[^\W\d_{SINGLE}]+|\d+|[^\w\s]"  # else words and LaTeX 
 def plain(prompt: Any) -> str:
     """The text of a prompt that may be chat messages."""
     return prompt if isinstance(prompt, str) else "\n".join(str(m.get("content") or "") for m in prompt)
+
+
+class Plain(Sequence[str]):
+    """The texts of prompts, made when they are read."""
+
+    def __init__(self, prompts: Sequence[Any]) -> None:
+        self.prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[str]: ...
+    def __getitem__(self, at: int | slice) -> str | list[str]:
+        return (
+            [plain(prompt) for prompt in self.prompts[at]]
+            if isinstance(at, slice)
+            else plain(self.prompts[at])
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return map(plain, self.prompts)
 
 
 def surface(texts: Sequence[str]) -> np.ndarray:

@@ -122,7 +122,7 @@ def made_from(config: Config, sections: tuple[str, ...]) -> dict[str, Any]:
 def _functions(config: Config, sections: tuple[str, ...]) -> dict[str, str | None]:
     """The functions from outside that a stage's output depends on, each with a hash of its file."""
     names = [config.plan.schedule] * ("plan" in sections)
-    names += [config.train.loss.kind] * ("train" in sections)
+    names += [config.train.loss.kind, config.train.rollout.engine] * ("train" in sections)
     rolled_out = config.difficulty.label_column is None and config.difficulty.n_labels > 0
     if "train" in sections or ("labels" in sections and rolled_out):
         names += config.train.reward

@@ -24,6 +24,7 @@ from saerl_fast.hub import at_home
 from saerl_fast.records import manifest
 from saerl_fast.records.kept import drop
 from saerl_fast.records.lock import lock
+from saerl_fast.records.packed import Tokens
 from saerl_fast.session import Session
 from saerl_fast.stages.console import Echo
 from saerl_fast.stages.fingerprint import (
@@ -159,7 +160,8 @@ def _texts(config: Config, prompts: Prompts) -> Sequence[list[int]]:
     """The token ids that an SAE reads of a pool."""
     if not config.score.include_answer:
         return prompts.ids
-    return [prompt + answer for prompt, answer in zip(prompts.ids, prompts.answer_ids, strict=True)]
+    joined = (prompt + answer for prompt, answer in zip(prompts.ids, prompts.answer_ids, strict=True))
+    return Tokens.of(joined) if isinstance(prompts.ids, Tokens) else list(joined)
 
 
 def _say_figures(config: Config, echo: Echo, sae: SAE, record: dict[str, Any]) -> None:

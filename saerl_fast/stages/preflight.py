@@ -94,10 +94,13 @@ def check_functions(config: Config, *, planned: bool = False) -> None:
     A schedule cannot be followed where it needs pass rates that nobody is asked to find out.
     """
     from saerl_fast.plan.static import get_schedule
+    from saerl_fast.rl.engine import get_engine
     from saerl_fast.rl.loss import get_loss
     from saerl_fast.rl.rewards import get_reward
 
     get_loss(config.train.loss.kind)
+    if config.train.rollout.engine != "transformers":
+        get_engine(config.train.rollout.engine)
     get_reward(config.train.reward, config.train.reward_weights)
     if planned:
         return

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json
+from saerl_fast.plugins import call
 from saerl_fast.records import manifest
 from saerl_fast.records.lock import clean, lock
 from saerl_fast.session import Session
@@ -159,7 +160,9 @@ def _train(
         described["inputs"] |= score_hashes(config)  # of scores that were made just now, too
     if resume:
         distributed.on_first(lambda: check_target(out, described, config, resume=True, overwrite=False))
-    engine = {} if config.train.rollout.engine == "transformers" else {"engine": _vllm(config, echo, session)}
+    engine = (
+        {} if config.train.rollout.engine == "transformers" else {"engine": _engine(config, echo, session)}
+    )
     machine = about(session.model.device)
 
     def prepare() -> None:
@@ -196,9 +199,16 @@ def _train(
     return summary
 
 
-def _vllm(config: Config, echo: Echo, session: Session) -> Callable[..., Any]:
-    from saerl_fast.rl.vllm import VllmEngine
+def _engine(config: Config, echo: Echo, session: Session) -> Callable[..., Any]:
+    from saerl_fast.rl.engine import Engine, get_engine
 
-    if config.train.capture:
-        echo("vLLM's prefill cannot be observed: features take a forward pass of their own")
-    return VllmEngine(session.model, config.train.rollout).generate
+    name = config.train.rollout.engine
+    make = get_engine(name)
+    made = call(f"train.rollout.engine={name}", lambda: make(session.model, config.train.rollout))
+    if not isinstance(made, Engine):
+        raise SaerlError(
+            f"train.rollout.engine={name} is no Engine; derive it from saerl_fast.rl.engine.Engine"
+        )
+    if config.train.capture and type(made).features is Engine.features:
+        echo(f"the prefill of {made.name} is not observed: features take a forward pass of their own")
+    return made.generate

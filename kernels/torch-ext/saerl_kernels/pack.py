@@ -39,6 +39,9 @@ class PackedEncoder:
             parts.append("permuted")
         return f"PackedEncoder({', '.join(parts)})"
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_cache": {}}  # what can be made again is not saved
+
     @property
     def d_in(self) -> int:
         return self.weight.shape[1]

@@ -64,7 +64,8 @@ class Limited:
                 return call_within(self.seconds, lambda: ask(self.fn, rows, notes))
             except TimeUp as err:
                 raise late(place(self.fn, err)) from None
-        state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        # as an array: to pickle a tensor takes longer than all the rest
+        state = random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()
         worker, call = _worker(self.key), f"{__name__}:there"
         try:
             found, noted, *state = worker.call(call, self.key, rows, state, seconds=self.seconds)
@@ -98,7 +99,7 @@ def there(key: Key, rows: Rows, state: tuple[Any, Any, Any]) -> tuple[np.ndarray
     """In the child: the reward's answer, what it logged, and the generators' states after it."""
     random.setstate(state[0])
     np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
+    torch.set_rng_state(torch.from_numpy(state[2]))
     notes = Notes()
     scores = ask(_reward(key[1]), rows, notes)
     return scores, notes, random.getstate(), np.random.get_state()

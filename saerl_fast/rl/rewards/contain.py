@@ -16,12 +16,28 @@ from typing import Any
 import numpy as np
 import torch
 
+
+def _default_device() -> torch.device:
+    try:
+        return torch.get_default_device()
+    except AttributeError:  # torch 2.9 cannot be asked after set_default_device(None)
+        return torch.device("cpu")
+
+
+def _set_default_device(device: torch.device) -> None:
+    """None, not "cpu": a device that is set stays in the way of every call."""
+    torch.set_default_device(None if device.type == "cpu" else device)
+    try:
+        torch.get_default_device()
+    except AttributeError:  # others ask too, transformers among them
+        del torch._GLOBAL_DEVICE_CONTEXT.device_context
+
+
 # Each is read before a call, and set again where it differs afterwards.
 SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
-    # None, not "cpu": a device that is set stays in the way of every call
-    (torch.get_default_device, lambda at: torch.set_default_device(None if at.type == "cpu" else at)),
+    (_default_device, _set_default_device),
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),

@@ -12,7 +12,7 @@ from .. import _torch
 from .._torch import linear
 from ..pack import PackedEncoder
 from ..types import CSR, TopK, _indptr
-from . import decode, select
+from . import decode, screen, select
 from .batch import above, gather_survivors
 from .grads import value_grads, weight_grads
 from .threads import run
@@ -60,6 +60,14 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
     n = x.shape[0]
     if encoder.dtype == torch.float32 and (n <= FEW_ROWS or n * encoder.d_sae <= WHOLE):
         return _encode_whole(x, encoder, k)
+    if screen.pays(x, encoder, k):
+        return screen.encode_topk(x, encoder, k, _encode_blocks)
+    return _encode_blocks(x, encoder, k)
+
+
+def _encode_blocks(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
+    """The same, ranking float32 products of blocks."""
+    n = x.shape[0]
     values, indices = TopK.empty((n, k))
     keys = np.empty((min(ROWS, n), select.room_for(k)), dtype=np.int64)
     counts = np.zeros(len(keys), dtype=np.int64)

@@ -1,0 +1,152 @@
+"""The page of a report: safe whatever its texts hold, whole without a network, and drawn by a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from saerl_fast.errors import SaerlError
+from saerl_fast.records import page
+from saerl_fast.records.report import write_report
+from tests.test_report import record_run
+
+pytest.importorskip("matplotlib")
+
+OWNED = "document.title='owned'"
+NASTY = [
+    f"</script><script>{OWNED}</script>",
+    f"<img src=x onerror={OWNED}>",
+    "<a href='javascript:1'>link</a> %{x} &lt;b&gt; $x$",
+    "\u2028\u202e\x1b[31m\x00 \ud800 " + "long " * 400,
+    "",
+]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def scored(folder, count=40, **changes):
+    """A run with scores: a map, cards, carriers, kinds, labels; prompts as nasty as they come."""
+    record_run(folder / "adaptive", "adaptive", 0, [0.2, 0.3])
+    texts = [NASTY[i % len(NASTY)] for i in range(count)]
+    shown = [{"id": text, "text": text} for text in texts[:3]]
+    card = {"cluster": 1, "size": 20, "difficulty": 0.5, "pass_rate": None, "quality": 0.5, "prompts": shown}
+    card["features"] = [{"feature": 7, "lift": 0.5, "prompts": shown}]
+    carrier = {"feature": 9, "effect": -0.25, "prompts": shown}
+    drawn = {
+        "of": 1000,
+        "method": "pca",
+        "explained": [0.25, 0.125],
+        "row": list(range(count)),
+        "text": texts,
+    }
+    drawn |= {"x": [i * 0.5 for i in range(count)], "y": [i % 7 for i in range(count)]} | changes
+    metadata = {"clusters": {"cards": [card]}, "map": drawn}
+    metadata["difficulty"] = {"features": [carrier], "interval": 0.25, "spearman": 0.5}
+    metadata["quality"] = {
+        "features": [carrier | {"effect": 0.5}],
+        "by_kind": {"<b>torn": 0.75, "whole": 0.5},
+    }
+    (folder / "scores.json").write_text(json.dumps({"metadata": metadata}))
+    columns = {
+        "prompt_id": [f"p{i}" for i in range(count)],
+        "saerl_quality": [None if i % 2 else 0.5 for i in range(count)],
+        "saerl_difficulty": [i / count for i in range(count)],
+        "saerl_pass_rate": [1 - i / count if i % 2 else None for i in range(count)],
+        "saerl_cluster": pa.array([i % 2 for i in range(count)], pa.int32()),
+    }
+    pq.write_table(pa.table(columns), folder / "scores.parquet")
+    return folder
+
+
+def test_everything_is_shown(tmp_path):
+    names = {path.name for path in write_report(scored(tmp_path))}
+    assert names >= {"map.png", "calibration.png", "quality_kinds.png", "signals.png"}
+    text = (tmp_path / "report.md").read_text()
+    for heading in ("Map of the prompts", "Clusters", "Features that carry the probes", "Quality by kind"):
+        assert f"## {heading}\n" in text
+    assert "A random sample of 40 of the 1,000 prompts" in text and "(38% of the variance)" in text
+    assert "| difficulty | 9 | -0.2500 (easier) |" in text and "| quality | 9 | +0.5000 (better) |" in text
+    assert text.index("## Result") < text.index("![learning_curves]") < text.index("## Map")
+
+
+def test_texts_are_escaped_and_nothing_is_loaded(tmp_path):
+    write_report(scored(tmp_path))
+    found = (tmp_path / "report.html").read_text()
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert "</script><script>" not in text and "<img src=x" not in text and "<a href" not in text, name
+        assert "long " * 100 not in text and "\x1b" not in text and "\u202e" not in text, name
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', found)[1]
+    assert policy.startswith("default-src 'none'; ") and "unsafe-inline'; script-src 'sha256-" in policy
+    assert "://" not in re.sub(r"<script type=\"text/plain\".*?</script>", "", found)
+    assert len(found) < 4_000_000
+
+
+def test_reports_are_the_same_byte_for_byte(tmp_path):
+    first = [path.read_bytes() for path in write_report(scored(tmp_path))]
+    assert [path.read_bytes() for path in write_report(tmp_path)] == first
+
+
+def test_scores_alone_have_a_report(tmp_path):
+    shutil.rmtree(scored(tmp_path) / "adaptive")
+    names = {path.name for path in write_report(tmp_path)}
+    assert names >= {"map.png", "calibration.png"} and "learning_curves.png" not in names
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith(f"# {tmp_path.name}: scores\n") and "## Result" not in text
+
+
+def test_without_plotly_the_pictures_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "_plotly", lambda: None)
+    write_report(scored(tmp_path))
+    found = (tmp_path / "report.html").read_text()
+    assert "script-src 'none'" in found and "<script" not in found and 'id="picture-map"' in found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"row": [99] * 40}, {"row": [-1] * 40}, {"x": [1.0]}, {"x": ["a"] * 40}, {"text": 3}, {"of": "many"}],
+)
+def test_a_damaged_map_is_a_sentence(tmp_path, change):
+    with pytest.raises(SaerlError, match="map of prompts in scores.json is damaged .* `saerl score`"):
+        write_report(scored(tmp_path, **change))
+
+
+def test_scores_without_a_map_have_the_rest(tmp_path):
+    scored(tmp_path)
+    record = json.loads((tmp_path / "scores.json").read_text())
+    del record["metadata"]["map"]
+    (tmp_path / "scores.json").write_text(json.dumps(record))
+    names = {path.name for path in write_report(tmp_path)}
+    assert "map.png" not in names and "calibration.png" in names
+    assert "plotly" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_browser_draws_the_page(tmp_path):
+    """The map answers, its picture makes room, no prompt runs as a script, and nothing is missing."""
+    pytest.importorskip("plotly", reason="the interactive map needs plotly")
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser found ({', '.join(BROWSERS)})")
+    write_report(scored(tmp_path))
+    quiet = ["background-networking", "component-update", "sync"]
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dump-dom"]
+    command += [f"--disable-{what}" for what in quiet]
+    command += [
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=30000",
+        "--enable-logging=stderr",
+    ]
+    page = (tmp_path / "report.html").as_uri()
+    done = subprocess.run([*command, page], capture_output=True, text=True, timeout=300)
+    tree = done.stdout
+    assert "<title>" in tree and OWNED not in re.search(r"<title>(.*?)</title>", tree)[1]
+    assert re.search(r'<div class="chart js-plotly-plot" id="chart-map"', tree), done.stderr[-2000:]
+    drawn = tree[tree.index('id="chart-map"') :]
+    assert len(re.findall(r'<path class="point"', drawn)) == 40
+    assert re.search(r'<img id="picture-map"[^>]* hidden', tree)
+    assert not [line for line in done.stderr.splitlines() if "Content Security Policy" in line]
