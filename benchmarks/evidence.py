@@ -255,7 +255,10 @@ def summarise(out: Path = OUT, window: int = 3) -> None:
     write_json(out / "differences.json", against)
     if out == OUT:
         readme = ROOT / "benchmarks" / "README.md"
-        write_text(readme, insert(readme.read_text(), tables(whole, arms, against)))
+        write_text(
+            readme,
+            insert(readme.read_text(), tables(arms, against, [arm for arm in ARMS if arm not in WHOLE])),
+        )
         draw_law(whole, arms, ROOT / "benchmarks" / "figures" / "law.png")
 
 

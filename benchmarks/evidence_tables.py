@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,8 @@ def claim(against: Lines) -> str:
     )
 
 
-def tables(whole: Lines, arms: Lines, against: Lines) -> str:
-    """The generated part of the evidence in benchmarks/README.md, markers included."""
+def tables(arms: Lines, against: Lines, named: Sequence[str]) -> str:
+    """The generated part of the evidence in benchmarks/README.md, markers included; ``named``: all arms."""
     made = [BEGIN, "", "![The law](figures/law.png)", ""]
     if against:
         made += ["What SAE features add to the rule. " + verdict(against), "", *difference_table(against), ""]
@@ -102,6 +103,8 @@ def tables(whole: Lines, arms: Lines, against: Lines) -> str:
             "</details>",
             "",
         ]
+    if missing := [name for name in named if name not in {line["arm"] for line in arms}]:
+        made += [f"Not run yet: {', '.join(missing)}.", ""]
     return "\n".join([*made, END])
 
 

@@ -21,7 +21,8 @@ def test_the_summary_and_the_tables_come_from_the_curves():
     assert whole + arms == kept("summary.json") and against == kept("differences.json")
     assert len(whole) == 6 and all(evidence.row(line) in text for line in whole)
     section = BEGIN + text.partition(BEGIN)[2].partition(END)[0] + END
-    assert section == tables(whole, arms, against)
+    named = [arm for arm in evidence.ARMS if arm not in evidence.WHOLE]
+    assert section == tables(arms, against, named)
 
 
 def test_all_lines_of_the_default_hold_when_corrected_for_being_six():
