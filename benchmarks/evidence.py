@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.evidence_tables import draw_law, insert, tables
+from benchmarks.evidence_tables import draw_law, tables
+from benchmarks.report import insert
 from examples.demo_pool import make_pool
 from saerl_fast.config import Config, apply_overrides, load_config
 from saerl_fast.fileio import write_json, write_text
@@ -254,7 +255,10 @@ def summarise(out: Path = OUT, window: int = 3) -> None:
     write_json(out / "differences.json", against)
     if out == OUT:
         readme = ROOT / "benchmarks" / "README.md"
-        write_text(readme, insert(readme.read_text(), tables(whole, arms, against)))
+        write_text(
+            readme,
+            insert(readme.read_text(), tables(arms, against, [arm for arm in ARMS if arm not in WHOLE])),
+        )
         draw_law(whole, arms, ROOT / "benchmarks" / "figures" / "law.png")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,22 @@ def verdict(against: Lines) -> str:
     return " ".join(said)
 
 
-def tables(whole: Lines, arms: Lines, against: Lines) -> str:
-    """The generated part of the evidence in benchmarks/README.md, markers included."""
+def claim(against: Lines) -> str:
+    """The sentence of README.md on what the SAE adds, at the demo's second target."""
+    told = {line["against"]: line for line in against if line["pool"] == "demo" and line["target"] == 0.511}
+    parts = []
+    for other in ("none", "tfidf", "hidden"):
+        low, mean, high = (round(100 * told[other][name]) for name in ("low", "saved", "high"))
+        parts.append(f"{mean} % ({low} to {high})")
+    return (
+        f"To the demo's second target its SAE features save {parts[0]} of the steps against the same rule "
+        f"without features, {parts[1]} against TF-IDF of the prompt, {parts[2]} against the model's hidden "
+        "states."
+    )
+
+
+def tables(arms: Lines, against: Lines, named: Sequence[str]) -> str:
+    """The generated part of the evidence in benchmarks/README.md, markers included; ``named``: all arms."""
     made = [BEGIN, "", "![The law](figures/law.png)", ""]
     if against:
         made += ["What SAE features add to the rule. " + verdict(against), "", *difference_table(against), ""]
@@ -88,16 +103,9 @@ def tables(whole: Lines, arms: Lines, against: Lines) -> str:
             "</details>",
             "",
         ]
+    if missing := [name for name in named if name not in {line["arm"] for line in arms}]:
+        made += [f"Not run yet: {', '.join(missing)}.", ""]
     return "\n".join([*made, END])
-
-
-def insert(text: str, section: str) -> str:
-    """``text`` with what is between the markers replaced by ``section``, which brings the markers."""
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"benchmarks/README.md needs the lines {BEGIN} and {END}, in this order")
-    return head + section + tail
 
 
 def draw_law(whole: Lines, arms: Lines, path: Path) -> None:

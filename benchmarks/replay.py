@@ -91,6 +91,7 @@ def plans(bank: Bank, rows: np.ndarray, truth: Callable[[int], np.ndarray], seed
     kinds = [kind for kind in (*TEXTS, *STORED, "truth") if kind in bank.kinds]
     made |= {f"adaptive, {kind}": adaptive(kind) for kind in kinds}
     made["adaptive, tfidf, predictions alone"] = adaptive("tfidf", kappa=1e6)
+    made["adaptive, tfidf, no cooldown"] = adaptive("tfidf", cooldown=0)
     made["oracle"] = Oracle(ids, PlanConfig(), truth, **sizes)
     return made
 
@@ -156,6 +157,11 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def section(result: dict[str, Any]) -> str:
+    """The table as benchmarks/README.md has it, between its markers."""
+    return f"<!-- replay:begin -->\n\n{markdown(result)}\n\n<!-- replay:end -->"
+
+
 def opened(pool: Path, work: Path | None) -> tuple[Bank, np.ndarray]:
     """The features and pass rates of the pool's rows; ``truth`` is a kind of features, too."""
     if work is not None:
@@ -184,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     result |= {"shares": replay(bank, rates, args.seeds), "environment": environment(DEVICE)}
     if args.out:
         write_json(args.out, result)
-    print(markdown(result))
+    print(section(result))
 
 
 if __name__ == "__main__":

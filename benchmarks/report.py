@@ -280,11 +280,12 @@ def render(tables: list[Table]) -> str:
 
 
 def insert(text: str, section: str) -> str:
-    """``text`` with what is between the markers replaced by ``section``, which brings the markers."""
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    """``text`` with ``section``, whose first and last line are markers, in place of what is between them."""
+    first, *_, last = section.splitlines()
+    head, begin, rest = text.partition(first)
+    _, end, tail = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"benchmarks/README.md needs the lines {BEGIN} and {END}, in this order")
+        raise ValueError(f"benchmarks/README.md needs the lines {first} and {last}, in this order")
     return head + section + tail
 
 

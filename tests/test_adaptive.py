@@ -308,3 +308,41 @@ def test_a_plan_whose_prompts_have_the_same_features_says_so(caplog, value):
     same = Scores({"prompt_id": ids}, {}, CSR.from_dense(torch.full((100, 5), value)))
     assert any("all prompts have the same features" in note for note in make_plan(same).notes)
     assert caplog.text.count("the plan cannot tell them apart") == 1
+
+
+@pytest.mark.parametrize("clusters", [None, 5])
+@pytest.mark.parametrize("noise", [0.05, 0.5])
+def test_many_prompts_are_chosen_from_alike_whether_all_are_looked_at_or_few(monkeypatch, noise, clusters):
+    from saerl_fast.plan import adaptive as module
+    from saerl_fast.plan.embedding import Embedding
+
+    rng = np.random.default_rng(8)
+    rows = (rng.normal(size=(3000, 6)) / 6**0.5).astype(np.float32)
+    skill = rng.normal(size=6) * 3
+    table = {} if clusters is None else {"cluster": rng.integers(0, clusters, 3000).astype(np.int32)}
+    settled = []
+    foremost = module.foremost
+
+    def made(fully: bool):
+        def look(*args):
+            found, utility, others = foremost(*args)
+            if not fully:
+                settled.append(len(found))
+            return found, utility, np.inf if fully else others
+
+        monkeypatch.setattr(module, "MANY", 100)
+        monkeypatch.setattr(module, "foremost", look)
+        nothing = np.zeros((6, 0), dtype=np.float32)
+        cfg = PlanConfig(adaptive=AdaptiveConfig(noise=noise, cooldown=20))
+        dense = Embedding(rows.copy(), nothing[0], nothing, np.zeros(6, dtype=np.float32), 1.0)
+        sizes = {"batch_size": 16, "total_steps": 60, "seed": 4, "table": table}
+        plan = module.AdaptivePlan([f"p{i}" for i in range(3000)], cfg, embedding=dense, **sizes)
+        drawn, batches = np.random.default_rng(9), []
+        for _ in range(60):
+            batches.append(plan.next_batch())
+            at = [int(name[1:]) for name in batches[-1]]
+            plan.observe(batches[-1], drawn.binomial(8, 1 / (1 + np.exp(-(rows[at] @ skill - 1)))) / 8)
+        return batches
+
+    assert made(fully=False) == made(fully=True)
+    assert len(settled) == 60 and np.median(settled) < 1500

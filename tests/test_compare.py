@@ -46,7 +46,7 @@ def recorded(monkeypatch):
     """Replace training by a record of what would run."""
     calls = []
 
-    def fake(config, echo, *, out, arm, resume, redo, session):
+    def fake(config, echo, *, out, arm, resume, redo, session, enough):
         calls.append((arm, config.plan.schedule, config.train.seed, out.name, resume))
         out.mkdir(parents=True, exist_ok=True)
         mark = module.fingerprint(config, module.run_sections(config))
@@ -81,6 +81,15 @@ def test_arms_times_seeds_then_only_what_is_missing(tmp_path, recorded):
     recorded.clear()
     compare(config, Echo(quiet=True))  # vanilla has finished; global was cut off and is resumed
     assert [(arm, resume) for arm, *_, resume in recorded] == [("global", True), ("global", True)]
+
+
+def test_targets_that_end_a_run_are_known_beforehand(tmp_path):
+    with pytest.raises(SaerlError, match="set compare.target_values"):
+        settings(tmp_path, "compare.until=true")
+    config = settings(tmp_path, "compare.until=true", "compare.target_values=[0.3,0.39]")
+    rise = [(10 * i, 0.1 * i) for i in range(8)]
+    assert [module._enough(config, rise[:count]) for count in range(8)] == [False] * 6 + [True] * 2
+    assert not module._enough(config, [(0, 0.9)])  # a step is taken at least
 
 
 def test_each_seed_may_have_an_sae_of_its_own(tmp_path, recorded, monkeypatch):

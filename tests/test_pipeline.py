@@ -687,3 +687,24 @@ def test_a_comparison_with_an_sae_for_each_seed(tmp_path):
     assert first.shape == second.shape and not torch.equal(first, second)
     assert "| adaptive | 2 |" in (tmp_path / "r" / "report.md").read_text()
     assert saerl("compare", tmp_path / "r", *settings) == 0  # all of it is kept
+
+
+def test_a_comparison_ends_runs_that_are_past_their_targets_and_goes_on_when_asked(tmp_path):
+    asked = ("compare.arms=vanilla", "compare.smooth=1", "compare.target_values=[0.0001]", "train.steps=3")
+    folder = tmp_path / "r" / "vanilla"
+    assert saerl("compare", tmp_path / "r", *asked, "compare.until=true") == 0
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 1
+    assert "1 runs were ended past the last target" in (tmp_path / "r" / "report.md").read_text()
+    first = (folder / "metrics.jsonl").read_bytes()
+    assert saerl("compare", tmp_path / "r", *asked, "compare.until=true") == 0
+    assert (folder / "metrics.jsonl").read_bytes() == first
+    assert saerl("compare", tmp_path / "r", *asked) == 0  # all steps now
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 3
+    assert "were ended" not in (tmp_path / "r" / "report.md").read_text()
+    assert saerl("compare", tmp_path / "whole", *asked) == 0
+
+    def accuracies(root):
+        rows = map(json.loads, (root / "vanilla" / "metrics.jsonl").read_text().splitlines())
+        return [(row["step"], row["accuracy"]) for row in rows if row["kind"] == "eval"]
+
+    assert accuracies(tmp_path / "r") == accuracies(tmp_path / "whole")

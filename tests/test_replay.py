@@ -29,8 +29,9 @@ def test_rules_stand_between_chance_and_the_oracle(small):
     assert list(found)[0] == "one visit, fixed policy" and len(found) == 4
     for regime, rows in found.items():
         share = {name: row["all steps"]["share"] for name, row in rows.items()}
-        if regime.startswith("one"):  # else a rule without a cooldown may draw the same few again and again
-            assert max(share, key=share.get) == "oracle"
+        if regime.startswith("one"):  # rules without a cooldown may draw the same few again and again
+            waiting = ("uniform", "adaptive, none", "adaptive, tfidf", "adaptive, truth")
+            assert share["oracle"] > max(share[name] for name in waiting)
         assert share["uniform"] < share["adaptive, tfidf"] <= share["oracle"]  # the text tells
     one = found["one visit, fixed policy"]
     assert one["oracle"]["all steps"]["share"] > one["uniform"]["all steps"]["share"] + 0.25
@@ -52,3 +53,9 @@ def test_a_pool_is_read(tmp_path):
     assert rates.tolist() == [0, 0.25, 0.5, 0.75, 1] and bank.kinds["truth"](np.array([1])).tolist() == [
         [0.25]
     ]
+
+
+@pytest.mark.skipif(not RESULT.is_file(), reason="not measured yet")
+def test_the_readme_has_the_committed_figures():
+    readme = (RESULT.parents[1] / "README.md").read_text()
+    assert replay.section(json.loads(RESULT.read_text())) in readme

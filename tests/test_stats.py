@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from saerl_fast.records.stats import area_under_curve, holm, paired_ratio, smooth, steps_to_target
+from saerl_fast.records.stats import area_under_curve, holm, paired_ratio, past, smooth, steps_to_target
 
 
 def test_smooth_is_a_running_mean_over_what_there_is():
@@ -31,6 +31,20 @@ def test_smoothing_passes_over_a_lucky_spike_and_does_not_lag():
     assert 40 < steps_to_target(steps, values, 0.45, window=3) <= 50
     assert steps_to_target(steps, [0.01 * s for s in steps], 0.3, window=3) == pytest.approx(30)
     assert steps_to_target(steps, values, 0.45, window=1) < 10
+
+
+def test_a_curve_is_past_a_target_once_no_evaluation_can_move_the_crossing():
+    rng = np.random.default_rng(0)
+    for window in (1, 2, 3, 5):
+        for _ in range(50):
+            steps, values = list(range(0, 200, 10)), np.cumsum(rng.normal(0.02, 0.1, 20)).tolist()
+            whole = steps_to_target(steps, values, 0.2, window)
+            for count in range(1, 21):
+                if past(steps[:count], values[:count], 0.2, window):
+                    assert steps_to_target(steps[:count], values[:count], 0.2, window) == whole
+                    break
+            else:
+                assert whole is None or whole > steps[-1 - window // 2]
 
 
 def test_area_is_the_mean_height():

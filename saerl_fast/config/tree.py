@@ -370,10 +370,16 @@ class CompareConfig(Section):
         None, "accuracies registered beforehand; replace `targets`", filled=True
     )
     smooth: int = setting(3, "evaluations in the mean that is tested against a target", at_least=1)
+    until: bool = setting(False, "end runs that are past all `target_values`; false: each takes all steps")
     vary_sae: bool = setting(
         False,
         "every seed but the first has an SAE of its own, and scores, in run_dir/draws; one for all is luck",
     )
+
+    def conflict(self) -> str | None:
+        if self.until and not self.target_values:
+            return "compare.until needs targets that are known beforehand; set compare.target_values"
+        return None
 
 
 @dataclass

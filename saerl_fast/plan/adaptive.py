@@ -21,11 +21,12 @@ from saerl_fast.config import PlanConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan import wide
 from saerl_fast.plan.base import Plan
-from saerl_fast.plan.belief import Counts, Guard, Prior, Trust, best
+from saerl_fast.plan.belief import MANY, Counts, Guard, Prior, Trust, among, best, capped, foremost, gumbel
 from saerl_fast.plan.embedding import BLOCK, Embedding
 from saerl_fast.records import packed
 from saerl_kernels import CSR
 
+NOISY = 8  # times a batch, the prompts of greatest noise that a choice from many looks at first
 PENDING = 64  # steps that a batch may wait for its pass rates
 
 
@@ -79,7 +80,7 @@ class AdaptivePlan(Plan):
         width = rows.shape[1] + 1
         self._gram: np.ndarray = np.eye(width) * settings.ridge  # [d + 1, d + 1] float64
         self._moment: np.ndarray = np.zeros(width)  # [d + 1] float64
-        self._seen: dict[int, int] = {}  # row -> step of the last draw, while the cooldown lasts
+        self._recent: list[tuple[int, np.ndarray]] = []  # step and rows of the batches that wait
         self._pending: dict[int, tuple[int, bool]] = {}  # row -> step, and whether it was drawn uniformly
         self._counts, self._trust, self._guard = Counts(settings.fading), Trust(), Guard()
         self._believe()
@@ -114,19 +115,20 @@ class AdaptivePlan(Plan):
         # The noise depends on the seed and the step alone, so there is no generator state to save.
         rng = np.random.Generator(np.random.PCG64([self.seed, self.step]))
         n_rows, size = len(self.prompt_ids), self.batch_size
-        waiting = np.array(sorted(self._seen), dtype=np.int64)
+        waiting = np.unique(np.concatenate([*(rows for _, rows in self._recent), np.empty(0, np.int64)]))
         few = int(self.cfg.adaptive.uniform * size + rng.random())
         if n_rows < size:
             chosen, uniform = np.empty(0, dtype=np.int64), np.resize(rng.permutation(n_rows), size)
             waiting = waiting[:0]
         else:
             chosen = self._choose(size - few if not few or self._guard.holds() else few, waiting, rng)
-            uniform = self._draw(size - len(chosen), {*chosen.tolist(), *self._seen}, rng)
+            taken = np.concatenate([chosen, waiting]) if len(chosen) < size else chosen
+            uniform = self._draw(size - len(chosen), taken, rng)
         rows = np.concatenate([chosen, uniform])
         self._pending = {row: at for row, at in self._pending.items() if self.step - at[0] < PENDING}
         for row, was_uniform in zip(rows.tolist(), np.arange(size) >= len(chosen), strict=True):
             self._pending[row] = self.step, bool(was_uniform)
-        self._seen.update(dict.fromkeys(rows.tolist(), self.step))
+        self._recent.append((self.step, rows))
         self._figures.update(
             predicted=float(self._clipped(self._with_bias(rows)).mean()),
             worth=float(self._worth(rows).mean()),
@@ -135,7 +137,7 @@ class AdaptivePlan(Plan):
             eligible=float(n_rows - len(waiting)),
         )
         self.step += 1
-        self._seen = {row: step for row, step in self._seen.items() if self.step - step <= self.cooldown}
+        self._recent = [(step, rows) for step, rows in self._recent if self.step - step <= self.cooldown]
         means = self._mean_of(rows)
         for name in {"difficulty", "quality"} - means.keys():  # unknown for this batch
             self._figures.pop(name, None)
@@ -178,7 +180,8 @@ class AdaptivePlan(Plan):
         state = self._base_state()
         state["gram"] = torch.from_numpy(self._gram.copy())
         state["moment"] = torch.from_numpy(self._moment.copy())
-        state["seen"] = torch.tensor(list(self._seen.items()), dtype=torch.int64).reshape(-1, 2)  # row, step
+        seen = [(row, step) for step, rows in self._recent for row in rows.tolist()]
+        state["seen"] = torch.tensor(seen, dtype=torch.int64).reshape(-1, 2)
         pending = [(row, *at) for row, at in self._pending.items()]
         state["pending"] = torch.tensor(pending, dtype=torch.int64).reshape(-1, 3)  # row, step, uniform
         state["counts"] = torch.from_numpy(self._counts.table.copy())
@@ -217,7 +220,8 @@ class AdaptivePlan(Plan):
                 )
         self._gram, self._moment = arrays["gram"], arrays["moment"]
         self._trust.evidence, self._guard.seen = arrays["evidence"], arrays["groups"]
-        self._seen = dict(arrays["seen"].tolist())
+        steps, seen = arrays["seen"][:, 1], arrays["seen"][:, 0]
+        self._recent = [(step, seen[steps == step]) for step in np.unique(steps).tolist()]
         if self._short is not None:
             short = np.array(state.get("short", ()), dtype=np.int64).ravel()
             self._short = np.unique(short[(short >= 0) & (short < len(self.prompt_ids))])
@@ -249,26 +253,48 @@ class AdaptivePlan(Plan):
 
     def _choose(self, size: int, waiting: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The ``size`` rows of greatest worth and noise, int64, best first, under the quota of clusters."""
-        known = self._counts.rows()
-        noise, worth = self.cfg.adaptive.noise, self._worth(known)
+        noise = self.cfg.adaptive.noise
         if self._short is not None:
+            known = self._counts.rows()
+            worth = self._worth(known)
             room = wide.room(self.batch_size, self.cooldown)
             pool = wide.Candidates(self.embedding.rows, self._short, room, known, worth)
             limits = size, waiting, self._groups, self._most
             chosen, self._short = wide.choose(pool, self._weights, self._prior, noise, *limits, rng)
             return chosen
-        utility = self._prior(np.abs(self.predicted() - np.float32(0.5)))
-        utility[known] = worth
-        utility += noise * rng.gumbel(size=len(utility))
+        n_rows, known = len(self.prompt_ids), self._counts.rows()
+        if n_rows <= MANY or not noise:
+            drawn = noise * rng.gumbel(size=n_rows)
+        else:
+            chance, limit = rng.random(n_rows), float(self._prior(np.zeros(1))[0])
+            share = NOISY * size / n_rows
+            rows, utility, others = foremost(self._usual, limit, noise, share, chance, known, waiting)
+            order = np.lexsort((rows, -utility))
+            kept = order[capped(rows[order], self._groups, self._most)][:size]
+            if len(kept) == size and utility[kept[-1]] > others:
+                return rows[kept]
+            drawn = gumbel(chance, noise)
+        utility = self._usual(slice(None)) + drawn
         utility[waiting] = -np.inf
         return best(utility, self._groups, self._most, size)
 
-    def _draw(self, size: int, taken: set[int], rng: np.random.Generator) -> np.ndarray:
-        """Rows that are not ``taken``, int64, drawn uniformly without replacement."""
-        rows: dict[int, None] = {}
+    def _usual(self, rows: Any) -> np.ndarray:
+        """float64: `_worth` of ascending rows or slice(None); without rollouts, read off `Prior`'s line."""
+        found = self._prior(np.abs(self._clipped(self._z[rows]) - np.float32(0.5)))
+        known = self._counts.rows()
+        at = known
+        if isinstance(rows, np.ndarray):
+            known = known[among(known, rows)]
+            at = np.searchsorted(rows, known)
+        found[at] = self._worth(known)
+        return found
+
+    def _draw(self, size: int, taken: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Rows that are not among ``taken``, int64, drawn uniformly without replacement."""
+        out, rows = set(taken.tolist()), dict[int, None]()
         while len(rows) < size:
             row = int(rng.integers(len(self.prompt_ids)))
-            if row not in taken:
+            if row not in out:
                 rows[row] = None
         return np.fromiter(rows, dtype=np.int64, count=size)
 

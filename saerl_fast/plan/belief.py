@@ -13,6 +13,8 @@ infinite, the rollouts seen say nothing more; near 0, nothing but them counts, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy.special import betaln
 
@@ -21,6 +23,7 @@ KAPPAS = 2.0 ** np.arange(-1, 8)  # rollouts that a prediction may count for
 USUAL, SPREAD = 8.0, 1.0  # where log2 kappa is expected, before anything is seen, and its deviation
 TINY = 1e-9
 GONE = 0.1  # rollouts left of a prompt's after fading, below which they are forgotten
+MANY = 1 << 14  # prompts above which a choice looks at those of great noise first
 SHORT = 64  # rollouts of a group up to which a product is faster
 LEAST = 8  # uniform groups, older ones faded, before choice and chance are compared
 
@@ -168,6 +171,32 @@ def best(utility: np.ndarray, groups: np.ndarray | None, most: int, size: int) -
         first *= 4
 
 
+def foremost(
+    worth: Callable[[np.ndarray], np.ndarray],
+    limit: float,
+    noise: float,
+    share: float,
+    chance: np.ndarray,
+    known: np.ndarray,
+    waiting: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Rows int64 of great noise, ascending, their utilities, and what the utility of no other row exceeds.
+
+    They are the rows whose ``chance`` [n] is below ``share``, and those ``known`` ones that could be better.
+    ``worth`` of rows is at most ``limit``, of known ones at most 1; ``noise`` is its scale.
+    """
+    cut = float(gumbel(np.array([share]), noise)[0])
+    loud = known[gumbel(chance[known], noise) >= cut - (1.0 - limit)]
+    rows = np.union1d(np.flatnonzero(chance < share), loud)
+    rows = rows[~among(rows, waiting)]
+    return rows, gumbel(chance[rows], noise) + worth(rows), cut + limit
+
+
+def gumbel(chance: np.ndarray, scale: float) -> np.ndarray:
+    """Gumbel noise float64 of uniform ``chance``, falling with it."""
+    return -scale * np.log(-np.log1p(-np.maximum(chance, np.finfo(np.float64).tiny)))
+
+
 def capped(rows: np.ndarray, groups: np.ndarray | None, most: int) -> np.ndarray:
     """bool [len(rows)]: which of the rows, best first, are among the first ``most`` of their group."""
     if groups is None:
@@ -178,3 +207,10 @@ def capped(rows: np.ndarray, groups: np.ndarray | None, most: int) -> np.ndarray
     turn = np.empty(len(of), dtype=np.int64)
     turn[order] = np.arange(len(of)) - np.repeat(starts, np.diff(np.r_[starts, len(of)]))
     return turn < most
+
+
+def among(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Whether each row is one of ``others``, which are sorted."""
+    if not len(others):
+        return np.zeros(len(rows), dtype=bool)
+    return others[np.minimum(np.searchsorted(others, rows), len(others) - 1)] == rows

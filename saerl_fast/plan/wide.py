@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saerl_fast.plan.belief import capped
+from saerl_fast.plan.belief import among, capped
 
 MOST = 1 << 15  # rows drawn in a step, of which repeated ones count once
 PART = 1 << 13  # of them looked at together
@@ -78,7 +78,7 @@ def choose(
         return np.empty(0, dtype=np.int64), pool.short
     drawn = draw(len(pool.rows), max(MOST, 16 * size), rng)
     noise, limit = -scale * np.log(drawn.least), float(worth(np.zeros(1))[0])
-    first = np.sort(np.concatenate([pool.short, pool.known[~_among(pool.known, pool.short)]]))
+    first = np.sort(np.concatenate([pool.short, pool.known[~among(pool.known, pool.short)]]))
     at = np.searchsorted(drawn.ordered[:-1], first)
     later = -scale * np.log(drawn.least[-1] + rng.exponential(size=len(first)))
     later = np.where(drawn.ordered[at] == first, noise[drawn.place[at]], later)
@@ -90,7 +90,7 @@ def choose(
         total = drawn_noise + value
         looked.append((rows, distance, total))
         may = np.flatnonzero(total >= worst)
-        may = may[~_among(rows[may], waiting)]
+        may = may[~among(rows[may], waiting)]
         rows, total = np.concatenate([found, rows[may]]), np.concatenate([utility, total[may]])
         order = np.lexsort((rows, -total))
         best = order[capped(rows[order], groups, most)][:size]
@@ -105,12 +105,12 @@ def choose(
         if noise[start] + limit < worst:
             break
         part = drawn.rows[start : start + PART]
-        fresh = ~_among(part, first)
+        fresh = ~among(part, first)
         distance = _distance(pool.rows, part[fresh], weights)
         look(part[fresh], noise[start : start + PART][fresh], worth(distance), distance)
     rows, distance, total = (np.concatenate(parts) for parts in zip(*looked, strict=True))
     if len(found) < size:  # groups leave too few
-        rest = ~_among(rows, np.union1d(waiting, found))
+        rest = ~among(rows, np.union1d(waiting, found))
         order = np.lexsort((rows[rest], -total[rest]))[: size - len(found)]
         found = np.concatenate([found, rows[rest][order]])
     if len(rows) > pool.room:
@@ -134,13 +134,6 @@ def draw(n_rows: int, count: int, rng: np.random.Generator) -> Draw:
         rows, place = rows[kept == 1], np.cumsum(kept)[place] - 1
     gaps = rng.exponential(size=len(rows)) / (n_rows - np.arange(len(rows)))
     return Draw(rows, np.maximum(np.cumsum(gaps), np.finfo(np.float64).tiny), ordered, place)
-
-
-def _among(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Whether each row is one of ``others``, which are sorted."""
-    if not len(others):
-        return np.zeros(len(rows), dtype=bool)
-    return others[np.minimum(np.searchsorted(others, rows), len(others) - 1)] == rows
 
 
 def _distance(rows: np.ndarray, at: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -32,7 +32,13 @@ MERGED = {"change_kept": float, "accuracy": float, "rounded_to": str, "saved_as"
 WARNED = {"first": int, "times": int, "steps": int}
 SUMMARY = {"merged?": MERGED, "accuracy?": _NUMBER, "damage?": [str], "warnings?": {str: WARNED}}
 COMPARED = {"arms?": [str], "seeds?": [int], "notes?": list}
-COMPARED |= {"targets?": [float], "target_values?": (None, [float]), "smooth?": int, "vary_sae?": bool}
+COMPARED |= {
+    "targets?": [float],
+    "target_values?": (None, [float]),
+    "smooth?": int,
+    "vary_sae?": bool,
+    "until?": bool,
+}
 PROBE = {"note?": (None, str), "auc?": _NUMBER, "spearman?": _NUMBER, "baselines?": (None, {str: _NUMBER})}
 PROBES = {"difficulty?": (None, PROBE), "quality?": (None, PROBE)}
 SCORED = {"metadata?": {"difficulty_labels?": {"rollouts?": float}, "sae?": dict} | PROBES}

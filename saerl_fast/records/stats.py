@@ -45,6 +45,12 @@ def steps_to_target(
     return None
 
 
+def past(steps: Sequence[int], values: Sequence[float], target: float, window: int) -> bool:
+    """Whether the smoothed curve has reached ``target`` and no later evaluation can change where."""
+    hit = steps_to_target(steps, values, target, window)
+    return hit is not None and sum(step >= hit for step in steps) > (max(window, 1) - 1) // 2
+
+
 def area_under_curve(steps: Sequence[int], values: Sequence[float]) -> float:
     """Mean height of the evaluation curve over its steps (trapezoids); comparable between equal runs."""
     if len(steps) < 2 or steps[-1] == steps[0]:

@@ -17,11 +17,12 @@ from saerl_fast.rl.evaluate import evaluate
 from saerl_fast.rl.seeds import derived_seed
 
 
-def finish(run: Any) -> dict[str, Any]:
-    """Write the final model and the summary of ``run``, a `saerl_fast.rl.trainer.Run`."""
-    summary = {"schedule": run.plan.schedule, "seed": run.seed, "steps": run.cfg.steps}
+def finish(run: Any, step: int) -> dict[str, Any]:
+    """Write the final model and the summary of ``run``, a `saerl_fast.rl.trainer.Run` of so many steps."""
+    summary = {"schedule": run.plan.schedule, "seed": run.seed, "steps": step}
     warnings = run.health.warnings
-    summary |= {"mode": run.cfg.eval.mode, **run.counters, "figures_of": "model/", "warnings": warnings}
+    counters = {name: value for name, value in run.counters.items() if name != "curve"}
+    summary |= {"mode": run.cfg.eval.mode, **counters, "figures_of": "model/", "warnings": warnings}
     summary["mismatch_steps"] = warnings.get("mismatch", {}).get("steps", 0)
     if warnings:
         told = (f"{name} ({found['steps']} from step {found['first']})" for name, found in warnings.items())

@@ -25,7 +25,7 @@ global generators, which a reward may use, are seeded at the start of every step
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -80,19 +80,20 @@ def train(
     seed: int = 0,
     echo: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    enough: Callable[[Sequence[tuple[int, float]]], bool] | None = None,
 ) -> dict[str, Any]:
     """Train ``session.model`` in place for ``cfg.steps`` steps; returns (and writes) the summary.
 
-    ``capture``: a context manager around each prefill with
-    ``features()`` -> CSR, one row per prompt, handed to ``plan.observe``. ``engine`` makes the rollouts when
-    ``cfg.rollout.engine`` is not transformers. ``echo`` gets a line of text per row of the log,
-    ``progress`` (steps done, steps), at the start as well. Files in ``out_dir``: metrics.jsonl,
-    eval_items.jsonl and eval_prompts.jsonl, rollouts.jsonl, checkpoints/, summary.json and model/.
-    With ``cfg.lora.rank`` > 0 the warm-up and the steps train adapters alone, the reference policy
-    (``cfg.loss.beta`` > 0) is the model without them, so as it was before the warm-up, and at the end
-    they are written to adapter/ and merged into ``model`` and model/. Merging rounds in half precision,
-    so there model/ is float32 (``cfg.lora.merge_dtype``), the model with its rounded weights is evaluated
-    too, and the summary has both figures (``rl/lora.py``).
+    ``capture``: a context manager around each prefill with ``features()`` -> CSR, one row per prompt, handed
+    to ``plan.observe``. ``engine`` makes the rollouts when ``cfg.rollout.engine`` is not transformers.
+    ``echo`` gets a line of text per row of the log, ``progress`` (steps done, steps), at the start as well.
+    ``enough`` may end the run earlier: it is asked after each step, with the steps and accuracies of the
+    evaluations so far. Files in ``out_dir``: metrics.jsonl, eval_items.jsonl and eval_prompts.jsonl,
+    rollouts.jsonl, checkpoints/, summary.json and model/. With ``cfg.lora.rank`` > 0 the warm-up and the
+    steps train adapters alone, the reference policy (``cfg.loss.beta`` > 0) is the model without them, so as
+    it was before the warm-up, and at the end they are written to adapter/ and merged into ``model`` and
+    model/. Merging rounds in half precision, so there model/ is float32 (``cfg.lora.merge_dtype``), the model
+    with its rounded weights is evaluated too, and the summary has both figures (``rl/lora.py``).
 
     With ``resume`` the run goes on from its latest intact checkpoint, bit for bit on a CPU; without any
     checkpoint it starts afresh. The first interrupt (Ctrl-C, SIGTERM, SIGHUP) of any of the processes
@@ -111,6 +112,7 @@ def train(
         engine=engine,
         seed=seed,
         echo=echo,
+        enough=enough,
     )
     with ExitStack() as stack:
         distributed.on_first(lambda: setattr(run, "held", stack.enter_context(lock(out_dir))))
@@ -126,18 +128,21 @@ def train(
             run.save(start)
         if progress is not None:
             progress(start or 0, cfg.steps)
-        for step in range((start or 0) + 1, cfg.steps + 1):
+        step = start or 0
+        ended = run.ended(step)
+        while not ended:
+            step += 1
             run.step(step)
-            last = step == cfg.steps
-            if last or (cfg.eval.every and step % cfg.eval.every == 0):
+            if step == cfg.steps or (cfg.eval.every and step % cfg.eval.every == 0):
                 run.evaluate(step)
-            if last or (cfg.save_every and step % cfg.save_every == 0):
+            ended = run.ended(step)
+            if ended or (cfg.save_every and step % cfg.save_every == 0):
                 run.save(step)
             if progress is not None:
                 progress(step, cfg.steps)
-            if not last:
+            if not ended:
                 run.heed(f"step {step} is saved", step)
-        summary = finish(run)
+        summary = finish(run, step)
         run.heed("the run was at its end and is complete")
     return summary
 
@@ -156,6 +161,7 @@ class Run:
     engine: Callable[..., Rollouts]
     seed: int
     echo: Callable[[str], None] | None
+    enough: Callable[[Sequence[tuple[int, float]]], bool] | None = None
 
     def __post_init__(self) -> None:
         cfg = self.cfg
@@ -186,6 +192,12 @@ class Run:
     def say(self, line: str) -> None:
         if self.writes:
             (self.echo or log.info)(line)
+
+    def ended(self, step: int) -> bool:
+        """Whether no step is left, or ``enough`` says that none is needed."""
+        if step >= self.cfg.steps or self.enough is None:
+            return step >= self.cfg.steps
+        return self.enough([(int(at), value) for at, value in self.counters.get("curve", ())])
 
     def clock(self) -> Clock:
         return Clock(self.model.device, self.counters["seconds"])
@@ -428,6 +440,8 @@ class Run:
             self.logs.items.write({"step": step, **item} for item in result.items)
         self.counters.setdefault("accuracy_first", result.mean)
         self.counters["accuracy"] = result.mean
+        if self.enough is not None:
+            self.counters["curve"] = [*self.counters.get("curve", ()), [step, result.mean]]
         self.counters["accuracy_best"] = max(result.mean, self.counters.get("accuracy_best", result.mean))
         judged = sum(item["score"] is not None for item in result.items)
         row = {"step": step, "kind": "eval", "accuracy": result.mean, "n": judged}

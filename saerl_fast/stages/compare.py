@@ -7,6 +7,8 @@ apart only by an arm such as ``filtered:plan.schedule=vanilla;plan.filter=true``
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from saerl_fast.fileio import read_json, write_json
 from saerl_fast.plan.static import get_schedule
 from saerl_fast.records.lock import Held, holder, lock
 from saerl_fast.records.report import write_report
+from saerl_fast.records.runs import open_run
+from saerl_fast.records.stats import past
 from saerl_fast.rl.lora import check_targets
 from saerl_fast.session import Session, load_pools
 from saerl_fast.stages.console import Echo
@@ -103,7 +107,7 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
     with lock(root, wait=echo.result):
         record = to_dict(config.compare) | {"notes": notes}
         refuse_beside(root, record)
-        unfinished = [mine for _, mine, out in jobs if not _state(mine, out, redo)[1]]
+        unfinished = [mine for _, mine, out in jobs if not _state(mine, out, redo)[1] or _short(mine, out)]
         if redo and any(map(needs_scores, unfinished)):
             set_aside(config, echo)
         session = _check_plans(first, echo) if unfinished else None
@@ -118,10 +122,16 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
             try:
                 with lock(out):
                     started, ended = _state(mine, out, redo)
-                    if ended:
+                    if ended and not _short(mine, out):
                         echo(f"{out} is finished already; kept")
                     else:
-                        train_stage(mine, echo, out=out, arm=name, resume=started, redo=redo, session=session)
+                        enough = partial(_enough, mine) if mine.compare.until else None
+                        how: dict[str, Any] = {
+                            "resume": started,
+                            "redo": redo and not ended,
+                            "enough": enough,
+                        }
+                        train_stage(mine, echo, out=out, arm=name, session=session, **how)
                         session = None  # it has been trained
             except Held as err:
                 if err.folder != out:
@@ -139,6 +149,25 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
     for line in held.values():
         echo.result(f"{line}; it writes the report of all runs when it ends")
     return paths
+
+
+def _enough(config: Config, curve: Sequence[tuple[int, float]]) -> bool:
+    """Whether a run with these steps and accuracies is past all targets."""
+    if not curve or not curve[-1][0]:  # a run takes one step at least
+        return False
+    settings, (steps, values) = config.compare, zip(*curve, strict=True)
+    return all(past(steps, values, target, settings.smooth) for target in settings.target_values or ())
+
+
+def _short(config: Config, out: Path) -> bool:
+    """Whether the finished run in ``out`` was ended early, by targets that no longer say so."""
+    run = open_run(out)
+    if run.summary.get("steps", config.train.steps) >= config.train.steps:
+        return False
+    run.read(whole=True)
+    return not (
+        config.compare.until and _enough(config, list(zip(run.eval_steps, run.accuracy, strict=True)))
+    )
 
 
 def refuse_beside(root: Path, record: dict[str, Any]) -> None:

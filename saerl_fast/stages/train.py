@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,12 +55,13 @@ def train_stage(
     arm: str | None = None,
     with_report: bool = False,
     session: Session | None = None,
+    enough: Callable[[Sequence[tuple[int, float]]], bool] | None = None,
 ) -> dict[str, Any]:
     """One GRPO run into ``<run_dir>/<schedule>`` (see `folder_name`); returns its summary.
 
     ``redo`` makes again what was made with other settings, and only that. ``session``: of the model as it is
-    loaded; it is trained in place. Holds the folder of the run (see `lock`), and the run folder only while an
-    SAE or scores are made.
+    loaded; it is trained in place. ``enough``: see `saerl_fast.rl.trainer.train`. Holds the folder of the run
+    (see `lock`), and the run folder only while an SAE or scores are made.
     """
     from saerl_fast.plan import load_plan
     from saerl_fast.rl import distributed
@@ -83,6 +84,7 @@ def train_stage(
             arm=arm,
             with_report=with_report,
             session=session,
+            enough=enough,
         )
 
 
@@ -99,6 +101,7 @@ def _train(
     arm: str,
     with_report: bool,
     session: Session | None,
+    enough: Callable[[Sequence[tuple[int, float]]], bool] | None,
 ) -> dict[str, Any]:
     from saerl_fast.records.report import write_report
     from saerl_fast.rl import distributed
@@ -191,6 +194,7 @@ def _train(
         seed=training_seed(config),
         echo=echo,
         progress=echo.bar("training", "step"),
+        enough=enough,
     )
     echo(f"wrote {out}")
     if with_report and distributed.rank() == 0:
