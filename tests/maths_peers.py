@@ -41,7 +41,7 @@ PEERS: list[tuple[str, str, int, str]] = [
     (r"\boxed{0.00045}", r"4.5 \cdot 10^{-4}", 1, "maths"),
     # --- bases ---
     (r"\boxed{1011}", r"1011_2", 1, "maths"),
-    (r"\boxed{1011_2}", r"11", 1, "maths"),
+    (r"\boxed{1011_2}", r"11", 0, "maths"),
     (r"\boxed{1011_3}", r"1011_2", 0, "maths"),
     (r"\boxed{\text{2A}_{16}}", r"2A_{16}", 1, "maths"),
     # --- intervals, sets, tuples ---
@@ -56,7 +56,7 @@ PEERS: list[tuple[str, str, int, str]] = [
     (r"\boxed{(3, 1, 2)}", r"(1,2,3)", 0, "maths"),
     (r"\boxed{\left(\frac{1}{2}, -3\right)}", r"(0.5,-3)", 1, "maths"),
     (r"\boxed{1, 2, 3}", r"3, 2, 1", 1, "maths"),
-    (r"\boxed{1, 2, 2}", r"1, 2", 0, "maths"),
+    (r"\boxed{1, 2, 2}", r"1, 2", 1, "maths"),
     (r"\boxed{\emptyset}", r"\{\}", 1, "maths"),
     (r"\boxed{\{0\}}", r"\emptyset", 0, "maths"),
     (r"\boxed{\mathbb{R} \setminus \{0\}}", r"(-\infty,0)\cup(0,\infty)", 1, "maths"),
