@@ -8,6 +8,7 @@ from saerl_fast.rl.rewards import equal, get_reward, score_rewards
 from saerl_fast.rl.rewards.basic import maths_gold
 from tests.maths_kinds import KINDS
 from tests.maths_more import MORE
+from tests.maths_peers import PEERS
 from tests.maths_table import GOLDS, TABLE
 
 
@@ -23,6 +24,11 @@ def test_the_table():
     pytest.importorskip("math_verify")
     wrong = [row for row in TABLE if paid(*row[:2]) != row[2]]
     assert not wrong and len(TABLE) >= 400
+
+
+def test_what_public_reports_and_other_projects_have():
+    pytest.importorskip("math_verify")
+    assert [row for row in PEERS if paid(*row[:2], row[3]) != row[2]] == []
 
 
 def test_the_table_without_math_verify(monkeypatch):

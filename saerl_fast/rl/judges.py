@@ -72,9 +72,23 @@ def compare(one: str, gold: str) -> bool:
     if not first or not second:
         return False
     options = {"timeout_seconds": SECONDS, "allow_set_relation_comp": True}
-    return bool(verify(second, first, **options)) or bool(
-        "i" in one + gold and verify(_complex(second), _complex(first), **options)
+    return (
+        bool(verify(second, first, **options))
+        or bool("i" in one + gold and verify(_complex(second), _complex(first), **options))
+        or ("=" in one and "=" in gold and any(_multiple(a, b) for a in first for b in second))
     )
+
+
+def _multiple(one: Any, gold: Any) -> bool:
+    """Whether one equation is a multiple of the other; one that says what a variable is has no such."""
+    from sympy import Eq, cancel
+
+    if not (isinstance(one, Eq) and isinstance(gold, Eq)) or gold.lhs.is_Symbol or gold.rhs.is_Symbol:
+        return False
+    sides = one.lhs - one.rhs, gold.lhs - gold.rhs
+    if not all(side.free_symbols and side.is_polynomial() for side in sides):
+        return False
+    return bool(cancel(sides[0] / sides[1]).is_number)
 
 
 def _complex(read: list[Any]) -> list[Any]:

@@ -16,12 +16,18 @@ from typing import Any
 
 from saerl_fast.rl.rewards.notation import balanced
 from saerl_fast.rl.rewards.numbers import numbers, prepared
-from saerl_fast.rl.rewards.quantities import measure
+from saerl_fast.rl.rewards.quantities import measure, same_date
 
 THINK, THINK_END = "<think>", "</think>"
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
 _SPECIAL = re.compile(r"<\|[^|<>\n]{1,40}\|>(?:user|assistant|system)?|</?s>|<(?:eos|bos|pad|end_of_turn)>")
+# What goes on with the answer after its box: \boxed{2}^5, \boxed{5}\%, \boxed{5} radians.
+_AFTER_BOX = re.compile(
+    r"((?:\^|\\(?:sqrt|pi|cdot|times)(?![a-z]))[^\s$,.]*)"
+    r"|(?:\\?\$|\\\)|\s)*(?:\\text\{\s*)?(\\?%|(?:rad(?:ian)?s|mm|cm|km|kg|mg|(?:milli|centi|kilo)?(?:met[er]{2}|gram)s"
+    r"|seconds|minutes|hours|days|weeks|inches|feet|yards|miles|degrees)\b)"
+)
 _GAP = r"(?:[\s$.(]|\\[()\[\],;: ]|\\q?quad(?![a-zA-Z]))*"
 _AND = r"(?:,|;|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\})"
 _JOINT = re.compile(rf"[^\S\n]*|{_GAP}{_AND}{_GAP}(?:{_AND}{_GAP})?(?:[a-zA-Z](?:_\{{?\w\}}?)?\s*=\s*)?")
@@ -78,6 +84,17 @@ _CUT = re.compile(
 )
 _IS_WORDS = re.compile(
     r"\b(?:is|was|are)\s+(?:on\s+)?(?:an?\s+|the\s+)?([A-Za-z][\w'-]*(?: [A-Z][\w'-]*)*)\s*[.!]?$"
+)
+# "not 5 but 6": what is denied before the answer.
+_NOT_BUT = re.compile(
+    r"^not\s+\S+?(?:,?\s+but|[,;.]\s+it(?:'s|\s+is)|,)\s+(?:rather\s+|instead\s+)?(?!not\b)"
+)
+# "I get 17! That ...": the end of a sentence, no factorial.
+_SHOUT = re.compile(r"(\b[a-z]+:?\s\**\$?\d[\d,.]*)!(?=[!*]*(?:\s+[A-Z]|\s*\Z))")
+# A last sentence on how the answer was found: "I checked it 3 times."
+_CHECKED = re.compile(
+    r"(?<=[.!?])\s+[^.!?\n]*\b(?:checked|verified|tested|tried|confirmed|reread|repeated|recomputed|reviewed)\b"
+    r"[^.!?\n]*\b\d+\s+(?:times|ways|methods|examples|cases|values|steps|different)\b[^.!?\n]*[.!?]*\s*$"
 )
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*|\\text(?:bf|it)?\{([^{}]+)\}")
 _EMPHASIS = re.compile(r"`{1,3}|(?!(?<=[\d)])\*\*?[\d(]|(?<=[\w)] )\* [\w(])(?<!\d\*)\*{1,3}")
@@ -143,9 +160,9 @@ def boxed_answer(text: str) -> str | None:
     found = boxes(text)
     if not found:
         return None
-    tail = re.match(r"(?:\^|\\(?:sqrt|pi|cdot|times)(?![a-z]))[^\s$,.]*", text[found[-1][2] :])
+    tail = _AFTER_BOX.match(text[found[-1][2] :])
     sign = "-" if re.search(r"[=$(]\s*-\s*$|^-$", text[: found[-1][1]]) else ""
-    answer = f"{sign}{found[-1][0]}{tail[0] if tail else ''}"
+    answer = f"{sign}{found[-1][0]}{(tail[1] or f' {tail[2]}') if tail else ''}"
     for (content, _, end), (_, start, _) in zip(found[-2::-1], found[:0:-1], strict=True):
         operator = re.fullmatch(r"\s*([-/+*:^])\s*", text[end:start])
         if not operator and not _JOINT.fullmatch(text[end:start]):
@@ -156,7 +173,7 @@ def boxed_answer(text: str) -> str | None:
 
 def marked(text: str) -> str | None:
     """Rules 0 to 2: a box, or the phrase after the last mark; None when the text has neither."""
-    text = spoken(text)
+    text = _SHOUT.sub(r"\1.", spoken(text))
     inside = boxed_answer(text)
     if inside is not None:
         return inside
@@ -170,7 +187,7 @@ def stated(text: str) -> str | None:
     """The one answer that ``text`` states, by the rule above; None when it states none."""
     text = spoken(text)
     found = marked(text)
-    return last_expression(text) if found is None else found
+    return last_expression(_CHECKED.sub("", _SHOUT.sub(r"\1.", text))) if found is None else found
 
 
 def phrase(text: str) -> str:
@@ -179,6 +196,7 @@ def phrase(text: str) -> str:
     Of a whole sentence ("the largest n is 34") it is what follows the last "is".
     """
     text = _EMPHASIS.sub("", text).lstrip("_#>: \t\n\r")
+    text = _NOT_BUT.sub("", text)
     masked = _FORMULA.sub(lambda m: m[0] if _prose(_inside(m)) else "\0" * len(m[0]), text)
     masked = masked.split("\n")[0]
     stop = _REASON.search(masked)
@@ -258,6 +276,8 @@ def last_expression(text: str) -> str | None:
 def _value(text: str, which: int) -> str | None:
     """The first (0) or last (-1) formula or number in ``text``; all of it if it is an expression or words."""
     text = text.strip()
+    if which == 0 and same_date(text, text):
+        return text
     formulas = [m for m in _FORMULA.finditer(text) if not _prose(_inside(m))]
     if not formulas and (not _WORD.search(_OR_AND.sub(" ", _TEXT.sub("", text))) or _MEASURE.match(text)):
         return text

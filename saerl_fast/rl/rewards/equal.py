@@ -15,6 +15,7 @@ from functools import cache
 from importlib.util import find_spec
 
 from saerl_fast.rl.judges import same_expression
+from saerl_fast.rl.rewards.forms import alike, same_angle, same_ratio
 from saerl_fast.rl.rewards.intervals import same_intervals
 from saerl_fast.rl.rewards.notation import balanced, squeeze, tidy
 from saerl_fast.rl.rewards.numbers import equal, only_number, stuck
@@ -87,13 +88,15 @@ def _same(one: str, gold: str, depth: int = 0) -> bool:
             return True
     if ":" in gold:
         one = re.sub(r"(?<=\d)\s+to\s+(?=\d)", ":", one)  # a ratio
+    one, gold = alike(one, gold)
     for agree in (same_base, same_date, same_clock, _same_measure):
         found = agree(one, gold)
         if found is not None:
             return found
-    found = same_intervals(one, gold, lambda a, b: _same(a, b, depth + 1)) if depth < 2 else None
-    if found is not None:
-        return found
+    for agree_by in (same_ratio, same_angle, same_intervals) if depth < 2 else ():
+        found = agree_by(one, gold, lambda a, b: _same(a, b, depth + 1))
+        if found is not None:
+            return found
     one, gold = _bare(one, gold, inside=depth > 0)
     if not one:
         return False

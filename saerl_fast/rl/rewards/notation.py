@@ -48,9 +48,8 @@ _WORDS = re.compile(
 )
 
 
-_QUOTIENT = re.compile(  # of units
-    r"\\[dt]?frac\s*\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*\}\s*\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*\}"
-)
+_NAMED = r"\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*(\^\s*\{?\d\}?)?\s*\}"
+_QUOTIENT = re.compile(rf"\\[dt]?frac\s*{_NAMED}\s*{_NAMED}")  # of units
 _ASCII = [  # plain notation for LaTeX's
     (re.compile(r"\*\*(?=\s*[-({\d\w])"), "^"),
     (re.compile(r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
@@ -71,9 +70,9 @@ def tidy(text: str) -> str:
     text = re.sub(r"\\\$\s*(\d[\d.,]*)(?![\d.,]*\s*(?:[a-zA-Z\\{^*/]))", r"\1 dollars ", text)
     text = text.replace("\\\\%", "\\%").replace(r"\$", "$").replace(r"\%", "%")
     text = text.replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}").replace("{:}", ":")
-    text = _QUOTIENT.sub(r" \1/\2", text)
+    text = _QUOTIENT.sub(r" \1\2/\3\4", text)
     text = re.sub(r"(?<=\d)\s*[{]\s*,\s*[}]\s*", ",", text)
-    text = re.sub(r"(\d),?\\[!,;:]\s*(?=\d{3}(?!\d))", r"\1", text)  # 1\,000 and 35,\!280
+    text = re.sub(r"(\d)(?:\\!)?,?\\[!,;:]\s*(?=\d{3}(?!\d))", r"\1", text)  # 1\,000 and 35,\!280
     text = _GONE.sub(" ", text)
     for _ in range(3):  # commands inside commands
         text = _WORDS.sub(lambda m: f" {m[1]} ", text)
