@@ -52,6 +52,17 @@ def test_planted_dictionary_is_recovered(device: torch.device) -> None:
     assert abs(float(fvu) - metrics["fvu"]) < 0.03
 
 
+def test_decoder_rows_learn_faster_the_narrower_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, _ = planted(3000)
+    cfg = SAEConfig(**SMALL | {"steps": 60, "lr": 1e-3})
+    fvu = train_sae(x, cfg)[1]["fvu"]
+    monkeypatch.setattr("saerl_fast.sae.train._ROW_RATE", 32**0.5)  # the others' rate at this width
+    slower = train_sae(x, cfg)[1]["fvu"]
+    assert fvu < 0.95 * slower
+    monkeypatch.setattr("saerl_fast.sae.train._ROW_RATE", 0)
+    assert train_sae(x, cfg)[1]["fvu"] == slower  # never below it
+
+
 def test_scale_and_offset_of_the_data_do_not_matter() -> None:
     x, _ = planted(2000)
     cfg = SAEConfig(**SMALL | {"steps": 60})

@@ -2,10 +2,11 @@
 
 TopK and the auxiliary loss for dead features follow Gao et al. 2024 (arXiv 2406.04093), BatchTopK Bussmann
 et al. 2024 (arXiv 2412.06410) with SAELens' running threshold for inference; decoder rows are kept at unit
-norm and their gradients orthogonal to them (Bricken et al. 2023). Our own choices: the input is centred on
-its geometric median and scaled to unit variance per dimension while training (folded back at the end), and
-attention-sink tokens, whose norm is a hundred times the others' (Sun et al. 2024, arXiv 2402.17762), are
-left out of training and of pooling.
+norm and their gradients orthogonal to them (Bricken et al. 2023). Our own choices: decoder rows of less than
+4096 elements have a higher learning rate (SAELens starts them at a tenth of the norm, where the same steps
+turn them further); the input is centred on its geometric median and scaled to unit variance per dimension
+while training (folded back at the end), and attention-sink tokens, whose norm is a hundred times the others'
+(Sun et al. 2024, arXiv 2402.17762), are left out of training and of pooling.
 
 An SAE may go on from another one (``init``), such as that of the model before it was trained further: its
 weights, threshold and the steps for which features have been silent are taken over, Adam starts anew.
@@ -38,6 +39,7 @@ _LOG_EVERY = 25  # steps between callbacks; each one waits for the device
 _DEAD_EVERY = 10  # steps between recounts of the dead features
 _AUX_WEIGHT = 1 / 32  # of the auxiliary loss, as in Gao et al.
 _THRESHOLD_RATE = 0.03  # of BatchTopK's running threshold; SAELens' 0.01 is meant for longer runs
+_ROW_RATE = 64  # over the root of their width: times sae.lr, the learning rate of decoder rows, at least it
 _LOST = 1e4  # times the variance: an error that no SAE comes back from
 _WEIGHTS = ("W_enc_t", "b_enc", "W_dec", "b_dec")
 _RUN_TIME = ("layer_norm", "constant_norm_rescale")  # settings that SAELens applies at each call
@@ -215,7 +217,10 @@ class _Trainer:
         ]
         if init is None:
             self._fit_encoder_scale((sample[: cfg.batch_size] - self.center) * self.scale)
-        self.optimizer = torch.optim.Adam(weights, lr=cfg.lr, betas=(0.9, 0.999), fused=True)
+        # Adam moves every element alike, and those of a row of unit norm are the larger the narrower it is.
+        self.rates = [1.0, 1.0, max(1.0, _ROW_RATE / d_in**0.5), 1.0]
+        groups = [{"params": [weight]} for weight in weights]
+        self.optimizer = torch.optim.Adam(groups, lr=cfg.lr, betas=(0.9, 0.999), fused=True)
 
     @torch.no_grad()
     def _taken_over(self, init: SAE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -289,8 +294,8 @@ class _Trainer:
             grad = self.W_dec.grad
             assert grad is not None
             grad -= (grad * self.W_dec).sum(1, keepdim=True) * self.W_dec  # the norm is fixed anyway
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr(step)
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * self.lr(step)
             self.optimizer.step()
             self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8)
             active = torch.where(values > 0, step, 0).flatten()
