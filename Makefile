@@ -76,7 +76,7 @@ $(VENV)-verl/.installed: $(VENV)/.installed
 	touch $@
 
 test-verl: $(VENV)-verl/.installed ## plans in verl 0.9.1's own data loading, batches and reward code; no training step
-	PYTHONPATH=$(VENV)-verl $(BIN)/python -m pytest -q tests/test_integrations.py -k verl
+	PYTHONPATH=$(VENV)-verl $(BIN)/python -m pytest -q tests/test_verl.py
 
 families: $(VENV)/.installed ## every family of language models in transformers, tiny and random: is it right here?
 	PYTHONPATH=. $(BIN)/python -m tests.families --out benchmarks/results/families.json
