@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import linecache
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +23,10 @@ def run(title: str, **names: Any) -> dict:
     section = PAGE.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
     snippets = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert snippets
-    for snippet in snippets:
-        exec(snippet, names)
+    for place, snippet in enumerate(snippets):
+        name = f"<{title} {place}>"
+        linecache.cache[name] = (len(snippet), None, snippet.splitlines(True), name)  # nnsight reads the source
+        exec(compile(snippet, name, "exec"), names)
     return names
 
 
