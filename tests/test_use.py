@@ -25,7 +25,7 @@ def run(title: str, **names: Any) -> dict:
     assert snippets
     for place, snippet in enumerate(snippets):
         name = f"<{title} {place}>"
-        linecache.cache[name] = (len(snippet), None, snippet.splitlines(True), name)  # nnsight reads the source
+        linecache.cache[name] = (len(snippet), None, snippet.splitlines(True), name)  # nnsight reads it
         exec(compile(snippet, name, "exec"), names)
     return names
 

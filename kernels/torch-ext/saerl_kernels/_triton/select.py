@@ -66,8 +66,8 @@ def _select_kernel(
     source = source_ptr + row_at
 
     # The k-th largest, by bisection on the bits: `low` always has at least K candidates at or above it. The
-    # first cuts go down from the maximum, half an octave, then twice as far each; it ends as soon as a cut leaves
-    # exactly K.
+    # first cuts go down from the maximum, half an octave, then twice as far each; it ends as soon as a cut
+    # leaves exactly K.
     low = tl.full((ROWS,), 0, tl.int64)
     if MODE == "signed":
         low = tl.full((ROWS,), -0x80000000, tl.int64)
