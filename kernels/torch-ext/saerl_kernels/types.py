@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Sequence, Union
+from typing import Any, NamedTuple, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -28,6 +28,14 @@ class TopK(NamedTuple):
         dense = self.values.new_zeros((*self.values.shape[:-1], n_cols))
         # Added, not written: BatchTopK pads rows with 0.0 at a feature that may be active as well.
         return dense.scatter_add_(-1, self.indices.long(), self.values)
+
+    def to_csr(self, n_cols: int) -> CSR:
+        """The positive entries [n, n_cols], leading dimensions flattened; waits for a GPU."""
+        values, indices = (part.reshape(-1, part.shape[-1]) for part in self)
+        indices, order = indices.sort(dim=-1)
+        values = values.gather(-1, order)
+        kept = values > 0
+        return CSR(_indptr(kept.sum(-1)), indices[kept], values[kept], n_cols)
 
 
 class CSR(NamedTuple):
@@ -75,6 +83,18 @@ class CSR(NamedTuple):
         rows, cols = dense.nonzero(as_tuple=True)
         indptr = _indptr(torch.bincount(rows, minlength=dense.shape[0]))
         return cls(indptr, cols.int(), dense[rows, cols].float(), dense.shape[1])
+
+    def to_coo(self, shape: Optional[Sequence[int]] = None) -> Tensor:
+        """A coalesced torch sparse tensor of ``shape`` [..., n_cols], whose rows are flattened here."""
+        size = (self.n_rows, self.n_cols) if shape is None else tuple(shape)
+        rest, where = self.row_ids(), [self.indices.long()]
+        for width in reversed(size[1:-1]):
+            where.append(rest % width)
+            rest = torch.div(rest, width, rounding_mode="floor")
+        if len(size) > 1:
+            where.append(rest)
+        at = torch.stack(where[::-1])
+        return torch.sparse_coo_tensor(at, self.values, size, is_coalesced=True, check_invariants=False)
 
     def to_scipy(self) -> Any:
         """A ``scipy.sparse.csr_matrix`` of the same rows (on the CPU)."""

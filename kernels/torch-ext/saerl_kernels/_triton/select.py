@@ -65,14 +65,25 @@ def _select_kernel(
     lane = tl.arange(0, BLOCK)[None, :]
     source = source_ptr + row_at
 
-    # The k-th largest, by bisection on the bits: `low` always has at least K candidates at or above it.
+    # The k-th largest, by bisection on the bits: `low` always has at least K candidates at or above it. The
+    # first cuts go down from the maximum, half an octave, then twice as far each; it ends as soon as a cut
+    # leaves exactly K.
     low = tl.full((ROWS,), 0, tl.int64)
     if MODE == "signed":
         low = tl.full((ROWS,), -0x80000000, tl.int64)
-    high = tl.full((ROWS,), 0x7F800001, tl.int64)
+    start = low
     bits = _load_bits(source, lane, (lane < M) & live[:, None], MODE)
-    while tl.max(high - low) > 1:
+    top = tl.max(bits, axis=1)
+    for tile in range(1, TILES):
+        at = tile * BLOCK + lane
+        top = tl.maximum(top, tl.max(_load_bits(source, at, (at < M) & live[:, None], MODE), axis=1))
+    high = top.to(tl.int64) + 1
+    jump = tl.full((ROWS,), 1 << 22, tl.int64)
+    reached = tl.full((ROWS,), 0, tl.int32) + K + 1
+    while tl.max(tl.where(reached == K, 0, high - low)) > 1:
         middle = (low + high) >> 1
+        middle = tl.where(low > start, middle, tl.maximum(middle, high - jump))
+        jump += jump
         cut = middle.to(tl.int32)[:, None]
         above = tl.sum((bits >= cut).to(tl.int32), axis=1)
         for tile in range(1, TILES):
@@ -80,8 +91,15 @@ def _select_kernel(
             more = _load_bits(source, at, (at < M) & live[:, None], MODE)
             above += tl.sum((more >= cut).to(tl.int32), axis=1)
         low = tl.where(above >= K, middle, low)
+        reached = tl.where(above >= K, above, reached)
         high = tl.where(above >= K, high, middle)
-    limit = low.to(tl.int32)
+    floor = low.to(tl.int32)
+    limit = tl.min(tl.where(bits >= floor[:, None], bits, 0x7FFFFFFF), axis=1)
+    for tile in range(1, TILES):
+        at = tile * BLOCK + lane
+        more = _load_bits(source, at, (at < M) & live[:, None], MODE)
+        limit = tl.minimum(limit, tl.min(tl.where(more >= floor[:, None], more, 0x7FFFFFFF), axis=1))
+    limit = tl.where(low > start, limit, floor)
 
     above = tl.sum((bits > limit[:, None]).to(tl.int32), axis=1)
     equal = tl.sum((bits == limit[:, None]).to(tl.int32), axis=1)
@@ -132,12 +150,12 @@ def _select_kernel(
     if MODE == "groups":
         # Certificate: a group can hide a winner only if its T-th kept entry reaches the k-th value. Groups
         # were ranked without the low five bits, by which a hidden entry may exceed the T-th.
-        floor = tl.maximum(limit, 32)[:, None]  # below 32 bits count 2^-144: that much may be lost
+        least = tl.maximum(limit, 32)[:, None]  # below 32 bits count 2^-144: that much may be lost
         hiding = tl.full((ROWS,), 0, tl.int32)
         for tile in range(0, STEPS):
             at = tile * STEP + near
             last_kept = (at >= (T - 1) * G) & (at < M) & live[:, None]
-            reach = ((_load_bits(source, at, last_kept, MODE) | 31) >= floor) & last_kept
+            reach = ((_load_bits(source, at, last_kept, MODE) | 31) >= least) & last_kept
             hiding += tl.sum(reach.to(tl.int32), axis=1)
         tl.store(limit_ptr + rows, limit, mask=live)
         tl.store(open_ptr + rows, hiding, mask=live)

@@ -1,0 +1,122 @@
+"""Other selections made of the same parts: AbsTopK, GroupMax, and a dictionary spread over processes."""
+
+from __future__ import annotations
+
+from typing import Any, List, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from . import _torch
+from ._check import check_k
+from .dispatch import implementation, resolve
+from .encode import encode_topk
+from .pack import PackedEncoder
+from .types import TopK
+
+LAST = (1 << 31) - 1
+
+
+def pack_both_signs(encoder: PackedEncoder) -> PackedEncoder:
+    """The encoder of ``encode_abs_topk``: every feature beside its negative, twice the memory."""
+    plain = encoder.natural()
+    weight = torch.stack([plain.weight, -plain.weight], dim=1).reshape(-1, plain.d_in)
+    bias = torch.stack([plain.bias, -plain.bias], dim=1).reshape(-1)
+    return PackedEncoder(
+        weight, bias, None, plain.normalize_activations, None, plain.permute, plain.seed
+    )._permuted()
+
+
+def encode_abs_topk(x: Tensor, both: PackedEncoder, k: int, *, backend: str = "auto") -> TopK:
+    """AbsTopK: the k pre-activations of largest magnitude, with their signs.
+
+    Args:
+        x: [..., d_in].
+        both: from ``pack_both_signs``; a product of twice the features is what it costs.
+        k: 1 .. d_sae.
+
+    Returns values float32 [..., k], falling in magnitude, and indices int32 [..., k]; of equal magnitudes the
+    lower feature comes first. Only features other than 0 are selected: a row with fewer is filled up with 0.0
+    at low features, which may be among the selected ones.
+    """
+    check_k(k, both.d_sae // 2)
+    values, indices = encode_topk(x, both, k, backend=backend)
+    negative = indices % 2 == 1
+    return TopK(torch.where(negative & (values > 0), -values, values), indices // 2)
+
+
+def encode_group_max(x: Tensor, encoder: PackedEncoder, k: int, *, backend: str = "auto") -> TopK:
+    """GroupMax: the largest activation of each of k equal groups of neighbouring features.
+
+    Args:
+        x: [..., d_in].
+        k: a divisor of d_sae: the number of groups.
+
+    Returns values float32 [..., k] (0.0 for a group without a positive activation, at its first feature) and
+    indices int32 [..., k], in the order of the groups; of equal values the lower feature. Ranked in float32.
+    """
+    check_k(k, encoder.d_sae)
+    if encoder.d_sae % k:
+        raise ValueError(f"k={k} must divide d_sae={encoder.d_sae} into equal groups")
+    name = resolve(backend, encoder.device)
+    rows = encoder.prepare(x)
+    kept = TopK.empty((rows.shape[0], k), x.device)
+    first = torch.arange(k, device=x.device) * (encoder.d_sae // k)
+    module = implementation("torch" if name == "reference" else name)
+    blocks = _torch.score_chunks(rows, encoder.natural()) if rows.shape[0] else ()
+    for start, scores in blocks:
+        scores = torch.where(scores > 0, scores, 0.0)  # a NaN counts as 0
+        best = module.topk(scores.view(-1, encoder.d_sae // k), 1)
+        at = slice(start, start + len(scores))
+        kept.values[at] = best.values.view(-1, k)
+        kept.indices[at] = (best.indices.view(-1, k) + first).int()
+    shape = (*x.shape[:-1], k)
+    return TopK(kept.values.reshape(shape), kept.indices.reshape(shape))
+
+
+def merge_topk(parts: Sequence[TopK], k: int) -> TopK:
+    """The top k of a dictionary from those of its shards, exactly as ``encode_topk`` has them of the whole.
+
+    parts: for each shard the min(k, its features) largest ([..., k_i], any order), with indices in the whole
+    dictionary's numbering and values that are not negative. Ties and fillers come out as for the whole,
+    because every entry of the answer is among those of its shard.
+    """
+    values = torch.cat([part.values for part in parts], dim=-1)
+    indices = torch.cat([part.indices for part in parts], dim=-1).long()
+    check_k(k, values.shape[-1], "the number of entries in all parts")
+    keys = values.float().view(torch.int32).long() * (LAST + 1) + (LAST - indices)
+    keys = keys.topk(k, dim=-1, sorted=True).values
+    bits = torch.div(keys, LAST + 1, rounding_mode="floor").int()
+    return TopK(bits.view(torch.float32), (LAST - keys % (LAST + 1)).int())
+
+
+def encode_topk_sharded(
+    x: Tensor, shard: PackedEncoder, first: int, k: int, *, group: Optional[Any] = None, backend: str = "auto"
+) -> TopK:
+    """``encode_topk`` of a dictionary whose features lie on several processes (torch.distributed).
+
+    Args:
+        x: [..., d_in], the same on every process.
+        shard: this process's features, a stretch of the dictionary.
+        first: the number of its first feature in the whole dictionary; the stretches do not overlap.
+        k: 1 .. all features.
+        group: the process group; None: the default one.
+
+    Returns the same ``TopK`` on every process, equal to that of the whole. Each sends min(k, its features)
+    entries of 8 bytes a row, so shards of different sizes are padded to the largest.
+    """
+    import torch.distributed as dist
+
+    own = encode_topk(x, shard, min(k, shard.d_sae), backend=backend)
+    width = torch.tensor([own.values.shape[-1], shard.d_sae], device=x.device)
+    widths = [torch.empty_like(width) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(widths, width, group=group)
+    check_k(k, sum(int(w[1]) for w in widths))
+    room = max(int(w[0]) for w in widths)
+    spare = room - own.values.shape[-1]
+    bits = torch.nn.functional.pad(own.values.view(torch.int32), (0, spare))
+    packed = torch.stack([bits, torch.nn.functional.pad(own.indices + first, (0, spare))]).contiguous()
+    found: List[Tensor] = [torch.empty_like(packed) for _ in widths]
+    dist.all_gather(found, packed, group=group)
+    cut = [part[..., : int(w[0])] for part, w in zip(found, widths)]
+    return merge_topk([TopK(part[0].contiguous().view(torch.float32), part[1]) for part in cut], k)
