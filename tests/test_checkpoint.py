@@ -222,3 +222,16 @@ def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path, monkey
         monkeypatch.setattr(pathlib._NormalAccessor, "listdir", staticmethod(refuse))
     with pytest.raises(PermissionError):
         load_latest(tmp_path)
+
+
+def test_a_full_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+
+    def full(path: Path) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr(module, "digest", full)
+    with pytest.raises(MemoryError):
+        load_latest(tmp_path)
+    assert "damaged" not in caplog.text and steps(tmp_path) == [1, 2]

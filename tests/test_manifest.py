@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -347,3 +348,21 @@ def test_another_programs_manifest_stays(tmp_path):
     assert manifest.check(tmp_path, "thing", "make") is None
     with pytest.raises(SaerlError, match="is a file of something else; remove it"):
         manifest.record(tmp_path, "thing", [])
+
+
+def test_a_pipe_or_a_folder_in_the_manifests_place_is_damage(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    for make in (os.mkfifo, os.mkdir):
+        make(tmp_path / manifest.FILE)
+        signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits for what nobody writes"))
+        signal.alarm(20)
+        try:
+            assert manifest.read(tmp_path) == {}
+            with pytest.raises(SaerlError, match="does not record the thing"):
+                manifest.check(tmp_path, "thing", "saerl score")
+        finally:
+            signal.alarm(0)
+        if make is os.mkfifo:
+            manifest.record(tmp_path, "thing", ["a.txt"])
+            assert manifest.check(tmp_path, "thing", "saerl score")
+            (tmp_path / manifest.FILE).unlink()

@@ -85,3 +85,20 @@ def test_more_rows_than_a_sample_stay_in_the_shards(tmp_path, monkeypatch):
     shards.clear()
     with pytest.raises(SaerlError, match="cannot be read"):
         prompt.rows(0, 3)
+
+
+def test_a_full_memory_costs_no_shard(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        Shards(tmp_path, "m", 5).collect(IDS, computing([], stop_at=10))
+    before = sorted(file.name for file in tmp_path.rglob("*.*"))
+
+    def full(*args):
+        try:
+            raise MemoryError
+        except MemoryError as err:
+            raise SaerlError("it is damaged") from err
+
+    monkeypatch.setattr("saerl_fast.signals.shards.load_part", full)
+    with pytest.raises(SaerlError):
+        Shards(tmp_path, "m", 5).collect(IDS, computing([]))
+    assert sorted(file.name for file in tmp_path.rglob("*.*")) == before

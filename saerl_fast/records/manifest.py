@@ -127,8 +127,11 @@ def forget(folder: str | Path, name: str) -> None:
 
 def read(folder: str | Path) -> dict[str, list[Entry]] | None:
     """Artefact -> its entries; {} where the manifest is damaged, None where there is none of saerl's."""
+    path = Path(folder) / FILE
+    if path.exists() and not path.is_file():  # to read a pipe would take for ever
+        return {}
     try:
-        value = json.loads((Path(folder) / FILE).read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError):

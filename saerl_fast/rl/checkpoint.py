@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from saerl_fast.errors import SaerlError
+from saerl_fast.errors import SaerlError, no_memory
 from saerl_fast.fileio import first_line, remove, use_umask, writing, written
 from saerl_fast.records.manifest import digest, read
 
@@ -145,6 +145,8 @@ def load_latest(out_dir: str | Path) -> Checkpoint | None:
         try:
             return _load(file, _run(out_dir))
         except Exception as err:  # whatever a crafted file raises; safetensors has a type of its own
+            if no_memory(err):
+                raise
             log.warning("checkpoint %s is damaged (%s); trying the one before it", file, first_line(err))
     if files:
         raise SaerlError(f"every checkpoint in {out_dir} is damaged; add --overwrite to make the run again")

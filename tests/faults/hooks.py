@@ -43,10 +43,17 @@ def _changes(event: str, args: tuple[Any, ...], inside: str) -> bool:
     return bool((flags or 0) & WRITING) or any(letter in (mode or "") for letter in "wax+")
 
 
-def counted(run_dir: Path, to: Path, among: set[str] = CHANGING) -> Callable[[], None]:
-    """Leave a byte in ``to`` for every operation."""
+def counted(run_dir: Path, to: Path) -> Callable[[], None]:
+    """Leave a byte in ``to`` for every operation: M for one of MAKING, else another."""
     handle = os.open(to, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    return each_operation(run_dir, lambda number: os.write(handle, b".") and None, among)
+    made = each_operation(run_dir, lambda number: os.write(handle, b"M") and None, MAKING)
+    others = each_operation(run_dir, lambda number: os.write(handle, b".") and None, CHANGING - MAKING)
+
+    def install() -> None:
+        made()
+        others()
+
+    return install
 
 
 def killed_at(run_dir: Path, number: int) -> Callable[[], None]:

@@ -9,10 +9,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations_with_replacement, product
 from pathlib import Path
 
-from tests.faults.hooks import CHANGING, MAKING, counted, full_at, killed_at, no_file_above
+from tests.faults.hooks import counted, full_at, killed_at, no_file_above
 from tests.faults.workbench import (
     MORE,
     READING,
@@ -63,11 +64,13 @@ class Bench:
         yield from self.signals()
         yield from self.races()
 
-    def operations(self, stage: str, template: Path, *settings: str, among: set[str] = CHANGING) -> int:
-        """How often the stage writes, renames or deletes."""
+    @cache  # noqa: B019
+    def operations(self, stage: str, template: Path, *settings: str) -> tuple[bytes, float]:
+        """A byte for each time that the stage writes, renames or deletes (see `counted`), and its seconds."""
         folder, to = fresh(template), scratch("count")
-        run(stage, folder, *settings, before=counted(folder, to, among))
-        return to.stat().st_size
+        began = time.monotonic()
+        run(stage, folder, *settings, before=counted(folder, to))
+        return to.read_bytes(), time.monotonic() - began
 
     # --- judging ---------------------------------------------------------------------------------------
 
@@ -109,7 +112,7 @@ class Bench:
     def kills(self) -> Iterator[Trial]:
         """SIGKILL at every operation on files; then the same command again."""
         for stage in self.patterns:
-            for number in range(1, self.operations(stage, self.folders[stage]) + 1):
+            for number in range(1, len(self.operations(stage, self.folders[stage])[0]) + 1):
 
                 def trial(stage: str = stage, number: int = number) -> tuple[str, str]:
                     folder = fresh(self.folders[stage])
@@ -124,7 +127,7 @@ class Bench:
             trains = stage in ("train", "compare")
             complete = self.after[stage] if trains else self.folders["train"]  # SAE, scores and plan
             then = stage if trains else "plan"
-            total = self.operations(f"{stage} --redo", complete, setting)
+            total = len(self.operations(f"{stage} --redo", complete, setting)[0])
             for number in range(1, total + 1):
 
                 def trial(
@@ -143,7 +146,7 @@ class Bench:
     def full_disks(self) -> Iterator[Trial]:
         """No space left at every operation, or for large files only; then with space again."""
         for stage in self.patterns:
-            total = self.operations(stage, self.folders[stage], among=MAKING)
+            total = self.operations(stage, self.folders[stage])[0].count(b"M")
             sizes = [0, 100, 3_000, 20_000, 100_000, 400_000, 1_000_000]
             for number in [*range(1, total + 1), *(-size for size in sizes)]:
 
@@ -196,10 +199,7 @@ class Bench:
     def signals(self) -> Iterator[Trial]:
         """Signals at random times; then the same command again."""
         for stage in self.patterns:
-            began = time.monotonic()
-            folder = fresh(self.folders[stage])
-            run(stage, folder)
-            lasts = time.monotonic() - began
+            lasts = self.operations(stage, self.folders[stage])[1]
             for sent in ("KILL", "TERM", "INT", "HUP"):
                 for number in range(4):
 
