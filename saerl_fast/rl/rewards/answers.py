@@ -34,6 +34,8 @@ _JOINT = re.compile(rf"[^\S\n]*|{_GAP}{_AND}{_GAP}(?:{_AND}{_GAP})?(?:[a-zA-Z](?
 _MARK = re.compile(
     r"####|<answer>|\b(?:correct|right)\s+(?:option|choice)\s+is:?|\banswer[*_\"']*\s*(?:(?:is|are|(?:must|should|would|will)\s+be)\b\s*:?|[:=])"
     r"|\b(?:final\s+)answer\s+-\s|\bI\s+(?:choose|pick|select)\b:?|答案(?:是|为|為|[:：])"
+    r"|(?:答え|回答)(?:は|[:：])|(?:정답|답)(?:은|[:：])|\b(?:ответ|réponse|respuesta|resposta|risposta|antwort)"
+    r"(?:\s+final[ea]?)?(?:\s*[:：]|\s+(?:est|es|é|è|ist|lautet)\b:?)"
     r"|^[#*_ \t]*(?:final\s+)?answer[*_: \t]*(?:$|(?=\\\[|\$))",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -91,9 +93,12 @@ _NOT_BUT = re.compile(
 )
 # "I get 17! That ...": the end of a sentence, no factorial.
 _SHOUT = re.compile(r"(\b[a-z]+:?\s\**\$?\d[\d,.]*)!(?=[!*]*(?:\s+[A-Z]|\s*\Z))")
-# A last sentence on how the answer was found: "I checked it 3 times."
-_CHECKED = re.compile(
-    r"(?<=[.!?])\s+[^.!?\n]*\b(?:checked|verified|tested|tried|confirmed|reread|repeated|recomputed|reviewed)\b"
+# What follows the answer: a sentence on how it was found ("I checked it 3 times.") or to the reader, or a
+# clause on a part of it ("24 students, 3 of whom are absent").
+_AFTERWARDS = re.compile(
+    r",\s+(?:including|(?:\d+\s+)?of\s+(?:whom|which))\b[^.,!?\n]*[.!]?\s*$"
+    r"|(?<=[.!?])\s+(?:Let me know|Feel free|I hope|Hope this|Thanks?)\b[^\n]*$"
+    r"|(?<=[.!?])\s+[^.!?\n]*\b(?:checked|verified|tested|tried|confirmed|reread|repeated|recomputed|reviewed)\b"
     r"[^.!?\n]*\b\d+\s+(?:times|ways|methods|examples|cases|values|steps|different)\b[^.!?\n]*[.!?]*\s*$"
 )
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*|\\text(?:bf|it)?\{([^{}]+)\}")
@@ -187,7 +192,7 @@ def stated(text: str) -> str | None:
     """The one answer that ``text`` states, by the rule above; None when it states none."""
     text = spoken(text)
     found = marked(text)
-    return last_expression(_CHECKED.sub("", _SHOUT.sub(r"\1.", text))) if found is None else found
+    return last_expression(_AFTERWARDS.sub("", _SHOUT.sub(r"\1.", text))) if found is None else found
 
 
 def phrase(text: str) -> str:

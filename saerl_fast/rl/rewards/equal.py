@@ -19,7 +19,7 @@ from saerl_fast.rl.rewards.forms import alike, same_angle, same_ratio
 from saerl_fast.rl.rewards.intervals import same_intervals
 from saerl_fast.rl.rewards.notation import balanced, squeeze, tidy
 from saerl_fast.rl.rewards.numbers import equal, only_number, stuck
-from saerl_fast.rl.rewards.quantities import measure, same_base, same_clock, same_date, spelled
+from saerl_fast.rl.rewards.quantities import measure, same_base, same_clock, same_date, spelled, unit
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +157,8 @@ def _same_measure(one: str, gold: str) -> bool | None:
         if ours[0] == wanted[0]:
             return equal(ours[1], wanted[1])
         return False if min(len(ours[2]), len(wanted[2])) > 1 else None
+    if not (ours or wanted) and unit(one) and unit(gold) and unit(one) != unit(gold):
+        return False  # 36\pi cm^2 and 36\pi cm^3
     for known, other in ((ours, gold), (wanted, one)):
         if known and known[0] == ("count", 1) and equal(_number(other), known[1]):
             return True
@@ -310,7 +312,7 @@ def _same_parts(one: str, gold: str, depth: int) -> bool | None:
     (open_one, first), (open_gold, second) = ours, wanted
     plain_list = {"", "{"}
     if open_one != open_gold and not (open_one in plain_list and open_gold in plain_list):
-        if "," in one and "," in gold and {open_one[:1], open_gold[:1]} <= {"(", "["}:
+        if "," in one and "," in gold and {open_one[:1], open_gold[:1]} <= {"(", "[", "{"}:
             return False
         return None
     if open_gold not in plain_list:

@@ -48,6 +48,9 @@ _WORDS = re.compile(
 )
 
 
+# Recurring decimals: 0.1\\dot{6}, 0.\\dot{1}42\\dot{8}, 0.333..., 0.1616\\ldots
+_DOTTED = re.compile(r"\.(\d*)\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?")
+_GOES_ON = re.compile(r"(\.\d{0,30}?)(?:(\d)\2{2,30}|(\d{2,15}?)\3{1,9})\s*(?:\\[lc]?dots(?![a-z])|\.{3})")
 _NAMED = r"\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*(\^\s*\{?\d\}?)?\s*\}"
 _QUOTIENT = re.compile(rf"\\[dt]?frac\s*{_NAMED}\s*{_NAMED}")  # of units
 _ASCII = [  # plain notation for LaTeX's
@@ -83,6 +86,8 @@ def tidy(text: str) -> str:
     text = re.sub(r"\\frac\s+", r"\\frac", text)
     text = _FRAC.sub(_fraction, text)
     text = text.replace(r"\varnothing", r"\emptyset").replace(r"\langle", "(").replace(r"\rangle", ")")
+    text = _DOTTED.sub(r".\1\\overline{\2\3\4}", text)
+    text = _GOES_ON.sub(lambda m: f"{m[1]}\\overline{{{m[2] or m[3]}}}", text)
     text = re.sub(r"\d{0,300}\.(\d{0,300})\\overline\s*\{(\d{1,300})\}", _recurring, text)
     text = re.sub(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d+)(?!\d)(?!,)", _european, text)
     text = re.sub(r"(?<=\d)\s*\\Omega(?![a-zA-Z])", " ohm", text)
