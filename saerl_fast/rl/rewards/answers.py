@@ -49,7 +49,7 @@ _CHOSEN = re.compile(
 )
 _REASON = re.compile(
     r"[,;]?\s+(?:because|unless|since|as|so|which|where|when|for|after|but|not|hence|i\.e\.)\b|\.\s|\.$|\n"
-    r"|(?<=[a-zA-Z]{3})[!?]|\s+\(\s*(?:not|since|because|as|and)\b"
+    r"|(?<=[a-zA-Z]{3})[!?]|\s+\(\s*(?:not|since|because|as|and|see|from|by|using)\b"
     r"|(?<=\d)\s+\((?!mod|or\b)[a-z]+(?:[ -][a-z]+)*\)|(?<=^[Yy]es),|(?<=^[Nn]o),"
 )
 _LABEL = re.compile(r"\(?[A-J][).:]\s")  # of a choice, before what it says
@@ -69,7 +69,9 @@ _SUM = re.compile(  # of two measures, at the end: 2 hours and 15 minutes
 )
 NEAR = 300  # characters around a number that are looked at
 _OR_AND = re.compile(r"\b(?:or|and)\b")
-_JOINED = re.compile(r"\s*\(?\s*(?:,|and|or|to)\s*(?:and|or)?\s*(?:perhaps|maybe|possibly)?\s*")
+_JOINED = re.compile(
+    r"\s*\(?\s*(?:,|and|or|to)\s*(?:and|or)?\s*(?:perhaps|maybe|possibly)?\s*(?:[a-zA-Z]\s*=\s*)?"
+)
 # Before a number: it is denied, or a bound of what is meant.
 _DENIED = re.compile(
     r"(?P<other>(?:,|\bbut)\s+)?(?:\bnot|n't|\bcannot|\bnever)\s+(?:(?:be|by|of|in|at|to|equals?(?:\s+to)?)\s+)?[$\\(]*$",
@@ -78,6 +80,10 @@ _DENIED = re.compile(
 _BOUND = re.compile(
     r"(?:\bthan|\bat\s+(?:least|most)|\bup\s+to|\b(?:over|under|above|below|between))\s+[$\\(]*$",
     re.IGNORECASE,
+)
+_BELOW = re.compile(
+    r"\s+(?!(?:is|are|was|were|more|less|fewer)\b)[a-z]+(?:\s(?!(?:is|are|was|were)\b)[a-z]+)*?"
+    r"\s(?:(?:less|smaller|greater|larger)\s+than|below|under|above|up\s+to)\s+\$?"
 )
 # The end of a text that was cut off in the middle of a sentence.
 _CUT = re.compile(
@@ -97,6 +103,8 @@ _SHOUT = re.compile(r"(\b[a-z]+:?\s\**\$?\d[\d,.]*)!(?=[!*]*(?:\s+[A-Z]|\s*\Z))"
 # clause on a part of it ("24 students, 3 of whom are absent").
 _AFTERWARDS = re.compile(
     r",\s+(?:including|(?:\d+\s+)?of\s+(?:whom|which))\b[^.,!?\n]*[.!]?\s*$"
+    r"|(?:\n|(?<=[.!?])\s)\W*(?:Verification|Check(?:ing)?|(?:To\s+)?(?:check|verify)|Confidence)\b"
+    r"(?:(?!\b(?:[Ss]o|[Tt]hus|[Tt]herefore|[Hh]ence)\b)[\s\S])*\Z"
     r"|(?<=[.!?])\s+(?:Let me know|Feel free|I hope|Hope this|Thanks?)\b[^\n]*$"
     r"|(?<=[.!?])\s+[^.!?\n]*\b(?:checked|verified|tested|tried|confirmed|reread|repeated|recomputed|reviewed)\b"
     r"[^.!?\n]*\b\d+\s+(?:times|ways|methods|examples|cases|values|steps|different)\b[^.!?\n]*[.!?]*\s*$"
@@ -227,7 +235,7 @@ def phrase(text: str) -> str:
         line = line[filler.end() :]
     if _LABEL.match(line):
         return line
-    return "" if re.match(r"not\b", line) else _value(line, 0) or ""
+    return "" if re.match(r"(?:not|unknown|unclear)\b", line) else _value(line, 0) or ""
 
 
 def last_expression(text: str) -> str | None:
@@ -235,7 +243,7 @@ def last_expression(text: str) -> str | None:
     text = text.strip()
     bold = list(_BOLD.finditer(text.rpartition("\n")[2]))
     text = _EMPHASIS.sub("", text).strip()
-    if not text or re.search(r"[-+*/=^_({\[\\,<>]$", text) or _open_formula(text) or _CUT.search(text):
+    if not text or re.search(r"[-+*/=^_({\[\\,<>?]$", text) or _open_formula(text) or _CUT.search(text):
         return None
     formulas = [m for m in _FORMULA.finditer(text) if not _prose(_inside(m))]
     if formulas and not text[formulas[-1].end() :].strip(" .!\n"):
@@ -307,7 +315,12 @@ def _value(text: str, which: int) -> str | None:
         found.pop()
         if not denied["other"] or not found:
             return None
+    if _BOUND.search(read[: found[-1].start]):  # "24 primes below 100" is 24, "less than 100" is nothing
+        if len(found) < 2 or not _BELOW.fullmatch(read[found[-2].end : found[-1].start]):
+            return None
+        found.pop()
     start, end = _whole(read, found[-1].start, found[-1].end)
+    last = start
     for number in reversed([n for n in found if n.end <= start]):  # "-2, 0 and 5" is a list
         between = read[number.end : start]
         if not _JOINED.fullmatch(between) or "to" in between or "(" in between:
@@ -315,6 +328,8 @@ def _value(text: str, which: int) -> str | None:
         if not re.search("and|or", read[number.end : end]):
             break
         start = number.start
+    if start < last and (name := re.search(r"\b[a-zA-Z]\s*=\s*$", read[:start])):  # x = 8 or x = -8
+        start = name.start()
     if re.search(r"\b(?:between|from)\s+$", read[:start]) and re.search("and|or", read[start:end]):
         return None
     return read[start:end].strip().rstrip(".,;:?\"'").strip()

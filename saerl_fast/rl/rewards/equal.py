@@ -112,7 +112,7 @@ def _same(one: str, gold: str, depth: int = 0) -> bool:
             return True
     if _text(one) == _text(gold):
         return True
-    if numbers[1] is not None and re.fullmatch(r"-?\d[\d.]*[a-zA-Z]{1,3}|(?:[<>]|\\[lgn]e).*", one):
+    if numbers[1] is not None and re.fullmatch(r"-?\d[\d.]*[a-zA-Z]{1,3}|\d+_.*|(?:[<>]|\\[lgn]e).*", one):
         return False  # 9ab, < 9
     if depth < 3:
         found = _same_parts(one, gold, depth)
