@@ -31,7 +31,7 @@ _AFTER_BOX = re.compile(
 _GAP = r"(?:[\s$.(]|\\[()\[\],;: ]|\\q?quad(?![a-zA-Z]))*"
 _AND = r"(?:,|;|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\})"
 _JOINT = re.compile(rf"[^\S\n]*|{_GAP}{_AND}{_GAP}(?:{_AND}{_GAP})?(?:[a-zA-Z](?:_\{{?\w\}}?)?\s*=\s*)?")
-_MARK = re.compile(
+MARK = re.compile(
     r"####|<answer>|\b(?:correct|right)\s+(?:option|choice)\s+is:?|\banswer[*_\"']*\s*(?:(?:is|are|(?:must|should|would|will)\s+be)\b\s*:?|[:=])"
     r"|\b(?:final\s+)answer\s+-\s|\bI\s+(?:choose|pick|select)\b:?|答案(?:是|为|為|[:：])"
     r"|(?:答え|回答)(?:は|[:：])|(?:정답|답)(?:은|[:：])|\b(?:ответ|réponse|respuesta|resposta|risposta|antwort)"
@@ -103,7 +103,7 @@ _SHOUT = re.compile(r"(\b[a-z]+:?\s\**\$?\d[\d,.]*)!(?=[!*]*(?:\s+[A-Z]|\s*\Z))"
 # clause on a part of it ("24 students, 3 of whom are absent").
 _AFTERWARDS = re.compile(
     r",\s+(?:including|(?:\d+\s+)?of\s+(?:whom|which))\b[^.,!?\n]*[.!]?\s*$"
-    r"|(?:\n|(?<=[.!?])\s)\W*(?:Verification|Check(?:ing)?|(?:To\s+)?(?:check|verify)|Confidence)\b"
+    r"|(?:\n|(?<=[.!?])\s)\W{0,8}(?:Verification|Check(?:ing)?|(?:To\s+)?(?:check|verify)|Confidence)\b"
     r"(?:(?!\b(?:[Ss]o|[Tt]hus|[Tt]herefore|[Hh]ence)\b)[\s\S])*\Z"
     r"|(?<=[.!?])\s+(?:Let me know|Feel free|I hope|Hope this|Thanks?)\b[^\n]*$"
     r"|(?<=[.!?])\s+[^.!?\n]*\b(?:checked|verified|tested|tried|confirmed|reread|repeated|recomputed|reviewed)\b"
@@ -112,7 +112,6 @@ _AFTERWARDS = re.compile(
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*|\\text(?:bf|it)?\{([^{}]+)\}")
 _EMPHASIS = re.compile(r"`{1,3}|(?!(?<=[\d)])\*\*?[\d(]|(?<=[\w)] )\* [\w(])(?<!\d\*)\*{1,3}")
 _CHATTER = {"correct", "right", "it", "done", "all", "clear", "helpful", "complete", "fine", "answer"}
-_REMARK = re.compile(r"[a-zA-Z]{2,}[,;]?\s+[a-zA-Z]{2,}.*[.:!?]\W*$")  # a line of prose
 _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbb|begin|end|operatorname)\s*\{[^{}]*\}")
 
 
@@ -190,7 +189,7 @@ def marked(text: str) -> str | None:
     inside = boxed_answer(text)
     if inside is not None:
         return inside
-    marks, chosen = list(_MARK.finditer(text)), list(_CHOSEN.finditer(text))
+    marks, chosen = list(MARK.finditer(text)), list(_CHOSEN.finditer(text))
     if chosen and chosen[-1].end() > max((m.end() for m in marks), default=0):
         return chosen[-1][1]
     return phrase(text[marks[-1].end() :].split("</answer>")[0]) if marks else None
@@ -374,46 +373,3 @@ def _open_formula(text: str) -> bool:
     dollars = len(re.findall(r"(?<!\\)\$", last))
     money = len(re.findall(r"(?<!\\)\$\d[\d,.]*(?![\d$])(?!\s*[-+*/^=\\<>])|\d\s?\$", last))
     return (dollars % 2 == 1 and money < 1) or not balanced(last)
-
-
-def final_answer(text: str, gold: str = "") -> str:
-    r"""What a completion offers as its answer, as it is written: \boxed{...}, else after the last "Answer:"
-    or <answer>, else its last line.
-
-    Where ``gold`` has several lines (a grid), so has the answer: the lines after the mark, or the whole text,
-    without a code fence around them and without remarks before and after.
-    """
-    text = spoken(text)
-    grid = "\n" in gold.strip("\n")
-    marks = list(_MARK.finditer(text))
-    inside = boxed(text)
-    if inside is not None and not (grid and "\n" not in inside and marks):
-        return inside
-    rest = text[marks[-1].end() :] if marks else text
-    rest = re.split(r"</answer>", rest, flags=re.IGNORECASE)[0]
-    if grid:
-        return _block(rest, gold)
-    lines = [line for line in rest.splitlines() if line.strip(" \t*`_$")]
-    if not lines:
-        return ""
-    return (lines[0] if marks else lines[-1]).strip(" \t*`$")
-
-
-def _block(text: str, gold: str) -> str:
-    """The lines of a grid in ``text``; blank lines and prose belong to it only where ``gold`` has such."""
-    fences = re.findall(r"```[a-zA-Z]*[ \t]*\n(.*?)\n?[ \t]*```", text, re.DOTALL)
-    if fences:
-        return fences[-1].strip("\n")
-    text = re.sub(r"^(?:\*+|[_`]+(?=[ \t]*\n))", "", text)
-    text = text.lstrip(" \t") if text.lstrip(" \t")[:1] not in ("", "\n", "\r") else text
-    lines = text.strip("\n").splitlines()
-    prose = [bool(_REMARK.search(line)) for line in gold.splitlines()]
-    if not any(prose):
-        while lines and (_REMARK.search(lines[0]) or not lines[0].strip(" *_`")):
-            lines.pop(0)
-        end = next((i for i, line in enumerate(lines) if _REMARK.search(line)), len(lines))
-        lines = lines[:end]
-    if all(line.strip() for line in gold.strip("\n").splitlines()):
-        blank = next((i for i, line in enumerate(lines) if not line.strip()), len(lines))
-        lines = lines[:blank]
-    return "\n".join(lines).rstrip("\n")

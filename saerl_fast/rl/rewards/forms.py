@@ -69,7 +69,7 @@ def _vector(text: str, other: str) -> str:
         parts = [part.strip() for part in re.split(r"&|\\\\", matrix[1])]
         return f"({', '.join(filter(None, parts))})"
     plain = _HATS.sub(r" \1 ", text).strip()
-    terms = _TERM.findall(plain)
+    terms = _TERM.findall(plain) if "j" in plain else []
     units = [unit for *_, unit in terms]
     if "j" not in units or len(units) < 2 or len({*units}) < len(units) or _TERM.sub("", plain):
         return text
