@@ -3,7 +3,7 @@ r"""Which answer a completion states: always one, by one rule.
     0. where there is a </think>, only what follows the last one counts; an open <think> hides the rest;
     1. the last \boxed{...} or \fbox{...} (several that are joined by a comma, "and" or "or" are a list);
     2. else what follows the last mark: "answer is", "Answer:", "####", <answer>;
-    3. else the last formula or number.
+    3. else the last formula or number, remarks on checks, steps and bounds aside.
 
 Whatever else the text states is not looked at, so a second answer never pays. A box without its closing
 brace reaches to the end of its line; an empty box states nothing.
@@ -47,10 +47,14 @@ _CHOSEN = re.compile(
     r"(?<!\bor )(?<!\band )(?<!\bnor )(?<!\bif )(?<!\bwhether )(?<!\bthat )(?<![\w\\])\(?([A-J])\)?\s+is\s+"
     r"(?:the\s+)?(?:only\s+)?(?:correct|right|best|true)\b(?!\s*\?)"
 )
+_THE_ANSWER = re.compile(  # "12 is the answer"; nothing where it is not
+    r"(?:(?<![\d.,/])(\$?-?\d[\d.,/]{0,30}\$?)\s+is|\bis\s+not)\s+the\s+(?:final\s+|correct\s+|right\s+)?answer\b(?!\s*(?:is|:))"
+)
 _REASON = re.compile(
     r"[,;]?\s+(?:because|unless|since|as|so|which|where|when|for|after|but|not|hence|i\.e\.)\b|\.\s|\.$|\n"
     r"|(?<=[a-zA-Z]{3})[!?]|\s+\(\s*(?:not|since|because|as|and|see|from|by|using)\b"
-    r"|(?<=\d)\s+\((?!mod|or\b)[a-z]+(?:[ -][a-z]+)*\)|(?<=^[Yy]es),|(?<=^[Nn]o),"
+    r"|(?<=\d)\s+\((?!mod|or\b)(?:[a-z]+(?:[ -][a-z]+)*|(?!base\b)[a-z]{3,}\s[^()]*)\)"
+    r"|(?<=^[Yy]es),|(?<=^[Nn]o),"
 )
 _LABEL = re.compile(r"\(?[A-J][).:]\s")  # of a choice, before what it says
 _VERB = re.compile(r"\b(?:is|are|equals|be)\b:?(?:\s+equal\s+to\b)?")
@@ -81,6 +85,12 @@ _BOUND = re.compile(
     r"(?:\bthan|\bat\s+(?:least|most)|\bup\s+to|\b(?:over|under|above|below|between))\s+[$\\(]*$",
     re.IGNORECASE,
 )
+# Numbers that name a part of the text, or count what was tried.
+_ROLE = re.compile(
+    r"\b(?:part|step|theorem|lemma|equation|problem|question|page|figure|table|section|example|line)\s+\(?$",
+    re.I,
+)
+_TRIES = re.compile(r"\s+(?:[a-z]+\s)?(?:approaches|methods|attempts|tries|tests|checks)\b")
 _BELOW = re.compile(
     r"\s+(?!(?:is|are|was|were|more|less|fewer)\b)[a-z]+(?:\s(?!(?:is|are|was|were)\b)[a-z]+)*?"
     r"\s(?:(?:less|smaller|greater|larger)\s+than|below|under|above|up\s+to)\s+\$?"
@@ -189,9 +199,10 @@ def marked(text: str) -> str | None:
     inside = boxed_answer(text)
     if inside is not None:
         return inside
-    marks, chosen = list(MARK.finditer(text)), list(_CHOSEN.finditer(text))
+    marks = list(MARK.finditer(text))
+    chosen = [*_CHOSEN.finditer(text), *_THE_ANSWER.finditer(text)]
     if chosen and chosen[-1].end() > max((m.end() for m in marks), default=0):
-        return chosen[-1][1]
+        return chosen[-1][1] or ""
     return phrase(text[marks[-1].end() :].split("</answer>")[0]) if marks else None
 
 
@@ -268,7 +279,11 @@ def last_expression(text: str) -> str | None:
             and (words[1][0].isupper() or not re.search(r"\d", text))
         ):
             return words[1]
-    if len(_WORD.findall(_TEXT.sub("", line))) <= 1 and not _FORMULA.search(line) and len(line) < 200:
+    if (
+        len(_WORD.findall(_TEXT.sub("", line))) <= 1
+        and not re.search(rf"\bnot\b|{_FORMULA.pattern}", line)
+        and len(line) < 200
+    ):
         while filler := _FILLER.match(line):
             line = line[filler.end() :]
         return line
@@ -314,6 +329,8 @@ def _value(text: str, which: int) -> str | None:
         found.pop()
         if not denied["other"] or not found:
             return None
+    while len(found) > 1 and (_ROLE.search(read[: found[-1].start]) or _TRIES.match(read[found[-1].end :])):
+        found.pop()
     if _BOUND.search(read[: found[-1].start]):  # "24 primes below 100" is 24, "less than 100" is nothing
         if len(found) < 2 or not _BELOW.fullmatch(read[found[-2].end : found[-1].start]):
             return None
@@ -355,7 +372,8 @@ def _whole(text: str, start: int, end: int) -> tuple[int, int]:
         right += pi.end()
     if start < before or pi or re.search(r"[\\^_!:]|\d[a-zA-Z]{1,2}\b", run):
         return left + 1, right
-    return start, end
+    percent = re.match(r"\s?(?:\\?%|percent\b)", text[end:])
+    return start, end + (percent.end() if percent else 0)
 
 
 def _inside(match: re.Match[str]) -> str:

@@ -83,7 +83,7 @@ def _same(one: str, gold: str, depth: int = 0) -> bool:
     if _verdict(gold):
         return _verdict(one) == _verdict(gold)
     if depth == 0:
-        one = _core(one, gold)
+        one = _core(re.sub(r"\s*\(or ([^()]*)\)$", r" or \1", one), gold)
         if _text(one) == _text(gold):
             return True
     if ":" in gold:

@@ -72,11 +72,12 @@ def tidy(text: str) -> str:
     text = plain(text).strip()
     text = re.sub(r"\\\$\s*(\d[\d.,]*)(?![\d.,]*\s*(?:[a-zA-Z\\{^*/]))", r"\1 dollars ", text)
     text = text.replace("\\\\%", "\\%").replace(r"\$", "$").replace(r"\%", "%")
-    text = text.replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}").replace("{:}", ":")
+    text = text.replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
+    text = re.sub(r"(?<![a-z])\{:\}", ":", text)
     text = _QUOTIENT.sub(r" \1\2/\3\4", text)
     text = re.sub(r"(?<=\d)\s*[{]\s*,\s*[}]\s*", ",", text)
     text = re.sub(r"(\d)(?:\\!)?,?\\[!,;:]\s*(?=\d{3}(?!\d))", r"\1", text)  # 1\,000 and 35,\!280
-    text = _GONE.sub(" ", text)
+    text = re.sub(r"\s+", " ", _GONE.sub(" ", text))  # long runs of blanks make the patterns below slow
     for _ in range(3):  # commands inside commands
         text = _WORDS.sub(lambda m: f" {m[1]} ", text)
     if "\\begin" not in text:
@@ -93,7 +94,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"(?<=\d)\s*\\Omega(?![a-zA-Z])", " ohm", text)
     text = re.sub(r"(?<=\d)\s*\\mu\s*(?=[a-zA-Z]\b)", " micro", text)
     text = re.sub(r"(?<=\d) *([aApP])\.?\s?([mM])\b\.?", r" \1\2", text)
-    text = text.strip()
+    text = re.sub(r"(?<=\d) ?: ?(?=\d)", ":", text.strip())
     for pattern, written in _ASCII:
         text = pattern.sub(written, text)
     text = re.sub(r"^(?:about|approximately|approx\.?|roughly|around)\s+(?=\S*\d)", "", text.strip())
