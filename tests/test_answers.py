@@ -1,6 +1,7 @@
 import pytest
 
-from saerl_fast.rl.rewards.answers import after_thinking, boxed, final_answer, stated
+from saerl_fast.rl.rewards.answers import after_thinking, boxed, stated
+from saerl_fast.rl.rewards.gym import final_answer
 
 
 @pytest.mark.parametrize(

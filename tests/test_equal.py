@@ -9,6 +9,9 @@ from saerl_fast.rl.rewards.basic import maths_gold
 from tests.maths_kinds import KINDS
 from tests.maths_more import MORE
 from tests.maths_peers import PEERS
+from tests.maths_peers2 import PEERS_2
+from tests.maths_peers3 import PEERS_3
+from tests.maths_peers4 import PEERS_4
 from tests.maths_table import GOLDS, TABLE
 
 
@@ -28,7 +31,7 @@ def test_the_table():
 
 def test_what_public_reports_and_other_projects_have():
     pytest.importorskip("math_verify")
-    assert [row for row in PEERS if paid(*row[:2], row[3]) != row[2]] == []
+    assert [row for row in PEERS + PEERS_2 + PEERS_3 + PEERS_4 if paid(*row[:2], row[3]) != row[2]] == []
 
 
 def test_the_table_without_math_verify(monkeypatch):

@@ -3,7 +3,7 @@ r"""Which answer a completion states: always one, by one rule.
     0. where there is a </think>, only what follows the last one counts; an open <think> hides the rest;
     1. the last \boxed{...} or \fbox{...} (several that are joined by a comma, "and" or "or" are a list);
     2. else what follows the last mark: "answer is", "Answer:", "####", <answer>;
-    3. else the last formula or number.
+    3. else the last formula or number, remarks on checks, steps and bounds aside.
 
 Whatever else the text states is not looked at, so a second answer never pays. A box without its closing
 brace reaches to the end of its line; an empty box states nothing.
@@ -31,9 +31,11 @@ _AFTER_BOX = re.compile(
 _GAP = r"(?:[\s$.(]|\\[()\[\],;: ]|\\q?quad(?![a-zA-Z]))*"
 _AND = r"(?:,|;|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\})"
 _JOINT = re.compile(rf"[^\S\n]*|{_GAP}{_AND}{_GAP}(?:{_AND}{_GAP})?(?:[a-zA-Z](?:_\{{?\w\}}?)?\s*=\s*)?")
-_MARK = re.compile(
+MARK = re.compile(
     r"####|<answer>|\b(?:correct|right)\s+(?:option|choice)\s+is:?|\banswer[*_\"']*\s*(?:(?:is|are|(?:must|should|would|will)\s+be)\b\s*:?|[:=])"
     r"|\b(?:final\s+)answer\s+-\s|\bI\s+(?:choose|pick|select)\b:?|答案(?:是|为|為|[:：])"
+    r"|(?:答え|回答)(?:は|[:：])|(?:정답|답)(?:은|[:：])|\b(?:ответ|réponse|respuesta|resposta|risposta|antwort)"
+    r"(?:\s+final[ea]?)?(?:\s*[:：]|\s+(?:est|es|é|è|ist|lautet)\b:?)"
     r"|^[#*_ \t]*(?:final\s+)?answer[*_: \t]*(?:$|(?=\\\[|\$))",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -45,10 +47,14 @@ _CHOSEN = re.compile(
     r"(?<!\bor )(?<!\band )(?<!\bnor )(?<!\bif )(?<!\bwhether )(?<!\bthat )(?<![\w\\])\(?([A-J])\)?\s+is\s+"
     r"(?:the\s+)?(?:only\s+)?(?:correct|right|best|true)\b(?!\s*\?)"
 )
+_THE_ANSWER = re.compile(  # "12 is the answer"; nothing where it is not
+    r"(?:(?<![\d.,/])(\$?-?\d[\d.,/]{0,30}\$?)\s+is|\bis\s+not)\s+the\s+(?:final\s+|correct\s+|right\s+)?answer\b(?!\s*(?:is|:))"
+)
 _REASON = re.compile(
     r"[,;]?\s+(?:because|unless|since|as|so|which|where|when|for|after|but|not|hence|i\.e\.)\b|\.\s|\.$|\n"
-    r"|(?<=[a-zA-Z]{3})[!?]|\s+\(\s*(?:not|since|because|as|and)\b"
-    r"|(?<=\d)\s+\((?!mod|or\b)[a-z]+(?:[ -][a-z]+)*\)|(?<=^[Yy]es),|(?<=^[Nn]o),"
+    r"|(?<=[a-zA-Z]{3})[!?]|\s+\(\s*(?:not|since|because|as|and|see|from|by|using)\b"
+    r"|(?<=\d)\s+\((?!mod|or\b)(?:[a-z]+(?:[ -][a-z]+)*|(?!base\b)[a-z]{3,}\s[^()]*)\)"
+    r"|(?<=^[Yy]es),|(?<=^[Nn]o),"
 )
 _LABEL = re.compile(r"\(?[A-J][).:]\s")  # of a choice, before what it says
 _VERB = re.compile(r"\b(?:is|are|equals|be)\b:?(?:\s+equal\s+to\b)?")
@@ -67,7 +73,9 @@ _SUM = re.compile(  # of two measures, at the end: 2 hours and 15 minutes
 )
 NEAR = 300  # characters around a number that are looked at
 _OR_AND = re.compile(r"\b(?:or|and)\b")
-_JOINED = re.compile(r"\s*\(?\s*(?:,|and|or|to)\s*(?:and|or)?\s*(?:perhaps|maybe|possibly)?\s*")
+_JOINED = re.compile(
+    r"\s*\(?\s*(?:,|and|or|to)\s*(?:and|or)?\s*(?:perhaps|maybe|possibly)?\s*(?:[a-zA-Z]\s*=\s*)?"
+)
 # Before a number: it is denied, or a bound of what is meant.
 _DENIED = re.compile(
     r"(?P<other>(?:,|\bbut)\s+)?(?:\bnot|n't|\bcannot|\bnever)\s+(?:(?:be|by|of|in|at|to|equals?(?:\s+to)?)\s+)?[$\\(]*$",
@@ -76,6 +84,16 @@ _DENIED = re.compile(
 _BOUND = re.compile(
     r"(?:\bthan|\bat\s+(?:least|most)|\bup\s+to|\b(?:over|under|above|below|between))\s+[$\\(]*$",
     re.IGNORECASE,
+)
+# Numbers that name a part of the text, or count what was tried.
+_ROLE = re.compile(
+    r"\b(?:part|step|theorem|lemma|equation|problem|question|page|figure|table|section|example|line)\s+\(?$",
+    re.I,
+)
+_TRIES = re.compile(r"\s+(?:[a-z]+\s)?(?:approaches|methods|attempts|tries|tests|checks)\b")
+_BELOW = re.compile(
+    r"\s+(?!(?:is|are|was|were|more|less|fewer)\b)[a-z]+(?:\s(?!(?:is|are|was|were)\b)[a-z]+)*?"
+    r"\s(?:(?:less|smaller|greater|larger)\s+than|below|under|above|up\s+to)\s+\$?"
 )
 # The end of a text that was cut off in the middle of a sentence.
 _CUT = re.compile(
@@ -91,15 +109,19 @@ _NOT_BUT = re.compile(
 )
 # "I get 17! That ...": the end of a sentence, no factorial.
 _SHOUT = re.compile(r"(\b[a-z]+:?\s\**\$?\d[\d,.]*)!(?=[!*]*(?:\s+[A-Z]|\s*\Z))")
-# A last sentence on how the answer was found: "I checked it 3 times."
-_CHECKED = re.compile(
-    r"(?<=[.!?])\s+[^.!?\n]*\b(?:checked|verified|tested|tried|confirmed|reread|repeated|recomputed|reviewed)\b"
+# What follows the answer: a sentence on how it was found ("I checked it 3 times.") or to the reader, or a
+# clause on a part of it ("24 students, 3 of whom are absent").
+_AFTERWARDS = re.compile(
+    r",\s+(?:including|(?:\d+\s+)?of\s+(?:whom|which))\b[^.,!?\n]*[.!]?\s*$"
+    r"|(?:\n|(?<=[.!?])\s)\W{0,8}(?:Verification|Check(?:ing)?|(?:To\s+)?(?:check|verify)|Confidence)\b"
+    r"(?:(?!\b(?:[Ss]o|[Tt]hus|[Tt]herefore|[Hh]ence)\b)[\s\S])*\Z"
+    r"|(?<=[.!?])\s+(?:Let me know|Feel free|I hope|Hope this|Thanks?)\b[^\n]*$"
+    r"|(?<=[.!?])\s+[^.!?\n]*\b(?:checked|verified|tested|tried|confirmed|reread|repeated|recomputed|reviewed)\b"
     r"[^.!?\n]*\b\d+\s+(?:times|ways|methods|examples|cases|values|steps|different)\b[^.!?\n]*[.!?]*\s*$"
 )
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*|\\text(?:bf|it)?\{([^{}]+)\}")
 _EMPHASIS = re.compile(r"`{1,3}|(?!(?<=[\d)])\*\*?[\d(]|(?<=[\w)] )\* [\w(])(?<!\d\*)\*{1,3}")
 _CHATTER = {"correct", "right", "it", "done", "all", "clear", "helpful", "complete", "fine", "answer"}
-_REMARK = re.compile(r"[a-zA-Z]{2,}[,;]?\s+[a-zA-Z]{2,}.*[.:!?]\W*$")  # a line of prose
 _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbb|begin|end|operatorname)\s*\{[^{}]*\}")
 
 
@@ -177,9 +199,10 @@ def marked(text: str) -> str | None:
     inside = boxed_answer(text)
     if inside is not None:
         return inside
-    marks, chosen = list(_MARK.finditer(text)), list(_CHOSEN.finditer(text))
+    marks = list(MARK.finditer(text))
+    chosen = [*_CHOSEN.finditer(text), *_THE_ANSWER.finditer(text)]
     if chosen and chosen[-1].end() > max((m.end() for m in marks), default=0):
-        return chosen[-1][1]
+        return chosen[-1][1] or ""
     return phrase(text[marks[-1].end() :].split("</answer>")[0]) if marks else None
 
 
@@ -187,7 +210,7 @@ def stated(text: str) -> str | None:
     """The one answer that ``text`` states, by the rule above; None when it states none."""
     text = spoken(text)
     found = marked(text)
-    return last_expression(_CHECKED.sub("", _SHOUT.sub(r"\1.", text))) if found is None else found
+    return last_expression(_AFTERWARDS.sub("", _SHOUT.sub(r"\1.", text))) if found is None else found
 
 
 def phrase(text: str) -> str:
@@ -222,7 +245,7 @@ def phrase(text: str) -> str:
         line = line[filler.end() :]
     if _LABEL.match(line):
         return line
-    return "" if re.match(r"not\b", line) else _value(line, 0) or ""
+    return "" if re.match(r"(?:not|unknown|unclear)\b", line) else _value(line, 0) or ""
 
 
 def last_expression(text: str) -> str | None:
@@ -230,7 +253,7 @@ def last_expression(text: str) -> str | None:
     text = text.strip()
     bold = list(_BOLD.finditer(text.rpartition("\n")[2]))
     text = _EMPHASIS.sub("", text).strip()
-    if not text or re.search(r"[-+*/=^_({\[\\,<>]$", text) or _open_formula(text) or _CUT.search(text):
+    if not text or re.search(r"[-+*/=^_({\[\\,<>?]$", text) or _open_formula(text) or _CUT.search(text):
         return None
     formulas = [m for m in _FORMULA.finditer(text) if not _prose(_inside(m))]
     if formulas and not text[formulas[-1].end() :].strip(" .!\n"):
@@ -256,7 +279,11 @@ def last_expression(text: str) -> str | None:
             and (words[1][0].isupper() or not re.search(r"\d", text))
         ):
             return words[1]
-    if len(_WORD.findall(_TEXT.sub("", line))) <= 1 and not _FORMULA.search(line) and len(line) < 200:
+    if (
+        len(_WORD.findall(_TEXT.sub("", line))) <= 1
+        and not re.search(rf"\bnot\b|{_FORMULA.pattern}", line)
+        and len(line) < 200
+    ):
         while filler := _FILLER.match(line):
             line = line[filler.end() :]
         return line
@@ -302,7 +329,14 @@ def _value(text: str, which: int) -> str | None:
         found.pop()
         if not denied["other"] or not found:
             return None
+    while len(found) > 1 and (_ROLE.search(read[: found[-1].start]) or _TRIES.match(read[found[-1].end :])):
+        found.pop()
+    if _BOUND.search(read[: found[-1].start]):  # "24 primes below 100" is 24, "less than 100" is nothing
+        if len(found) < 2 or not _BELOW.fullmatch(read[found[-2].end : found[-1].start]):
+            return None
+        found.pop()
     start, end = _whole(read, found[-1].start, found[-1].end)
+    last = start
     for number in reversed([n for n in found if n.end <= start]):  # "-2, 0 and 5" is a list
         between = read[number.end : start]
         if not _JOINED.fullmatch(between) or "to" in between or "(" in between:
@@ -310,6 +344,8 @@ def _value(text: str, which: int) -> str | None:
         if not re.search("and|or", read[number.end : end]):
             break
         start = number.start
+    if start < last and (name := re.search(r"\b[a-zA-Z]\s*=\s*$", read[:start])):  # x = 8 or x = -8
+        start = name.start()
     if re.search(r"\b(?:between|from)\s+$", read[:start]) and re.search("and|or", read[start:end]):
         return None
     return read[start:end].strip().rstrip(".,;:?\"'").strip()
@@ -336,7 +372,8 @@ def _whole(text: str, start: int, end: int) -> tuple[int, int]:
         right += pi.end()
     if start < before or pi or re.search(r"[\\^_!:]|\d[a-zA-Z]{1,2}\b", run):
         return left + 1, right
-    return start, end
+    percent = re.match(r"\s?(?:\\?%|percent\b)", text[end:])
+    return start, end + (percent.end() if percent else 0)
 
 
 def _inside(match: re.Match[str]) -> str:
@@ -354,46 +391,3 @@ def _open_formula(text: str) -> bool:
     dollars = len(re.findall(r"(?<!\\)\$", last))
     money = len(re.findall(r"(?<!\\)\$\d[\d,.]*(?![\d$])(?!\s*[-+*/^=\\<>])|\d\s?\$", last))
     return (dollars % 2 == 1 and money < 1) or not balanced(last)
-
-
-def final_answer(text: str, gold: str = "") -> str:
-    r"""What a completion offers as its answer, as it is written: \boxed{...}, else after the last "Answer:"
-    or <answer>, else its last line.
-
-    Where ``gold`` has several lines (a grid), so has the answer: the lines after the mark, or the whole text,
-    without a code fence around them and without remarks before and after.
-    """
-    text = spoken(text)
-    grid = "\n" in gold.strip("\n")
-    marks = list(_MARK.finditer(text))
-    inside = boxed(text)
-    if inside is not None and not (grid and "\n" not in inside and marks):
-        return inside
-    rest = text[marks[-1].end() :] if marks else text
-    rest = re.split(r"</answer>", rest, flags=re.IGNORECASE)[0]
-    if grid:
-        return _block(rest, gold)
-    lines = [line for line in rest.splitlines() if line.strip(" \t*`_$")]
-    if not lines:
-        return ""
-    return (lines[0] if marks else lines[-1]).strip(" \t*`$")
-
-
-def _block(text: str, gold: str) -> str:
-    """The lines of a grid in ``text``; blank lines and prose belong to it only where ``gold`` has such."""
-    fences = re.findall(r"```[a-zA-Z]*[ \t]*\n(.*?)\n?[ \t]*```", text, re.DOTALL)
-    if fences:
-        return fences[-1].strip("\n")
-    text = re.sub(r"^(?:\*+|[_`]+(?=[ \t]*\n))", "", text)
-    text = text.lstrip(" \t") if text.lstrip(" \t")[:1] not in ("", "\n", "\r") else text
-    lines = text.strip("\n").splitlines()
-    prose = [bool(_REMARK.search(line)) for line in gold.splitlines()]
-    if not any(prose):
-        while lines and (_REMARK.search(lines[0]) or not lines[0].strip(" *_`")):
-            lines.pop(0)
-        end = next((i for i, line in enumerate(lines) if _REMARK.search(line)), len(lines))
-        lines = lines[:end]
-    if all(line.strip() for line in gold.strip("\n").splitlines()):
-        blank = next((i for i, line in enumerate(lines) if not line.strip()), len(lines))
-        lines = lines[:blank]
-    return "\n".join(lines).rstrip("\n")

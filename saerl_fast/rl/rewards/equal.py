@@ -17,9 +17,10 @@ from importlib.util import find_spec
 from saerl_fast.rl.judges import same_expression
 from saerl_fast.rl.rewards.forms import alike, same_angle, same_ratio
 from saerl_fast.rl.rewards.intervals import same_intervals
+from saerl_fast.rl.rewards.lists import THOUSANDS, as_tuple, closing, named_values, parts_of, split
 from saerl_fast.rl.rewards.notation import balanced, squeeze, tidy
 from saerl_fast.rl.rewards.numbers import equal, only_number, stuck
-from saerl_fast.rl.rewards.quantities import measure, same_base, same_clock, same_date, spelled
+from saerl_fast.rl.rewards.quantities import measure, same_base, same_clock, same_date, spelled, unit
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,6 @@ _NOT_UNITS = {
 }  # fmt: skip
 _ARROW = re.compile(r"\\(?:to|rightarrow|mapsto)(?![a-zA-Z])|->")
 _SAID = re.compile(r"(?<![\\a-zA-Z])(?:or|and|not|if|is|to|than|but|maybe)(?![a-zA-Z])")
-_PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
 def same(candidate: str, gold: str) -> bool:
@@ -83,7 +83,7 @@ def _same(one: str, gold: str, depth: int = 0) -> bool:
     if _verdict(gold):
         return _verdict(one) == _verdict(gold)
     if depth == 0:
-        one = _core(one, gold)
+        one = _core(re.sub(r"\s*\(or ([^()]*)\)$", r" or \1", one), gold)
         if _text(one) == _text(gold):
             return True
     if ":" in gold:
@@ -112,7 +112,7 @@ def _same(one: str, gold: str, depth: int = 0) -> bool:
             return True
     if _text(one) == _text(gold):
         return True
-    if numbers[1] is not None and re.fullmatch(r"-?\d[\d.]*[a-zA-Z]{1,3}|(?:[<>]|\\[lgn]e).*", one):
+    if numbers[1] is not None and re.fullmatch(r"-?\d[\d.]*[a-zA-Z]{1,3}|\d+_.*|(?:[<>]|\\[lgn]e).*", one):
         return False  # 9ab, < 9
     if depth < 3:
         found = _same_parts(one, gold, depth)
@@ -146,7 +146,7 @@ def _core(text: str, gold: str) -> str:
     text = re.sub(r"^[A-Za-z][A-Za-z ]*(?:\s(?:is|are|equals|equal to)|:)\s+(?=.*[\d\\])", "", text)
     named = re.fullmatch(r"([A-Z]|[A-Za-z]+(?: [A-Za-z]+)* )([(\[].*,.*[)\]])", text)
     if named and not {word.lower() for word in named[1].split()} & _NOT_UNITS:
-        return named[2] if _closing(named[2]) == len(named[2]) - 1 else text
+        return named[2] if closing(named[2]) == len(named[2]) - 1 else text
     return text
 
 
@@ -157,6 +157,8 @@ def _same_measure(one: str, gold: str) -> bool | None:
         if ours[0] == wanted[0]:
             return equal(ours[1], wanted[1])
         return False if min(len(ours[2]), len(wanted[2])) > 1 else None
+    if not (ours or wanted) and unit(one) and unit(gold) and unit(one) != unit(gold):
+        return False  # 36\pi cm^2 and 36\pi cm^3
     for known, other in ((ours, gold), (wanted, one)):
         if known and known[0] == ("count", 1) and equal(_number(other), known[1]):
             return True
@@ -181,7 +183,7 @@ def _verdict(text: str) -> str | None:
 
 def _text(text: str) -> str:
     """Text to compare: without blanks and brackets around it, words in lower case."""
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) if _THOUSANDS.fullmatch(text) else text
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) if THOUSANDS.fullmatch(text) else text
     text = re.sub(r"^(?:the|an?)\s+(?=[a-z]{3}[a-z ]*$)", "", text.strip(), flags=re.IGNORECASE)
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", re.sub(r"[\s$]+(?!\d)|(?<!\d)[\s$]+", "", text))
     text = re.sub(r"_\{(\d+)\}", r"_\1", text)
@@ -190,8 +192,6 @@ def _text(text: str) -> str:
 
 
 _DECIMAL_COMMA = re.compile(r"-?(?:\d+,\d{1,2}|0,\d+|\d+,\d{4,})")
-_NAME = re.compile(r"\s*([a-zA-Z])(?:_?\w|_\{\w+\})?\s*=")
-_THOUSANDS = re.compile(r"[-+$]*[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?\W*")
 
 
 def _bare(one: str, gold: str, inside: bool) -> tuple[str, str]:
@@ -241,7 +241,7 @@ def _reducible(sides: list[str]) -> bool:
 
 def _sides(text: str) -> list[str]:
     """The sides of a chain of equations; the text alone when it is a list or has inequalities."""
-    if _split(text, ",;") != [text] or re.search(
+    if split(text, ",;") != [text] or re.search(
         r"[<>]|\\(?:le|ge|ne|or|and|in)(?![a-z])|\b(?:or|and)\b", text
     ):
         return [text]
@@ -276,7 +276,7 @@ def _number(text: str) -> Fraction | None:
     r"""The number that an answer is, without units; 50\% is 50. None for anything else."""
     text = re.sub(r"\s*(?:\\?%|percent(?:age)?|degrees?)$", "", text.strip().strip("$"))
     text = re.sub(r"^[$\s]+|^([-+])\s*\$", r"\1", text)
-    text = text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
+    text = text.replace(",", "") if THOUSANDS.fullmatch(text) else text
     if re.search(r"[a-zA-Z,]", re.sub(r"\\(?:frac|times|cdot)|[eE][-+]?\d|\d,\d{3}(?!\d)", "", text)):
         return None
     return only_number(text)
@@ -296,13 +296,13 @@ def _equal_numbers(one: str, gold: str) -> bool:
 
 def _same_parts(one: str, gold: str, depth: int) -> bool | None:
     """Lists, sets, tuples and intervals, part by part; None when these are no such things."""
-    named, wanted_names = _named(one), _named(gold)
+    named, wanted_names = named_values(one), named_values(gold)
     if named and wanted_names:
         return named.keys() == wanted_names.keys() and all(
             _same(value, wanted_names[name], depth + 1) for name, value in named.items()
         )
-    one, gold = _tuple(one, named, gold), _tuple(gold, wanted_names, one)
-    ours, wanted = _parts(one), _parts(gold)
+    one, gold = as_tuple(one, named, gold), as_tuple(gold, wanted_names, one)
+    ours, wanted = parts_of(one), parts_of(gold)
     if ours and wanted is None and ours[0] == "" and re.search(r"\bor\b", one):
         return all(_same(part, gold, depth + 1) for part in ours[1])  # 3/4 or .75
     if ours is None or wanted is None:
@@ -310,7 +310,7 @@ def _same_parts(one: str, gold: str, depth: int) -> bool | None:
     (open_one, first), (open_gold, second) = ours, wanted
     plain_list = {"", "{"}
     if open_one != open_gold and not (open_one in plain_list and open_gold in plain_list):
-        if "," in one and "," in gold and {open_one[:1], open_gold[:1]} <= {"(", "["}:
+        if "," in one and "," in gold and {open_one[:1], open_gold[:1]} <= {"(", "[", "{"}:
             return False
         return None
     if open_gold not in plain_list:
@@ -327,92 +327,6 @@ def _same_parts(one: str, gold: str, depth: int) -> bool | None:
         if match in left:
             left.remove(match)
     return not left
-
-
-def _named(text: str) -> dict[str, str]:
-    """Names and values of ``x=5, y=3``, by the alphabet where the letters are neighbours there, as they are
-    else; empty for anything else."""
-    if whole := re.fullmatch(r"\(\s*(\w(?:\s*,\s*\w)+)\s*\)\s*=\s*\((.*)\)", text):
-        letters, inner = whole[1].split(","), _split(whole[2], ",")
-        text = (
-            ",".join(map("=".join, zip(letters, inner, strict=False))) if len(letters) == len(inner) else ""
-        )
-    parts = [
-        part.split("=") for part in _split(re.sub(r"\s(?:and|\\land)\s", ",", text), ",;") if part.strip()
-    ]
-    names = [part[0].strip() for part in parts]
-    if len(names) < 2 or len({*names}) < len(names) or {len(part) for part in parts} != {2}:
-        return {}
-    if not all(re.fullmatch("[a-zA-Z]", name) for name in names):
-        return {}
-    values = {name: part[1].strip() for name, part in zip(names, parts, strict=True)}
-    letters = sorted(names)
-    neighbours = all(ord(b) - ord(a) == 1 for a, b in zip(letters, letters[1:], strict=False))
-    return {name: values[name] for name in letters} if neighbours else values
-
-
-def _tuple(text: str, named: dict[str, str], other: str) -> str:
-    """Named values as the tuple that ``other`` is."""
-    return f"({', '.join(named.values())})" if named and other.startswith("(") else text
-
-
-def _parts(text: str) -> tuple[str, list[str]] | None:
-    r"""Brackets ("" for a bare list, "{" for a set) and parts of a list; two values for one with \pm."""
-    text = text.strip()
-    text = re.sub(r"\\[{}]", lambda m: m[0][1], text)
-    if text and text[0] in _PAIRS and _closing(text) == len(text) - 1 and not text.startswith("{}"):
-        inner = _split(_ungrouped(text[1:-1]), ",;")
-        brackets = "{" if text[0] == "{" else text[0] + text[-1]
-        if len(inner) > 1 or text[0] == "{":
-            return brackets, [v for part in inner for v in _both(part)] if brackets == "{" else inner
-        return None
-    text = _ungrouped(text)
-    listed = re.sub(r",?\s*(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])\s*,?", ",", text)
-    inner = [v for part in _split(listed, ",;") for v in _both(part) if part.strip()]
-    if len(inner) < 2:
-        return None
-    names = [_NAME.match(part) for part in inner]
-    letters = {name[1] for name in names if name}
-    if len(letters) == 1 and all(name or "=" not in part for name, part in zip(names, inner, strict=True)):
-        inner = [_NAME.sub("", part) for part in inner]
-    return "", inner
-
-
-def _ungrouped(text: str) -> str:
-    """A list without its thousands commas, which no blank follows where one follows what separates."""
-    if re.search(r"[(\[{]", text) or not re.search(r",\s|;|\b(?:and|or)\b", text):
-        return text
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-
-
-def _both(part: str) -> list[str]:
-    r"""``1 \pm x`` as two values."""
-    if part.count("\\pm") != 1:
-        return [part.strip()]
-    return [part.replace("\\pm", sign).strip().lstrip("+").strip() for sign in ("+", "-")]
-
-
-def _closing(text: str) -> int:
-    """Where the bracket that opens ``text`` closes; round and square ones may close each other."""
-    depth = 0
-    for i, char in enumerate(text):
-        depth += (char in "([{") - (char in ")]}")
-        if depth == 0:
-            return i
-    return -1
-
-
-def _split(text: str, separators: str) -> list[str]:
-    """``text`` at its separators outside all brackets; a thousands comma is none."""
-    if _THOUSANDS.fullmatch(text):
-        return [text]
-    parts, depth, start = [], 0, 0
-    for i, char in enumerate(text):
-        depth += (char in "([{") - (char in ")]}")
-        if depth == 0 and char in separators and text[i - 1 : i] != "\\":
-            parts.append(text[start:i])
-            start = i + 1
-    return [*parts, text[start:]]
 
 
 def _is_words(text: str) -> bool:

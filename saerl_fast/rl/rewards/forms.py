@@ -10,6 +10,8 @@ from saerl_fast.rl.rewards.numbers import only_number
 
 _FUNCTION = re.compile(r"([a-zA-Z])\(\s*([a-zA-Z])\s*\)\s*=\s*(.+)")
 _CONSTANT = re.compile(r".*[+]\s*([CcKkDA])")
+_INTEGER = re.compile(r"(?<![a-zA-Z])([a-z])\s*\\in\s*\\mathbb\s*\{?\s*[ZN]")
+_NESTED = re.compile(r"\[\s*\[[^\[\]]*\](?:\s*,\s*\[[^\[\]]*\])*\s*\]")
 _MATRIX = re.compile(
     r"\\begin\{(?:[pbB]?matrix|array)\}(?:\s*\{[clr|]*\})?(.*)\\end\{(?:[pbB]?matrix|array)\}", re.DOTALL
 )
@@ -24,7 +26,8 @@ def alike(one: str, gold: str) -> tuple[str, str]:
     """Both, the first in the second's form where they differ by a name or a notation only."""
     one = _function(one, gold)
     one = _constant(one, gold)
-    if "," in gold and "=" in gold:
+    one = _index(one, gold)
+    if "," in gold and ("=" in gold or gold[0] == "("):
         one = _chain(one)
     elif "," in one and "=" in one:
         gold = _chain(gold)
@@ -51,6 +54,14 @@ def _constant(one: str, gold: str) -> str:
     return one[:-1] + wanted[1]
 
 
+def _index(one: str, gold: str) -> str:
+    """k \\in Z by the letter that ``gold`` has for it."""
+    ours, wanted = _INTEGER.search(one), _INTEGER.search(gold)
+    if not ours or not wanted or ours[1] == wanted[1] or wanted[1] in re.sub(r"\\[a-zA-Z]+", "", one):
+        return one
+    return re.sub(rf"\\[a-zA-Z]+|{ours[1]}", lambda m: m[0] if m[0][0] == "\\" else wanted[1], one)
+
+
 def _chain(text: str) -> str:
     """x = 3 = y as x=3, y=3."""
     sides = [side.strip() for side in text.split("=")]
@@ -62,14 +73,17 @@ def _chain(text: str) -> str:
 
 
 def _vector(text: str, other: str) -> str:
-    """A row, a column or a sum of i, j and k as the tuple or column that ``other`` is."""
+    """A row, a column, lists in a list, or a sum of i, j and k as the tuple or matrix that ``other`` is."""
     if matrix := _MATRIX.fullmatch(text):
         if not other.startswith("(") or ("&" in matrix[1]) == ("\\\\" in matrix[1]):
             return text
         parts = [part.strip() for part in re.split(r"&|\\\\", matrix[1])]
         return f"({', '.join(filter(None, parts))})"
+    if _NESTED.fullmatch(text) and "\\begin" in other:
+        inner = re.sub(r"\]\s*,\s*\[", r" \\\\ ", text).strip("[] ").replace(",", " & ")
+        return rf"\begin{{pmatrix}}{inner}\end{{pmatrix}}"
     plain = _HATS.sub(r" \1 ", text).strip()
-    terms = _TERM.findall(plain)
+    terms = _TERM.findall(plain) if "j" in plain else []
     units = [unit for *_, unit in terms]
     if "j" not in units or len(units) < 2 or len({*units}) < len(units) or _TERM.sub("", plain):
         return text

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.rl.judges import solved
-from saerl_fast.rl.rewards.answers import final_answer, read_text
+from saerl_fast.rl.rewards.answers import MARK, boxed, read_text, spoken
 from saerl_fast.rl.rewards.columns import need
+
+_REMARK = re.compile(r"[a-zA-Z]{2,}[,;]?\s+[a-zA-Z]{2,}.*[.:!?]\W*$")  # a line of prose
 
 
 def reasoning_gym(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
@@ -32,3 +35,46 @@ def reasoning_gym(prompts: Sequence[Any], completions: Sequence[Any], **columns:
             candidate = candidate[:-1].rstrip(" \t*`$")
         scores.append(float(candidate != "" and solved(candidate, text)))
     return scores
+
+
+def final_answer(text: str, gold: str = "") -> str:
+    r"""What a completion offers as its answer, as it is written: \boxed{...}, else after the last "Answer:"
+    or <answer>, else its last line.
+
+    Where ``gold`` has several lines (a grid), so has the answer: the lines after the mark, or the whole text,
+    without a code fence around them and without remarks before and after.
+    """
+    text = spoken(text)
+    grid = "\n" in gold.strip("\n")
+    marks = list(MARK.finditer(text))
+    inside = boxed(text)
+    if inside is not None and not (grid and "\n" not in inside and marks):
+        return inside
+    rest = text[marks[-1].end() :] if marks else text
+    rest = re.split(r"</answer>", rest, flags=re.IGNORECASE)[0]
+    if grid:
+        return _block(rest, gold)
+    lines = [line for line in rest.splitlines() if line.strip(" \t*`_$")]
+    if not lines:
+        return ""
+    return (lines[0] if marks else lines[-1]).strip(" \t*`$")
+
+
+def _block(text: str, gold: str) -> str:
+    """The lines of a grid in ``text``; blank lines and prose belong to it only where ``gold`` has such."""
+    fences = re.findall(r"```[a-zA-Z]*[ \t]*\n(.*?)\n?[ \t]*```", text, re.DOTALL)
+    if fences:
+        return fences[-1].strip("\n")
+    text = re.sub(r"^(?:\*+|[_`]+(?=[ \t]*\n))", "", text)
+    text = text.lstrip(" \t") if text.lstrip(" \t")[:1] not in ("", "\n", "\r") else text
+    lines = text.strip("\n").splitlines()
+    prose = [bool(_REMARK.search(line)) for line in gold.splitlines()]
+    if not any(prose):
+        while lines and (_REMARK.search(lines[0]) or not lines[0].strip(" *_`")):
+            lines.pop(0)
+        end = next((i for i, line in enumerate(lines) if _REMARK.search(line)), len(lines))
+        lines = lines[:end]
+    if all(line.strip() for line in gold.strip("\n").splitlines()):
+        blank = next((i for i, line in enumerate(lines) if not line.strip()), len(lines))
+        lines = lines[:blank]
+    return "\n".join(lines).rstrip("\n")

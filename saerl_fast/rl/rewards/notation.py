@@ -48,6 +48,9 @@ _WORDS = re.compile(
 )
 
 
+# Recurring decimals: 0.1\\dot{6}, 0.\\dot{1}42\\dot{8}, 0.333..., 0.1616\\ldots
+_DOTTED = re.compile(r"\.(\d*)\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?")
+_GOES_ON = re.compile(r"(\.\d{0,30}?)(?:(\d)\2{2,30}|(\d{2,15}?)\3{1,9})\s*(?:\\[lc]?dots(?![a-z])|\.{3})")
 _NAMED = r"\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*(\^\s*\{?\d\}?)?\s*\}"
 _QUOTIENT = re.compile(rf"\\[dt]?frac\s*{_NAMED}\s*{_NAMED}")  # of units
 _ASCII = [  # plain notation for LaTeX's
@@ -69,11 +72,12 @@ def tidy(text: str) -> str:
     text = plain(text).strip()
     text = re.sub(r"\\\$\s*(\d[\d.,]*)(?![\d.,]*\s*(?:[a-zA-Z\\{^*/]))", r"\1 dollars ", text)
     text = text.replace("\\\\%", "\\%").replace(r"\$", "$").replace(r"\%", "%")
-    text = text.replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}").replace("{:}", ":")
+    text = text.replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
+    text = re.sub(r"(?<![a-z])\{:\}", ":", text)
     text = _QUOTIENT.sub(r" \1\2/\3\4", text)
     text = re.sub(r"(?<=\d)\s*[{]\s*,\s*[}]\s*", ",", text)
     text = re.sub(r"(\d)(?:\\!)?,?\\[!,;:]\s*(?=\d{3}(?!\d))", r"\1", text)  # 1\,000 and 35,\!280
-    text = _GONE.sub(" ", text)
+    text = re.sub(r"\s+", " ", _GONE.sub(" ", text))  # long runs of blanks make the patterns below slow
     for _ in range(3):  # commands inside commands
         text = _WORDS.sub(lambda m: f" {m[1]} ", text)
     if "\\begin" not in text:
@@ -83,12 +87,14 @@ def tidy(text: str) -> str:
     text = re.sub(r"\\frac\s+", r"\\frac", text)
     text = _FRAC.sub(_fraction, text)
     text = text.replace(r"\varnothing", r"\emptyset").replace(r"\langle", "(").replace(r"\rangle", ")")
+    text = _DOTTED.sub(r".\1\\overline{\2\3\4}", text)
+    text = _GOES_ON.sub(lambda m: f"{m[1]}\\overline{{{m[2] or m[3]}}}", text)
     text = re.sub(r"\d{0,300}\.(\d{0,300})\\overline\s*\{(\d{1,300})\}", _recurring, text)
     text = re.sub(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d+)(?!\d)(?!,)", _european, text)
     text = re.sub(r"(?<=\d)\s*\\Omega(?![a-zA-Z])", " ohm", text)
     text = re.sub(r"(?<=\d)\s*\\mu\s*(?=[a-zA-Z]\b)", " micro", text)
     text = re.sub(r"(?<=\d) *([aApP])\.?\s?([mM])\b\.?", r" \1\2", text)
-    text = text.strip()
+    text = re.sub(r"(?<=\d) ?: ?(?=\d)", ":", text.strip())
     for pattern, written in _ASCII:
         text = pattern.sub(written, text)
     text = re.sub(r"^(?:about|approximately|approx\.?|roughly|around)\s+(?=\S*\d)", "", text.strip())

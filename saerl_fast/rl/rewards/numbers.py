@@ -37,8 +37,8 @@ _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10
 # Before and after a number that is part of something else: a time, ratio, range, date or pair, a product with
 # a variable, a root or another base; or that is denied.
 _HEAD = re.compile(
-    r"(?:\d\s*[:/]\s*|[\d)]\s?[-\u2013]\s?|[(\[]\s*[-\d./]+\s*,\s*|sqrt\s*[{(]?\s*|\u221a\s*|\bnot\s+"
-    r"|\bbetween\s+\S+\s+and\s+)$"
+    r"(?:\d\s*[:/]\s*|[\d)]\s?[-\u2013]\s?|[(\[]\s*[-\d./]+\s*,\s*|sqrt\s*[{(]?\s*|\u221a\s*|\b[Nn]ot\s+"
+    r"|\b[Bb]etween\s+\S+\s+and\s+)$"
 )
 _TAIL = re.compile(
     r"\s?(?:[_^]|\\(?:pi|sqrt)(?![a-z])|pi\b|[\u03c0\u221a])|:\d|[abcijknpqrtuvwxyz](?![a-zA-Z])|\s*[-+*/]\s*\d"

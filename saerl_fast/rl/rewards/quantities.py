@@ -28,7 +28,7 @@ _SCALES = {
 }  # fmt: skip
 _SIZES = {name: (kind, size) for kind, names in _SCALES.items() for name, size in names.items()}
 _MEASURE = re.compile(
-    r"(?P<number>.*[\d}])\s*(?:(?P<way>square|sq\.?|cubic)\s)?\s*(?P<unit>[a-zA-Z]{1,12})\.?"
+    r"(?P<number>.*(?:[\d})]|\\pi))\s*(?:(?P<way>square|sq\.?|cubic)\s)?\s*(?P<unit>[a-zA-Z]{1,12})\.?"
     r"\s*(?:\^\s*\{?(?P<power>[23])\}?)?"
 )
 _NEXT = re.compile(r"(?<=[a-zA-Z])\.?\s*(?:,\s*(?:and)?|\band\b)?\s*(?=\d)")  # between 5 ft and 6 in
@@ -59,10 +59,20 @@ def measure(text: str) -> tuple[tuple[str, int], Fraction, str] | None:
         if match is None or number is None or match["unit"] not in _SIZES:
             return None
         kind, size = _SIZES[match["unit"]]
-        power = {"s": 2, "c": 3}[match["way"][0]] if match["way"] else int(match["power"] or 1)
+        power = _power(match)
         kinds.add((kind, power))
         total, unit = total + number * size**power, match["unit"]
     return (kinds.pop(), total, unit) if len(kinds) == 1 else None
+
+
+def _power(match: re.Match[str]) -> int:
+    return {"s": 2, "c": 3}[match["way"][0]] if match["way"] else int(match["power"] or 1)
+
+
+def unit(text: str) -> tuple[str, Fraction, int] | None:
+    """Kind, size and power of the common unit that an expression (36\\pi cm^2) ends with."""
+    match = _MEASURE.fullmatch(text.strip().rstrip("."))
+    return (*_SIZES[match["unit"]], _power(match)) if match and match["unit"] in _SIZES else None
 
 
 def clock(text: str) -> tuple[int, bool | None] | None:
