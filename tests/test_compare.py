@@ -24,6 +24,10 @@ def test_an_arm_is_a_schedule_or_a_name_with_settings():
     name, overrides = parse_arm("cold:plan.schedule=adaptive;plan.adaptive.use_labels=false")
     assert (name, overrides[0]) == ("cold", "plan.schedule=adaptive")
     assert parse_arm("sequence:train.loss.kind=gspo")[1] == ["train.loss.kind=gspo"]  # the config's schedule
+    with pytest.raises(SaerlError, match="'x' lacks a value; .* e.g. mine:plan.filter=true;train.lr=1e-4$"):
+        parse_arm("a:plan.schedule=mopps;x")
+    with pytest.raises(SaerlError, match="e.g. mine:plan.schedule=mymod:reverse$"):
+        parse_arm("mymod:reverse")
     assert parse_arm("rev:plan.schedule=mymod:reverse") == ("rev", ["plan.schedule=mymod:reverse"])
     assert parse_arm("vanilla:train.lr=1e-5")[1] == ["plan.schedule=vanilla", "train.lr=1e-5"]
 

@@ -111,3 +111,14 @@ def test_row_selection_refuses_what_is_not_rows(device):
         csr.select_rows(torch.tensor([True, False]))
     with pytest.raises(ValueError, match=r"integers or a boolean mask, got torch\.float32"):
         csr.select_rows(torch.tensor([0.7]))
+
+
+def test_shapes_that_do_not_hold_the_rows_are_refused():
+    kept = sk.TopK(torch.ones(6, 2), torch.tensor([[3, 9]] * 6, dtype=torch.int32))
+    rows = kept.to_csr(10)
+    assert rows.to_coo((2, 3, 10)).shape == (2, 3, 10)
+    for shape in ((2, 4, 10), (6, 9), (6, 11), (2, -1, 10), (-2, -3, 10), (), (60,)):
+        with pytest.raises(ValueError, match="does not hold 6 rows of n_cols=10"):
+            rows.to_coo(shape)
+    with pytest.raises(ValueError, match="n_cols=9 is too small: an index is 9"):
+        kept.to_csr(9)

@@ -263,6 +263,8 @@ def test_folders_that_cannot_be_held(tmp_path):
         lock(tmp_path / "link").__enter__()
     with pytest.raises(SaerlError, match="cannot write to"):
         lock(tmp_path / ("x" * 300)).__enter__()
+    with pytest.raises(SaerlError, match="cannot write to /proc/x: "):  # where no folder can be made
+        lock("/proc/x").__enter__()
 
 
 def test_a_link_and_its_folder_are_one(tmp_path):

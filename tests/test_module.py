@@ -103,3 +103,11 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=message):
             sk.SparseEncoder(encoder, **arguments)
+
+
+def test_another_threshold_is_taken():
+    x, encoder = integers(6, 9, 70, threshold=0.0)
+    module = sk.SparseEncoder(encoder, output="csr")
+    assert module(x).nnz
+    module.threshold = torch.full((70,), 1e9)
+    assert not module(x).nnz

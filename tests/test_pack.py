@@ -220,3 +220,24 @@ def test_a_pickle_carries_no_copies():
     again = pickle.loads(pickle.dumps(encoder))
     assert encoder._cache and not again._cache
     assert torch.equal(again.weight, encoder.weight) and torch.equal(again.permutation, encoder.permutation)
+
+
+@pytest.mark.parametrize("n", [2, 40])
+@pytest.mark.parametrize("permute", [False, True])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_nothing_made_of_old_weights_is_used(n, permute, name):
+    """Copies that an encoder keeps (natural order, NumPy's views) follow what is written and rebound."""
+    x = torch.randn(n, 8)
+    encoder = sk.pack_encoder(torch.randn(8, 40), torch.randn(40), permute=permute, threshold=0.0)
+    for write in (lambda part: part.mul_(-1.0), lambda part: setattr(part, "data", torch.randn(part.shape))):
+        for backend in ("auto", "torch", "reference"):
+            sk.encode_topk(x, encoder, 3, backend=backend), sk.encode_threshold(x, encoder, backend=backend)
+        write(getattr(encoder, name))
+        parts = (encoder.weight, encoder.bias, encoder.threshold, "none", encoder.permutation, permute, 0)
+        for backend in ("auto", "torch", "reference"):
+            got = sk.encode_topk(x, encoder, 3, backend=backend)
+            want = sk.encode_topk(x, sk.PackedEncoder(*parts), 3, backend=backend)
+            assert torch.equal(got.indices, want.indices) and torch.equal(got.values, want.values)
+            rows = sk.encode_threshold(x, encoder, backend=backend)
+            same = sk.encode_threshold(x, sk.PackedEncoder(*parts), backend=backend)
+            assert torch.equal(rows.to_dense(), same.to_dense())

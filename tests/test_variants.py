@@ -29,6 +29,12 @@ got = sk.encode_topk_sharded(x, shard, edges[rank], 12)
 assert_equal(got, sk.reference.encode_topk(x, encoder, 12))
 deep = sk.encode_topk_sharded(x - 50, shard, edges[rank], 12)  # fillers come from the lowest features of all
 assert_equal(deep, sk.reference.encode_topk(x - 50, encoder, 12))
+try:
+    sk.encode_topk_sharded(x, shard, rank, 12)  # the rank is no feature's number
+except ValueError as error:
+    assert "overlap" in str(error)
+else:
+    raise AssertionError("stretches that overlap were taken")
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -89,3 +95,17 @@ def test_three_processes_give_what_one_gives():
         for rank in ranks:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0, 0], ends
+
+
+def test_what_does_not_fit_is_refused():
+    x, encoder = integers(5, 9, 70)
+    both = sk.pack_both_signs(encoder)
+    assert_equal(sk.encode_abs_topk(x, both.to(torch.float32), 4), sk.encode_abs_topk(x, both, 4))
+    with pytest.raises(ValueError, match="pack_both_signs"):
+        sk.encode_abs_topk(x, encoder, 4)  # which would halve every feature's number
+    whole = sk.encode_topk(x, encoder, 4)
+    for parts in (whole, [], [tuple(whole)]):
+        with pytest.raises(ValueError, match="list of one TopK or more"):
+            sk.merge_topk(parts, 4)
+    with pytest.raises(ValueError, match="different rows"):
+        sk.merge_topk([whole, sk.encode_topk(x[:2], encoder, 4)], 4)

@@ -194,6 +194,35 @@ class Own(Engine):
         return [samples[i : i + cfg.group_size] for i in range(0, len(samples), cfg.group_size)]
 
 
+class Wrong(Own):
+    """An engine whose `sample` gives ``spoilt`` of what it should."""
+
+    def sample(self, *args: Any) -> Any:
+        return self.spoilt(super().sample(*args))
+
+
+@pytest.mark.parametrize(
+    "spoilt, says",
+    [
+        (lambda groups: groups[:-1], "one a prompt, of 4 completions each; it gave .4, 4"),
+        (lambda groups: [group[:-1] for group in groups], "of 4 completions each; it gave .3, 3"),
+        (lambda groups: [one for group in groups for one in group], "it gave .2, 2"),
+        (lambda groups: None, "it gave NoneType"),
+        (lambda groups: [[Sample([5, 5], [-1.0])] * 4 for _ in groups], "got 1 with .5, 5"),
+        (lambda groups: [[Sample([], [])] * 4 for _ in groups], "got 0 with "),
+        (lambda groups: [[Sample([5] * 99, [-1.0] * 99)] * 4 for _ in groups], "1 to 6 tokens.* got 99"),
+        (lambda groups: [[Sample([10**6], [-1.0])] * 4 for _ in groups], "below 45.* 1 with .1000000"),
+    ],
+)
+def test_an_engine_that_breaks_its_contract_is_told(tmp_path, spoilt, says) -> None:
+    model, cfg = tiny_model(), small(steps=1)
+    cfg.rollout.group_size, cfg.rollout.engine = 4, "tests.test_vllm:Wrong"
+    engine = Wrong(model, cfg.rollout)
+    engine.spoilt = spoilt
+    with pytest.raises(SaerlError, match=f"engine own must .*{says}"):
+        run(tmp_path, cfg, model=model, engine=engine.generate)
+
+
 def nothing(model: Any, cfg: Any) -> None: ...
 
 

@@ -176,13 +176,16 @@ def _wait(held: Lock, tell: Callable[[str], None] | None) -> None:
 
 def _acquire(at: Path, text: str) -> None:
     """Make ``at`` this process's; `Held` where another's is not dead."""
-    found = None
+    found, gone = None, None
     for attempt in range(500):
         time.sleep(0.002 * min(attempt, 10))
-        with suppress(FileNotFoundError):  # the folder was removed meanwhile, empty as it was
+        try:
             at.parent.mkdir(parents=True, exist_ok=True)
             if _create(at, text) or _read(at) == text:  # NFS may carry out what it reports as failed
                 return
+            gone = None
+        except FileNotFoundError as err:  # the folder was removed meanwhile, empty as it was
+            gone = err
         found = _read(at)
         if found is None:
             continue
@@ -197,6 +200,8 @@ def _acquire(at: Path, text: str) -> None:
                     log.info("%s was left by %s, which has ended", at.parent, _who(found))
             finally:
                 _drop(warrant, text)
+    if found is None and gone is not None:  # nobody's: such a place cannot be made
+        raise gone
     if found is not None and has_ended(_about(found).get("mark", "")) is None:
         silent = f"it has shown no sign of life for {_silence(at):.0f} s"
         fix = f"{silent} and counts as dead after {SILENT:.0f}; if it has ended, remove {at}"

@@ -103,7 +103,8 @@ class Engine(ABC):
         times = [time.perf_counter()]
         new = self.sync(model)
         times.append(time.perf_counter())
-        samples = [one for group in self.sample(prompts, cfg, seeds, stops) for one in group]
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        samples = self._checked(self.sample(prompts, cfg, seeds, stops), len(prompts), cfg, vocabulary)
         longest = max(len(one.tokens) for one in samples)
         tokens = torch.zeros(len(samples), longest, dtype=torch.long)
         logprobs = torch.zeros(len(samples), longest)
@@ -124,6 +125,25 @@ class Engine(ABC):
         sync, generate, check, features = (b - a for a, b in zip(times, times[1:], strict=False))
         made.timings = {"generate": generate, "sync": sync + check, "capture": features, "encode": 0.0}
         return made
+
+    def _checked(self, groups: Any, n: int, cfg: RolloutConfig | Sampling, vocabulary: int) -> list[Sample]:
+        """All samples of ``groups``; SaerlError where `sample` did not keep to its contract."""
+        sizes = [len(group) for group in groups] if isinstance(groups, Sequence) else type(groups).__name__
+        if sizes != [cfg.group_size] * n:
+            raise SaerlError(
+                f"sample of engine {self.name} must give {n} lists, one a prompt, of {cfg.group_size} "
+                f"completions each; it gave {str(sizes):.80}"
+            )
+        samples = [one for group in groups for one in group]
+        for one in samples:
+            tokens, most = one.tokens, cfg.max_new_tokens
+            fit = 1 <= len(tokens) == len(one.logprobs) <= most
+            if not fit or min(tokens) < 0 or max(tokens) >= vocabulary:
+                raise SaerlError(
+                    f"a completion of engine {self.name} must be 1 to {most} tokens below {vocabulary}, "
+                    f"with a log-probability for each; got {len(one.logprobs)} with {str(list(tokens)):.80}"
+                )
+        return samples
 
     def _check(self, model: Any, made: Rollouts, cfg: RolloutConfig | Sampling) -> None:
         """SaerlError unless a few rollouts have the log-probabilities that the policy gives them.

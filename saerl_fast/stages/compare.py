@@ -49,7 +49,10 @@ def parse_arm(text: str) -> tuple[str, list[str]]:
     overrides = [item.strip() for item in rest.split(";") if item.strip()]
     for item in overrides:
         if "=" not in item:
-            raise SaerlError(f"arm {text!r}: write it as NAME:key=value, e.g. mine:plan.schedule={text}")
+            example = f"plan.schedule={text}" if "=" not in text else "plan.filter=true;train.lr=1e-4"
+            raise SaerlError(
+                f"arm {text!r}: {item!r} lacks a value; write it as NAME:key=value, e.g. mine:{example}"
+            )
         if not item.startswith(("plan.", "train.")):
             raise SaerlError(f"arm {text!r} sets {item!r}; an arm may set plan.* and train.* only")
     named = name in SCHEDULES or not overrides

@@ -78,6 +78,7 @@ class SparseEncoder(nn.Module):
             self._packed is None
             or self._packed.weight is not self.weight
             or self._packed.bias is not self.bias
+            or self._packed.threshold is not self.threshold
         ):
             parts = (self.weight, self.bias, self.threshold, self.normalize_activations, self.permutation)
             self._packed = PackedEncoder(*parts, self.permute, self.seed)

@@ -87,17 +87,25 @@ class PackedEncoder:
         """The same encoder with its features in their original order (itself when they are)."""
         if self.permutation is None:
             return self
-        if "natural" not in self._cache:
-            order = torch.argsort(self.permutation)
-            self._cache["natural"] = replace(
-                self,
-                weight=self.weight[order],
-                bias=self.bias[order],
-                threshold=None if self.threshold is None else self.threshold[order],
-                permutation=None,
-                _cache={},
-            )
-        return self._cache["natural"]
+        if torch.compiler.is_compiling():  # a graph has no memory of its own
+            return self._unpermuted()
+        state = written(self.weight, self.bias, self.threshold)
+        held = self._cache.get("natural")
+        if held is None or held[0] != state:
+            held = self._cache["natural"] = (state, self._unpermuted())
+        return held[1]
+
+    def _unpermuted(self) -> PackedEncoder:
+        assert self.permutation is not None
+        order = torch.argsort(self.permutation)
+        return replace(
+            self,
+            weight=self.weight[order],
+            bias=self.bias[order],
+            threshold=None if self.threshold is None else self.threshold[order],
+            permutation=None,
+            _cache={},
+        )
 
     def _permuted(self) -> PackedEncoder:
         # encode_threshold works in the original order: of a permuted encoder it would keep a second weight.
@@ -244,6 +252,15 @@ def pack_encoder(
         packed_threshold = limit.expand(d_sae).clone()
     packed = PackedEncoder(weight, bias.float(), packed_threshold, at_run_time, None, permute, seed)
     return packed._permuted()
+
+
+def written(*tensors: Optional[Tensor]) -> tuple:
+    """Changes when one of ``tensors`` has been written to in place, for what is derived from them and kept.
+
+    Writes through ``.data``, and tensors made in inference mode, count no versions; other memory is noticed.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    return tuple((0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in given)
 
 
 def _check_dtype(dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Optional, Sequence, Union
 
 import torch
@@ -30,10 +31,17 @@ class TopK(NamedTuple):
         return dense.scatter_add_(-1, self.indices.long(), self.values)
 
     def to_csr(self, n_cols: int) -> CSR:
-        """The positive entries [n, n_cols], leading dimensions flattened; waits for a GPU."""
+        """The positive entries [n, n_cols], leading dimensions flattened; waits for a GPU.
+
+        Raises ValueError for an index that is not below n_cols.
+        """
         values, indices = (part.reshape(-1, part.shape[-1]) for part in self)
         indices, order = indices.sort(dim=-1)
         values = values.gather(-1, order)
+        if indices.numel() and int(indices[:, -1].max()) >= n_cols:
+            raise ValueError(
+                f"n_cols={n_cols} is too small: an index is {int(indices[:, -1].max())}; give d_sae"
+            )
         kept = values > 0
         return CSR(_indptr(kept.sum(-1)), indices[kept], values[kept], n_cols)
 
@@ -85,8 +93,13 @@ class CSR(NamedTuple):
         return cls(indptr, cols.int(), dense[rows, cols].float(), dense.shape[1])
 
     def to_coo(self, shape: Optional[Sequence[int]] = None) -> Tensor:
-        """A coalesced torch sparse tensor of ``shape`` [..., n_cols], whose rows are flattened here."""
-        size = (self.n_rows, self.n_cols) if shape is None else tuple(shape)
+        """A coalesced torch sparse tensor of ``shape`` [..., n_cols], whose rows are flattened here.
+
+        Raises ValueError for a shape that does not hold n_rows rows of n_cols.
+        """
+        size = (self.n_rows, self.n_cols) if shape is None else tuple(int(width) for width in shape)
+        if not size or min(size) < 0 or (math.prod(size[:-1]), size[-1]) != (self.n_rows, self.n_cols):
+            raise ValueError(f"shape {size} does not hold {self.n_rows} rows of n_cols={self.n_cols}")
         rest, where = self.row_ids(), [self.indices.long()]
         for width in reversed(size[1:-1]):
             where.append(rest % width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, List, Optional, Sequence
 
 import torch
@@ -17,12 +18,17 @@ from .types import TopK
 LAST = (1 << 31) - 1
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class _BothSigns(PackedEncoder):
+    """What ``pack_both_signs`` makes, so that no plain encoder is taken for it."""
+
+
 def pack_both_signs(encoder: PackedEncoder) -> PackedEncoder:
     """The encoder of ``encode_abs_topk``: every feature beside its negative, twice the memory."""
     plain = encoder.natural()
     weight = torch.stack([plain.weight, -plain.weight], dim=1).reshape(-1, plain.d_in)
     bias = torch.stack([plain.bias, -plain.bias], dim=1).reshape(-1)
-    return PackedEncoder(
+    return _BothSigns(
         weight, bias, None, plain.normalize_activations, None, plain.permute, plain.seed
     )._permuted()
 
@@ -37,8 +43,10 @@ def encode_abs_topk(x: Tensor, both: PackedEncoder, k: int, *, backend: str = "a
 
     Returns values float32 [..., k], falling in magnitude, and indices int32 [..., k]; of equal magnitudes the
     lower feature comes first. Only features other than 0 are selected: a row with fewer is filled up with 0.0
-    at low features, which may be among the selected ones.
+    at low features, which may be among the selected ones. Raises ValueError for another encoder.
     """
+    if not isinstance(both, _BothSigns):
+        raise ValueError(f"both is {both!r:.80}; give pack_both_signs(encoder), made once")
     check_k(k, both.d_sae // 2)
     values, indices = encode_topk(x, both, k, backend=backend)
     negative = indices % 2 == 1
@@ -79,8 +87,13 @@ def merge_topk(parts: Sequence[TopK], k: int) -> TopK:
 
     parts: for each shard the min(k, its features) largest ([..., k_i], any order), with indices in the whole
     dictionary's numbering and values that are not negative. Ties and fillers come out as for the whole,
-    because every entry of the answer is among those of its shard.
+    because every entry of the answer is among those of its shard. Raises ValueError for what does not fit.
     """
+    if isinstance(parts, TopK) or not parts or not all(isinstance(part, TopK) for part in parts):
+        raise ValueError("parts must be a list of one TopK or more, one of each shard")
+    if len({part.values.shape[:-1] for part in parts}) > 1:
+        shapes = [tuple(part.values.shape) for part in parts]
+        raise ValueError(f"parts are of different rows: their shapes are {shapes}; encode the same x")
     values = torch.cat([part.values for part in parts], dim=-1)
     indices = torch.cat([part.indices for part in parts], dim=-1).long()
     check_k(k, values.shape[-1], "the number of entries in all parts")
@@ -103,15 +116,21 @@ def encode_topk_sharded(
         group: the process group; None: the default one.
 
     Returns the same ``TopK`` on every process, equal to that of the whole. Each sends min(k, its features)
-    entries of 8 bytes a row, so shards of different sizes are padded to the largest.
+    entries of 8 bytes a row, so shards of different sizes are padded to the largest. Raises ValueError, on
+    every process, for stretches that overlap.
     """
     import torch.distributed as dist
 
     own = encode_topk(x, shard, min(k, shard.d_sae), backend=backend)
-    width = torch.tensor([own.values.shape[-1], shard.d_sae], device=x.device)
+    width = torch.tensor([own.values.shape[-1], shard.d_sae, first], device=x.device)
     widths = [torch.empty_like(width) for _ in range(dist.get_world_size(group))]
     dist.all_gather(widths, width, group=group)
     check_k(k, sum(int(w[1]) for w in widths))
+    stretches = sorted((int(w[2]), int(w[2] + w[1])) for w in widths)
+    if stretches[0][0] < 0 or any(end > start for (_, end), (start, _) in zip(stretches, stretches[1:])):
+        raise ValueError(
+            f"the shards' features {stretches} overlap; first is the number of a shard's first feature"
+        )
     room = max(int(w[0]) for w in widths)
     spare = room - own.values.shape[-1]
     bits = torch.nn.functional.pad(own.values.view(torch.int32), (0, spare))

@@ -102,9 +102,11 @@ def _encode_whole(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
         scores = linear(x, weight, encoder.bias, torch.empty((n, len(weight)))).numpy()
         select.select_few(scores, k, bits, indices)
     else:
-        if "numpy" not in encoder._cache:
-            encoder._cache["numpy"] = (weight.numpy(), encoder.bias.numpy())
-        args = (x.numpy(), *encoder._cache["numpy"])
+        memory = (weight.data_ptr(), encoder.bias.data_ptr())  # ``.data = other`` gives a tensor other memory
+        held = encoder._cache.get("numpy")
+        if held is None or held[0] != memory:
+            held = encoder._cache["numpy"] = (memory, weight.numpy(), encoder.bias.numpy())
+        args = (x.numpy(), *held[1:])
         least = max(1, (1 << 20) // x.numel())  # features worth a thread: about 0.1 ms of work
         if torch.get_num_threads() == 1 or len(weight) < 2 * least:
             select.encode_few(*args, k, bits, indices)

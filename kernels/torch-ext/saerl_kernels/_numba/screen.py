@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..pack import PackedEncoder
+from ..pack import PackedEncoder, written
 from ..types import TopK
 from . import screen_rows, select
 from .threads import run
@@ -76,8 +76,7 @@ def screen_of(encoder: PackedEncoder) -> Optional[Screen]:
     It keeps d_sae x d_in x 2 bytes for a float32 weight, nothing of that size for a bfloat16 one. Tensors
     made in inference mode count no versions: do not write to such an encoder's weight.
     """
-    parts = (encoder.weight, encoder.bias)
-    version = tuple((0 if p.is_inference() else p._version, p.data_ptr()) for p in parts)
+    version = written(encoder.weight, encoder.bias)
     held = encoder._cache.get("screen")
     if held is None or held[0] != version:
         held = encoder._cache["screen"] = (version, _make(encoder))
