@@ -9,10 +9,9 @@ demo's; each pool has an SAE of its own. A call makes the runs that the work fol
 other, and goes on where it was interrupted. Orders that do not depend on the length of the run are stopped at
 30, 45 or 60 of the 80 steps once they are past the last target.
 
-results/evidence/POOL.json: curves of vanilla and of the default, each run whole; arms.json: of other arms.
-Its ``sae`` is the default once more, on the SAE, labels and clusters that all arms of arms.json share, which
-were made anew. summary.json: a line for each pool, arm and target; differences.json: ``sae`` against the same
-rule with other features. benchmarks/README.md has the tables between markers.
+results/evidence/POOL.json: the curves of every arm, which share one SAE, its labels and clusters;
+summary.json: a line for each pool, arm and target; differences.json: ``adaptive`` (the default, which reads
+SAE features) against the same rule with other features. benchmarks/README.md has the tables between markers.
 """
 
 from __future__ import annotations
@@ -38,8 +37,6 @@ from saerl_fast.stages.train import train_stage
 
 POOLS = {"easy": (0.0, (0.463, 0.511)), "demo": (0.4, (0.463, 0.511)), "hard": (0.75, (0.436, 0.476))}
 STOPS = (30, 45, 60, 80)
-WHOLE = ("vanilla", "adaptive")  # arms of POOL.json
-ROLLOUTS = 128  # of a step, unless an arm draws more
 EARLY = 30  # steps whose share of informative groups is compared
 
 
@@ -58,7 +55,6 @@ def _adaptive(features: str, more: str = "") -> Arm:
 ARMS = {
     "vanilla": Arm("vanilla", stops=False),
     "adaptive": Arm("adaptive", "sae", stops=False),
-    "sae": _adaptive("sae"),
     "hidden": _adaptive("hidden"),
     "tfidf": _adaptive("tfidf"),
     "length": _adaptive("length"),
@@ -146,18 +142,8 @@ def collect(work: Path) -> dict[str, Runs]:
 
 
 def kept(out: Path = OUT) -> dict[str, Runs]:
-    """All curves: those of POOL.json, with what arms.json adds to them, and those of arms.json."""
-    more = json.loads((out / "arms.json").read_text()) if (out / "arms.json").is_file() else {}
-    found: dict[str, Runs] = {}
-    for pool in POOLS:
-        found[pool] = json.loads((out / f"{pool}.json").read_text())
-        for run in (run for runs in found[pool].values() for run in runs.values()):
-            run["rollouts"] = [ROLLOUTS * step for step in run["steps"]]
-        for arm, runs in more.get(pool, {}).items():
-            mine = found[pool].setdefault(arm, {})
-            for seed, run in runs.items():
-                mine[seed] = run | mine.get(seed, {})
-    return found
+    """pool -> arm -> seed -> curve, of all that was measured."""
+    return {pool: json.loads((out / f"{pool}.json").read_text()) for pool in POOLS}
 
 
 def _cost(run: dict[str, Any], target: float, window: int, unit: str) -> float | None:
@@ -205,10 +191,10 @@ def lines(pool: str, found: Runs, window: int, arm: str = "adaptive") -> list[di
 
 
 def arm_lines(found: dict[str, Runs], window: int) -> list[dict[str, Any]]:
-    """The same of the arms of arms.json, with rollouts and tokens saved; p is Holm's over all lines."""
+    """The lines of all arms, with rollouts and tokens saved; p is Holm's over all of them."""
     made, chances = [], []
     for pool, arms in found.items():
-        for arm in (name for name in ARMS if name in arms and name not in WHOLE):
+        for arm in (name for name in ARMS if name in arms and name != "vanilla"):
             for line in lines(pool, arms, window, arm):
                 line["used_early"] = _mean(arms[arm], "used_early")
                 for unit in ("rollouts", "tokens"):
@@ -222,12 +208,12 @@ def arm_lines(found: dict[str, Runs], window: int) -> list[dict[str, Any]]:
 
 
 def differences(found: dict[str, Runs], window: int) -> list[dict[str, Any]]:
-    """Steps that ``sae`` needs fewer than the same rule with other features; p is Holm's over all lines."""
+    """Steps that ``adaptive`` needs fewer than the same rule with other features; p is Holm's."""
     made, chances = [], []
     for pool, arms in found.items():
         for other in (name for name in ("none", "hidden", "tfidf", "random", "answer") if name in arms):
             for target in POOLS[pool][1]:
-                result = paired(arms[other], arms["sae"], target, window)
+                result = paired(arms[other], arms["adaptive"], target, window)
                 made.append({"pool": pool, "against": other, "target": target} | _told(result))
                 chances.append(None if result is None or made[-1]["left_out"] else result.p)
     return _with_p(made, chances)
@@ -249,17 +235,14 @@ def row(line: dict[str, Any]) -> str:
 def summarise(out: Path = OUT, window: int = 3) -> None:
     """Write summary.json and differences.json, and the tables and the figure of benchmarks/README.md."""
     found = kept(out)
-    whole = [line for pool in POOLS for line in lines(pool, found[pool], window)]
     arms, against = arm_lines(found, window), differences(found, window)
-    write_json(out / "summary.json", whole + arms)
+    write_json(out / "summary.json", arms)
     write_json(out / "differences.json", against)
     if out == OUT:
         readme = ROOT / "benchmarks" / "README.md"
-        write_text(
-            readme,
-            insert(readme.read_text(), tables(arms, against, [arm for arm in ARMS if arm not in WHOLE])),
-        )
-        draw_law(whole, arms, ROOT / "benchmarks" / "figures" / "law.png")
+        made = tables(arms, against, [name for name in ARMS if name != "vanilla"])
+        write_text(readme, insert(readme.read_text(), made))
+        draw_law(arms, ROOT / "benchmarks" / "figures" / "law.png")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -281,15 +264,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def pack(found: dict[str, Runs], out: Path) -> None:
-    """Write POOL.json where the default was run, and all else to arms.json, a line a run."""
+    """Write POOL.json, a line a run; arms that were not run this time stay as they are."""
     for pool, arms in found.items():
-        if "adaptive" in arms:
-            write_json(out / f"{pool}.json", {arm: arms.pop(arm) for arm in WHOLE})
-    text = json.dumps(found, indent=1)
-    text = re.sub(
-        r"\{\s+\"steps\".*?\}", lambda run: json.dumps(json.loads(run.group())), text, flags=re.DOTALL
-    )
-    write_text(out / "arms.json", text + "\n")
+        file = out / f"{pool}.json"
+        before = json.loads(file.read_text()) if file.is_file() else {}
+        text = json.dumps(before | arms, indent=1)
+        text = re.sub(
+            r"\{\s+\"steps\".*?\}", lambda run: json.dumps(json.loads(run.group())), text, flags=re.DOTALL
+        )
+        write_text(file, text + "\n")
 
 
 if __name__ == "__main__":

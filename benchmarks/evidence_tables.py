@@ -108,7 +108,7 @@ def tables(arms: Lines, against: Lines, named: Sequence[str]) -> str:
     return "\n".join([*made, END])
 
 
-def draw_law(whole: Lines, arms: Lines, path: Path) -> None:
+def draw_law(arms: Lines, path: Path) -> None:
     """Steps saved against the share of vanilla's groups that carry a gradient, a point a pool and target."""
     import matplotlib
 
@@ -116,10 +116,10 @@ def draw_law(whole: Lines, arms: Lines, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    shown = [("default (SAE)", whole, "#c53030", 0.0)]
-    shown += [
+    shown = [
         (name, [line for line in arms if line["arm"] == arm], colour, shift)
         for name, arm, colour, shift in (
+            ("default (SAE)", "adaptive", "#c53030", 0.0),
             ("without features", "none", "#718096", 0.008),
             ("log-probability of the answer", "answer", "#2b6cb0", -0.008),
         )

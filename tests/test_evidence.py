@@ -16,13 +16,12 @@ def kept(name: str) -> list[dict]:
 
 def test_the_summary_and_the_tables_come_from_the_curves():
     found, text = evidence.kept(), (evidence.ROOT / "benchmarks" / "README.md").read_text()
-    whole = [line for pool in evidence.POOLS for line in evidence.lines(pool, found[pool], 3)]
     arms, against = evidence.arm_lines(found, 3), evidence.differences(found, 3)
-    assert whole + arms == kept("summary.json") and against == kept("differences.json")
-    assert len(whole) == 6 and all(evidence.row(line) in text for line in whole)
+    assert arms == kept("summary.json") and against == kept("differences.json")
+    default = [line for line in arms if line["arm"] == "adaptive"]
+    assert len(default) == 6 and all(evidence.row(line) in text for line in default)
     section = BEGIN + text.partition(BEGIN)[2].partition(END)[0] + END
-    named = [arm for arm in evidence.ARMS if arm not in evidence.WHOLE]
-    assert section == tables(arms, against, named)
+    assert section == tables(arms, against, [arm for arm in evidence.ARMS if arm != "vanilla"])
 
 
 def test_all_lines_of_the_default_hold_when_corrected_for_being_six():
@@ -74,9 +73,8 @@ def test_a_line_is_the_paired_comparison():
     assert first["saved"] == pytest.approx(0.5, abs=1e-3) == second["saved"] and first["pairs"] == 4
     assert first["low"] <= first["saved"] <= first["high"] and "final_adaptive" not in first  # it was stopped
     arm = evidence.arm_lines({"demo": curves}, 1)
-    assert [line["arm"] for line in arm] == ["dapo", "dapo"] and arm[0]["p"] < 0.01
-    assert arm[0]["rollouts_saved"] == pytest.approx(0, abs=2e-3) and "tokens_saved" not in arm[0]
-    curves["sae"] = curves["dapo"]
+    assert [line["arm"] for line in arm] == ["adaptive"] * 2 + ["dapo"] * 2 and arm[2]["p"] < 0.01
+    assert arm[2]["rollouts_saved"] == pytest.approx(0, abs=2e-3) and "tokens_saved" not in arm[2]
     curves["none"] = curves["vanilla"]
     against = evidence.differences({"demo": curves}, 1)
     assert [line["against"] for line in against] == ["none", "none"]
@@ -84,7 +82,7 @@ def test_a_line_is_the_paired_comparison():
 
 
 def test_an_arm_that_was_stopped_early_was_past_the_last_target():
-    for pool, arms in json.loads((evidence.OUT / "arms.json").read_text()).items():
+    for pool, arms in evidence.kept().items():
         for arm, runs in arms.items():
             for seed, run in runs.items():
                 hit = evidence.steps_to_target(run["steps"], run["accuracy"], evidence.POOLS[pool][1][-1], 3)
@@ -92,18 +90,12 @@ def test_an_arm_that_was_stopped_early_was_past_the_last_target():
                 assert whole or hit <= run["steps"][-2], f"{pool} {arm} {seed}"
 
 
-def test_vanilla_made_again_is_vanilla():
-    for pool, arms in json.loads((evidence.OUT / "arms.json").read_text()).items():
-        first = json.loads((evidence.OUT / f"{pool}.json").read_text())["vanilla"]
-        for seed, run in arms.get("vanilla", {}).items():
-            assert run["accuracy"] == pytest.approx(first[seed]["accuracy"], abs=1e-3)
-
-
 def test_arms_are_packed_a_line_a_run(tmp_path):
     run = {"steps": [0, 80], "accuracy": [0.1, 0.2], "used": 0.5}
-    evidence.pack({"easy": {"sae": {"1": run, "2": run}}}, tmp_path)
-    text = (tmp_path / "arms.json").read_text()
-    assert json.loads(text)["easy"]["sae"]["2"] == run and text.count(json.dumps(run)) == 2
+    evidence.pack({"easy": {"mopps": {"1": run, "2": run}}}, tmp_path)
+    evidence.pack({"easy": {"none": {"1": run}}}, tmp_path)  # what was not run again stays
+    text = (tmp_path / "easy.json").read_text()
+    assert json.loads(text)["mopps"]["2"] == run and text.count(json.dumps(run)) == 3
 
 
 def test_pools_differ_in_what_is_beyond_the_model(tmp_path):

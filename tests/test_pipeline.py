@@ -384,9 +384,13 @@ def test_functions_from_outside_make_a_run(tmp_path, capsys, monkeypatch):
     assert saerl("train", tmp_path / "r", "--overwrite", f"--plan={plan}", *functions[:5]) == 0
     job.write_text(JOB + "# edited\n")
     capsys.readouterr()
+    assert saerl("train", tmp_path / "q", "train.steps=1", *functions) == 2
+    one_sentence(capsys, "was changed after this process had read it; start the command again")
+    sys.modules.pop("saerl_job")  # as a new process has it
     assert saerl("train", tmp_path / "r", "--resume", f"--plan={plan}", *functions[:5]) == 0  # none counts
     assert saerl("train", tmp_path / "q", "train.steps=1", *functions) == 0
     job.write_text(JOB)
+    sys.modules.pop("saerl_job")
     assert saerl("train", tmp_path / "q", "--resume", *functions) == 2
     one_sentence(capsys, "the same settings, but other prompts, functions or model files")
     arms = "compare.arms=vanilla,mine:plan.schedule=saerl_job:plain;train.loss.kind=saerl_job:rf"
