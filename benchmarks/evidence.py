@@ -160,14 +160,14 @@ def paired(base: Any, arm: Any, target: float, window: int, unit: str = "steps")
 
 
 def _told(result: PairedRatio | None) -> dict[str, Any]:
-    """A comparison as a line has it."""
+    """A comparison as a line has it; ``p`` is of this line alone, and missing where a pair was left out."""
     if result is None:
         return {}
-    line: dict[str, Any] = {"pairs": result.pairs, "left_out": result.censored + result.zero}
-    line["saved"] = round(1 - result.ratio, 4)
+    left = result.censored + result.zero
+    line: dict[str, Any] = {"pairs": result.pairs, "left_out": left, "saved": round(1 - result.ratio, 4)}
     if result.interval is not None:
         line["low"], line["high"] = (round(1 - edge, 4) for edge in result.interval[::-1])
-    return line
+    return line if left or result.p is None else line | {"p": result.p}
 
 
 def _mean(runs: dict[str, Any], name: str) -> float:
@@ -192,7 +192,7 @@ def lines(pool: str, found: Runs, window: int, arm: str = "adaptive") -> list[di
 
 def arm_lines(found: dict[str, Runs], window: int) -> list[dict[str, Any]]:
     """The lines of all arms, with rollouts and tokens saved; p is Holm's over all of them."""
-    made, chances = [], []
+    made = []
     for pool, arms in found.items():
         for arm in (name for name in ARMS if name in arms and name != "vanilla"):
             for line in lines(pool, arms, window, arm):
@@ -201,27 +201,25 @@ def arm_lines(found: dict[str, Runs], window: int) -> list[dict[str, Any]]:
                     result = paired(arms["vanilla"], arms[arm], line["target"], window, unit)
                     if result is not None and result.pairs == line["pairs"]:
                         line[f"{unit}_saved"] = round(1 - result.ratio, 4)
-                result = paired(arms["vanilla"], arms[arm], line["target"], window)
-                chances.append(None if result is None or line["left_out"] else result.p)
                 made.append(line)
-    return _with_p(made, chances)
+    return _corrected(made)
 
 
 def differences(found: dict[str, Runs], window: int) -> list[dict[str, Any]]:
     """Steps that ``adaptive`` needs fewer than the same rule with other features; p is Holm's."""
-    made, chances = [], []
+    made = []
     for pool, arms in found.items():
         for other in (name for name in ("none", "hidden", "tfidf", "random", "answer") if name in arms):
             for target in POOLS[pool][1]:
-                result = paired(arms[other], arms["adaptive"], target, window)
-                made.append({"pool": pool, "against": other, "target": target} | _told(result))
-                chances.append(None if result is None or made[-1]["left_out"] else result.p)
-    return _with_p(made, chances)
+                line = {"pool": pool, "against": other, "target": target}
+                made.append(line | _told(paired(arms[other], arms["adaptive"], target, window)))
+    return _corrected(made)
 
 
-def _with_p(made: list[dict[str, Any]], chances: list[float | None]) -> list[dict[str, Any]]:
-    adjusted = holm(chances)
-    return [line | ({} if p is None else {"p": round(p, 4)}) for line, p in zip(made, adjusted, strict=True)]
+def _corrected(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines with their p after the correction."""
+    adjusted = holm([line.get("p") for line in made])
+    return [line if p is None else line | {"p": round(p, 4)} for line, p in zip(made, adjusted, strict=True)]
 
 
 def row(line: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from saerl_fast.fileio import mismatch
 from saerl_fast.records.runs import RunRecord
 from saerl_fast.records.samples import Table
 from saerl_fast.records.stats import (
+    PairedRatio,
     area_under_curve,
     holm,
     mean_difference,
@@ -89,16 +90,21 @@ def paired_table(runs: Sequence[RunRecord], targets: dict[str, float], settings:
             why = f"{count} of {count} pairs left out" if count else "no paired seed"
             rows.append([arm, name, "-", "-", f"0 (+{count})", "-", f"no claim ({why})"])
             continue
-        interval = "too few pairs"
-        if result.interval is not None:
-            low, high = result.interval
-            interval = f"[{1 - high:+.0%}, {1 - low:+.0%}]"
+        interval = _interval(result) or "too few pairs"
         used = f"{result.pairs} (+{result.censored + result.zero})"
         shown = "-" if p is None else f"{p:.3f}"
         rows.append([arm, name, f"{1 - result.ratio:+.0%}", interval, used, shown, result.verdict(p)])
     header = ["arm", "target", f"steps saved against {pairs.arms[0]}" if pairs.arms else "steps saved"]
     header += ["95% interval", "pairs (+left out)", "p (Holm)", "verdict"]
     return ("Paired comparison", header, rows, PAIRED_NOTE)
+
+
+def _interval(result: PairedRatio) -> str:
+    """Of what was saved; empty where there is none."""
+    if result.interval is None:
+        return ""
+    low, high = result.interval
+    return f"[{1 - high:+.0%}, {1 - low:+.0%}]"
 
 
 def costs_table(runs: Sequence[RunRecord], targets: dict[str, float], settings: CompareConfig) -> Table:
@@ -109,10 +115,8 @@ def costs_table(runs: Sequence[RunRecord], targets: dict[str, float], settings: 
             cells = []
             for unit in UNITS[1:]:
                 result = paired_ratio(*pairs.costs(arm, target, settings.smooth, unit))
-                cells.append("-" if result is None else f"{1 - result.ratio:+.0%}")
-                if result is not None and result.interval is not None:
-                    low, high = result.interval
-                    cells[-1] += f" [{1 - high:+.0%}, {1 - low:+.0%}]"
+                saved = "-" if result is None else f"{1 - result.ratio:+.0%} {_interval(result)}".rstrip()
+                cells.append(saved)
             if any(cell != "-" for cell in cells):
                 rows.append([arm, name, *cells])
     return ("Saved to a target", ["arm", "target", *UNITS[1:]], rows, COSTS_NOTE)
@@ -148,11 +152,16 @@ def budget_table(runs: Sequence[RunRecord], settings: CompareConfig) -> Table:
     return ("Equal budgets", header, rows, BUDGET_NOTE)
 
 
+def sae_seconds(sae: dict[str, Any]) -> float:
+    """What training the SAE took: capture, training, the language model's loss."""
+    return sum(_number(sae, name) for name in ("seconds_capture", "seconds", "seconds_ce"))
+
+
 def one_off(scores: dict[str, Any], sae: dict[str, Any]) -> dict[str, dict[str, float]]:
     """What was spent once, by what on: rollouts, tokens generated and seconds."""
     labels = scores.get("difficulty_labels") or {}
     made = {
-        "SAE": {"seconds": sum(_number(sae, name) for name in ("seconds_capture", "seconds", "seconds_ce"))},
+        "SAE": {"seconds": sae_seconds(sae)},
         "difficulty labels": {unit: _number(labels, unit) for unit in UNITS[1:]},
         "scoring": {
             "seconds": sum(_number(scores.get("seconds"), name) for name in scores.get("seconds") or ())

@@ -174,8 +174,7 @@ def _mode_note(runs: list[RunRecord]) -> str:
 
 def sae_cost(runs: list[RunRecord], sae: dict[str, Any]) -> str:
     """What training the SAE took, in steps of these runs."""
-    parts = [sae.get(name) for name in ("seconds_capture", "seconds", "seconds_ce")]
-    spent = sum(float(part) for part in parts if part is not None and not mismatch(part, float))
+    spent = compared.sae_seconds(sae)
     step = float(np.mean([_step_seconds(run) for run in runs if len(run.train)] or [0.0]))
     if spent <= 0 or not step > 0:
         return ""
