@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,28 +17,12 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.records.log import read_jsonl, read_metrics
 from saerl_fast.rl import distributed
 from saerl_fast.rl.checkpoint import load_latest
+from tests.ranks import ROOT, run_ranks
 from tests.two_processes import failing, whole_run
-
-ROOT = Path(__file__).parents[1]
 
 
 def together(folder: Path) -> list[dict]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels/torch-ext'}", "OMP_NUM_THREADS": "1"}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "tests.two_processes", str(folder)]
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, env=common | {"RANK": str(i)}, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    try:
-        ends = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], ends
+    run_ranks([sys.executable, "-m", "tests.two_processes", str(folder)], 2, 240)
     return [json.loads((folder / f"found-{i}.json").read_text()) for i in range(2)]
 
 

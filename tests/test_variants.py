@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import saerl_kernels as sk
 from tests.encoders import BACKENDS, assert_equal, integers
+from tests.ranks import run_ranks
 
-ROOT = Path(__file__).resolve().parents[1]
 RANK = """
 import sys, torch, torch.distributed as dist
 import saerl_kernels as sk
@@ -79,22 +75,7 @@ def test_merged_shards_are_the_whole(edges, low):
 
 
 def test_three_processes_give_what_one_gives():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels/torch-ext'}", "OMP_NUM_THREADS": "1"}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3"}
-    command = [sys.executable, "-c", RANK]
-    ranks = [
-        subprocess.Popen(command, cwd=ROOT, env=env | {"RANK": str(i)}, stderr=subprocess.PIPE, text=True)
-        for i in range(3)
-    ]
-    try:
-        ends = [rank.communicate(timeout=200)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0, 0], ends
+    run_ranks([sys.executable, "-c", RANK], 3, 200)
 
 
 def test_what_does_not_fit_is_refused():
