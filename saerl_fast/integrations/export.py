@@ -31,7 +31,7 @@ CONSUMERS = ("parquet", "trl", "verl")
 MEANINGS = {
     "prompt_id": "the prompt's name in the plan",
     "saerl_cluster": "cluster of its SAE features",
-    "saerl_difficulty": "predicted pass rate, 1 is easy; null: unknown",
+    "saerl_difficulty": "predicted failure rate, 1 is hard; null: unknown",
     "saerl_quality": "predicted probability of a good prompt; null: unknown",
     "saerl_pass_rate": "measured pass rate, of the prompts that were rolled out",
     "saerl_copy_of": "row that has this text before it, or -1",
