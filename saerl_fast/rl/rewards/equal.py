@@ -44,6 +44,7 @@ _HEDGE = re.compile(
     r"\b(?:not|no|never|neither|nor|or|than|at (?:least|most)|up to|over|under|above|below|between|about half"
     r"|half|third|quarter|twice|thrice|double|triple|squared?|cubed?|root|factorial|plus|minus|times|divided"
     r"|multiplied|add(?:ed)?|subtract(?:ed)?|if|unless|except|dozens?|hundreds?|thousands?|millions?|billions?"
+    r"|(?:multiple|factor|divisor|power)s? of|exceeds?|(?:sum|product) of \d"
     r"|wrong|incorrect|maybe|perhaps|(?:two|three|four|five|six|seven|eight|nine|ten) \w)|n't\b",
     re.IGNORECASE,
 )
@@ -57,16 +58,16 @@ _NOT_UNITS = {
     "xyz", "xz", "yz", "squared", "cubed", "factorial", "plus", "minus", "less", "than", "below", "divided",
     "choose", "modulo", "not",
 }  # fmt: skip
-_ARROW = re.compile(r"\\(?:to|rightarrow|mapsto)(?![a-zA-Z])|->")
+_ARROW = re.compile(r"\\(?:to|rightarrow|mapsto|vee|lor|wedge|land)(?![a-zA-Z])|->")
 _SAID = re.compile(r"(?<![\\a-zA-Z])(?:or|and|not|if|is|to|than|but|maybe)(?![a-zA-Z])")
 
 
 def same(candidate: str, gold: str) -> bool:
     """Whether two answers, as they are written, are equal."""
+    if candidate.strip() and squeeze(candidate) == squeeze(gold):
+        return True
     if len(candidate) > MOST_CHARACTERS or not candidate.strip():
         return False
-    if squeeze(candidate) == squeeze(gold):
-        return True
     return _same(tidy(candidate), tidy(gold))
 
 
@@ -78,7 +79,13 @@ def _same(one: str, gold: str, depth: int = 0) -> bool:
     choice = _same_choice(one, gold)
     if choice is not None:
         return choice
-    if label := _LABEL.match(one):
+    label, wanted = _LABEL.match(one), _LABEL.match(gold)
+    if wanted:
+        given = label or _LETTER.fullmatch(one)
+        if given:
+            return given[1] == wanted[1]
+        gold = gold[wanted.end() :]
+    if label:
         one = one[label.end() :]
     if _verdict(gold):
         return _verdict(one) == _verdict(gold)
@@ -156,6 +163,8 @@ def _same_measure(one: str, gold: str) -> bool | None:
     if ours and wanted:
         if ours[0] == wanted[0]:
             return equal(ours[1], wanted[1])
+        if len(ours[0]) != len(wanted[0]):  # 5 dollars per hour, where 5 dollars are asked for
+            return None
         return False if min(len(ours[2]), len(wanted[2])) > 1 else None
     if not (ours or wanted) and unit(one) and unit(gold) and unit(one) != unit(gold):
         return False  # 36\pi cm^2 and 36\pi cm^3
@@ -257,7 +266,7 @@ def _without_unit(text: str) -> str:
     """A number without its unit or currency; anything else as it is."""
     text = text.strip().strip("$€£¥ ").rstrip(" .,;:")
     match = _UNIT.fullmatch(text)
-    if match is None or "\\%" in match["unit"] or "%" in match["unit"]:
+    if match is None or match["unit"].startswith("-") or "\\%" in match["unit"] or "%" in match["unit"]:
         return text
     words = re.findall(r"[a-zA-Z]+", match["unit"].replace("\\cdot", " "))
     if not words or {w.lower() for w in words} & (_NOT_UNITS - {"in"} if len(words) == 1 else _NOT_UNITS):
@@ -286,7 +295,7 @@ def _equal_numbers(one: str, gold: str) -> bool:
     r"""Numbers; a percentage is the number before the sign, or the share when the other has no sign."""
     a, b = _number(one), _number(gold)
     assert a is not None and b is not None
-    if equal(a, b):
+    if equal(a, b) and not ("%" in one and "%" not in gold and "/" in gold.replace("\\frac", "/") and b < 1):
         return True
     signs = [bool(re.search(r"%|percent", text)) for text in (one, gold)]
     if signs == [True, False]:
@@ -337,6 +346,8 @@ def _same_expression(one: str, gold: str) -> bool:
     """By Math-Verify; False without it, for expressions that could take for ever, and for "3 \\to 4"."""
     if any(odd.search(one) and not odd.search(gold) for odd in (_ARROW, _SAID)):
         return False
+    if not one.isascii() and gold.isascii() and len(re.findall(r"\d+", one)) > 1:
+        return False  # words of another language, "or" perhaps
     if not math_verify() or not balanced(one) or _ENDLESS.search(one) or _ENDLESS.search(gold):
         return False
     return same_expression(one, gold)

@@ -11,6 +11,11 @@ from saerl_fast.rl.rewards.numbers import only_number
 _FUNCTION = re.compile(r"([a-zA-Z])\(\s*([a-zA-Z])\s*\)\s*=\s*(.+)")
 _CONSTANT = re.compile(r".*[+]\s*([CcKkDA])")
 _INTEGER = re.compile(r"(?<![a-zA-Z])([a-z])\s*\\in\s*\\mathbb\s*\{?\s*[ZN]")
+_DOMAIN = re.compile(
+    r"(^|,)\s*\(?(?:(?:where|for|with)\s+)?(?:[a-z]\s*\\in\s*\\mathbb\s*\{?\s*[ZNRQ]\}?(?:\s*\^?\{?[+*]\}?)?"
+    r"|(?:any\s+|all\s+|some\s+)?integers?\s+[a-z]|[a-z]\s+is\s+an(?:y|\s+arbitrary)?\s+integer)\)?\s*(,|$)"
+)
+_MODULO = re.compile(r"\s*\(?\s*\\?[pb]?mod(?![a-z])\s*\{?\s*\d+\s*\}?\s*\)?$")
 _NESTED = re.compile(r"\[\s*\[[^\[\]]*\](?:\s*,\s*\[[^\[\]]*\])*\s*\]")
 _MATRIX = re.compile(
     r"\\begin\{(?:[pbB]?matrix|array)\}(?:\s*\{[clr|]*\})?(.*)\\end\{(?:[pbB]?matrix|array)\}", re.DOTALL
@@ -24,6 +29,7 @@ _DEGREES = re.compile(r"\s*\bdegrees?\b")
 
 def alike(one: str, gold: str) -> tuple[str, str]:
     """Both, the first in the second's form where they differ by a name or a notation only."""
+    one, gold = _undeclared(one, gold)
     one = _function(one, gold)
     one = _constant(one, gold)
     one = _index(one, gold)
@@ -32,6 +38,15 @@ def alike(one: str, gold: str) -> tuple[str, str]:
     elif "," in one and "=" in one:
         gold = _chain(gold)
     return _vector(one, gold), _vector(gold, one)
+
+
+def _undeclared(one: str, gold: str) -> tuple[str, str]:
+    """Both without "k \\in Z" and "mod 7", where only one of them says so."""
+    if ("mod" in one) != ("mod" in gold):
+        one, gold = (_MODULO.sub("", text) or text for text in (one, gold))
+    if bool(_DOMAIN.search(one)) == bool(_DOMAIN.search(gold)):
+        return one, gold
+    return tuple(_DOMAIN.sub(lambda m: "," if m[1] and m[2] else "", t) or t for t in (one, gold))  # type: ignore[return-value]
 
 
 def _function(one: str, gold: str) -> str:

@@ -11,6 +11,16 @@ _REAL = re.compile(r"(?:the set of )?(?:all )?real(?: number)?s|\\mathbb\s*\{?R\
 _BUILDER = re.compile(
     r"\\?\{\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\||:|\\mid|\\vert)\s*(.*?)\s*\\?\}"
 )
+_SAID = re.compile(  # "all real numbers greater than or equal to 3"
+    r"(?:the set of )?all real numbers(?: [a-z])?,? (?:such that |that are |which are )?"
+    r"(?P<sign>[a-z ]+?)\s(?P<end>\S+)",
+    re.IGNORECASE,
+)
+_WORDS = {
+    "greater than or equal to": r"\ge", "at least": r"\ge", "no less than": r"\ge", "greater than": ">",
+    "less than or equal to": r"\le", "at most": r"\le", "no more than": r"\le", "less than": "<",
+    "more than": ">", "except": r"\ne", "except for": r"\ne", "other than": r"\ne", "not equal to": r"\ne",
+}  # fmt: skip
 _LITERAL = re.compile(r"([(\[\]])\s*([^,;()\[\]]+?)\s*[,;]\s*([^,;()\[\]]+?)\s*([)\]\[])")
 _SIGN = re.compile(r"\s*(\\le|\\ge|\\ne(?:q)?(?![a-z])|<=|>=|<|>)(?:q(?![a-z]))?\s*")
 _OR = re.compile(r"\\(?:cup|lor|vee)(?![a-z])|\bor\b|\bunion\b")
@@ -67,6 +77,9 @@ def _union(text: str) -> tuple[set[str], list[Interval]] | None:
     text = re.sub(r"^[a-zA-Z]\s*\\in(?![a-zA-Z])\s*", "", text)
     if _REAL.fullmatch(text):
         return names | {"R"}, [Interval(_ENDS["-"], False, _ENDS["+"], False)]
+    if (said := _SAID.fullmatch(text)) and (sign := _WORDS.get(said["sign"].lower())):
+        text = f"x {sign} {said['end']}"
+        names.add("said")
     parts = _OR.split(text)
     if len(parts) == 1 and "," in text and all(_SIGN.search(part) for part in text.split(",")):
         parts = [part for part in text.split(",") if part.strip()]
@@ -76,6 +89,7 @@ def _union(text: str) -> tuple[set[str], list[Interval]] | None:
             return None
         names |= some[0]
         found += some[1]
+    names = {"R"} if "said" in names else names
     return (names, found) if len(names) < 2 and found else None
 
 

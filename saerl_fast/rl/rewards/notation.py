@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 
@@ -59,9 +60,34 @@ _ASCII = [  # plain notation for LaTeX's
     (re.compile(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])"), r"\\pi "),
     (re.compile(r"(?<=\d)(?:\s*[x*]\s*(?=10\s*\^)|\sx\s(?=\d))"), r" \\times "),
     (re.compile(r"\^\s*(?:\{\s*0?\.5\s*\}|0?\.5(?!\d))"), r"^{1/2}"),
+    (
+        re.compile(
+            r"(\\(?:sin|cos|tan|cot|sec|csc))\s*[({]?\s*(\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?)\s*[)}]?"
+        ),
+        r"\1(\\frac{\2\\pi}{180})",
+    ),
     (re.compile(r"^(?:negative|minus)\s+(?=\d)", re.IGNORECASE), "-"),
     (re.compile(r"(?<![\d.\w}/])(\d+)\s*/\s*(\d+)\s*(?=\\(?:sqrt|pi)(?![a-z]))"), r"\\frac{\1}{\2}"),
 ]
+
+
+EUROPEAN = re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d+)(?!\d)(?!,)")  # 1.234,50
+_DOUBLE = re.compile(r"(?<![\w.!)}\]])(\d{1,2})\s?!!(?!!)")  # 7!! = 7 * 5 * 3 * 1
+_TOWER = re.compile(r"\^\s*\{\s*(\d)\s*\^\s*(?:\{\s*)?(\d)(?:\s*\})?\s*\}")
+_CHOOSE = re.compile(  # {}^8C_3, {}_8C_3, C_8^3
+    r"(?:\{\s*\})?\s?[\^_]\s?\{?\s?(\d{1,3})\s?\}?\s?([CP])\s?_\s?\{?\s?(\d{1,3})\s?\}?"
+    r"|(?<![\\\w])(C)_\{?(\d{1,3})\}?\s?\^\s?\{?(\d{1,3})\}?"
+)
+
+
+def _chosen(match: re.Match[str]) -> str:
+    count = math.perm if match[2] == "P" else math.comb
+    return str(count(int(match[1] or match[5]), int(match[3] or match[6])))
+
+
+def _tower(match: re.Match[str]) -> str:
+    power = int(match[1]) ** int(match[2])
+    return f"^{{{power}}}" if power < 1000 else match[0]
 
 
 def tidy(text: str) -> str:
@@ -90,7 +116,7 @@ def tidy(text: str) -> str:
     text = _DOTTED.sub(r".\1\\overline{\2\3\4}", text)
     text = _GOES_ON.sub(lambda m: f"{m[1]}\\overline{{{m[2] or m[3]}}}", text)
     text = re.sub(r"\d{0,300}\.(\d{0,300})\\overline\s*\{(\d{1,300})\}", _recurring, text)
-    text = re.sub(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d+)(?!\d)(?!,)", _european, text)
+    text = EUROPEAN.sub(european, text)
     text = re.sub(r"(?<=\d)\s*\\Omega(?![a-zA-Z])", " ohm", text)
     text = re.sub(r"(?<=\d)\s*\\mu\s*(?=[a-zA-Z]\b)", " micro", text)
     text = re.sub(r"(?<=\d) *([aApP])\.?\s?([mM])\b\.?", r" \1\2", text)
@@ -101,6 +127,8 @@ def tidy(text: str) -> str:
     text = re.sub(r"(?<=\d)\s*\((?:approx|about|rounded)[^()]*\)$", "", text)
     if cases := re.fullmatch(r"\\begin\{(?:cases|aligned)\}(.*)\\end\{(?:cases|aligned)\}", text, re.DOTALL):
         text = re.sub(r",?\s*\\\\\s*", ", ", cases[1].replace("&", ""))
+    text = _DOUBLE.sub(lambda m: str(math.prod(range(int(m[1]), 0, -2))), text)
+    text = _CHOOSE.sub(_chosen, _TOWER.sub(_tower, text))
     text = re.sub(r"\\sqrt\s*(\d|[a-zA-Z])(?![a-zA-Z])", r"\\sqrt{\1}", text)
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z])", " degrees ", text)
     text = re.sub(r"\s+", " ", text).strip()
@@ -113,7 +141,7 @@ def _recurring(match: re.Match[str]) -> str:
     return f"\\frac{{{int(whole + period) - int(whole or 0)}}}{{{'9' * len(period)}{'0' * len(match[1])}}}"
 
 
-def _european(match: re.Match[str]) -> str:
+def european(match: re.Match[str]) -> str:
     return f"{match[1].replace('.', '')}.{match[2]}"
 
 

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from saerl_fast.rl.rewards.notation import plain, tidy
+from saerl_fast.rl.rewards.notation import EUROPEAN, european, plain, tidy
 
 MOST_DIGITS = 1000  # longer ones are noise, and slow
 
@@ -37,7 +37,7 @@ _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10
 # Before and after a number that is part of something else: a time, ratio, range, date or pair, a product with
 # a variable, a root or another base; or that is denied.
 _HEAD = re.compile(
-    r"(?:\d\s*[:/]\s*|[\d)]\s?[-\u2013]\s?|[(\[]\s*[-\d./]+\s*,\s*|sqrt\s*[{(]?\s*|\u221a\s*|\b[Nn]ot\s+"
+    r"(?:\d\s*[:/]\s*|[\d)]\s?[-\u2013]\s?|[(\[]\s*[-\d./]+\s*,\s*|sqrt\s*[{(]?\s*|\u221a\s*|\b[Nn]ot\s+|\d\s+or\s+|\bor\s+(?:maybe|perhaps|possibly)\s+"
     r"|\b[Bb]etween\s+\S+\s+and\s+)$"
 )
 _TAIL = re.compile(
@@ -63,6 +63,7 @@ def prepared(text: str) -> str:
     """``text`` with its signs in ASCII and its LaTeX fractions and spacing as plain text."""
     text = re.sub(r"\s{4,}", "   ", plain(text))  # long runs would be looked through again and again
     text = re.sub(r"(?<=\d)(?:\\[,;:! ]|\{,\}|,\\!)+(?=\d{3}(?!\d))", "", text)
+    text = EUROPEAN.sub(european, text)
     text = _GROUPS.sub(lambda m: re.sub("[._]", "", m[0]), text)
     text = re.sub(r"\b(?:negative|minus)\s+(?=\d)", "-", text, flags=re.IGNORECASE)
     text = re.sub(r"(?<=\d)\s+out\s+of\s+(?=\d)", "/", text)

@@ -20,16 +20,26 @@ _SCALES = {
         "time": {"1": "s sec second seconds", "60": "min minute minutes", "3600": "h hr hrs hour hours",
                  "86400": "day days", "604800": "week weeks"},
         "volume": {"1": "mL ml milliliters", "1000": "L l liter liters"},
+        "pounds": {"1": "oz ounce ounces", "16": "lb lbs pound pounds"},
+        "force": {"1": "N newton newtons", "1000": "kN"},
+        "energy": {"1": "J joule joules", "1000": "kJ", "1000000": "MJ"},
+        "power": {"1": "W watt watts", "1000": "kW", "1000000": "MW"},
+        "pressure": {"1": "Pa", "1000": "kPa", "1000000": "MPa"},
+        "frequency": {"1": "Hz", "1000": "kHz", "1000000": "MHz"},
+        "voltage": {"1": "mV", "1000": "V volt volts", "1000000": "kV"},
+        "current": {"1": "mA", "1000": "A amp amps amperes"},
         "money": {"1": "cent cents", "100": "dollar dollars"},
         "angle": {"1": "arcminutes", "60": "degree degrees"},
         "count": {"12": "dozen", "100": "hundred", "1000": "thousand", "1000000": "million",
                   "1000000000": "billion", "1000000000000": "trillion"},
     }.items()
 }  # fmt: skip
+Kind = tuple[str, int] | tuple[str, int, str, int]  # of a unit, its power; those of what it is divided by
 _SIZES = {name: (kind, size) for kind, names in _SCALES.items() for name, size in names.items()}
 _MEASURE = re.compile(
     r"(?P<number>.*(?:[\d})]|\\pi))\s*(?:(?P<way>square|sq\.?|cubic)\s)?\s*(?P<unit>[a-zA-Z]{1,12})\.?"
     r"\s*(?:\^\s*\{?(?P<power>[23])\}?)?"
+    r"(?:\s*(?:/|\bper\b)\s*(?P<per>[a-zA-Z]{1,12})\s*(?:\^\s*\{?(?P<per_power>[23])\}?)?)?"
 )
 _NEXT = re.compile(r"(?<=[a-zA-Z])\.?\s*(?:,\s*(?:and)?|\band\b)?\s*(?=\d)")  # between 5 ft and 6 in
 _CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::00)?\s*(?:([ap])\.?\s?m\.?)?", re.IGNORECASE)
@@ -37,6 +47,8 @@ _MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct",
 _MONTH = r"(?P<month>jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)[a-z]*\.?"
 _DAY, _YEAR = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?", r"(?:,?\s*(?P<year>\d{4}))?"
 _DATES = [re.compile(p, re.I) for p in (rf"{_MONTH}\s*{_DAY}{_YEAR}", rf"{_DAY}\s*(?:of\s+)?{_MONTH}{_YEAR}")]
+_ISO = re.compile(r"(\d{4})-(\d{2})-(\d{2})")
+_WEEKDAY = re.compile(r"^(?:on\s+)?(mon|tues|wednes|thurs|fri|satur|sun)day,?\s+(?=\S)")
 _ONES = [
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
@@ -48,35 +60,48 @@ _BASE = re.compile(r"\(?\s*([0-9A-Z]+)\s*\)?\s*_\s*\{?\s*\(?\s*(?:base\s*)?(\d{1
 _IN_BASE = re.compile(r"([0-9A-Z]+)\s*\(?\s*(?:in\s+)?base[ -]?(\d{1,2}|[a-z]+)\s*\)?")
 
 
-def measure(text: str) -> tuple[tuple[str, int], Fraction, str] | None:
-    """(kind and power, value in the smallest unit, last unit) of a number with a common unit, or a sum
-    (5 ft 6 in) of such."""
-    total, kinds, unit = Fraction(0), set(), ""
+def measure(text: str) -> tuple[Kind, Fraction, str] | None:
+    """(kind and power, value in the smallest unit, last unit) of a number with a common unit (also 5 km/h),
+    or a sum (5 ft 6 in) of such."""
+    total, name = Fraction(0), ""
+    kinds: set[Kind] = set()
+    text = re.sub(r"(?<=\d)\s*mph\b", " mi/h", re.sub(r"(?<=\d)\s*km?ph\b", " km/h", text))
     text = re.sub(r"(?<=\d)\s*'", " arcminutes", text) if "degrees" in text else text
     for part in _NEXT.split(text.strip().rstrip(".")):
         match = _MEASURE.fullmatch(part.strip())
         number = match and only_number(match["number"])
-        if match is None or number is None or match["unit"] not in _SIZES:
+        if match is None or number is None or (found := _unit(match)) is None:
             return None
-        kind, size = _SIZES[match["unit"]]
-        power = _power(match)
-        kinds.add((kind, power))
-        total, unit = total + number * size**power, match["unit"]
-    return (kinds.pop(), total, unit) if len(kinds) == 1 else None
+        kinds.add(found[0])
+        total, name = total + number * found[1], match["unit"]
+    return (kinds.pop(), total, name) if len(kinds) == 1 else None
 
 
-def _power(match: re.Match[str]) -> int:
-    return {"s": 2, "c": 3}[match["way"][0]] if match["way"] else int(match["power"] or 1)
+def _unit(match: re.Match[str]) -> tuple[Kind, Fraction] | None:
+    """Kind and size of the unit of a match, None for one that is not known."""
+    if match["unit"] not in _SIZES or match["per"] and match["per"] not in _SIZES:
+        return None
+    power = {"s": 2, "c": 3}[match["way"][0]] if match["way"] else int(match["power"] or 1)
+    kind, size = _SIZES[match["unit"]]
+    if not match["per"]:
+        return (kind, power), size**power
+    below, by = _SIZES[match["per"]]
+    return (kind, power, below, int(match["per_power"] or 1)), size**power / by ** int(
+        match["per_power"] or 1
+    )
 
 
-def unit(text: str) -> tuple[str, Fraction, int] | None:
-    """Kind, size and power of the common unit that an expression (36\\pi cm^2) ends with."""
+def unit(text: str) -> tuple[Kind, Fraction] | None:
+    """Kind and size of the common unit that an expression (36\\pi cm^2) ends with."""
     match = _MEASURE.fullmatch(text.strip().rstrip("."))
-    return (*_SIZES[match["unit"]], _power(match)) if match and match["unit"] in _SIZES else None
+    return _unit(match) if match else None
 
 
 def clock(text: str) -> tuple[int, bool | None] | None:
     """Minutes past 12 and whether after noon (None where not said) of a time of day with a colon or am/pm."""
+    named = re.sub(r"^(?:12(?::00)?\s)?(noon|midnight)$", r"\1", text.strip().lower())
+    if named in ("noon", "midnight"):
+        return 0, named == "noon"
     match = _CLOCK.fullmatch(text.strip())
     if match is None or not (match[2] or match[3]) or int(match[1]) > (12 if match[3] else 24):
         return None
@@ -86,21 +111,34 @@ def clock(text: str) -> tuple[int, bool | None] | None:
 
 
 def same_clock(one: str, gold: str) -> bool | None:
-    """Whether two times of day agree; None where one is none, or neither says am or pm."""
+    """Whether two times of day agree; None where one is none, or neither says am or pm. Of a length of time
+    and one with a colon (1:45), whether these agree."""
+    for text, other in ((one, gold), (gold, one)):
+        length, long = re.fullmatch(r"(\d{1,3}):([0-5]\d)", text.strip()), measure(other)
+        if length and long and long[0] == ("time", 1):
+            return long[1] == (60 * int(length[1]) + int(length[2])) * (1 if long[2].startswith("s") else 60)
     a, b = clock(one), clock(gold)
-    if a is None or b is None or not re.search("[mM]", one + gold):
+    if a is None or b is None or not re.search("[mM]|noon", one + gold):
         return None
     return a[0] == b[0] and (None in (a[1], b[1]) or a[1] == b[1])
 
 
 def same_date(one: str, gold: str) -> bool | None:
-    """Whether two dates, the month in letters, agree; a year counts where both have one."""
+    """Whether two dates, the month in letters or both as 2024-01-05, agree; a year and the day of the week
+    count where both have one."""
+    weekdays = {day for text in (one, gold) for day in _WEEKDAY.findall(text.lower())}
+    one, gold = (_WEEKDAY.sub("", _ISO.sub(_spelled_date, text.strip().lower())) for text in (one, gold))
     a, b = ([m for d in _DATES if (m := d.fullmatch(text.strip()))] for text in (one, gold))
     if not a or not b:
         return None
     days = [(_MONTHS.index(m["month"][:3].lower()), int(m["day"])) for m in (a[0], b[0])]
     years = {m["year"] for m in (a[0], b[0])} - {None}
-    return days[0] == days[1] and len(years) < 2
+    return days[0] == days[1] and len(years) < 2 and len(weekdays) < 2
+
+
+def _spelled_date(match: re.Match[str]) -> str:
+    month = int(match[2])
+    return f"{int(match[3])} {_MONTHS[month - 1]} {match[1]}" if 1 <= month <= 12 else match[0]
 
 
 def spelled(text: str) -> Fraction | None:
