@@ -262,6 +262,15 @@ _KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+def check_fetched(path: str | Path) -> None:
+    """SaerlError where the file is what a clone without Git LFS leaves in its place."""
+    with open(path, "rb") as file:
+        if file.read(24).startswith(b"version https://git-lfs"):
+            raise SaerlError(
+                f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+            )
+
+
 def read_tensors(path: str | Path, again: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Tensors of a safetensors file, on the CPU, and its metadata; ``again`` ends the sentence of a fault."""
     try:

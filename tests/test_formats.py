@@ -303,6 +303,7 @@ def test_pickles_are_read_as_tensors_only(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(SaerlError, match=r"ae.pt do not load as plain tensors .*state_dict\(\)") as caught:
         load_sae("ae.pt")
     assert "\n" not in str(caught.value) and not Path("surprise").exists()
+    assert "weights_only" not in str(caught.value)  # torch advises to run its code
     torch.save([torch.ones(2)], "list.pt")
     with pytest.raises(SaerlError, match="hold a list, not a dict of named tensors"):
         load_sae("list.pt")
@@ -313,8 +314,15 @@ def test_pickles_are_read_as_tensors_only(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(SaerlError, match="are no readable arrays"):
         load_sae("bad.npz")
     np.savez("objects.npz", W_enc=np.array([{}], dtype=object))
-    with pytest.raises(SaerlError, match="are no readable arrays"):
+    with pytest.raises(SaerlError, match="are no readable arrays .it has no arrays, or pickled objects"):
         load_sae("objects.npz")
+    for name in ("pointer.npz", "pointer.pt", "pointer.safetensors"):
+        Path(name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4\n")
+        with pytest.raises(SaerlError, match="is a Git LFS pointer, not the file itself; fetch it"):
+            load_sae(name)
+    Path("notes.txt").write_text("hello")
+    with pytest.raises(SaerlError, match="notes.txt is of a kind that holds no SAE"):
+        load_sae("notes.txt")
 
 
 def test_a_bare_state_dict_is_read_once_its_encoding_is_said(tmp_path: Path) -> None:

@@ -48,13 +48,16 @@ def test_nested_names_of_prompts_lists_and_flat_columns(tmp_path):
 def test_a_wrong_name_says_what_there_is(tmp_path):
     path = save(tmp_path / "pool.jsonl", [VERL])
     message = message_of(load, path, answer_column="ground_truth")
-    assert "no column 'ground_truth' (data.answer_column)" in message
+    assert "no column 'ground_truth' (data.answer_column, or null where there are no answers)" in message
     assert "did you mean reward_model.ground_truth?" in message
     assert "did you mean reward_model.ground_truth?" in message_of(
         load, path, answer_column="reward_model.ground_thruth"
     )
     assert "did you mean prompt?" in message_of(load, path, prompt_column="prompts")
-    assert "did you mean extra_info.index?" in message_of(load(path).column, "index")
+    path = save(tmp_path / "other.jsonl", [{"question": "1 + 1", "solution": "2"}])
+    assert "did you mean question?" in message_of(load, path)
+    assert "did you mean solution?" in message_of(load, path, prompt_column="question")
+    assert "did you mean extra_info.index?" in message_of(load(tmp_path / "pool.jsonl").column, "index")
 
 
 def test_conversations_end_in_their_answers(tmp_path, caplog):

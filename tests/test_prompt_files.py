@@ -34,6 +34,11 @@ def test_columns_of_json_and_nulls_of_csv(tmp_path):
     assert pool.column("rate") == [0.5, None] and pool.column("note") == ["x", None]
 
 
+POINTER = (
+    "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4\n"  # of a clone without Git LFS
+)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -47,6 +52,10 @@ def test_columns_of_json_and_nulls_of_csv(tmp_path):
         ("a.csv", "prompt,answer\na,1,2\n", ["a.csv line 2", "cells"]),
         ("a.csv", "prompt,answer\na\n", ["a.csv line 2", "cells"]),
         ("a.csv", "prompt,answer\n", ["a.csv holds no rows"]),
+        *(
+            (f"a.{kind}", POINTER, ["Git LFS pointer", "git lfs pull"])
+            for kind in ("parquet", "csv", "jsonl.gz")
+        ),
         ("a.parquet", "not parquet", ["a.parquet is not a Parquet file"]),
         (
             "a.jsonl",

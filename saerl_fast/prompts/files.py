@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import parse_json
+from saerl_fast.fileio import check_fetched, parse_json
 from saerl_fast.prompts import jsontext
 from saerl_fast.records.packed import BLOCK, Column, kept
 
@@ -87,6 +87,7 @@ def _joined(parts: Iterable[Columns]) -> Columns:
 def _read_file(path: Path, text_columns: set[str]) -> Columns:
     suffix = (suffix_of(path) or "").removesuffix(".gz")
     try:
+        check_fetched(path)
         return _READERS[suffix](path, text_columns)
     except (gzip.BadGzipFile, EOFError, zlib.error) as err:
         raise SaerlError(f"{path} is not a whole gzip file ({err}); copy it again") from None

@@ -62,10 +62,16 @@ def column(columns: Columns, name: str) -> Sequence[Any] | None:
     return columns[name] if name in columns else _inside(columns, name)
 
 
+_OTHERS = {  # what other data sets call them
+    "prompt": ("question", "problem", "instruction", "query", "input", "text"),
+    "answer": ("solution", "output", "response", "target", "label", "expected_answer", "final_answer"),
+}
+
+
 def not_found(columns: Columns, name: str) -> str:
     """The end of a sentence: what there is instead of the column ``name``."""
     paths = [*columns, *(path for head in columns for path in _paths(head, columns[head]))]
-    close = difflib.get_close_matches(name, paths, n=1)
+    close = difflib.get_close_matches(name, paths, n=1) or [p for p in _OTHERS.get(name, ()) if p in columns]
     inside = [path for path in paths if path.split(".")[-1] == name]
     hint = f" (did you mean {(inside or close)[0]}?)" if inside or close else ""
     return f"it has {', '.join(columns) or 'no columns'}{hint}"
@@ -184,5 +190,6 @@ def need(columns: Columns, name: str, setting: str, spec: str) -> Sequence[Any]:
     """`column`, or SaerlError naming the setting."""
     found = column(columns, name)
     if found is None:
-        raise SaerlError(f"{spec} has no column {name!r} ({setting}); {not_found(columns, name)}")
+        none = ", or null where there are no answers" if setting == "data.answer_column" else ""
+        raise SaerlError(f"{spec} has no column {name!r} ({setting}{none}); {not_found(columns, name)}")
     return found

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import read_json, read_tensors
+from saerl_fast.fileio import check_fetched, read_json, read_tensors
 from saerl_fast.sae.saelens import Config, Weights, need, neutral, number
 
 SAELENS_WEIGHTS = "sae_weights.safetensors"
@@ -395,17 +395,19 @@ def _config(file: Path) -> Config:
 
 def _tensors(file: Path) -> dict[str, Any]:
     """The named tensors (and, in OpenAI's files, a few plain values) of a file."""
+    check_fetched(file)
     if file.suffix == ".safetensors":
         return _safetensors(file)
     if file.suffix == ".npz":
         return _arrays(file)
+    if file.suffix not in PICKLES:
+        raise SaerlError(f"{file} is of a kind that holds no SAE; pass a folder or one of {', '.join(FILES)}")
     try:
         value = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as err:  # a pickle that is cut or crafted raises what it likes
-        reason = (str(err).strip().splitlines() or [type(err).__name__])[0][:120]
+    except Exception:  # a pickle that is cut or crafted raises what it likes; torch advises to run its code
         raise SaerlError(
-            f"SAE weights {file} do not load as plain tensors ({reason}); whatever else a pickle holds may "
-            "run code, so save its state_dict() with torch.save where it came from"
+            f"SAE weights {file} do not load as plain tensors (the file is cut off, or a pickle of something "
+            "else, which may run code); save its state_dict() with torch.save where it came from"
         ) from None
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise SaerlError(f"SAE weights {file} hold a {type(value).__name__}, not a dict of named tensors")
@@ -424,4 +426,5 @@ def _arrays(file: Path) -> dict[str, Any]:
         with np.load(file, allow_pickle=False) as data:
             return {name: torch.from_numpy(data[name]) for name in data.files}
     except Exception as err:  # of the archive, of an array, or of a dtype that torch lacks
-        raise SaerlError(f"SAE weights {file} are no readable arrays ({err}); copy them again") from None
+        why = "it has no arrays, or pickled objects" if "allow_pickle" in str(err) else err
+        raise SaerlError(f"SAE weights {file} are no readable arrays ({why}); copy them again") from None
