@@ -16,8 +16,9 @@ from pathlib import Path
 
 from saerl_fast import __version__
 from saerl_fast.config import SCHEDULES, Config, describe, load_config
-from saerl_fast.errors import SaerlError, no_memory, printable
+from saerl_fast.errors import SaerlError, halved, no_memory, printable
 from saerl_fast.fileio import written
+from saerl_fast.hub import at_home
 from saerl_fast.rl.interrupt import graceful_interrupt, handled
 
 SHORTCUTS = {  # flag -> config key: what most people set on the command line
@@ -31,6 +32,7 @@ SHORTCUTS = {  # flag -> config key: what most people set on the command line
 }
 TORCHRUN = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}  # what it sets, and without it
 GIVEN = {name: os.environ.get(name, str(usual)) for name, usual in TORCHRUN.items()}
+PATHS = ("config", "plan", "run", "folder")
 PROCESSES, RANK, _ = (int(at) if at.isdecimal() else TORCHRUN[name] for name, at in GIVEN.items())
 OPTIONAL = {  # module -> package, of what the commands need and the kernels do not
     **{name: name for name in ("transformers", "datasets", "safetensors", "matplotlib", "numba", "pyarrow")},
@@ -317,6 +319,14 @@ def _close_bars() -> None:
         close_bars()
 
 
+def _refuse_unwritable(argv: Sequence[str]) -> None:
+    """SaerlError for names of bytes that are no UTF-8: the libraries that read and write files take none."""
+    with suppress(OSError):
+        argv = [*argv, os.getcwd()]
+    if wrong := next(filter(halved, argv), None):
+        raise SaerlError(f"{wrong!r} is no UTF-8, so not every library can use that name; rename the folder")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0 when done, 2 for bad input (one sentence, no traceback), 130 when interrupted.
 
@@ -361,6 +371,9 @@ def _main(argv: Sequence[str]) -> int:
                 raise SaerlError(
                     f"{name.replace('_', '-')} is empty; give a value (is a shell variable unset?)"
                 )
+            if name in PATHS and value is not None:
+                setattr(args, name, str(at_home(value)) if value.startswith("~") else value)
+        _refuse_unwritable(argv)
         if PROCESSES > 1:
             return _run_together(args)
         run(args)
