@@ -17,7 +17,7 @@ from pathlib import Path
 from saerl_fast import __version__
 from saerl_fast.config import SCHEDULES, Config, describe, load_config
 from saerl_fast.errors import SaerlError, halved, no_memory, printable
-from saerl_fast.fileio import written
+from saerl_fast.fileio import writing, written
 from saerl_fast.hub import at_home
 from saerl_fast.rl.interrupt import graceful_interrupt, handled
 
@@ -232,7 +232,8 @@ def _run_together(args: argparse.Namespace) -> int:
 
 
 def _say(text: str) -> None:
-    print(printable(text))
+    with writing("standard output"):
+        print(printable(text), flush=True)
 
 
 class _Plain(logging.Formatter):
@@ -273,14 +274,15 @@ def _unexpected(err: Exception, args: argparse.Namespace) -> int:
 
 def _complain(err: SaerlError, args: argparse.Namespace, cause: BaseException | None = None) -> None:
     """One sentence on stderr; with --debug the traceback before it, from the first error on."""
-    _close_bars()
-    if getattr(args, "debug", False):
-        shown: BaseException | None = cause or err
-        while shown is not None:
-            shown.__suppress_context__ = False
-            shown = shown.__cause__ or shown.__context__
-        traceback.print_exception(cause or err)
-    print(f"saerl: {SaerlError(err)}", file=sys.stderr, flush=True)  # some make their sentence late
+    with suppress(OSError):  # nobody reads it, or there is no room
+        _close_bars()
+        if getattr(args, "debug", False):
+            shown: BaseException | None = cause or err
+            while shown is not None:
+                shown.__suppress_context__ = False
+                shown = shown.__cause__ or shown.__context__
+            traceback.print_exception(cause or err)
+        print(f"saerl: {SaerlError(err)}", file=sys.stderr, flush=True)  # some make their sentence late
 
 
 def _kept() -> str:
@@ -377,7 +379,6 @@ def _main(argv: Sequence[str]) -> int:
         if PROCESSES > 1:
             return _run_together(args)
         run(args)
-        sys.stdout.flush()
     except SaerlError as err:
         full = no_memory(err) if type(err) is SaerlError else None  # a reward's own has its name
         if isinstance(full, Exception):

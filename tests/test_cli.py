@@ -42,6 +42,16 @@ def test_a_working_folder_that_is_no_utf8(tmp_path, monkeypatch, capsys):
     assert code == 2 and "\\udcff' is no UTF-8" in error
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize(("argv", "out"), [(["settings"], "stdout"), (["report", "nowhere"], "stderr")])
+def test_a_full_disk_behind_a_stream(argv, out):
+    with open("/dev/full", "w") as full:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {out: full}
+        done = subprocess.run([sys.executable, "-m", "saerl_fast.cli", *argv], **streams, text=True)
+    said = "saerl: cannot write standard output: No space left on device; free some space\n"
+    assert done.returncode == 2 and (done.stderr or done.stdout) == (said if out == "stdout" else "")
+
+
 def test_help_imports_nothing_heavy():
     probe = (
         "import sys; from saerl_fast import cli\n"
