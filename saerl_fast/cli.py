@@ -16,8 +16,9 @@ from pathlib import Path
 
 from saerl_fast import __version__
 from saerl_fast.config import SCHEDULES, Config, describe, load_config
-from saerl_fast.errors import SaerlError, no_memory, printable
-from saerl_fast.fileio import written
+from saerl_fast.errors import SaerlError, halved, no_memory, printable
+from saerl_fast.fileio import writing, written
+from saerl_fast.hub import at_home
 from saerl_fast.rl.interrupt import graceful_interrupt, handled
 
 SHORTCUTS = {  # flag -> config key: what most people set on the command line
@@ -31,6 +32,7 @@ SHORTCUTS = {  # flag -> config key: what most people set on the command line
 }
 TORCHRUN = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}  # what it sets, and without it
 GIVEN = {name: os.environ.get(name, str(usual)) for name, usual in TORCHRUN.items()}
+PATHS = ("config", "plan", "run", "folder")
 PROCESSES, RANK, _ = (int(at) if at.isdecimal() else TORCHRUN[name] for name, at in GIVEN.items())
 OPTIONAL = {  # module -> package, of what the commands need and the kernels do not
     **{name: name for name in ("transformers", "datasets", "safetensors", "matplotlib", "numba", "pyarrow")},
@@ -230,7 +232,8 @@ def _run_together(args: argparse.Namespace) -> int:
 
 
 def _say(text: str) -> None:
-    print(printable(text))
+    with writing("standard output"):
+        print(printable(text), flush=True)
 
 
 class _Plain(logging.Formatter):
@@ -271,14 +274,15 @@ def _unexpected(err: Exception, args: argparse.Namespace) -> int:
 
 def _complain(err: SaerlError, args: argparse.Namespace, cause: BaseException | None = None) -> None:
     """One sentence on stderr; with --debug the traceback before it, from the first error on."""
-    _close_bars()
-    if getattr(args, "debug", False):
-        shown: BaseException | None = cause or err
-        while shown is not None:
-            shown.__suppress_context__ = False
-            shown = shown.__cause__ or shown.__context__
-        traceback.print_exception(cause or err)
-    print(f"saerl: {SaerlError(err)}", file=sys.stderr, flush=True)  # some make their sentence late
+    with suppress(OSError):  # nobody reads it, or there is no room
+        _close_bars()
+        if getattr(args, "debug", False):
+            shown: BaseException | None = cause or err
+            while shown is not None:
+                shown.__suppress_context__ = False
+                shown = shown.__cause__ or shown.__context__
+            traceback.print_exception(cause or err)
+        print(f"saerl: {SaerlError(err)}", file=sys.stderr, flush=True)  # some make their sentence late
 
 
 def _kept() -> str:
@@ -315,6 +319,14 @@ def _close_bars() -> None:
         from saerl_fast.stages.console import close_bars
 
         close_bars()
+
+
+def _refuse_unwritable(argv: Sequence[str]) -> None:
+    """SaerlError for names of bytes that are no UTF-8: the libraries that read and write files take none."""
+    with suppress(OSError):
+        argv = [*argv, os.getcwd()]
+    if wrong := next(filter(halved, argv), None):
+        raise SaerlError(f"{wrong!r} is no UTF-8, so not every library can use that name; rename the folder")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -361,10 +373,12 @@ def _main(argv: Sequence[str]) -> int:
                 raise SaerlError(
                     f"{name.replace('_', '-')} is empty; give a value (is a shell variable unset?)"
                 )
+            if name in PATHS and value is not None:
+                setattr(args, name, str(at_home(value)) if value.startswith("~") else value)
+        _refuse_unwritable(argv)
         if PROCESSES > 1:
             return _run_together(args)
         run(args)
-        sys.stdout.flush()
     except SaerlError as err:
         full = no_memory(err) if type(err) is SaerlError else None  # a reward's own has its name
         if isinstance(full, Exception):

@@ -125,9 +125,11 @@ def check_writable(folder: str | Path) -> None:
 def cannot_write(target: str | Path, err: BaseException) -> SaerlError | None:
     """The sentence about ``err``, raised by writing ``target``; None if it is no error of the disk.
 
-    safetensors raises a class of its own for those.
+    safetensors raises a class of its own for those. A reader that has gone (``| head``) is no error.
     """
     if not isinstance(err, OSError) and type(err).__name__ != "SafetensorError":
+        return None
+    if isinstance(err, BrokenPipeError):
         return None
     why = reason(err)
     return SaerlError(f"cannot write {target}: {why}" + ("; choose another run_dir" * ("; " not in why)))

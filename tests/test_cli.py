@@ -19,6 +19,39 @@ def code_and_error(argv, capsys):
     return code, capsys.readouterr().err
 
 
+def test_a_home_folder_that_no_shell_has_seen(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("run_dir: ~/runs\ndata: {train: ~/pool.jsonl}\n")
+    assert cli.read_config(cli.parser().parse_args(["train", f"--config={tmp_path}/run.yaml"])).run_dir == (
+        str(tmp_path / "runs")
+    )
+    (tmp_path / "pool.jsonl").write_text("[]\n")
+    for argv, said in (
+        (["report", "~/runs"], f"{tmp_path}/runs is not a folder"),
+        (["score", "--config=~/run.yaml", "model.path=m"], "pool.jsonl line 1 must be a JSON object"),
+    ):
+        code, error = code_and_error(argv, capsys)
+        assert code == 2 and said in error, error
+
+
+def test_a_working_folder_that_is_no_utf8(tmp_path, monkeypatch, capsys):
+    odd = os.fsencode(tmp_path) + b"/\xff"
+    os.mkdir(odd)
+    monkeypatch.chdir(os.fsdecode(odd))
+    code, error = code_and_error(["report", "."], capsys)
+    assert code == 2 and "\\udcff' is no UTF-8" in error
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize(("argv", "out"), [(["settings"], "stdout"), (["report", "nowhere"], "stderr")])
+def test_a_full_disk_behind_a_stream(argv, out):
+    with open("/dev/full", "w") as full:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {out: full}
+        done = subprocess.run([sys.executable, "-m", "saerl_fast.cli", *argv], **streams, text=True)
+    said = "saerl: cannot write standard output: No space left on device; free some space\n"
+    assert done.returncode == 2 and (done.stderr or done.stdout) == (said if out == "stdout" else "")
+
+
 def test_help_imports_nothing_heavy():
     probe = (
         "import sys; from saerl_fast import cli\n"
@@ -55,6 +88,10 @@ def test_help_imports_nothing_heavy():
         (["train", "data.limit=0"], "data.limit=0 must be at least 1"),
         (["report", "x", "a.b=1"], "takes no settings"),
         (["frobnicate"], "invalid choice"),
+        (["report", "runs/\udcff"], "'runs/\\udcff' is no UTF-8"),
+        (["train", "run_dir=\udcff"], "is no UTF-8"),
+        (["report", "~nobody-at-all/x"], "the home folder of a user who has none"),
+        (["train", "run_dir=~nobody-at-all/x"], "the home folder of a user who has none"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )

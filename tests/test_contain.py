@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 import warnings
@@ -10,7 +11,7 @@ import warnings
 import numpy as np
 import torch
 
-from saerl_fast.rl.rewards.contain import contained
+from saerl_fast.rl.rewards.contain import _umask, contained
 
 
 def test_what_a_reward_sets_is_put_back(tmp_path):
@@ -22,7 +23,8 @@ def test_what_a_reward_sets_is_put_back(tmp_path):
             *(sys.getrecursionlimit(), gc.isenabled(), logging.root.manager.disable, os.getcwd()),
             *(sys.stdout, sys.stderr, warnings.filters[:3], np.geterr()),
             *(signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)),
-            signal.getitimer(signal.ITIMER_REAL)[0],
+            *(signal.getitimer(signal.ITIMER_REAL)[0], signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+            *(resource.getrlimit(resource.RLIMIT_NOFILE), _umask()),
         ]
 
     before, folder = state(), tmp_path / "gone"
@@ -48,6 +50,9 @@ def test_what_a_reward_sets_is_put_back(tmp_path):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.alarm(100)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        os.umask(0o777)
     assert state() == before and not sys.stdout.closed
     sys.stdout.write("and so is this\n")
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import numpy as np
 import pytest
 
 from saerl_fast.cli import main
+from saerl_fast.errors import SaerlError
+from saerl_fast.integrations.export import export
 from saerl_fast.integrations.verl import compute_score
 from saerl_fast.plan import load_plan, save_plan
+from saerl_fast.records import manifest
 from saerl_fast.signals.scores import Scores
+from tests.faults.hooks import killed_at
 from tests.test_integrations import IDS, N, make_plan, make_pool
 
 datasets = pytest.importorskip("datasets")
@@ -34,7 +41,8 @@ def order(schedule: str) -> list[str]:
 def test_parquet_holds_the_pool_its_scores_and_the_plan(scored, tmp_path):
     run, plan = scored
     assert main(["export", str(run), str(tmp_path / "bare")]) == 0  # a plan may be missing
-    assert sorted(path.name for path in (tmp_path / "bare").glob("[!.]*")) == ["README.md", "prompts.parquet"]
+    names = ["README.md", "manifest.json", "prompts.parquet"]
+    assert sorted(path.name for path in (tmp_path / "bare").glob("[!.]*")) == names
     plan("global")
     out = str(tmp_path / "out")
     assert main(["export", str(run), out, "--to", "parquet"]) == 0
@@ -93,3 +101,68 @@ def test_what_cannot_be_exported_is_one_sentence(scored, tmp_path, capsys):
     assert "chooses by pass rates, which a file cannot" in said(str(run), out, "--to", "verl")
     assert not (tmp_path / "out").exists()
     assert "exists and is not an empty folder" in said(str(run), str(run))
+
+
+@pytest.mark.parametrize("to", ["parquet", "trl", "verl"])
+def test_an_export_that_was_killed_is_made_again(scored, tmp_path, to):
+    run, plan = scored
+    plan("global")
+    whole = tmp_path / "whole"
+    export(run, whole, to, reward=["exact"])
+    wanted = sorted(path.name for path in whole.iterdir())
+    for operation in range(1, 60, 2):
+        out, child = tmp_path / f"out{operation}", os.fork()
+        if not child:
+            killed_at(out, operation)()
+            export(run, out, to, reward=["exact"])
+            os._exit(0)
+        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        if manifest.look(out, "export").entry is None:
+            export(run, out, to, reward=["exact"])
+        with pytest.raises(SaerlError, match="not an empty folder"):
+            export(run, out, to, reward=["exact"])
+        assert sorted(path.name for path in out.iterdir() if path.name != ".saerl.lock") == wanted
+        assert not manifest.look(out, "export").fault
+        if not killed:
+            break
+    assert operation > 10 and not killed
+
+
+def test_an_export_that_fails_leaves_nothing(scored, tmp_path, monkeypatch):
+    run, plan = scored
+    plan("global")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("saerl_fast.integrations.export._card", full)
+    assert main(["export", str(run), str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_of_other_scores_is_refused(scored, tmp_path, capsys):
+    run, plan = scored
+    plan("global")
+    made = manifest.look(run, "scores").entry["files"]["scores.parquet"]["sha256"]
+    for inputs, code in (({"scores.parquet": made}, 0), ({"scores.parquet": "0" * 64}, 2)):
+        manifest.record(run, "plan", ["plan.json"], {"inputs": inputs})
+        assert main(["export", str(run), str(tmp_path / str(code))]) == code
+    assert "was made from other scores than those beside it; make it again with `saerl plan`" in (
+        capsys.readouterr().err
+    )
+    assert main(["export", str(run), str(tmp_path / "named"), "--plan", str(run / "plan.json")]) == 0
+
+
+def test_scores_that_change_while_they_are_read(scored, tmp_path, monkeypatch, capsys):
+    import pyarrow.parquet as pq
+
+    run, _ = scored
+    read = pq.read_table
+
+    def late(*args, **options):
+        Scores(make_pool().columns, {"other": 1}).save(run)
+        return read(*args, **options)
+
+    monkeypatch.setattr(pq, "read_table", late)
+    assert main(["export", str(run), str(tmp_path / "out")]) == 2
+    assert "were made again while they were read" in capsys.readouterr().err

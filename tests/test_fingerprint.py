@@ -1,6 +1,14 @@
 """What a fingerprint covers: the fields of the config say so themselves."""
 
+import json
+import os
+import pwd
+
+import pytest
+
 from saerl_fast.config import Config, apply_overrides, to_dict, walk
+from saerl_fast.records.manifest import digest
+from saerl_fast.stages import fingerprint
 from saerl_fast.stages.fingerprint import (
     LABELS,
     RUN_SECTIONS,
@@ -59,3 +67,32 @@ def test_an_sae_of_answers_is_another_one():
     assert changes(to_dict(Config()), with_answers, SAE_SECTIONS) == "score.include_answer was False"
     assert changes(to_dict(with_answers), Config(), SAE_SECTIONS) == "score.include_answer was True"
     assert changes(to_dict(with_answers), Config(), ("model", "data")).startswith("the same settings")
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """A file whose hash is kept."""
+    monkeypatch.setattr(fingerprint, "LARGE", 1)
+    file = tmp_path / "weights"
+    file.write_bytes(b"12")
+    os.utime(file, (1, 1))
+    monkeypatch.setattr(fingerprint.manifest, "SETTLED", -1e9)
+    return file
+
+
+def test_a_user_without_a_home_folder(weights, monkeypatch):
+    """In containers that run under any user id."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    assert fingerprint._remembered([weights]) == {weights: digest(weights)}
+
+
+@pytest.mark.parametrize("held", ["", "[" * 100_000, "[]", "null", '{"digests": [], "sha256": "%s"}', "{}"])
+def test_a_damaged_cache_is_made_anew(weights, tmp_path, monkeypatch, held):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = tmp_path / "saerl-fast" / "digests.json"
+    cache.parent.mkdir()
+    cache.write_text(held.replace("%s", fingerprint.manifest.json_digest([])))
+    assert fingerprint._remembered([weights]) == {weights: digest(weights)}
+    assert list(json.loads(cache.read_text())["digests"].values()) == [digest(weights)]

@@ -103,6 +103,21 @@ def test_a_short_run_that_is_wrong_from_end_to_end_is_warned_of() -> None:
     assert few == [(20, "no signal")]  # single prompts are often too easy or too hard
 
 
+@pytest.mark.parametrize(
+    ("length", "finished", "why"),
+    [
+        (1.0, 1.0, "every completion ends at once"),
+        (0.0, 1.0, "every completion ends at once"),  # an engine that does not count the end
+        (6.0, 0.0, "no completion ended"),
+        (6.0, 1.0, "the mean reward is"),
+    ],
+)
+def test_why_there_is_no_signal(length: float, finished: float, why: str) -> None:
+    watch = health(steps=2, beta=0.0, prompts=2)
+    rows = [{**GOOD, **NO_UPDATE, "length": length, "finished": finished, "step": i} for i in (1, 2)]
+    assert f"({why}" in [watch.see(row) for row in rows][1]["no signal"]
+
+
 def test_warnings_can_be_switched_off() -> None:
     row = {**GOOD, **BAD["mismatch"], "step": 1}
     assert health(warn_after=0).see(row) == {} and "alarms" not in row

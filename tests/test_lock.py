@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -232,6 +234,14 @@ def test_a_folder_that_is_removed_or_taken_over_is_noticed(tmp_path):
             held.check()
         assert not folder.exists()
     assert "far" in (tmp_path / "moved" / NAME).read_text()  # another's lock is not ours to remove
+
+
+def test_a_lock_that_cannot_be_read_is_not_taken_for_a_removed_folder(tmp_path, monkeypatch):
+    with lock(tmp_path) as held:
+        with monkeypatch.context() as patch, pytest.raises(SaerlError, match="open files.*ulimit -n"):
+            patch.setattr(Path, "read_text", Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
+            held.check()
+        held.check()
 
 
 def test_leftovers_of_killed_processes_go_and_nothing_else(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 from saerl_fast.config.fields import Given, from_dict, to_dict, unknown, walk
 from saerl_fast.config.tree import Config
 from saerl_fast.errors import SaerlError
+from saerl_fast.hub import at_home
 
 Overrides = list[str] | tuple[str, ...]
 
@@ -44,7 +45,10 @@ def load_config(path: str | Path | None = None, overrides: Overrides = ()) -> Co
             raise SaerlError(f"config file {file} must hold sections, not a {type(loaded).__name__}")
         _check_nodes(tree_of_nodes, file)
         tree = loaded or {}
-    return from_dict(Config, _override(tree, overrides))
+    config = from_dict(Config, _override(tree, overrides))
+    if config.run_dir.startswith("~"):  # no shell has seen it
+        config.run_dir = str(at_home(config.run_dir))
+    return config
 
 
 def _check_nodes(node: Any, file: Path, seen: set[int] | None = None) -> None:

@@ -23,11 +23,13 @@ from saerl_fast.integrations.verl import write_parquet
 from saerl_fast.plan import Plan, load_plan, save_plan
 from saerl_fast.plan.static import StaticPlan
 from saerl_fast.prompts.pool import Pool
-from saerl_fast.records.lock import lock, vacant
+from saerl_fast.records import manifest
+from saerl_fast.records.lock import clean, lock, vacant
 from saerl_fast.signals.scores import Scores
 from saerl_fast.signals.table import SCORE_COLUMNS
 
 CONSUMERS = ("parquet", "trl", "verl")
+FILES = ("prompts.parquet", "plan.parquet", "train.parquet", "plan.json", "plan.safetensors", "README.md")
 MEANINGS = {
     "prompt_id": "the prompt's name in the plan",
     "saerl_cluster": "cluster of its SAE features",
@@ -46,7 +48,8 @@ def export(
 
     ``run_dir``: where `saerl score` wrote; ``plan``: a plan.json, by default the one there. ``reward``: of
     `write_parquet`, for verl. Raises SaerlError without scores, without a plan (parquet needs none), on an
-    adaptive plan for verl, and on a folder that holds something.
+    adaptive plan for verl, on a plan that was made there from other scores, and on a folder that holds more
+    than what a killed export has left.
     """
     import pyarrow.parquet as pq
     from datasets import Dataset
@@ -54,12 +57,16 @@ def export(
     run_dir, folder = Path(run_dir), Path(folder)
     if to not in CONSUMERS:
         raise SaerlError(f"--to {to} is unknown; choose one of {', '.join(CONSUMERS)}")
-    if folder.exists() and (not folder.is_dir() or not vacant(folder)):
-        raise SaerlError(f"{folder} exists and is not an empty folder; name a new one")
+    _refuse_full(folder)
+    made = manifest.check(run_dir, "scores", "saerl score")
     scores = Scores.load(run_dir)
     path = Path(plan) if plan is not None else run_dir / "plan.json"
     found = load_plan(path) if plan is not None or to != "parquet" or path.exists() else None
+    if found is not None and plan is None:
+        _check_origin(run_dir, made)
     table = Dataset(pq.read_table(run_dir / "scores.parquet").replace_schema_metadata())
+    if manifest.check(run_dir, "scores", "saerl score") != made:
+        raise SaerlError(f"the scores in {run_dir} were made again while they were read; export again")
     data = {"prompts.parquet": table}
     if to == "trl" and found is not None:
         data = {"train.parquet": add_plan(table, found)}
@@ -68,18 +75,50 @@ def export(
     elif isinstance(found, StaticPlan):
         data["plan.parquet"] = add_plan(table.select_columns(["prompt_id"]), found)
     with lock(folder):
-        for name, rows in data.items():
-            with atomic_path(folder / name) as temporary:
-                rows.to_parquet(str(temporary))
-        if found is not None and to == "verl":
-            own = [name for name in table.column_names if name not in SCORE_COLUMNS]
-            pool = Pool({name: list(table[name]) for name in own})
-            write_parquet(found, pool, folder / "train.parquet", reward=reward)
-        elif found is not None:
-            save_plan(found, folder / "plan.json")
-        names = list(data) or ["train.parquet"]
-        write_text(folder / "README.md", _card(table, scores, found, to, names))
-    return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+        _refuse_full(folder)  # once more: another may have written it
+        try:
+            manifest.begin(folder, "export")
+            for name in FILES:
+                (folder / name).unlink(missing_ok=True)
+            for name, rows in data.items():
+                with atomic_path(folder / name) as temporary:
+                    rows.to_parquet(str(temporary))
+            if found is not None and to == "verl":
+                own = [name for name in table.column_names if name not in SCORE_COLUMNS]
+                pool = Pool({name: list(table[name]) for name in own})
+                write_parquet(found, pool, folder / "train.parquet", reward=reward)
+            elif found is not None:
+                save_plan(found, folder / "plan.json")
+            names = list(data) or ["train.parquet"]
+            write_text(folder / "README.md", _card(table, scores, found, to, names))
+            files = [name for name in FILES if (folder / name).exists()]
+            manifest.record(folder, "export", files, {"inputs": {"scores": (made or {}).get("files")}})
+        except BaseException:  # half of an export looks like a whole one to who reads its Parquet files
+            for name in (*FILES, manifest.FILE):
+                (folder / name).unlink(missing_ok=True)
+            raise
+    return [folder / name for name in sorted(files)]
+
+
+def _refuse_full(folder: Path) -> None:
+    """SaerlError when ``folder`` holds anything but what a killed export has left in it."""
+    if folder.exists() and not folder.is_dir():
+        raise SaerlError(f"{folder} is a file; name a new folder")
+    clean(folder)
+    begun = manifest.look(folder, "export").partial
+    if not vacant(folder, FILES if begun else ()):
+        raise SaerlError(f"{folder} exists and is not an empty folder; name a new one")
+
+
+def _check_origin(run_dir: Path, scores: dict[str, Any] | None) -> None:
+    """SaerlError when the manifest says that the plan in ``run_dir`` is of other scores than these."""
+    files = {name: kept["sha256"] for name, kept in (scores or {}).get("files", {}).items()}
+    plan = manifest.look(run_dir, "plan").entry or {}
+    if any(made and made != files.get(name, made) for name, made in plan.get("inputs", {}).items()):
+        raise SaerlError(
+            f"{run_dir / 'plan.json'} was made from other scores than those beside it; make it again with "
+            "`saerl plan`, or name it with --plan"
+        )
 
 
 def _card(table: Any, scores: Scores, plan: Plan | None, to: str, names: list[str]) -> str:

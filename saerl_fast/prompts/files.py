@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import check_fetched, parse_json
+from saerl_fast.hub import at_home
 from saerl_fast.prompts import jsontext
 from saerl_fast.records.packed import BLOCK, Column, kept
 
@@ -37,7 +38,7 @@ def read_rows(spec: str, *, split: str, hub_config: str | None, text_columns: se
     become numbers where they hold only numbers, and empty cells None. Raises SaerlError on
     anything that cannot be read.
     """
-    path = Path(spec)
+    path = at_home(spec)
     if suffix_of(path) is not None and not path.is_dir():
         if not path.is_file():
             raise SaerlError(f"data file {spec} does not exist; check the path in data.train and data.eval")

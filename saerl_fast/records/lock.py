@@ -65,7 +65,10 @@ class Lock:
 
     def check(self) -> None:
         """SaerlError when the folder was removed or taken over; the lock file alone is renewed."""
-        found = _read(self.at)
+        try:
+            found = _text(self.at)
+        except OSError as err:  # too many open files, say
+            raise SaerlError(f"cannot read {self.at}: {reason(err)}") from None
         if found == self.text:
             return
         with suppress(OSError):
@@ -227,11 +230,16 @@ def _create(at: Path, text: str) -> bool:
     return True
 
 
-def _read(at: Path) -> str | None:
+def _text(at: Path) -> str | None:
     try:
         return at.read_text(errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def _read(at: Path) -> str | None:
+    try:
+        return _text(at)
     except OSError:  # somebody else's, and not for us to read
         return ""
 

@@ -122,7 +122,12 @@ def record(
 def forget(folder: str | Path, name: str) -> None:
     """Drop what is recorded of an artefact, before its files are moved away or written in place."""
     if (read(folder) or {}).get(name):
-        _put(Path(folder), name, [])
+        begin(folder, name)
+
+
+def begin(folder: str | Path, name: str) -> None:
+    """Record that an artefact is being written in place: until `record` it is partial."""
+    _put(Path(folder), name, [])
 
 
 def read(folder: str | Path) -> dict[str, list[Entry]] | None:

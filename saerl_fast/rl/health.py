@@ -104,6 +104,7 @@ class Health:
         learns = used > 0 or cfg.loss.beta > 0
         if used == 0:
             why = "no completion ended" if cut == 1 else f"the mean reward is {_short(row['reward'])}"
+            why = "every completion ends at once" if cut == 0 and length <= 1 else why
             held["no signal"] = f"no group has two different rewards ({why}): nothing is learnt from them"
         if learns and not (_finite(norm) and _finite(row["loss"])):
             held["updates skipped"] = (
@@ -123,7 +124,8 @@ class Health:
                 held["entropy collapses"] = f"{told}: all completions are the same; {LOWER}"
             elif entropy > max(3 * before, 1 + before):
                 held["entropy explodes"] = f"{told}: completions become noise; {LOWER}"
-        if length < max(0.1 * first["length"], min(1.05, 0.6 * first["length"])):
+        usual = first.get("length", 0.0)
+        if length < max(0.1 * usual, min(1.05, 0.6 * usual)):
             held["completions collapse"] = f"completions have {_short(length)} tokens{self._was('length')}"
         if cut == 1 or (cut > 0.9 and first["cut"] < 0.5):
             held["completions cut off"] = (

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from saerl_fast.errors import printable
+from saerl_fast.fileio import writing
 
 # tqdm's own, with whole numbers for work that is part done
 FORMAT = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -36,13 +37,14 @@ class Echo:
             from tqdm import tqdm
 
             write = partial(tqdm.write, file=sys.stdout, end="")  # above the bars
-        try:
-            write(line + "\n")
-            sys.stdout.flush()
-        except OSError as err:
-            if err.errno != errno.EIO:
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the terminal has gone; we go on
+        with writing("standard output"):
+            try:
+                write(line + "\n")
+                sys.stdout.flush()
+            except OSError as err:
+                if err.errno != errno.EIO:
+                    raise
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the terminal has gone
 
     def bar(self, label: str, unit: str = "it") -> Callable[[float, int], None]:
         """A callback ``(done, total)`` that keeps a progress bar up to date.

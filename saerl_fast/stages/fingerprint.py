@@ -14,6 +14,7 @@ from typing import Any
 from saerl_fast.config import Config, Section, to_dict
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import write_json
+from saerl_fast.hub import at_home
 from saerl_fast.plugins import is_function, source_digest
 from saerl_fast.records import manifest
 from saerl_fast.session import load_pools
@@ -103,7 +104,7 @@ def inputs(config: Config, sections: tuple[str, ...]) -> dict[str, Any]:
     if "sae" in sections:
         named |= {"sae": config.sae.path, "init": config.sae.init}
     for name, path in named.items():
-        if path and (files := _contents(Path(path).expanduser(), Path(config.run_dir))):
+        if path and (files := _contents(at_home(path), Path(config.run_dir))):
             found[name] = manifest.json_digest(files)
     if functions := _functions(config, sections):
         found["functions"] = functions
@@ -150,14 +151,12 @@ def _remembered(files: list[Path]) -> dict[Path, str]:
     A kept hash counts as long as size, times and number of the file stay the same; a cache that cannot be
     read or written is done without.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    cache = Path(home) / "saerl-fast" / "digests.json"
     stamps = {file: manifest.stamp(file) for file in files}
     large = {file: json.dumps(stamp) for file, stamp in stamps.items() if stamp[1] >= LARGE}
     known: dict[str, str] = {}
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        held = json.loads(cache.read_text(encoding="utf-8"))
-        known = held["digests"] if held["sha256"] == manifest.json_digest(held["digests"]) else {}
+    with suppress(OSError, ValueError, LookupError, TypeError, RuntimeError):  # damaged
+        held = json.loads(_cache().read_text(encoding="utf-8"))
+        known = dict(held["digests"]) if held["sha256"] == manifest.json_digest(held["digests"]) else {}
     new = {file for file, key in large.items() if key not in known}
     if (size := sum(stamps[file][1] for file in new)) >= 1 << 30:
         log.info("reading %.1f GB of model files once, to know them by their content", size / 1e9)
@@ -171,9 +170,17 @@ def _remembered(files: list[Path]) -> dict[Path, str]:
         read = {stamps[file][0] for file in new}
         places = ((key, json.loads(key)[0]) for key in known)
         others = {key: known[key] for key, at in places if at not in read and os.path.exists(at)}
-        with suppress(SaerlError, OSError):
-            write_json(cache, {"digests": others | settled, "sha256": manifest.json_digest(others | settled)})
+        with suppress(SaerlError, OSError, RuntimeError):
+            write_json(
+                _cache(), {"digests": others | settled, "sha256": manifest.json_digest(others | settled)}
+            )
     return found
+
+
+def _cache() -> Path:
+    """Of hashes; RuntimeError for a user without a home folder, as containers have them."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(home) / "saerl-fast" / "digests.json"
 
 
 def changes(before: Any, config: Config, sections: tuple[str, ...], without: tuple[str, ...] = ()) -> str:

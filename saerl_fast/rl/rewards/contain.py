@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -33,6 +34,21 @@ def _set_default_device(device: torch.device) -> None:
         del torch._GLOBAL_DEVICE_CONTEXT.device_context
 
 
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+LIMITS = [getattr(resource, f"RLIMIT_{name}") for name in ("AS", "CPU", "DATA", "FSIZE", "NOFILE", "STACK")]
+
+
+def _limit(limits: list[tuple[int, int]]) -> None:
+    for which, pair in zip(LIMITS, limits, strict=True):
+        with suppress(OSError, ValueError):  # a hard one stays lowered
+            resource.setrlimit(which, pair)
+
+
 # Each is read before a call, and set again where it differs afterwards.
 SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
     (torch.is_grad_enabled, torch.set_grad_enabled),
@@ -45,6 +61,12 @@ SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
     (sys.getrecursionlimit, sys.setrecursionlimit),
     (gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
     (lambda: logging.root.manager.disable, logging.disable),
+    (_umask, os.umask),
+    (lambda: [resource.getrlimit(which) for which in LIMITS], _limit),
+    (
+        lambda: signal.pthread_sigmask(signal.SIG_BLOCK, []),
+        lambda mask: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
+    ),
 ]
 SIGNALS = [
     getattr(signal, name)
