@@ -37,7 +37,7 @@ from saerl_fast.signals.text import Tfidf
 from saerl_kernels import CSR, csr
 
 PER_WAY, PER_COPY, OF = 130, 60, 4000  # made of a pool of this many prompts or more, fewer of a smaller one
-STORED = ("sae", "sae_mean", "hidden")
+STORED = ("sae", "sae_mean", "sae_last", "hidden")  # the last for `bench_signals`
 KINDS = ("length", "text", "tfidf", "sae", "hidden")
 SETS: dict[str, tuple[str, ...]] = {
     **{kind: (kind,) for kind in KINDS},

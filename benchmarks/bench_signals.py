@@ -5,7 +5,8 @@
 POOL: rows with id, problem, answer and pass_rate, or ``reasoning-gym:TASK,...``, on whose prompts the model
 is then tried first (`pool.made`). An SAE is trained on the prompts, and one forward pass through all blocks
 gives every kind that `saerl_fast.sae.pooled` knows. All is kept under ``--work``, in parts: the same command
-goes on where it stopped, and the tables need no model once the parts are there.
+goes on where it stopped, and the tables need no model once the parts are there. ``--work`` may also be what
+`bench_quality` has kept of the same pool: then sets with kinds that take the whole model are left out.
 
 Spearman with the failure rate on rows that were never labelled, mean and standard deviation over draws of the
 labelled ones; for the default also how often the interval held, and what labels chosen by `spread` give.
@@ -71,11 +72,10 @@ def table(bank: Bank, failed: np.ndarray, tasks: np.ndarray, draws: int) -> dict
     within each, by the most labels; for the default the interval's share and the Spearman of labels chosen by
     `spread` out of 1,500 prompts, of which the random ones are drawn too."""
     known = np.flatnonzero(np.isfinite(failed))
-    blocks = bank.blocks(
-        [*STORED, "text", "tfidf", "length", "answer_text", "random"], np.arange(bank.n_rows)
-    )
+    sets = {name: kinds for name, kinds in SETS.items() if set(kinds) <= set(bank.kinds)}
+    blocks = bank.blocks(sorted({kind for kinds in sets.values() for kind in kinds}), np.arange(bank.n_rows))
     matrix = ProbeMatrix(bank.X)
-    found: dict[str, dict[str, Any]] = {name: {} for name in [*SETS, "elasticnet"]}
+    found: dict[str, dict[str, Any]] = {name: {} for name in [*sets, "elasticnet"]}
     chosen_by: dict[str, Any] = {}
     coverage: dict[str, Any] = {}
     for count in (count for count in COUNTS if count <= len(split(known, 0)[1])):
@@ -85,7 +85,7 @@ def table(bank: Bank, failed: np.ndarray, tasks: np.ndarray, draws: int) -> dict
         for draw in range(draws):
             tested, candidates = split(known, draw)
             seen = candidates[:count]
-            for name, kinds in SETS.items():
+            for name, kinds in sets.items():
                 made = {kind: blocks[kind] for kind in kinds}
                 fit = ridge.fit(made, seen, failed[seen])
                 predicted = fit.predict(made, tested)

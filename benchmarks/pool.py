@@ -129,12 +129,17 @@ def keep_features(pool: Path, work: Path, model: str, dtype: str, kinds: Sequenc
 
 
 def kept_bank(rows: list[dict[str, Any]], work: Path) -> tuple[Bank, list[dict[str, Any]]]:
-    """What `keep_features` has kept of these rows, as a bank, and the rows in its order."""
+    """What `keep_features` has kept of these rows, as a bank, and the rows in its order; of a longer pool the
+    others are left out."""
     by_name = {str(row["id"]): row for row in rows}
     files = [np.load(file) for file in sorted(work.glob("part-*.npz"))]
-    found = [by_name[name] for file in files for name in file["ids"].tolist()]
-    kinds = [name for name in files[0] if name != "ids"]
-    kept: dict[str, Any] = {kind: np.concatenate([file[kind] for file in files]) for kind in kinds}
+    ours = [np.isin(file["ids"], list(by_name)) for file in files]
+    found = [by_name[name] for file, some in zip(files, ours, strict=True) for name in file["ids"][some].tolist()]
+    kept: dict[str, Any] = {
+        kind: np.concatenate([file[kind][some] for file, some in zip(files, ours, strict=True)])
+        for kind in files[0]
+        if kind != "ids"
+    }
     kept = {k: CSR.from_scipy(csr_matrix(v)) if k.startswith("sae") else v for k, v in kept.items()}
     texts, answers = [row["problem"] for row in found], [str(row["answer"]) for row in found]
     return Bank(kept.pop("sae"), texts, kept, answers), found

@@ -7,12 +7,13 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.records import page
+from saerl_fast.records import charts, page, plots
 from saerl_fast.records.report import write_report
 from tests.test_report import record_run
 
@@ -26,6 +27,7 @@ NASTY = [
     "\u2028\u202e\x1b[31m\x00 \ud800 " + "long " * 400,
     "",
 ]
+CHARTS = ("map", "calibration")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -100,6 +102,37 @@ def test_scores_alone_have_a_report(tmp_path):
     assert text.startswith(f"# {tmp_path.name}: scores\n") and "## Result" not in text
 
 
+def test_points_of_the_calibration_say_their_prompts():
+    said, seen = np.linspace(0, 1, 40), np.linspace(0.1, 0.9, 40)
+    chart = charts.calibration_chart(said, seen, [NASTY[i % 5] for i in range(40)], 0.2)
+    points, means = chart["data"]
+    assert points["x"][3] == round(said[3], 4) and points["y"][3] == round(seen[3], 4)
+    assert points["hovertext"][4] == "(empty)<br><i>expected 0.10, observed 0.18</i>"
+    assert "<script" not in points["hovertext"][0] and "<img" not in points["hovertext"][1]
+    assert len(means["x"]) == len(means["error_y"]["array"]) == 5
+    assert means["y"][0] == pytest.approx(seen[:8].mean(), abs=1e-4)
+    assert [(line["y0"], line["y1"]) for line in chart["layout"]["shapes"]] == [
+        (0, 1),
+        (-0.2, 0.8),
+        (0.2, 1.2),
+    ]
+    many = np.linspace(0, 1, 5000)
+    chart = charts.calibration_chart(many, many, ["x"] * 5000, None)
+    assert len(chart["data"][0]["x"]) == plots.POINTS and len(chart["layout"]["shapes"]) == 1
+
+
+def test_a_prompt_off_the_map_is_named_by_its_id(tmp_path):
+    some = {"row": [0, 1], "x": [0.0, 1.0], "y": [0.0, 1.0], "text": ["one", "two"]}
+    write_report(scored(tmp_path, **some))
+    found = (tmp_path / "report.html").read_text()
+    assert "80 % of the labels lie within the band" in found
+    if page._plotly() is not None:
+        told = json.loads(re.search(r"id=charts>(.*?)</script>", found)[1])["calibration"]["data"][0][
+            "hovertext"
+        ]
+        assert [text.partition("<")[0] for text in told[:2]] == ["two", "p3"]
+
+
 def test_without_plotly_the_pictures_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "_plotly", lambda: None)
     write_report(scored(tmp_path))
@@ -123,6 +156,9 @@ def test_scores_without_a_map_have_the_rest(tmp_path):
     (tmp_path / "scores.json").write_text(json.dumps(record))
     names = {path.name for path in write_report(tmp_path)}
     assert "map.png" not in names and "calibration.png" in names
+    columns = pq.read_table(tmp_path / "scores.parquet")
+    pq.write_table(columns.drop_columns(["saerl_pass_rate"]), tmp_path / "scores.parquet")
+    assert "calibration.png" not in {path.name for path in write_report(tmp_path)}
     assert "plotly" not in (tmp_path / "report.html").read_text()
 
 
@@ -145,8 +181,10 @@ def test_a_browser_draws_the_page(tmp_path):
     done = subprocess.run([*command, page], capture_output=True, text=True, timeout=300)
     tree = done.stdout
     assert "<title>" in tree and OWNED not in re.search(r"<title>(.*?)</title>", tree)[1]
-    assert re.search(r'<div class="chart js-plotly-plot" id="chart-map"', tree), done.stderr[-2000:]
-    drawn = tree[tree.index('id="chart-map"') :]
-    assert len(re.findall(r'<path class="point"', drawn)) == 40
-    assert re.search(r'<img id="picture-map"[^>]* hidden', tree)
+    places = {name: tree.find(f'<div class="chart js-plotly-plot" id="chart-{name}"') for name in CHARTS}
+    assert 0 < places["map"] < places["calibration"], done.stderr[-2000:]
+    parts = tree[places["map"] : places["calibration"]], tree[places["calibration"] :]
+    for name, part, count in zip(CHARTS, parts, (40, 20 + 2), strict=True):  # labels, and means of two parts
+        assert len(re.findall(r'<path class="point"', part)) == count, name
+        assert re.search(rf'<img id="picture-{name}"[^>]* hidden', tree)
     assert not [line for line in done.stderr.splitlines() if "Content Security Policy" in line]

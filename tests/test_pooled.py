@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.sae import pooled
+from saerl_fast.sae import capture, pooled
 from saerl_fast.sae.capture import FeatureCapture, owned, resolve_products
 from saerl_fast.sae.pooled import bank_pass
 from tests.test_capture import ROWS, alone, left_padded, sae_for, tiny_model
@@ -106,10 +106,17 @@ def test_owned_tokens_and_their_offsets():
 def test_products_in_bfloat16_are_near_and_only_where_they_pay(monkeypatch):
     small, wide = tiny_model("llama"), torch.nn.Linear(2, 2)
     wide.config = type("Config", (), {"hidden_size": 512})()
-    for able in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda able=able: able)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda able=able: able)
-        assert resolve_products("auto", wide) is (torch.bfloat16 if able else None)
+    amd, intel = "vendor_id : AuthenticAMD", "vendor_id : GenuineIntel"
+    for avx, amx, maker, pays in (
+        (True, False, amd, True),
+        (False, False, amd, False),
+        (True, True, intel, True),
+        (True, False, intel, False),  # its units for it are half of those for float32
+    ):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(capture, "_maker", lambda maker=maker: maker)
+        assert resolve_products("auto", wide) is (torch.bfloat16 if pays else None)
         assert resolve_products("auto", small) is None and resolve_products("model", wide) is None
     assert resolve_products("bfloat16", small) is torch.bfloat16
     assert resolve_products("auto", wide.to(torch.float64)) is None

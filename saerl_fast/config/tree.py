@@ -113,7 +113,7 @@ class ScoreConfig(Section):
         distinct=True,
     )
     dtype: Literal["auto", "model", "bfloat16"] = setting(
-        "auto", "of matrix products; auto: bfloat16 on a CPU that has it, for a model wide enough to gain"
+        "auto", "of matrix products; auto: bfloat16 on a CPU that is faster with it, for a wide model"
     )
     include_answer: bool = setting(False, "quality also reads the features of the reference answer")
     backend: str = setting("auto", "of saerl_kernels, or the name of a registered one", result=False)

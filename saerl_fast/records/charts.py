@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import html
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from saerl_fast.records.plots import SHADES
+from saerl_fast.records.plots import PALETTE, POINTS, SHADES, binned
 from saerl_fast.records.scored import Points
 
 FONT = {"family": "system-ui, sans-serif", "size": 13, "color": "#1a202c"}
@@ -66,19 +67,59 @@ def map_chart(points: Points) -> dict[str, Any]:
     return {"data": [trace], "layout": layout}
 
 
+def calibration_chart(
+    said: np.ndarray, seen: np.ndarray, names: Sequence[str], interval: float | None
+) -> dict[str, Any]:
+    """Pass rates expected and observed, [n] each: each point says its prompt, one of ``names``."""
+    some = np.arange(len(said))
+    if len(some) > POINTS:
+        some = np.sort(np.random.default_rng(0).permutation(len(said))[:POINTS])
+    told = [f"{_lines(names[i])}<br><i>expected {said[i]:.2f}, observed {seen[i]:.2f}</i>" for i in some]
+    point = {"color": PALETTE[2], "size": 7, "opacity": 0.45, "line": {"width": 0}}
+    points = {"type": "scatter", "mode": "markers", "name": "a prompt with a label", "marker": point}
+    points |= {"x": _numbers(said[some]), "y": _numbers(seen[some]), "hoverinfo": "text", "hovertext": told}
+    middle, height, error = binned(said, seen)
+    means = {"type": "scatter", "mode": "markers", "name": "their means, ± standard error"}
+    means |= {"x": _numbers(middle), "y": _numbers(height), "marker": {"color": PALETTE[1], "size": 9}}
+    means |= {"error_y": {"type": "data", "array": _numbers(error)}, "hoverinfo": "x+y"}
+    around = [] if interval is None else [-interval, interval]
+    axis = {"range": [-0.03, 1.03], "zeroline": False, "gridcolor": "#edf2f7"}
+    layout = {
+        "height": 460,
+        "margin": {"l": 60, "r": 10, "t": 10, "b": 50},
+        "font": FONT,
+        "hovermode": "closest",
+        "hoverlabel": {"align": "left", "bgcolor": "white", "font": FONT},
+        "xaxis": axis | {"title": {"text": "pass rate expected"}},
+        "yaxis": axis | {"title": {"text": "pass rate observed"}},
+        "plot_bgcolor": "white",
+        "shapes": [_line(0.0, "dash"), *(_line(shift, "dot") for shift in around)],
+    }
+    return {"data": [points, means], "layout": layout}
+
+
+def _line(shift: float, dash: str) -> dict[str, Any]:
+    ends = {"x0": 0, "x1": 1, "y0": shift, "y1": 1 + shift}
+    return {"type": "line", "layer": "below", **ends, "line": {"color": "#999999", "width": 1, "dash": dash}}
+
+
 def _numbers(values: np.ndarray) -> list[float | None]:
     return [round(float(v), 4) if np.isfinite(v) else None for v in values]
 
 
 def _hover(text: str, known: dict[str, np.ndarray], i: int) -> str:
-    lines = textwrap.wrap(" ".join(text.split()), 60) or ["(empty)"]
     said = [f"cluster {known['cluster'][i]:.0f}"]
     said += [
         f"{TITLES[name]} {values[i]:.2f}"
         for name, values in known.items()
         if name != "cluster" and np.isfinite(values[i])
     ]
-    return "<br>".join([*(html.escape(line, quote=False) for line in lines), f"<i>{', '.join(said)}</i>"])
+    return f"{_lines(text)}<br><i>{', '.join(said)}</i>"
+
+
+def _lines(text: str) -> str:
+    lines = textwrap.wrap(" ".join(text.split()), 60) or ["(empty)"]
+    return "<br>".join(html.escape(line, quote=False) for line in lines)
 
 
 def _number(cluster: int, at: tuple[float, float]) -> dict[str, Any]:

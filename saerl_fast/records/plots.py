@@ -278,11 +278,8 @@ def calibration(said: np.ndarray, seen: np.ndarray, interval: float | None, path
             )
             band.set_label("80 % of the labels")
         axis.scatter(said, seen, s=12, color=PALETTE[2], alpha=0.35, lw=0, label="a prompt with a label")
-        parts = np.array_split(np.argsort(said, kind="stable"), max(min(len(said) // 8, 8), 1))
-        error = [seen[part].std() / np.sqrt(len(part)) for part in parts]
-        middle = [[values[part].mean() for part in parts] for values in (said, seen)]
         axis.errorbar(
-            *middle, error, fmt="o", color=PALETTE[1], lw=1.2, label="their means, ± standard error"
+            *binned(said, seen), fmt="o", color=PALETTE[1], lw=1.2, label="their means, ± standard error"
         )
         axis.set(
             xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="pass rate expected", ylabel="pass rate observed"
@@ -290,6 +287,13 @@ def calibration(said: np.ndarray, seen: np.ndarray, interval: float | None, path
         axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
     return _figure(path, (7.4, 4.0), draw)
+
+
+def binned(said: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Means of both, and the second's standard error, of up to eight equal parts in the order of ``said``."""
+    parts = np.array_split(np.argsort(said, kind="stable"), max(min(len(said) // 8, 8), 1))
+    x, y = (np.array([values[part].mean() for part in parts]) for values in (said, seen))
+    return x, y, np.array([seen[part].std() / np.sqrt(len(part)) for part in parts])
 
 
 def kinds(found: dict[str, float], path: Path) -> Path:

@@ -12,7 +12,7 @@ from saerl_fast.config import CompareConfig
 from saerl_fast.errors import SaerlError, printable
 from saerl_fast.fileio import first_line, mismatch, write_text
 from saerl_fast.records import compared, plots, samples, scored
-from saerl_fast.records.charts import map_chart
+from saerl_fast.records.charts import calibration_chart, map_chart
 from saerl_fast.records.lock import clean
 from saerl_fast.records.page import Part, Picture, markdown, page, terminal
 from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes, find_runs, load_runs, read_object
@@ -27,9 +27,11 @@ CAPTIONS = {
     "phases": "Where a step's time goes; what this project adds is red.",
     "signals": "What scoring said of the prompts: quality and difficulty where known, cluster sizes.",
     "map": "Numbers are clusters. In the page, point at a prompt to read it, and choose what colours it.",
-    "calibration": "Prompts with a label; what was expected comes from fits that had not seen it.",
+    "calibration": "Prompts with a label; what was expected comes from fits that had not seen it. In the "
+    "page, point at a prompt to read it.",
     "quality_kinds": "Held-out AUC of each kind of bad row, by the fits of the quality probe.",
 }
+BAND = "80 % of the labels lie within the band (in the page: between the dotted lines)."
 MODE_NOTES = {
     "sample": "Accuracy is the mean reward of sampled completions of held-out prompts (avg@k).",
     "greedy": "Accuracy is the mean reward of the greedy completion of each held-out prompt.",
@@ -230,17 +232,20 @@ def _draw_scores(scores: dict[str, Any], root: Path) -> dict[str, Picture]:
     columns = scored.read_columns(file)
     try:
         add(plots.signals(columns, root / "signals.png"), "Scores")
-        said, seen = scored.calibrated(columns)
+        said, seen, rows = scored.calibrated(columns)
+        ids = [printable(str(columns["prompt_id"][i])) for i in rows]
     except (LookupError, TypeError, ValueError, OverflowError) as err:
         raise SaerlError(f"{file} is damaged ({first_line(err)}); make it again with `saerl score`") from err
+    points = scored.read_map(scores, columns)
     if len(said):
         interval = (scores.get("difficulty") or {}).get("interval")
         width = None if mismatch(interval, float) else interval
-        add(
-            plots.calibration(said, seen, width, root / "calibration.png"),
-            "Difficulty against what was observed",
-        )
-    if points := scored.read_map(scores, columns):
+        texts = {} if points is None else dict(zip(points.rows, points.texts, strict=True))
+        names = [texts.get(i, name) for i, name in zip(rows, ids, strict=True)]
+        drawn = plots.calibration(said, seen, width, root / "calibration.png")
+        chart = calibration_chart(said, seen, names, width)
+        add(drawn, "Difficulty against what was observed", "" if width is None else BAND, chart)
+    if points is not None:
         add(plots.prompt_map(points, root / "map.png"), "Map of the prompts", points.note, map_chart(points))
     return found
 

@@ -35,13 +35,15 @@ SNIPPET = 80  # characters of a prompt in a table
 
 
 class Points(NamedTuple):
-    """The map: ``x``, ``y``, ``texts`` [n]; ``signals`` float64 [n] by name (see NAMES); a ``note``."""
+    """The map: ``x``, ``y``, ``texts`` [n]; ``signals`` float64 [n] by name (see NAMES); a ``note``; ``rows``
+    of the pool [n]."""
 
     x: np.ndarray
     y: np.ndarray
     texts: list[str]
     signals: dict[str, np.ndarray]
     note: str
+    rows: list[int]
 
     def centres(self) -> dict[int, tuple[float, float]]:
         """Of each cluster, where the prompt of it lies that is nearest to its median."""
@@ -82,7 +84,7 @@ def read_map(scores: dict[str, Any], columns: dict[str, list[Any]]) -> Points | 
     except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as err:
         why = f"{type(err).__name__}: {first_line(err)}"
         raise SaerlError(f"the map of prompts in scores.json is damaged ({why}); {AGAIN}") from err
-    return Points(x, y, texts, signals, note)
+    return Points(x, y, texts, signals, note, at.tolist())
 
 
 def _map_note(found: dict[str, Any], shown: int) -> str:
@@ -98,15 +100,15 @@ def _map_note(found: dict[str, Any], shown: int) -> str:
     return f"{count} prompts, by {how} of the features that clusters are made of."
 
 
-def calibrated(columns: dict[str, list[Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Expected (held out) and observed pass rates of the prompts that have a label, [n] each."""
+def calibrated(columns: dict[str, list[Any]]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Expected (held out) and observed pass rates of the prompts that have a label, and their rows, [n]."""
     empty = [None] * len(columns.get("prompt_id", []))
     said, seen = (
         np.asarray(columns.get(name, empty), dtype=np.float64)
         for name in ("saerl_difficulty", "saerl_pass_rate")
     )
     known = np.isfinite(said) & np.isfinite(seen)
-    return 1.0 - said[known], seen[known]
+    return 1.0 - said[known], seen[known], np.flatnonzero(known).tolist()
 
 
 def signal_tables(scores: dict[str, Any], sae: dict[str, Any], cost: str) -> dict[str, Table]:
