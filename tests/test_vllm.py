@@ -13,8 +13,6 @@ import torch
 from saerl_fast.config import Config, LoRAConfig, LossConfig, RolloutConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.records.log import read_metrics
-from saerl_fast.rl.engine import Engine, Sample
-from saerl_fast.rl.generate import generate
 from saerl_fast.rl.logprobs import completion_logprobs
 from saerl_fast.rl.vllm import VllmEngine
 from saerl_fast.sae.capture import FeatureCapture
@@ -130,7 +128,7 @@ def test_training_corrects_for_the_other_engine(
     for bias in (0.0, torch.tensor(4.0).log().item()):
         monkeypatch.setattr(LLM, "bias", bias)
         model = tiny_model()
-        engine = VllmEngine(model, cfg.rollout).generate
+        engine = VllmEngine(model, cfg.rollout)
         run(tmp_path / str(bias), copy.deepcopy(cfg), model=model, engine=engine)
         row = next(r for r in read_metrics(tmp_path / str(bias)) if r["kind"] == "train")
         assert row["mismatch"] == pytest.approx(bias, abs=1e-4)
@@ -162,7 +160,7 @@ def test_weights_left_behind_stop_the_run(vllm, monkeypatch, tmp_path) -> None:
     engine.sync(model)
     monkeypatch.setattr(LLM, "stale", "lm_head")
     with pytest.raises(SaerlError, match=r"of vLLM are off by 0\.\d+ a token .*engine=transformers"):
-        run(tmp_path, cfg, model=model, engine=engine.generate)
+        run(tmp_path, cfg, model=model, engine=engine)
     assert vllm.made[0].synced == 2 and len(read_metrics(tmp_path)) == 2  # step 0's evaluation, step 1
 
 
@@ -170,78 +168,7 @@ def test_adapters_are_merged_into_what_the_engine_gets(vllm, tmp_path) -> None:
     pytest.importorskip("peft")
     cfg, model = small(steps=2, lr=0.05, lora=LoRAConfig(rank=2)), tiny_model()
     cfg.rollout.engine = "vllm"
-    run(tmp_path, cfg, model=model, engine=VllmEngine(model, cfg.rollout).generate)
+    run(tmp_path, cfg, model=model, engine=VllmEngine(model, cfg.rollout))
     rows = [row for row in read_metrics(tmp_path) if row["kind"] == "train"]
     assert len(rows) == 2 and all(row["mismatch"] < 1e-5 for row in rows)
     assert vllm.made[0].synced == 2
-
-
-class Own(Engine):
-    """An engine of one's own: the policy itself."""
-
-    name = "own"
-
-    def __init__(self, model: Any, cfg: RolloutConfig) -> None:
-        self.policy = copy.deepcopy(model)
-
-    def load(self, weights: Any) -> None:
-        self.policy.load_state_dict(dict(weights), strict=False)
-
-    def sample(self, prompts: Any, cfg: Any, seeds: Any, stops: Any) -> Any:
-        made = generate(self.policy, TOKENIZER, prompts, cfg, seed=seeds[0])
-        rows = zip(made.completion_ids, made.logprobs, made.lengths.tolist(), strict=True)
-        samples = [Sample(ids[:n].tolist(), logprobs[:n].tolist()) for ids, logprobs, n in rows]
-        return [samples[i : i + cfg.group_size] for i in range(0, len(samples), cfg.group_size)]
-
-
-class Wrong(Own):
-    """An engine whose `sample` gives ``spoilt`` of what it should."""
-
-    def sample(self, *args: Any) -> Any:
-        return self.spoilt(super().sample(*args))
-
-
-@pytest.mark.parametrize(
-    "spoilt, says",
-    [
-        (lambda groups: groups[:-1], "one a prompt, of 4 completions each; it gave .4, 4"),
-        (lambda groups: [group[:-1] for group in groups], "of 4 completions each; it gave .3, 3"),
-        (lambda groups: [one for group in groups for one in group], "it gave .2, 2"),
-        (lambda groups: None, "it gave NoneType"),
-        (lambda groups: [[Sample([5, 5], [-1.0])] * 4 for _ in groups], "got 1 with .5, 5"),
-        (lambda groups: [[Sample([], [])] * 4 for _ in groups], "got 0 with "),
-        (lambda groups: [[Sample([5] * 99, [-1.0] * 99)] * 4 for _ in groups], "1 to 6 tokens.* got 99"),
-        (lambda groups: [[Sample([10**6], [-1.0])] * 4 for _ in groups], "below 45.* 1 with .1000000"),
-    ],
-)
-def test_an_engine_that_breaks_its_contract_is_told(tmp_path, spoilt, says) -> None:
-    model, cfg = tiny_model(), small(steps=1)
-    cfg.rollout.group_size, cfg.rollout.engine = 4, "tests.test_vllm:Wrong"
-    engine = Wrong(model, cfg.rollout)
-    engine.spoilt = spoilt
-    with pytest.raises(SaerlError, match=f"engine own must .*{says}"):
-        run(tmp_path, cfg, model=model, engine=engine.generate)
-
-
-def nothing(model: Any, cfg: Any) -> None: ...
-
-
-def broken(model: Any, cfg: Any) -> None:
-    raise ZeroDivisionError("no engine")
-
-
-def test_an_engine_of_ones_own_is_named_like_any_function(tmp_path) -> None:
-    model, cfg = tiny_model(), small(steps=2)
-    cfg.rollout.engine = "tests.test_vllm:Own"
-    said = Echo(quiet=True)
-    engine = _engine(Config(train=cfg), said, SimpleNamespace(model=model))
-    run(tmp_path, cfg, model=model, engine=engine)
-    assert len([row for row in read_metrics(tmp_path) if row["kind"] == "train"]) == 2
-    for name, match in [
-        ("tiny_model", "must take .model, cfg."),
-        ("nothing", "is no Engine; derive it"),
-        ("broken", "train.rollout.engine=tests.test_vllm:broken raised ZeroDivisionError"),
-    ]:
-        cfg.rollout.engine = f"tests.test_vllm:{name}"
-        with pytest.raises(SaerlError, match=match):
-            _engine(Config(train=cfg), said, SimpleNamespace(model=model))

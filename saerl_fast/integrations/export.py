@@ -6,8 +6,8 @@ parquet: prompts.parquet, every prompt with its scores, and plan.parquet, which 
 trl: train.parquet, the planned prompts in plan order. verl: the same in verl's schema. An adaptive plan has
 no order beforehand: trl then gets the prompts that it may choose from, and plan.json for `plan_trainer`.
 
-``datasets.load_dataset("exported")`` reads the folder, and ``.push_to_hub(name)`` of what it returns shares
-it; ``hf upload name exported --repo-type dataset`` shares it with its card. Ray: ``ray.data.read_parquet``.
+``datasets.load_dataset("exported")`` reads the folder, Ray by ``ray.data.read_parquet``; ``--push-to-hub``
+shares it, see ``integrations.share``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Rollouts by another engine, with the policy's current weights. Another engine is one file like ``rl.vllm``.
+"""Rollouts by another engine, with the policy's current weights. Another engine is one file: see ``rl.vllm``,
+and for an engine behind a server examples/own_engine.py.
 
 What an engine has to do is `load` and `sample`; it may also do better than `features`, where its own prefill
 can be observed. The rest is the same for all and here. Weights are handed over when they have changed, with
@@ -16,6 +17,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +50,7 @@ class Sample(NamedTuple):
 
 
 class Engine(ABC):
-    """Made from (model, RolloutConfig); its `generate` stands in for ``saerl_fast.rl.generate.generate``."""
+    """Made from (model, RolloutConfig), and given to `train`, which calls `generate`."""
 
     name: str
     _synced: Sequence[tuple[int, int]] = ()  # id and version of the parameters that it has
@@ -76,7 +78,7 @@ class Engine(ABC):
         if versions == self._synced:
             return False
         self._synced = []
-        self.load(lora.weights(model))
+        self._own("load", lora.weights(model))
         self._synced = versions
         return True
 
@@ -104,7 +106,8 @@ class Engine(ABC):
         new = self.sync(model)
         times.append(time.perf_counter())
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        samples = self._checked(self.sample(prompts, cfg, seeds, stops), len(prompts), cfg, vocabulary)
+        groups = self._own("sample", prompts, cfg, seeds, stops)
+        samples = [self._checked(one, cfg, stops, vocabulary) for one in self._all(groups, len(prompts), cfg)]
         longest = max(len(one.tokens) for one in samples)
         tokens = torch.zeros(len(samples), longest, dtype=torch.long)
         logprobs = torch.zeros(len(samples), longest)
@@ -120,30 +123,56 @@ class Engine(ABC):
             self._check(model, made, cfg)
         times.append(time.perf_counter())
         if capture is not None:
-            made.features = self.features(model, made, capture)
+            made.features = self._own("features", model, made, capture)
+            rows = getattr(made.features, "n_rows", None)
+            if rows != len(prompts):
+                raise SaerlError(
+                    f"{type(self).__qualname__}.features must give a CSR of {len(prompts)} rows, one a "
+                    f"prompt; it gave {type(made.features).__name__} of {rows}"
+                )
         times.append(time.perf_counter())
         sync, generate, check, features = (b - a for a, b in zip(times, times[1:], strict=False))
         made.timings = {"generate": generate, "sync": sync + check, "capture": features, "encode": 0.0}
         return made
 
-    def _checked(self, groups: Any, n: int, cfg: RolloutConfig | Sampling, vocabulary: int) -> list[Sample]:
-        """All samples of ``groups``; SaerlError where `sample` did not keep to its contract."""
-        sizes = [len(group) for group in groups] if isinstance(groups, Sequence) else type(groups).__name__
+    def _own(self, method: str, *args: Any) -> Any:
+        """What the engine's own ``method`` gives; SaerlError, naming both, where it raises."""
+        return plugins.call(f"{type(self).__qualname__}.{method}", lambda: getattr(self, method)(*args))
+
+    def _all(self, groups: Any, n: int, cfg: RolloutConfig | Sampling) -> list[Any]:
+        """All completions of ``groups``; SaerlError where there are too few or too many."""
+        parts = list(groups) if isinstance(groups, Sequence) else type(groups).__name__
+        sizes = [len(one) if isinstance(one, Sequence) else type(one).__name__ for one in parts]
         if sizes != [cfg.group_size] * n:
             raise SaerlError(
-                f"sample of engine {self.name} must give {n} lists, one a prompt, of {cfg.group_size} "
-                f"completions each; it gave {str(sizes):.80}"
+                f"{type(self).__qualname__}.sample must give {n} lists, one a prompt, of {cfg.group_size} "
+                f"completions each; it gave {str(sizes if isinstance(parts, list) else parts):.80}"
             )
-        samples = [one for group in groups for one in group]
-        for one in samples:
-            tokens, most = one.tokens, cfg.max_new_tokens
-            fit = 1 <= len(tokens) == len(one.logprobs) <= most
-            if not fit or min(tokens) < 0 or max(tokens) >= vocabulary:
-                raise SaerlError(
-                    f"a completion of engine {self.name} must be 1 to {most} tokens below {vocabulary}, "
-                    f"with a log-probability for each; got {len(one.logprobs)} with {str(list(tokens)):.80}"
-                )
-        return samples
+        return [one for group in groups for one in group]
+
+    def _checked(
+        self, one: Any, cfg: RolloutConfig | Sampling, stops: Sequence[int], vocabulary: int
+    ) -> Sample:
+        """A completion as plain numbers; SaerlError where `sample` did not keep to its contract."""
+        most = cfg.max_new_tokens
+        try:
+            tokens, logprobs = one
+            found = Sample([index(token) for token in tokens], [float(number) for number in logprobs])
+        except (TypeError, ValueError):
+            raise self._told(f"Sample(token ids, log-probabilities); it gave {one!r:.80}") from None
+        tokens, logprobs = found
+        got = f"it gave {len(logprobs)} with {str(tokens):.80}"
+        if not 1 <= len(tokens) == len(logprobs) <= most or min(tokens) < 0 or max(tokens) >= vocabulary:
+            raise self._told(f"1 to {most} tokens below {vocabulary}, with a log-probability for each; {got}")
+        ends = [at for at, token in enumerate(tokens) if token in stops]
+        if ends[:1] != [len(tokens) - 1] and (ends or len(tokens) < most):
+            raise self._told(f"{most} tokens long, or end with its first stop token (one of {stops}); {got}")
+        if not all(map(math.isfinite, logprobs)):
+            raise self._told(f"finite log-probabilities; it gave {str(logprobs):.80}")
+        return found
+
+    def _told(self, what: str) -> SaerlError:
+        return SaerlError(f"a completion of {type(self).__qualname__}.sample must be {what}")
 
     def _check(self, model: Any, made: Rollouts, cfg: RolloutConfig | Sampling) -> None:
         """SaerlError unless a few rollouts have the log-probabilities that the policy gives them.

@@ -62,6 +62,7 @@ from saerl_fast.rl.ways import tolerance
 
 if TYPE_CHECKING:
     from saerl_fast.plan import Plan
+    from saerl_fast.rl.engine import Engine
     from saerl_fast.session import Session
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def train(
     out_dir: str | Path,
     *,
     capture: Any | None = None,
-    engine: Callable[..., Rollouts] = generate,
+    engine: Engine | None = None,
     resume: bool = False,
     seed: int = 0,
     echo: Callable[[str], None] | None = None,
@@ -158,14 +159,14 @@ class Run:
     cfg: TrainConfig
     out_dir: Path
     capture: Any | None
-    engine: Callable[..., Rollouts]
+    engine: Engine | None
     seed: int
     echo: Callable[[str], None] | None
     enough: Callable[[Sequence[tuple[int, float]]], bool] | None = None
 
     def __post_init__(self) -> None:
         cfg = self.cfg
-        if (cfg.rollout.engine == "transformers") != (self.engine is generate):
+        if (cfg.rollout.engine == "transformers") != (self.engine is None):
             raise SaerlError(f"train.rollout.engine={cfg.rollout.engine} is not the engine given to train()")
         self.pool, self.tokenizer = self.session.train, self.session.tokenizer
         self.row = Rows(self.pool.column("prompt_id"))
@@ -387,7 +388,8 @@ class Run:
             if self.capture is not None and hasattr(self.capture, "expect"):
                 own = self.pool.own
                 self.capture.expect(tokens, None if own is None else [own[i] for i in rows[here]])
-            made = self.engine(self.model, self.tokenizer, tokens, cfg.rollout, **options)
+            make = generate if self.engine is None else self.engine.generate
+            made = make(self.model, self.tokenizer, tokens, cfg.rollout, **options)
             for phase, seconds in made.timings.items():
                 clock.add(phase, seconds)
             with clock("reward"):

@@ -31,6 +31,7 @@ from saerl_fast.stages.preflight import (
 
 if TYPE_CHECKING:
     from saerl_fast.plan import Plan
+    from saerl_fast.rl.engine import Engine
 
 
 def folder_name(schedule: str) -> str:
@@ -163,9 +164,7 @@ def _train(
         described["inputs"] |= score_hashes(config)  # of scores that were made just now, too
     if resume:
         distributed.on_first(lambda: check_target(out, described, config, resume=True, overwrite=False))
-    engine = (
-        {} if config.train.rollout.engine == "transformers" else {"engine": _engine(config, echo, session)}
-    )
+    engine = None if config.train.rollout.engine == "transformers" else _engine(config, echo, session)
     machine = about(session.model.device)
 
     def prepare() -> None:
@@ -189,7 +188,7 @@ def _train(
         config.train,
         out,
         capture=capture,
-        **engine,
+        engine=engine,
         resume=resume,
         seed=training_seed(config),
         echo=echo,
@@ -203,7 +202,7 @@ def _train(
     return summary
 
 
-def _engine(config: Config, echo: Echo, session: Session) -> Callable[..., Any]:
+def _engine(config: Config, echo: Echo, session: Session) -> Engine:
     from saerl_fast.rl.engine import Engine, get_engine
 
     name = config.train.rollout.engine
@@ -215,4 +214,4 @@ def _engine(config: Config, echo: Echo, session: Session) -> Callable[..., Any]:
         )
     if config.train.capture and type(made).features is Engine.features:
         echo(f"the prefill of {made.name} is not observed: features take a forward pass of their own")
-    return made.generate
+    return made
