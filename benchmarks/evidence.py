@@ -6,8 +6,8 @@
 The pools differ in one number of their generator, the share of clean problems that are beyond the model.
 Targets were fixed beforehand, at 60 and 80 % of vanilla's gain on seeds 11 to 14, the easy pool's being the
 demo's; each pool has an SAE of its own. A call makes the runs that the work folder lacks, one after the
-other, and goes on where it was interrupted. Orders that do not depend on the length of the run are stopped at
-30, 45 or 60 of the 80 steps once they are past the last target.
+other, and goes on where it was interrupted. Runs other than vanilla's and the default's end as soon as they
+are past the last target and no later evaluation can change where.
 
 results/evidence/POOL.json: the curves of every arm, which share one SAE, its labels and clusters;
 summary.json: a line for each pool, arm and target; differences.json: ``adaptive`` (the default, which reads
@@ -19,6 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,22 +32,22 @@ from examples.demo_pool import make_pool
 from saerl_fast.config import Config, apply_overrides, load_config
 from saerl_fast.fileio import write_json, write_text
 from saerl_fast.records.runs import RunRecord, open_run
-from saerl_fast.records.stats import PairedRatio, holm, paired_ratio, steps_to_target
+from saerl_fast.records.stats import PairedRatio, holm, paired_ratio, past, steps_to_target
 from saerl_fast.stages.compare import parse_arm
 from saerl_fast.stages.console import Echo
 from saerl_fast.stages.train import train_stage
 
 POOLS = {"easy": (0.0, (0.463, 0.511)), "demo": (0.4, (0.463, 0.511)), "hard": (0.75, (0.436, 0.476))}
-STOPS = (30, 45, 60, 80)
+STEPS, SMOOTH = 80, 3
 EARLY = 30  # steps whose share of informative groups is compared
 
 
 class Arm(NamedTuple):
-    """``text`` as compare.arms has it; what the rule reads; whether a shorter run has the same order."""
+    """``text`` as compare.arms has it; what the rule reads; whether all steps are made."""
 
     text: str
     features: str | None = None
-    stops: bool = True
+    whole: bool = False
 
 
 def _adaptive(features: str, more: str = "") -> Arm:
@@ -53,8 +55,8 @@ def _adaptive(features: str, more: str = "") -> Arm:
 
 
 ARMS = {
-    "vanilla": Arm("vanilla", stops=False),
-    "adaptive": Arm("adaptive", "sae", stops=False),
+    "vanilla": Arm("vanilla", whole=True),
+    "adaptive": Arm("adaptive", "sae", whole=True),
     "hidden": _adaptive("hidden"),
     "tfidf": _adaptive("tfidf"),
     "length": _adaptive("length"),
@@ -66,19 +68,19 @@ ARMS = {
     "mopps": Arm("mopps"),
     "bots": Arm("bots"),
     "greso": Arm("x:plan.schedule=greso;train.dynamic_sampling=3"),
-    "dapo": Arm("x:plan.schedule=vanilla;train.dynamic_sampling=3", stops=False),
-    "twice": Arm("x:plan.schedule=vanilla;train.rollout.prompts_per_step=32", stops=False),
-    "filtered": Arm("x:plan.schedule=vanilla;plan.filter=true", stops=False),
-    "literal": Arm("literal", stops=False),
-    "global": Arm("global", stops=False),
-    "medium": Arm("medium", stops=False),
+    "dapo": Arm("x:plan.schedule=vanilla;train.dynamic_sampling=3"),
+    "twice": Arm("x:plan.schedule=vanilla;train.rollout.prompts_per_step=32"),
+    "filtered": Arm("x:plan.schedule=vanilla;plan.filter=true"),
+    "literal": Arm("literal"),
+    "global": Arm("global"),
+    "medium": Arm("medium"),
 }
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "results" / "evidence"
 Runs = dict[str, dict[str, dict[str, Any]]]  # arm -> seed -> curves
 
 
-def configured(pool: str, arm: str, seed: int, work: Path, steps: int = STOPS[-1]) -> Config:
+def configured(pool: str, arm: str, seed: int, work: Path) -> Config:
     """The demo's config with another pool, arm and seed; the pool is written to ``work``."""
     data = work / f"{pool}.jsonl"
     if not data.is_file():
@@ -90,7 +92,7 @@ def configured(pool: str, arm: str, seed: int, work: Path, steps: int = STOPS[-1
         "model.path": ROOT / "examples" / "demo" / "model",
         "score.features": "[sae,sae_mean,hidden,scalars,answer_logprob]",
         "train.seed": seed,
-        "train.steps": steps,
+        "train.steps": STEPS,
         "train.save_every": 0,
         "train.save_model": "false",
     }
@@ -101,18 +103,18 @@ def configured(pool: str, arm: str, seed: int, work: Path, steps: int = STOPS[-1
 
 
 def make(pool: str, arm: str, seed: int, work: Path) -> None:
-    """The run, up to the first of ``STOPS`` at which nothing after it can matter; what is there is kept."""
+    """The run, up to where nothing after it can matter; one that has ended is kept."""
     out = work / pool / f"{arm}.seed-{seed}"
-    for steps in STOPS if ARMS[arm].stops else STOPS[-1:]:
-        done = open_run(out) if (out / "summary.json").is_file() else None
-        if done is not None:
-            done.read()
-            hit = steps_to_target(done.eval_steps, done.accuracy, POOLS[pool][1][-1], 3)
-            if done.eval_steps[-1] >= steps or (hit is not None and hit <= done.eval_steps[-2]):
-                continue
-        train_stage(
-            configured(pool, arm, seed, work, steps), Echo(quiet=True), out=out, arm=arm, resume=out.exists()
-        )
+    if (out / "summary.json").is_file():
+        return
+    enough = None if ARMS[arm].whole else partial(_enough, POOLS[pool][1][-1])
+    config = configured(pool, arm, seed, work)
+    train_stage(config, Echo(quiet=True), out=out, arm=arm, resume=out.exists(), enough=enough)
+
+
+def _enough(target: float, evaluations: Sequence[tuple[int, float]]) -> bool:
+    steps, values = zip(*evaluations, strict=True)
+    return past(steps, values, target, SMOOTH)
 
 
 def curve(run: RunRecord) -> dict[str, Any]:
@@ -182,7 +184,7 @@ def lines(pool: str, found: Runs, window: int, arm: str = "adaptive") -> list[di
         line |= _told(paired(found["vanilla"], found[arm], target, window))
         for name in ("vanilla", arm):
             line[f"used_{name}"] = _mean(found[name], "used")
-            if all(run["steps"][-1] == STOPS[-1] for run in found[name].values()):
+            if all(run["steps"][-1] == STEPS for run in found[name].values()):
                 line[f"final_{name}"] = round(
                     float(np.mean([run["accuracy"][-1] for run in found[name].values()])), 4
                 )
@@ -230,7 +232,7 @@ def row(line: dict[str, Any]) -> str:
     return f"| {line['pool']} | {line['target']} | {line['pairs']} | {saved} | {used} | {final} |"
 
 
-def summarise(out: Path = OUT, window: int = 3) -> None:
+def summarise(out: Path = OUT, window: int = SMOOTH) -> None:
     """Write summary.json and differences.json, and the tables and the figure of benchmarks/README.md."""
     found = kept(out)
     arms, against = arm_lines(found, window), differences(found, window)
