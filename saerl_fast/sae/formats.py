@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import read_json, read_tensors
+from saerl_fast.errors import SaerlError, Unreadable
+from saerl_fast.fileio import damaged, read_json, read_tensors
 from saerl_fast.sae.saelens import Config, Weights, need, neutral, number
 
 SAELENS_WEIGHTS = "sae_weights.safetensors"
@@ -402,6 +402,8 @@ def _tensors(file: Path) -> dict[str, Any]:
     try:
         value = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as err:  # a pickle that is cut or crafted raises what it likes
+        if isinstance(fault := damaged(file, err, ""), Unreadable):
+            raise fault from err
         reason = (str(err).strip().splitlines() or [type(err).__name__])[0][:120]
         raise SaerlError(
             f"SAE weights {file} do not load as plain tensors ({reason}); whatever else a pickle holds may "
@@ -424,4 +426,6 @@ def _arrays(file: Path) -> dict[str, Any]:
         with np.load(file, allow_pickle=False) as data:
             return {name: torch.from_numpy(data[name]) for name in data.files}
     except Exception as err:  # of the archive, of an array, or of a dtype that torch lacks
+        if isinstance(fault := damaged(file, err, ""), Unreadable):
+            raise fault from err
         raise SaerlError(f"SAE weights {file} are no readable arrays ({err}); copy them again") from None
