@@ -46,3 +46,7 @@ class SaerlError(ValueError):
         line = printable(str(message)).replace("\n", r"\n")
         cut = len(line) > _LONGEST
         super().__init__(f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}" if cut else line, *more)
+
+
+class Unreadable(SaerlError):
+    """A file that cannot be read now, whatever it holds: no reason to make it again."""

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from saerl_fast.errors import SaerlError, halved
+from saerl_fast.errors import SaerlError, Unreadable, halved
 
 _DEEPEST = 100  # values inside values: what reads them recurs
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that may be half a character
@@ -38,16 +38,23 @@ ADVICE = {
     errno.EIO: "check the disk",
     errno.ESTALE: "check the network disk",
 }
+_ABOUT_CONTENT = (None, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
 written: dict[Path, None] = {}  # files that this process has completed, in order
 
 
 def reason(err: BaseException) -> str:
-    """Why a file could not be written, and what to do; understands the errors of Rust libraries too."""
+    """Why a file could not be read or written, and what to do."""
+    number = _number(err)
+    said = os.strerror(number) if number else str(err)
+    return f"{said}; {ADVICE[number]}" if number in ADVICE else said
+
+
+def _number(err: BaseException) -> int | None:
+    """The errno of an error of the disk, of those of Rust libraries too."""
     number = getattr(err, "errno", None)
     if number is None and (found := re.search(r"(?:os error |Os \{ code: )(\d+)", str(err))):
         number = int(found[1])
-    said = os.strerror(number) if number else str(err)
-    return f"{said}; {ADVICE[number]}" if number in ADVICE else said
+    return number if isinstance(number, int) else None
 
 
 def process_mark() -> str:
@@ -197,6 +204,19 @@ def write_tensors(
 # --- reading -----------------------------------------------------------------------------------------
 
 
+def damaged(path: str | Path, err: BaseException, again: str, what: str = "") -> SaerlError:
+    """The sentence about ``err``, raised by reading ``path``: that it is damaged, or `Unreadable`.
+
+    ``what`` opens what is said of the damage, ``again`` ends that sentence.
+    """
+    if _number(err) == errno.ENOENT:
+        return SaerlError(f"{path} is missing; {again}")
+    if _number(err) in _ABOUT_CONTENT:
+        return SaerlError(f"{path} is damaged ({what}{first_line(err)}); {again}")
+    why = reason(err)
+    return Unreadable(f"cannot read {path}: {why}" + "; make it readable" * ("; " not in why))
+
+
 def read_json(path: str | Path, made_by: str, form: Any = None) -> Any:
     """The value in a JSON file, which must be of ``form`` (see `mismatch`; by default, any object).
 
@@ -211,7 +231,7 @@ def read_json(path: str | Path, made_by: str, form: Any = None) -> Any:
     except UnicodeDecodeError as err:
         raise SaerlError(f"{path} is not valid JSON (no UTF-8 text: {err.reason}); {again}") from None
     except OSError as err:
-        raise SaerlError(f"{path} cannot be read: {err.strerror}; {again}") from None
+        raise damaged(path, err, again) from err
     except SaerlError as err:
         raise SaerlError(f"{str(err).removesuffix('; mend it')}; {again}") from None
     if fault := mismatch(value, {} if form is None else form):
@@ -284,7 +304,7 @@ def read_tensors(path: str | Path, again: str) -> tuple[dict[str, Any], dict[str
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except Exception as err:  # safetensors raises its own type, built in Rust
-        raise SaerlError(f"{path} is damaged ({first_line(err)}); {again}") from err
+        raise damaged(path, err, again) from err
 
 
 def read_table(path: str | Path, again: str, names: Sequence[str] | None = None) -> dict[str, list[Any]]:
@@ -297,7 +317,7 @@ def read_table(path: str | Path, again: str, names: Sequence[str] | None = None)
             there = None if names is None else [name for name in names if name in file.schema_arrow.names]
             return file.read(there).to_pydict()
     except Exception as err:  # Arrow's own, OSError, and what single values raise
-        raise SaerlError(f"{path} is damaged ({first_line(err)}); {again}") from err
+        raise damaged(path, err, again) from err
 
 
 def first_line(err: BaseException) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from saerl_fast.errors import SaerlError
+from saerl_fast import fileio
+from saerl_fast.errors import SaerlError, Unreadable
 from saerl_fast.fileio import (
     atomic_path,
     check_writable,
@@ -181,3 +182,25 @@ def test_the_mark_of_a_process():
     assert has_ended(f"{machine}-99999999999-1") is True
     for unknown in ("00000000-1-1", f"{machine}--1-1", f"{machine}-0-1", "", "x"):
         assert has_ended(unknown) is None
+
+
+@pytest.mark.parametrize(
+    ("err", "said"),
+    [
+        (
+            OSError(errno.EMFILE, "x"),
+            "cannot read a: Too many open files; raise the limit of open files (ulimit -n)",
+        ),
+        (OSError(errno.ELOOP, "x"), "cannot read a: Too many levels of symbolic links; make it readable"),
+        (Exception("Io(Os { code: 5, kind: Other })"), "cannot read a: Input/output error; check the disk"),
+        (
+            OSError("Parquet magic bytes not found"),
+            "a is damaged (Parquet magic bytes not found); make it again",
+        ),
+        (FileNotFoundError(2, "none"), "a is missing; make it again"),
+        (ValueError("bad"), "a is damaged (bad); make it again"),
+    ],
+)
+def test_what_cannot_be_read_is_not_called_damaged(err, said):
+    found = fileio.damaged("a", err, "make it again")
+    assert str(found) == said and isinstance(found, Unreadable) == ("cannot" in said)

@@ -83,7 +83,7 @@ def test_more_rows_than_a_sample_stay_in_the_shards(tmp_path, monkeypatch):
     expected = features.save_features(tmp_path / "same.safetensors", CSR.from_dense(DENSE * 2), IDS)
     assert file.read_bytes() == expected.read_bytes()
     shards.clear()
-    with pytest.raises(SaerlError, match="cannot be read"):
+    with pytest.raises(SaerlError, match="is missing; make it again"):
         prompt.rows(0, 3)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import check_fetched, parse_json
+from saerl_fast.fileio import check_fetched, damaged, parse_json
 from saerl_fast.hub import at_home
 from saerl_fast.prompts import jsontext
 from saerl_fast.records.packed import BLOCK, Column, kept
@@ -92,8 +92,10 @@ def _read_file(path: Path, text_columns: set[str]) -> Columns:
         return _READERS[suffix](path, text_columns)
     except (gzip.BadGzipFile, EOFError, zlib.error) as err:
         raise SaerlError(f"{path} is not a whole gzip file ({err}); copy it again") from None
-    except (OSError, UnicodeDecodeError) as err:
+    except UnicodeDecodeError as err:
         raise SaerlError(f"data file {path} cannot be read ({err}); save it as UTF-8 text") from None
+    except OSError as err:
+        raise damaged(f"data file {path}", err, "copy it again") from err
 
 
 def _read_folder(folder: Path, split: str, hub_config: str | None, text_columns: set[str]) -> Columns:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path, write_json
+from saerl_fast.fileio import atomic_path, damaged, write_json
 from saerl_fast.fileio import written as completed
 
 FILE = "manifest.json"
@@ -139,7 +139,9 @@ def read(folder: str | Path) -> dict[str, list[Entry]] | None:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, RecursionError):
+    except OSError as err:  # what it records is not known, and must not be written anew
+        raise damaged(path, err, "make it readable") from err
+    except (ValueError, RecursionError):
         return {}
     if not value or isinstance(value, (str, int, float)):  # nobody's
         return {}
@@ -187,12 +189,14 @@ def _entry(files: Mapping[str, Path], made: Mapping[str, Any] | None) -> Entry:
 def _compare(folder: Path, entry: Entry) -> Found:
     for name, kept in entry["files"].items():
         file = folder / name
-        if not file.is_file():
-            return Found(entry, f"{file} is missing", partial=True)
         try:
+            if not file.is_file():
+                raise FileNotFoundError
             same = file.stat().st_size == kept["size"] and digest(file) == kept["sha256"]
+        except FileNotFoundError:
+            return Found(entry, f"{file} is missing", partial=True)
         except OSError as err:
-            return Found(entry, f"{file} cannot be read ({err.strerror})")
+            raise damaged(file, err, "make it readable") from err
         if not same:
             return Found(entry, f"{file} is damaged or was changed: its content is not what {FILE} records")
     return Found(entry)

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import atomic_path
+from saerl_fast.fileio import atomic_path, damaged
 
 NAMES = {"F64": np.float64, "I64": np.int64, "F32": np.float32, "I32": np.int32, "U8": np.uint8}
 MAPPED = 1 << 26  # bytes from which a tensor stays in its file
@@ -83,7 +82,7 @@ def places(path: Path, again: str) -> tuple[dict[str, Place], dict[str, str]]:
                 raise ValueError(f"{name} does not lie in it")
             found[name] = Place(dtype, shape, start + first)
     except Exception as err:  # a crafted header can stumble anywhere
-        raise SaerlError(f"{path} is damaged ({err}); {again}") from None
+        raise damaged(path, err, again) from err
     return found, metadata
 
 
@@ -97,6 +96,6 @@ def read_tensors(path: Path, again: str) -> dict[str, np.ndarray]:
         try:
             mapped = np.memmap(path, dtype, "c", at, shape) if prod(shape) else np.empty(shape, dtype)
         except (OSError, TypeError, ValueError) as err:
-            raise SaerlError(f"{path} is damaged ({err}); {again}") from None
+            raise damaged(path, err, again) from err
         found[name] = np.asarray(mapped) if mapped.nbytes >= MAPPED else np.array(mapped)
     return found

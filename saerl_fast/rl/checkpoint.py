@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from saerl_fast.errors import SaerlError, no_memory
-from saerl_fast.fileio import first_line, remove, use_umask, writing, written
+from saerl_fast.errors import SaerlError, Unreadable, no_memory
+from saerl_fast.fileio import damaged, remove, use_umask, writing, written
 from saerl_fast.records.manifest import digest, read
 
 log = logging.getLogger(__name__)
@@ -140,14 +140,18 @@ def load_latest(out_dir: str | Path) -> Checkpoint | None:
 
     A damaged one is reported in the log and the one before it used. Raises SaerlError when all are damaged.
     """
-    files = _files(Path(out_dir) / FOLDER)
+    files, run, unread = _files(Path(out_dir) / FOLDER), _run(out_dir), []
     for file in files:
         try:
-            return _load(file, _run(out_dir))
+            return _load(file, run)
         except Exception as err:  # whatever a crafted file raises; safetensors has a type of its own
             if no_memory(err):
                 raise
-            log.warning("checkpoint %s is damaged (%s); trying the one before it", file, first_line(err))
+            fault = damaged(file, err, "trying the checkpoint before it")
+            unread += [fault] * isinstance(fault, Unreadable)
+            log.warning("%s", fault)
+    if unread:  # no reason to make the run again
+        raise unread[0]
     if files:
         raise SaerlError(f"every checkpoint in {out_dir} is damaged; add --overwrite to make the run again")
     return None

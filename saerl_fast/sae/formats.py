@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import check_fetched, read_json, read_tensors
+from saerl_fast.errors import SaerlError, Unreadable
+from saerl_fast.fileio import check_fetched, damaged, read_json, read_tensors
 from saerl_fast.sae.saelens import Config, Weights, need, neutral, number
 
 SAELENS_WEIGHTS = "sae_weights.safetensors"
@@ -404,7 +404,9 @@ def _tensors(file: Path) -> dict[str, Any]:
         raise SaerlError(f"{file} is of a kind that holds no SAE; pass a folder or one of {', '.join(FILES)}")
     try:
         value = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # a pickle that is cut or crafted raises what it likes; torch advises to run its code
+    except Exception as err:  # a pickle that is cut or crafted raises what it likes; torch advises to run its code
+        if isinstance(fault := damaged(file, err, ""), Unreadable):
+            raise fault from err
         raise SaerlError(
             f"SAE weights {file} do not load as plain tensors (the file is cut off, or a pickle of something "
             "else, which may run code); save its state_dict() with torch.save where it came from"
@@ -426,5 +428,7 @@ def _arrays(file: Path) -> dict[str, Any]:
         with np.load(file, allow_pickle=False) as data:
             return {name: torch.from_numpy(data[name]) for name in data.files}
     except Exception as err:  # of the archive, of an array, or of a dtype that torch lacks
+        if isinstance(fault := damaged(file, err, ""), Unreadable):
+            raise fault from err
         why = "it has no arrays, or pickled objects" if "allow_pickle" in str(err) else err
         raise SaerlError(f"SAE weights {file} are no readable arrays ({why}); copy them again") from None

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import damaged
 from saerl_fast.signals import features
 from saerl_fast.signals.features import open_features, save_features
 from saerl_fast.signals.stored import AGAIN, Stored
@@ -41,7 +42,7 @@ def load_part(path: Path, ids: Sequence[str]) -> Any:
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as err:
-        raise SaerlError(f"{path} is damaged ({err}); {AGAIN}") from None
+        raise damaged(path, err, AGAIN) from err
     if rows.ndim != 2 or rows.dtype != np.float32 or len(rows) != len(ids):
         shown = f"{rows.dtype} {list(rows.shape)}"
         raise SaerlError(f"{path} holds {shown}, not a float32 row for each of {len(ids)} prompts; {AGAIN}")

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from saerl_fast.errors import SaerlError, no_memory
+from saerl_fast.errors import SaerlError, Unreadable, no_memory
 from saerl_fast.records.kept import Kept
 from saerl_fast.signals.kept import Parts, in_memory, join_arrays, load_part, save_part, suffix
 from saerl_fast.signals.stored import Stored
@@ -77,7 +77,7 @@ class Shards(Kept):
             try:
                 found[name], count = load_part(file, ids), int(total)
             except (SaerlError, OSError, ValueError) as err:
-                if no_memory(err):
+                if no_memory(err) or isinstance(err, Unreadable):
                     raise
                 log.warning("%s; this part is made again", err)
                 file.unlink(missing_ok=True)

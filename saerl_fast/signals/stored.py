@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import damaged
 from saerl_kernels import CSR
 
 AGAIN = "make it again with `saerl score`"
@@ -84,7 +85,7 @@ def _read(path: Path, dtype: type, at: int, count: int) -> np.ndarray:
     try:
         found: np.ndarray = np.fromfile(path, dtype, count, offset=at)
     except OSError as err:
-        raise SaerlError(f"{path} cannot be read: {err.strerror}; {AGAIN}") from None
+        raise damaged(path, err, AGAIN) from err
     if len(found) != count:
         raise _damaged(path, "its end is missing")
     return found

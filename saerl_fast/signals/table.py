@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import first_line
+from saerl_fast.fileio import damaged
 from saerl_fast.records.packed import kept, strings
 
 GROUP = 1 << 16  # rows written and read at a time
@@ -64,7 +64,7 @@ class Table(Mapping[str, Any]):
         try:
             yield
         except Exception as err:  # Arrow's own, OSError, and what single values raise
-            raise SaerlError(f"{self._file} is damaged ({what}{first_line(err)}); {self._again}") from err
+            raise damaged(self._file, err, self._again, what) from err
 
 
 def score_array(column: Any, dtype: Any) -> np.ndarray:

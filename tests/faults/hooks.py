@@ -17,15 +17,16 @@ CHANGING = MAKING | {"os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
 
 def each_operation(
-    run_dir: Path, call: Callable[[int], None], among: set[str] = CHANGING
+    run_dir: Path, call: Callable[[int], None], among: set[str] = CHANGING, *, reading: bool = False
 ) -> Callable[[], None]:
-    """Before every write, renaming or deletion in run_dir, ``call`` with its number, from 1."""
+    """Before every write, renaming or deletion in run_dir (or every opening to read), ``call`` with its
+    number, from 1."""
 
     def install() -> None:
         seen, inside = [0], str(run_dir)
 
         def hook(event: str, args: tuple[Any, ...]) -> None:
-            if event in among and _changes(event, args, inside):
+            if event in among and _concerns(event, args, inside, reading):
                 seen[0] += 1
                 call(seen[0])
 
@@ -34,13 +35,15 @@ def each_operation(
     return install
 
 
-def _changes(event: str, args: tuple[Any, ...], inside: str) -> bool:
+def _concerns(event: str, args: tuple[Any, ...], inside: str, reading: bool) -> bool:
     if not isinstance(args[0], (str, bytes, os.PathLike)) or not os.fsdecode(args[0]).startswith(inside):
         return False
     if event != "open":
         return True
     _, mode, flags = args
-    return bool((flags or 0) & WRITING) or any(letter in (mode or "") for letter in "wax+")
+    if (flags or 0) & getattr(os, "O_DIRECTORY", 0):
+        return False
+    return reading != (bool((flags or 0) & WRITING) or any(letter in (mode or "") for letter in "wax+"))
 
 
 def counted(run_dir: Path, to: Path) -> Callable[[], None]:
@@ -69,6 +72,16 @@ def full_at(run_dir: Path, number: int) -> Callable[[], None]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     return each_operation(run_dir, refuse, MAKING)
+
+
+def unreadable_at(run_dir: Path, number: int) -> Callable[[], None]:
+    """Too many open files when this file is opened to be read, and no more after it."""
+
+    def refuse(n: int) -> None:
+        if n == number:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    return each_operation(run_dir, refuse, {"open"}, reading=True)
 
 
 def no_file_above(size: int) -> Callable[[], None]:

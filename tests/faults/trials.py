@@ -13,7 +13,7 @@ from functools import cache
 from itertools import combinations_with_replacement, product
 from pathlib import Path
 
-from tests.faults.hooks import counted, full_at, killed_at, no_file_above
+from tests.faults.hooks import counted, each_operation, full_at, killed_at, no_file_above, unreadable_at
 from tests.faults.workbench import (
     MORE,
     READING,
@@ -63,6 +63,7 @@ class Bench:
         yield from self.damages()
         yield from self.signals()
         yield from self.races()
+        yield from self.unreadable()
 
     @cache  # noqa: B019
     def operations(self, stage: str, template: Path, *settings: str) -> tuple[bytes, float]:
@@ -173,6 +174,7 @@ class Bench:
             "sae info": ("sae info", whole, ()),
             "sae convert": ("sae convert", whole, STAGES["sae convert"]),
             "score": ("score", whole, ("scores.parquet", "features.safetensors")),
+            "export": ("export", self.after["export"], MORE["export"][1]),
             "watch": ("watch", whole, ()),
         }
         for name, (way, spoil), reader in product(files, WAYS.items(), readers):
@@ -240,6 +242,31 @@ class Bench:
                     return found
 
                 yield Trial("two at once", f"{first} + {second} after {delay} s", trial)
+
+    def unreadable(self) -> Iterator[Trial]:
+        """A file that cannot be opened for once, which is no reason to make anything again."""
+        for stage in self.patterns:
+            for number in range(1, self.readings(stage) + 1):
+
+                def trial(stage: str = stage, number: int = number) -> tuple[str, str]:
+                    folder = fresh(self.folders[stage])
+                    first = run(stage, folder, before=unreadable_at(folder, number))
+                    if first.code is None or first.traceback:
+                        return self.judge(stage, folder, first)
+                    if any(advice in first.said for advice in ("again", "--redo", "--overwrite")):
+                        return WRONG, first.said
+                    return self.go_on(stage, folder)
+
+                yield Trial("unreadable for once", f"{stage} {number}", trial)
+
+    @cache  # noqa: B019
+    def readings(self, stage: str) -> int:
+        """How often the stage opens a file of its folder to read it."""
+        folder, to = fresh(self.folders[stage]), scratch("count")
+        handle = os.open(to, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        count = each_operation(folder, lambda n: os.write(handle, b".") and None, {"open"}, reading=True)
+        run(stage, folder, before=count)
+        return to.stat().st_size
 
 
 def _matters(file: Path) -> bool:

@@ -55,8 +55,9 @@ MORE = {  # what other commands write, and the stage whose folder they begin in
     "train --overwrite": ("compare", ("adaptive/*.jsonl", "adaptive/plan.*", "adaptive/model/*")),
     "demo": ("sae train", ("scores.parquet", "plan.json", "*/*.jsonl", "*/plan.*", "*/model/*")),
     "watch": ("report", ("live.png",)),
+    "export": ("train", ("exported/*.parquet", "exported/plan.*")),
 }
-READING = ("report", "watch", "sae convert")  # commands without --redo
+READING = ("report", "watch", "sae convert", "export")  # commands without --redo
 VOLATILE = re.compile(r"seconds|time|date|per_second|phases|overhead|machine|started|memory|^id$|run_id")
 LIMIT = 120.0  # seconds that no command here needs
 
@@ -113,6 +114,8 @@ def command(name: str, run_dir: Path, *settings: str) -> list[str]:
     """The arguments of one of the STAGES, of MORE, or of ``sae info``."""
     if name in ("report", "watch"):
         return [name, str(run_dir)]
+    if name == "export":
+        return [name, str(run_dir), str(run_dir / "exported")]
     if name == "sae info":
         return ["sae", "info", str(run_dir / "sae")]
     if name == "sae convert":
@@ -229,6 +232,7 @@ def warm_up() -> None:
     if not Path("/dev/nvidia0").exists():
         os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+    import datasets
     import matplotlib.pyplot
     import pyarrow.parquet
     import sklearn.cluster
@@ -238,13 +242,14 @@ def warm_up() -> None:
     import transformers
     from transformers import AutoModelForCausalLM
 
-    import saerl_fast.integrations
+    import saerl_fast.integrations.export
     import saerl_fast.rl.trainer
     import saerl_fast.stages.compare
     import saerl_fast.stages.pipeline
     from saerl_kernels import encode_pool, pack_encoder, spherical_kmeans
 
     torch.set_num_threads(1)
+    datasets.disable_progress_bars()
     matplotlib.use("Agg")
     matplotlib.figure.Figure.savefig = _small_picture
     model = AutoModelForCausalLM.from_pretrained(ROOT / "examples" / "demo" / "model")
