@@ -91,51 +91,6 @@ def extract(pool: Path, work: Path, model: str, dtype: str) -> None:
     keep_features(work / "pool.jsonl", work, model, dtype, STORED)
 
 
-def answer_scores(work: Path, model: str, dtype: str, prompts: int = 80, samples: int = 4) -> None:
-    """What the model says of right answers and of those of other prompts, kept in ``answers.npz``.
-
-    The answer follows "The answer is "; of it the mean log-probability of its tokens, the same less that of
-    ``samples`` answers that the model samples, and less that of as many answers of other prompts.
-    """
-    from saerl_fast.config import ModelConfig
-    from saerl_fast.models import load_model
-
-    rows = rows_of(work / "pool.jsonl")
-    sound = [row for row in rows if row.get("part") == "sound" and len(row["problem"]) < 600]
-    chosen = random.Random(5).sample(sound, prompts)
-    net, tokenizer = load_model(ModelConfig(path=model, dtype=dtype))
-    net.eval()
-    kept: list[list[list[float]]] = []
-    for i, row in enumerate(chosen):
-        message = [{"role": "user", "content": row["problem"]}]
-        start = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(start + "The answer is", add_special_tokens=False, return_tensors="pt").input_ids
-        torch.manual_seed(i)
-        with torch.inference_mode():
-            drawn = net.generate(ids, do_sample=True, max_new_tokens=12, num_return_sequences=samples)
-        texts = [tokenizer.decode(one[ids.shape[1] :], skip_special_tokens=True) for one in drawn]
-        others = [chosen[(i + step) % prompts]["answer"] for step in range(1, samples + 2)]
-        told = [" " + answer[:40] for answer in (row["answer"], *others)] + [text or " ?" for text in texts]
-        tails = [tokenizer(text, add_special_tokens=False).input_ids for text in told]
-        width = max(map(len, tails))
-        batch = torch.tensor([ids[0].tolist() + tail + [0] * (width - len(tail)) for tail in tails])
-        with torch.inference_mode():
-            logits = net(batch).logits[:, ids.shape[1] - 1 : -1].float().log_softmax(-1)
-        each = [float(logits[n, range(len(tail)), tail].mean()) for n, tail in enumerate(tails)]
-        right, wrong, rest, own = (
-            each[0],
-            each[1],
-            np.mean(each[2 : 2 + samples]),
-            np.mean(each[2 + samples :]),
-        )
-        kept.append([[right, wrong], [right - own, wrong - own], [right - rest, wrong - rest]])
-        if i % 20 == 0:
-            print(f"answers of {i} prompts", flush=True)
-    names = ("log-probability", "less that of sampled answers", "less that of other prompts' answers")
-    found = np.array(kept).transpose(1, 2, 0)
-    np.savez(work / "answers.npz", **dict(zip(names, found, strict=True)))
-
-
 def quality(bank: Bank, rows: list[dict[str, Any]], draws: int) -> dict[str, Any]:
     """AUC on rows without labels, by kind of defect and set of features.
 
@@ -247,8 +202,8 @@ def clusters(bank: Bank, rows: list[dict[str, Any]], seeds: int = 3) -> dict[str
     return {"nmi with subject, look": table, "auto": auto.metrics["n_clusters"]}
 
 
-def wrong_answers(work: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """AUC for answers exchanged among prompts: by pass rates, and by log-probabilities where they are known.
+def wrong_answers(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """AUC of pass rates for answers exchanged among prompts (see `benchmarks.wrong_answers` for more).
 
     No rollout reaches an answer of another prompt, so the pass rate of such a row counts as 0; sound rows
     have the pool's pass rate, or one drawn for as few rollouts as the labels have.
@@ -257,19 +212,11 @@ def wrong_answers(work: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     if np.isnan(rates).any():
         return {}
     rng = np.random.default_rng(0)
-    found = {
-        f"pass rate of {count} rollouts": 0.5 + 0.5 * float((rng.binomial(count, rates) > 0).mean())
-        for count in (4, 8, 16)
+    reached = {count: rng.binomial(count, rates) > 0 for count in (4, 8, 16)} | {128: rates > 0}
+    return {
+        f"pass rate of {count} rollouts": round(0.5 + 0.5 * float(found.mean()), 4)
+        for count, found in reached.items()
     }
-    found["pass rate of 128 rollouts"] = 0.5 + 0.5 * float((rates > 0).mean())
-    if (work / "answers.npz").is_file():
-        known = np.load(work / "answers.npz")
-        for name in known:
-            right, wrong = known[name]
-            truth = np.r_[np.ones(len(right)), np.zeros(len(wrong))]
-            found[name] = float(roc_auc_score(truth, np.r_[right, wrong]))
-            found["prompts"] = len(right)
-    return {name: value if isinstance(value, int) else round(value, 4) for name, value in found.items()}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -288,15 +235,13 @@ def markdown(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, "runs/bench_quality", extract, argv, tried=False)
     bank, rows = kept_bank(rows_of(args.work / "pool.jsonl"), args.work)
-    if args.model and rows[0]["pass_rate"] is not None and not (args.work / "answers.npz").is_file():
-        answer_scores(args.work, args.model, args.dtype)
     result = {
         "pool": args.name,
         "model": Path(load_sae(args.work / "sae").cfg.model_name).name,
         "prompts": sum(row["kind"] == "sound" for row in rows),
         "draws": args.draws,
         "quality": quality(bank, rows, args.draws),
-        "wrong answers": wrong_answers(args.work, rows),
+        "wrong answers": wrong_answers(rows),
         "copies": copies(bank, rows),
         "clusters": clusters(bank, rows),
         "environment": environment(DEVICE),

@@ -134,7 +134,9 @@ def kept_bank(rows: list[dict[str, Any]], work: Path) -> tuple[Bank, list[dict[s
     by_name = {str(row["id"]): row for row in rows}
     files = [np.load(file) for file in sorted(work.glob("part-*.npz"))]
     ours = [np.isin(file["ids"], list(by_name)) for file in files]
-    found = [by_name[name] for file, some in zip(files, ours, strict=True) for name in file["ids"][some].tolist()]
+    found = [
+        by_name[name] for file, some in zip(files, ours, strict=True) for name in file["ids"][some].tolist()
+    ]
     kept: dict[str, Any] = {
         kind: np.concatenate([file[kind][some] for file, some in zip(files, ours, strict=True)])
         for kind in files[0]

@@ -291,11 +291,13 @@ def insert(text: str, section: str) -> str:
 
 def fill(text: str, results: Path) -> str:
     """``text`` with the table of results/NAME.json between ``<!-- table NAME -->`` and ``<!-- end -->``."""
-    from benchmarks import bench_quality, bench_signals
+    from benchmarks import bench_quality, bench_signals, wrong_answers
+
+    makers: dict[str, Any] = {"spearman": bench_signals, "wrong answers of": wrong_answers}
 
     def table(found: re.Match[str]) -> str:
         result = json.loads((results / f"{found[1]}.json").read_text())
-        of = bench_signals if "spearman" in result else bench_quality
+        of = next((maker for key, maker in makers.items() if key in result), bench_quality)
         return f"<!-- table {found[1]} -->\n\n{of.markdown(result)}\n\n<!-- end -->"
 
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)

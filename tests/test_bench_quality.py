@@ -56,6 +56,6 @@ def test_tables_from_what_was_kept(tmp_path):
     pooled[np.arange(len(rows)), [kinds[row["kind"]] for row in rows]] += 1
     np.savez(work / "part-0.npz", ids=[row["id"] for row in rows], **{name: pooled for name in bench.STORED})
     bank, found = kept_bank(rows, work)
-    table = bench.wrong_answers(work, found)
+    table = bench.wrong_answers(found)
     assert table["pass rate of 128 rollouts"] == 0.9 and 0.7 < table["pass rate of 4 rollouts"] < 0.9
     assert bank.n_rows == len(rows) and bank.kinds["hidden"](slice(0, 2)).shape == (2, 24)

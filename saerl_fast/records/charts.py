@@ -71,15 +71,14 @@ def calibration_chart(
     said: np.ndarray, seen: np.ndarray, names: Sequence[str], interval: float | None
 ) -> dict[str, Any]:
     """Pass rates expected and observed, [n] each: each point says its prompt, one of ``names``."""
-    some = np.arange(len(said))
-    if len(some) > POINTS:
-        some = np.sort(np.random.default_rng(0).permutation(len(said))[:POINTS])
+    some = np.sort(np.random.default_rng(0).permutation(len(said))[:POINTS]).tolist()
     told = [f"{_lines(names[i])}<br><i>expected {said[i]:.2f}, observed {seen[i]:.2f}</i>" for i in some]
     point = {"color": PALETTE[2], "size": 7, "opacity": 0.45, "line": {"width": 0}}
-    points = {"type": "scatter", "mode": "markers", "name": "a prompt with a label", "marker": point}
+    both: dict[str, Any] = {"type": "scatter", "mode": "markers"}
+    points = {**both, "name": "a prompt with a label", "marker": point}
     points |= {"x": _numbers(said[some]), "y": _numbers(seen[some]), "hoverinfo": "text", "hovertext": told}
     middle, height, error = binned(said, seen)
-    means = {"type": "scatter", "mode": "markers", "name": "their means, ± standard error"}
+    means = {**both, "name": "their means, ± standard error"}
     means |= {"x": _numbers(middle), "y": _numbers(height), "marker": {"color": PALETTE[1], "size": 9}}
     means |= {"error_y": {"type": "data", "array": _numbers(error)}, "hoverinfo": "x+y"}
     around = [] if interval is None else [-interval, interval]
