@@ -8,7 +8,7 @@ from saerl_fast.config import AdaptiveConfig, PlanConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan import build, build_plan, embedding, load_plan, save_plan, wide
 from saerl_fast.records import packed
-from saerl_fast.signals import features
+from saerl_fast.signals import bank, features
 from saerl_fast.signals.scores import Scores
 from saerl_kernels import CSR
 
@@ -138,6 +138,48 @@ def test_no_cluster_fills_a_batch():
         batch = make_plan(scores, quota=quota, uniform=0).next_batch()
         shares[quota] = np.bincount(clusters[[int(name) for name in batch]], minlength=8)
     assert shares[1.5].max() == 3 and shares[None][0] > 5
+
+
+def test_the_control_of_the_quota_keeps_the_clusters_sizes_and_not_their_prompts():
+    scores, _ = make_pool()
+    clusters = np.where(np.arange(800) < 500, 0, 1 + np.arange(800) % 7)
+    scores = Scores({**scores.columns, "saerl_cluster": clusters.tolist()}, {}, scores.features)
+    plan, again = (make_plan(scores, uniform=0, shuffle_clusters=True) for _ in range(2))
+    other = make_plan(scores, uniform=0, shuffle_clusters=True, seed=1)
+    groups = plan._groups
+    np.testing.assert_array_equal(np.bincount(groups), np.bincount(clusters))
+    assert (groups != clusters).mean() > 0.3 and (groups != other._groups).any()
+    batch = [int(name) for name in plan.next_batch()]
+    assert np.bincount(groups[batch], minlength=8).max() == 3 < np.bincount(clusters[batch]).max()
+    assert again.next_batch() == [str(row) for row in batch]
+    again.load_state_dict(plan.state_dict())
+    assert again.next_batch() == plan.next_batch()
+
+
+def test_columns_of_the_pool_can_predict():
+    """A column per level of difficulty does as well as it can: rows of one cell share their prediction."""
+    scores, hidden = make_pool()
+    level = np.digitize(hidden, [-2, -1, 0, 1, 2])
+    task = np.arange(800) % 2
+    columns = {**scores.columns, "level": level.tolist(), "task": [f"t{t}" for t in task]}
+    scores = Scores(columns, {}, scores.features)
+    plan = make_plan(scores, features=["columns"], columns=["level", "task"], refresh_features=False)
+    blind = make_plan(scores, features=["none"], refresh_features=False)
+    cell = level * 2 + task
+    assert learn(plan, hidden, 0)[20:].mean() < 0.75 * learn(blind, hidden, 0)[20:].mean()
+    found = plan.predicted()
+    for one in range(12):
+        assert np.ptp(found[cell == one]) < 1e-4
+    assert len(np.unique(found.round(4))) > 6
+
+
+def test_columns_that_are_not_there_or_say_too_much_are_refused(monkeypatch):
+    scores, _ = make_pool(60)
+    with pytest.raises(SaerlError, match="columns names 'level', which the scores lack; they have prompt_id"):
+        make_plan(scores, features=["columns"], columns=["level"])
+    monkeypatch.setattr(bank, "MOST_CELLS", 59)
+    with pytest.raises(SaerlError, match="tells 60 kinds of prompts apart, more than 59; name columns with"):
+        make_plan(scores, features=["columns"], columns=["prompt_id"])
 
 
 def test_a_choice_that_is_no_better_gives_way_to_uniform_batches():

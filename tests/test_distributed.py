@@ -18,7 +18,7 @@ from saerl_fast.records.log import read_jsonl, read_metrics
 from saerl_fast.rl import distributed
 from saerl_fast.rl.checkpoint import load_latest
 from tests.ranks import ROOT, run_ranks
-from tests.two_processes import failing, whole_run
+from tests.two_processes import failing, screened_run, whole_run
 
 
 def together(folder: Path) -> list[dict]:
@@ -33,6 +33,7 @@ def both(tmp_path_factory) -> tuple[Path, list[dict]]:
     threads = torch.get_num_threads()
     whole_run(folder / "alone")
     whole_run(folder / "kl-alone", beta=0.1)
+    screened_run(folder / "screened-alone")
     shutil.copytree(folder / "alone", folder / "alone-then-together")
     next((folder / "alone-then-together" / "checkpoints").glob("step-000004-*")).unlink()
     found = together(folder)
@@ -84,6 +85,13 @@ def test_the_kl_term_and_dynamic_sampling_too(both) -> None:
     folder, _ = both
     assert_alike(folder / "kl-alone", folder / "kl")
     assert max(row.get("draws", 0) for row in read_metrics(folder / "kl")) == 2
+
+
+def test_groups_in_two_stages_too(both) -> None:
+    folder, _ = both
+    assert_alike(folder / "screened-alone", folder / "screened")
+    rows = [row for row in read_metrics(folder / "screened") if row["kind"] == "train"]
+    assert any(row["rollouts"] < 4 * row["groups"] for row in rows)  # some ended after the first stage
 
 
 def test_one_process_and_two_take_turns(both) -> None:

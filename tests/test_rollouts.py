@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from saerl_fast.config import (
-    LossConfig,
-)
+from saerl_fast.config import EvalConfig, LossConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.records.log import read_metrics
 from saerl_fast.rl import update as module
-from saerl_fast.rl.rollouts import Draw, Rollouts, concat, decoded, join, select
+from saerl_fast.rl.rollouts import Draw, Rollouts, concat, decoded, join, select, widen
 from saerl_kernels import CSR
 from tests.tiny_lm import tiny_model
 from tests.training import TOKENIZER, Die, adaptive_plan, assert_same_run, run, same_weights, small, sums
@@ -92,6 +90,106 @@ def test_dynamic_sampling_gives_up_at_its_limit(tmp_path: Path) -> None:
     model, plan, summary = run(tmp_path, small(steps=1, dynamic_sampling=2), reward=constant)
     assert same_weights(model, tiny_model()) and plan.step == 3
     assert summary["rollouts"] == 48 and summary["groups_used"] == 0
+
+
+def screened(steps: int = 4, **change):
+    cfg = small(steps=steps, save_every=1, **change)
+    cfg.rollout.screen = 2
+    return cfg
+
+
+def test_the_rest_of_a_group_is_made_only_where_its_first_rollouts_differ(tmp_path: Path) -> None:
+    def odd(prompts, completions, **columns):
+        told = zip(prompts, completions, strict=True)
+        return [float(prompt[0] in "01" and sum(map(ord, text)) % 2) for prompt, text in told]
+
+    def watched(prompts, completions, **columns):
+        asked.append((prompts, completions))
+        return odd(prompts, completions)
+
+    asked: list[tuple[list[str], list[str]]] = []
+    cfg = screened(eval=EvalConfig(every=2, samples=5))
+    cfg.rollout.group_size, cfg.rollout.screen = 6, 4
+    _, plan, summary = run(tmp_path, cfg, reward=watched)
+    rows = [row for row in read_metrics(tmp_path) if row["kind"] == "train"]
+    asked = [call for call in asked if len(call[0]) != 15]  # an evaluation
+    for row in rows:
+        prompts, completions = asked.pop(0)
+        groups = zip(prompts[::4], np.reshape(odd(prompts, completions), (4, 4)), strict=True)
+        going = [prompt for prompt, rewards in groups if len(set(rewards)) > 1]
+        assert row["groups"] == 4 and row["groups_used"] == len(going)
+        assert row["rollouts"] == 16 + 2 * len(going)
+        if going:
+            assert asked.pop(0)[0] == [prompt for prompt in going for _ in range(2)]
+    assert not asked and 0 < sum(row["groups_used"] for row in rows) < 16
+    assert summary["rollouts"] == sum(row["rollouts"] for row in rows) and plan.step == 4
+
+
+def test_screened_groups_train_as_whole_groups(tmp_path: Path, monkeypatch) -> None:
+    batches = []
+    real = module.Learner.update
+
+    def watched(self, rollouts, advantage, used, lr, clock):
+        batches.append((rollouts, advantage, used))
+        return real(self, rollouts, advantage, used, lr, clock)
+
+    monkeypatch.setattr(module.Learner, "update", watched)
+    run(tmp_path, screened(1, dynamic_sampling=5), reward=picky)
+    rollouts, advantage, used = batches[0]
+    row = next(row for row in read_metrics(tmp_path) if row["kind"] == "train")
+    assert row["draws"] > 1 and row["groups"] == 4 * row["draws"]
+    assert used.all() and advantage.shape == (len(used), 4) and len(used) == row["groups_used"] <= 4
+    assert advantage.sum(1).abs().max() < 1e-4 and row["mismatch"] < 1e-4
+    texts = TOKENIZER.batch_decode(rollouts.completion_ids.masked_fill(~rollouts.completion_mask, 0))
+    found = [re.sub("<pad>|<eos>|<unk>", "", text) for text in texts]
+    assert found == rollouts.texts
+    above = torch.tensor([[float("a" in text) for text in rollouts.texts]]).view(-1, 4) > 0.5
+    assert torch.equal(advantage > 0, above)  # each completion has the advantage of its own reward
+
+
+@pytest.mark.parametrize("calls", [2, 5, 8])
+def test_a_screened_run_resumes_exactly(tmp_path: Path, calls: int) -> None:
+    def dying(prompts, completions, **columns):
+        made.append(1)
+        if len(made) > calls:
+            raise Die
+        return picky(prompts, completions)
+
+    made: list[int] = []
+    cfg = screened(dynamic_sampling=1)
+    straight, _, _ = run(tmp_path / "one", cfg, reward=picky)
+    with pytest.raises(SaerlError, match="Die"):
+        run(tmp_path / "two", cfg, reward=dying)
+    resumed, _, _ = run(tmp_path / "two", cfg, reward=picky, resume=True)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert same_weights(straight, resumed)
+
+
+def test_without_any_group_that_differs_a_first_stage_is_all(tmp_path: Path) -> None:
+    def constant(prompts, completions, **columns):
+        return [0.0] * len(completions)
+
+    model, _, summary = run(tmp_path, screened(1), reward=constant)
+    assert same_weights(model, tiny_model())
+    assert (summary["rollouts"], summary["groups"], summary["groups_used"]) == (8, 4, 0)
+
+
+def test_an_order_that_learns_from_whole_groups_is_not_screened(tmp_path: Path) -> None:
+    model = tiny_model()
+    plan, capture = adaptive_plan(model, sums(10))
+    with pytest.raises(
+        SaerlError, match="train.rollout.screen=2 ends groups early, and plan.schedule=adaptive"
+    ):
+        run(tmp_path, screened(1), model=model, plan=plan, capture=capture)
+
+
+def test_widened_groups_hold_both_samples_in_order() -> None:
+    first = batch([[1, 2], [3]], [[4], [5, 6], [7], [8, 9]], 2)
+    rest = batch([[1, 2], [3]], [[10, 11, 12], [13]], 1)
+    made = widen(first, rest)
+    assert made.group_size == 3 and made.prompt_lens.tolist() == [2, 1]
+    assert tokens(made) == [[1, 2, 4], [1, 2, 5, 6], [1, 2, 10, 11, 12], [3, 7], [3, 8, 9], [3, 13]]
+    assert made.texts == ["[4]", "[5, 6]", "[10, 11, 12]", "[7]", "[8, 9]", "[13]"]
 
 
 def test_truncated_completions_can_be_left_out_of_the_loss(tmp_path: Path, monkeypatch) -> None:

@@ -43,6 +43,14 @@ def whole_run(out: Path, *, beta: float = 0.0, resume: bool = False, reward: Any
     return run(out, cfg, model=model, plan=plan, capture=capture, resume=resume, reward=reward)
 
 
+def screened_run(out: Path) -> Any:
+    """Groups in two stages, of which the second may have fewer prompts than there are processes."""
+    torch.set_num_threads(1)
+    cfg = settings(dynamic_sampling=1)
+    cfg.rollout.screen = 2
+    return run(out, cfg, model=tiny_model(), reward=one_sided)
+
+
 def failing(on: int, after: int) -> Any:
     calls = []
 
@@ -77,6 +85,7 @@ def main(folder: Path) -> None:
     found["plans"] = distributed.gather(plan.next_batch)
     model, _, _ = whole_run(folder / "alone-then-together", resume=True)
     whole_run(folder / "kl", beta=0.1)
+    screened_run(folder / "screened")
     try:
         whole_run(folder / "together-then-alone", reward=failing(1, 6))
     except SaerlError as err:

@@ -18,7 +18,12 @@ Kind = Literal[Stored, "text", "tfidf", "length", "answer_text", "random", "none
 FEATURES = "what the ridge reads; each kind weighs what the labels say for it"
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 LOSSES = ("dapo", "grpo", "dr_grpo", "gspo", "cispo")
-SCHEDULES = ("vanilla", "literal", "global", "medium", "mopps", "bots", "greso", "adaptive")
+LEARNING = ("mopps", "bots", "greso", "adaptive")  # from the pass rates of whole groups
+SCHEDULES = ("vanilla", "literal", "global", "medium", *LEARNING)
+SCREENED = (
+    "train.rollout.screen={} ends groups early, and plan.schedule={} learns from the pass rates of whole "
+    "ones; choose another order, or train.rollout.screen=0"
+)
 REWARDS: tuple[str, ...] = ("exact", "numeric", "maths", "maths-boxed", "reasoning-gym")
 REWARDS += tuple(f"{name}-think" for name in REWARDS)
 DEVICE = ("auto|cpu|mps|(cuda|xpu)(:[0-9]+)?", "be auto, cpu, cuda or cuda:N")
@@ -200,8 +205,11 @@ class DiversityConfig(Section):
 
 @dataclass
 class AdaptiveConfig(Section):
-    features: list[Kind] = setting(
+    features: list[Literal[Kind, "columns"]] = setting(
         ["sae"], "what predicts pass rates in the run, of equal weight", filled=True, distinct=True
+    )
+    columns: list[str] = setting(
+        [], "of the pool: features=[columns] tells apart prompts that differ in any of them", distinct=True
     )
     svd: int = setting(96, "components of the features the online regressor sees", at_least=1)
     forgetting: float = setting(0.995, "of the recursive least squares", above=0, at_most=1)
@@ -213,6 +221,7 @@ class AdaptiveConfig(Section):
     quota: float | None = setting(
         1.5, "of a batch, times its share, one cluster may have at most; null: no limit", at_least=1
     )
+    shuffle_clusters: bool = setting(False, "give each prompt another's cluster, a control of the quota")
     uniform: float = setting(
         0.0625, "of a batch drawn uniformly, which the choice has to beat; 0: none", at_least=0, at_most=1
     )
@@ -220,6 +229,14 @@ class AdaptiveConfig(Section):
     cooldown: int = setting(60, "steps before a prompt may return (fewer in a small pool)", at_least=0)
     refresh_features: bool = setting(True, "replace a prompt's features by those of its rollouts")
     use_labels: bool = setting(True, "start from the pass rates known at scoring time; false starts cold")
+
+    def conflict(self) -> str | None:
+        if ("columns" in self.features) == bool(self.columns):
+            return None
+        if self.columns:
+            named = ",".join(self.columns)
+            return f"plan.adaptive.columns={named} is read by plan.adaptive.features=[columns] alone"
+        return "plan.adaptive.features names columns; say which in plan.adaptive.columns=[task,level]"
 
 
 @dataclass
@@ -247,6 +264,9 @@ class PlanConfig(Section):
 class RolloutConfig(Section):
     prompts_per_step: int = setting(16, "a batch of the plan", at_least=1)
     group_size: int = setting(8, "rollouts per prompt", at_least=2, at_most=1 << 20)
+    screen: int = setting(
+        0, "of these first; the rest only where their rewards differ (SPEED); 0: all at once", at_least=0
+    )
     max_new_tokens: int = setting(64, "tokens of a completion at most", at_least=1)
     temperature: float = setting(1.0, "of sampling; the loss uses the same", above=0)
     top_p: float = setting(1.0, "nucleus sampling; 1 samples from everything", above=0, at_most=1)
@@ -261,6 +281,14 @@ class RolloutConfig(Section):
         "auto", "static: steps of one shape, on a GPU one CUDA graph; auto: static on a GPU that can"
     )
     gpu_memory: float = setting(0.3, "share of the GPU's memory that vLLM may take", above=0, at_most=1)
+
+    def conflict(self) -> str | None:
+        if self.screen and not 2 <= self.screen < self.group_size:
+            return (
+                f"train.rollout.screen={self.screen} must be 0, or at least 2 and below "
+                f"train.rollout.group_size={self.group_size}"
+            )
+        return None
 
 
 @dataclass
@@ -412,6 +440,9 @@ class Config(Section):
             for kind in kinds or ():
                 if kind in get_args(Stored) and kind not in self.score.features:
                     return f"{key} names {kind}, which is not kept; add it to score.features"
+        screen = self.train.rollout.screen
+        if screen and self.plan.schedule in LEARNING:
+            return SCREENED.format(screen, self.plan.schedule)
         if self.compare.vary_sae and self.sae.path is not None:
             return f"compare.vary_sae trains SAEs, and sae.path={self.sae.path} names one; unset one of them"
         return None

@@ -46,6 +46,7 @@ class AdaptivePlan(Plan):
     """
 
     schedule = "adaptive"
+    learns = True
 
     def __init__(
         self,
@@ -94,6 +95,9 @@ class AdaptivePlan(Plan):
         self._groups = self.table.get("cluster") if settings.quota else None
         self._most = self.batch_size
         if self._groups is not None:
+            if settings.shuffle_clusters:
+                rng = np.random.Generator(np.random.PCG64([self.seed, 0, 1]))
+                self._groups = rng.permutation(self._groups)
             share = (settings.quota or 0.0) * self.batch_size / len(np.unique(self._groups))
             self._most = max(1, math.ceil(share))
         rates = self.table.get("pass_rate")

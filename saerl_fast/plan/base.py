@@ -54,11 +54,13 @@ class Plan(ABC):
     after it); ``seed``; ``step``, batches handed out so far; ``notes``, sentences for the user;
     ``table``, the per-prompt score columns (float32 or int32 [n], rows as in ``prompt_ids``);
     ``dropped_table``, the same columns of the dropped ids; ``wants_features``, whether ``observe``
-    uses features captured during rollouts (if not, capturing them for the plan is wasted).
+    uses features captured during rollouts (if not, capturing them for the plan is wasted); ``learns``,
+    whether the order depends on what ``observe`` is told.
     """
 
     schedule: str
     wants_features: bool = False
+    learns: bool = False
 
     def __init__(
         self,

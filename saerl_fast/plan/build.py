@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from saerl_fast.plan.embedding import BLOCK, embed, embed_kinds
 from saerl_fast.plan.rivals import RIVALS
 from saerl_fast.plan.static import StaticPlan, get_schedule, middle
 from saerl_fast.records.packed import LARGE, Packed, chosen
+from saerl_fast.signals.bank import cells
 from saerl_fast.signals.copies import same_text
 from saerl_fast.signals.features import SAMPLE
 from saerl_fast.signals.text import plain
@@ -117,6 +119,8 @@ def build_plan(
         embedding = embed(scores.features, rows, cfg.adaptive, seed=common["seed"])
     else:
         bank = scores.bank()
+        if "columns" in kinds:
+            bank.kinds["columns"] = cells(_columns(scores, cfg.adaptive.columns))
         names = bank.names(kinds, "plan.adaptive.features")
         embedding = embed_kinds(bank, names, rows, cfg.adaptive, seed=common["seed"])
         if cfg.adaptive.refresh_features:
@@ -127,6 +131,16 @@ def build_plan(
         )
         log.warning("plan: %s", notes[-1])
     return AdaptivePlan(kept_ids, cfg, embedding=embedding, group_size=group_size, **common)
+
+
+def _columns(scores: Scores, names: list[str]) -> list[Sequence[Any]]:
+    for name in names:
+        if name not in scores.columns:
+            known = ", ".join(scores.columns)
+            raise SaerlError(
+                f"plan.adaptive.columns names {name!r}, which the scores lack; they have {known}"
+            )
+    return [scores.columns[name] for name in names]
 
 
 def _table(scores: Scores) -> dict[str, np.ndarray]:

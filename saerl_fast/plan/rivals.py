@@ -39,6 +39,7 @@ class Rival(Plan):
     """What these orders share: passes over the pool, and a state of arrays with an entry a prompt."""
 
     arrays: ClassVar[tuple[str, ...]] = ()
+    learns = True
 
     def __init__(
         self, prompt_ids: Sequence[str], cfg: PlanConfig, *, group_size: int = 8, **kwargs: Any

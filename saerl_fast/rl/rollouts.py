@@ -105,26 +105,41 @@ def concat(parts: Sequence[Rollouts]) -> Rollouts:
 def select(rollouts: Rollouts, groups: Tensor) -> Rollouts:
     """The rollouts of some prompts, int64 [n], without features."""
     size = rollouts.group_size
-    rows = (groups[:, None] * size + torch.arange(size)).flatten()
-    of = {"prompt_ids": groups, "prompt_lens": groups}
+    return _taken(rollouts, groups, groups[:, None] * size + torch.arange(size))
+
+
+def widen(first: Rollouts, rest: Rollouts) -> Rollouts:
+    """Two samples of the same prompts in groups of both, those of ``first`` in front; without features."""
+    count, sizes = len(first.prompt_lens), (first.group_size, rest.group_size)
+    of_first, of_rest = (torch.arange(count * size).view(count, size) for size in sizes)
+    rows = torch.cat([of_first, count * sizes[0] + of_rest], 1)
+    return _taken(concat([first, rest]), torch.arange(count), rows)
+
+
+def _taken(rollouts: Rollouts, groups: Tensor, rows: Tensor) -> Rollouts:
+    """Prompts int64 [n] with the completions ``rows`` int64 [n, G]."""
+    of, flat = {"prompt_ids": groups, "prompt_lens": groups}, rows.flatten()
     tensors = {
-        name: tensor[of.get(name, rows).to(tensor.device)] for name, tensor in _tensors(rollouts).items()
+        name: tensor[of.get(name, flat).to(tensor.device)] for name, tensor in _tensors(rollouts).items()
     }
-    return replace(rollouts, texts=[rollouts.texts[i] for i in rows], features=None, **tensors)
+    texts = [rollouts.texts[i] for i in flat]
+    return replace(rollouts, texts=texts, features=None, group_size=rows.shape[1], **tensors)
 
 
 def join(draws: Sequence[Draw], most: int) -> tuple[Rollouts, Tensor, Tensor]:
     """What to train on: rollouts, advantages [P, G] and which groups carry a signal, bool [P].
 
     A single draw is taken whole. Of several, the first ``most`` groups with a signal make the batch, and
-    nothing else counts in the loss's normaliser; if no group has one, the first draw stands for them.
+    nothing else counts in the loss's normaliser; if no group has one, the first draw stands for them. Draws
+    without such a group may have groups of another size: those that ended after a first stage.
     """
-    used = torch.cat([draw.used for draw in draws])
-    if len(draws) == 1 or not used.any():
+    useful = [draw for draw in draws if draw.used.any()]
+    if len(draws) == 1 or not useful:
         return draws[0].rollouts, draws[0].advantage, draws[0].used
+    used = torch.cat([draw.used for draw in useful])
     chosen = used.nonzero()[:most, 0]
-    rollouts = select(concat([draw.rollouts for draw in draws]), chosen)
-    return rollouts, torch.cat([draw.advantage for draw in draws])[chosen], used[chosen]
+    rollouts = select(concat([draw.rollouts for draw in useful]), chosen)
+    return rollouts, torch.cat([draw.advantage for draw in useful])[chosen], used[chosen]
 
 
 def _tensors(rollouts: Rollouts) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-ROLLOUT, EVAL, ADAPTER, GLOBAL = 1, 2, 3, 4  # purposes under a run's seed
+ROLLOUT, EVAL, ADAPTER, GLOBAL, REST = 1, 2, 3, 4, 5  # purposes under a run's seed; REST: of a group
 PROMPT = 3  # purpose under a step's seed: the engine's seed of each prompt
 
 

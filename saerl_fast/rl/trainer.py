@@ -16,6 +16,7 @@ passes but counted in the rollouts, in the loss's normaliser and in every figure
 ``train.dynamic_sampling`` a step draws further batches from the plan while too few groups have a signal
 (``saerl_fast.rl.rollouts``). Every draw counts: in the rollouts, in the plan's memory and as one of the
 plan's steps, so a schedule paced for ``total_steps`` ends early and the plan goes on after its end.
+With ``train.rollout.screen`` a group is made in two stages (``saerl_fast.rl.draws``).
 
 All randomness comes from (seed, purpose, step), so a resumed run needs no generator state to go on; the
 global generators, which a reward may use, are seeded at the start of every step. For several processes see
@@ -35,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from saerl_fast.config import TrainConfig
+from saerl_fast.config import SCREENED, TrainConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import written
 from saerl_fast.records.lock import Lock, lock
@@ -44,17 +45,16 @@ from saerl_fast.records.packed import Rows
 from saerl_fast.rl import checkpoint as ckpt
 from saerl_fast.rl import distributed, lora, seeds
 from saerl_fast.rl.clock import Clock
-from saerl_fast.rl.evaluate import evaluate, known_mean, pass_rates, score_rollouts, warn_of_range
+from saerl_fast.rl.draws import draw
+from saerl_fast.rl.evaluate import evaluate, known_mean, pass_rates
 from saerl_fast.rl.finish import finish
-from saerl_fast.rl.generate import generate
 from saerl_fast.rl.health import Health
 from saerl_fast.rl.interrupt import Stopped, graceful_interrupt
 from saerl_fast.rl.logs import RunLogs, write_held_out
-from saerl_fast.rl.loss import advantages, overlong_penalty
 from saerl_fast.rl.rescue import DUE, Rescue
 from saerl_fast.rl.rewards import Notes, State, with_timeout
 from saerl_fast.rl.rewards.dry import read_answers
-from saerl_fast.rl.rollouts import Draw, Rollouts, concat, join
+from saerl_fast.rl.rollouts import join
 from saerl_fast.rl.seeds import derived_seed
 from saerl_fast.rl.update import Learner
 from saerl_fast.rl.warmup import warm_up
@@ -178,6 +178,8 @@ class Run:
                 f"{distributed.size()} processes cannot share train.rollout.prompts_per_step="
                 f"{cfg.rollout.prompts_per_step}; start fewer processes or raise it"
             )
+        if cfg.rollout.screen and self.plan.learns:
+            raise SaerlError(SCREENED.format(cfg.rollout.screen, self.plan.schedule))
         read_answers(self.reward, (self.session.train, self.session.eval))
         self.reward = with_timeout(self.reward, cfg.reward_timeout)
         self.state = State(max_steps=cfg.steps)
@@ -326,35 +328,36 @@ class Run:
         self.rescue.keep(step - 1)
         self._seed_globals(step)
         self.state.global_step = step - 1  # steps made, as transformers counts them
-        draws = [self._draw(step, 0, clock)]
-        wanted = cfg.rollout.prompts_per_step
-        while len(draws) <= cfg.dynamic_sampling and sum(int(d.used.sum()) for d in draws) < wanted:
-            draws.append(self._draw(step, len(draws), clock))
+        wanted, number = cfg.rollout.prompts_per_step, 1
+        draws = draw(self, step, 0, clock)
+        while number <= cfg.dynamic_sampling and sum(int(d.used.sum()) for d in draws) < wanted:
+            draws += draw(self, step, number, clock)
+            number += 1
         rollouts, advantage, used = join(draws, wanted)
         lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
         self.rescue.drop()
         update = self.learner.update(rollouts, advantage, used, lr, clock)
-        lengths = torch.cat([draw.rollouts.lengths for draw in draws])
+        lengths = torch.cat([part.rollouts.lengths for part in draws])
         counts = {
             "rollouts": len(lengths),
             "tokens": int(lengths.sum()),
-            "groups": sum(len(draw.ids) for draw in draws),
+            "groups": sum(len(part.ids) for part in draws),
             "groups_used": int(used.sum()),
         }
         for name, value in counts.items():
             self.counters[name] += value
         if self.logs:
             self.logs.write_rollouts(step, draws[0], cfg.rollout_log)
-        rewards = np.concatenate([draw.rewards for draw in draws])
-        rates = pass_rates(rewards, cfg.pass_threshold)
+        rewards = np.concatenate([part.rewards.ravel() for part in draws])
+        rates = np.concatenate([pass_rates(part.rewards, cfg.pass_threshold) for part in draws])
         notes = Notes()
-        for draw in draws:
-            notes.add(draw.notes)
-        finished = torch.cat([draw.rollouts.finished for draw in draws])
+        for part in draws:
+            notes.add(part.notes)
+        finished = torch.cat([part.rollouts.finished for part in draws])
         row = {
             "step": step,
             "kind": "train",
-            "reward": float(known_mean(rewards.reshape(1, -1))[0]),
+            "reward": float(known_mean(rewards[None])[0]),
             "pass_rate": float(known_mean(rates[None])[0]),
             **update,
             **counts,
@@ -365,69 +368,9 @@ class Run:
             **notes.means(),
             "time": clock.seconds,
         }
-        active = [getattr(draw.rollouts.features, "nnz", None) for draw in draws]
+        active = [getattr(part.rollouts.features, "nnz", None) for part in draws]
         blind = self.plan.wants_features and active == [0] * len(draws)
-        self._record(row | ({"draws": len(draws)} if cfg.dynamic_sampling else {}), blind=blind)
-
-    def _draw(self, step: int, number: int, clock: Clock) -> Draw:
-        """The plan's next batch: sampled, rewarded, told to the plan."""
-        cfg = self.cfg
-        with clock("plan"):
-            ids = distributed.gather(self.plan.next_batch)[0]  # one order, even if machines round differently
-        rows = [self.row[name] for name in ids]
-        # not Pool.select: a small pool may repeat a prompt inside a batch
-        columns = {name: [column[i] for i in rows] for name, column in self.pool.columns.items()}
-        prompts = [self.pool.texts[i] for i in rows]
-        here = distributed.shard(len(ids))
-        part = {name: column[here] for name, column in columns.items()}
-        seed = derived_seed(self.seed, seeds.ROLLOUT, step, number)
-
-        def sample() -> tuple[Rollouts, np.ndarray, Notes]:
-            options = {"seed": seed, "first": here.start, "capture": self.capture}
-            tokens = [self.pool.ids[i] for i in rows[here]]
-            if self.capture is not None and hasattr(self.capture, "expect"):
-                own = self.pool.own
-                self.capture.expect(tokens, None if own is None else [own[i] for i in rows[here]])
-            make = generate if self.engine is None else self.engine.generate
-            made = make(self.model, self.tokenizer, tokens, cfg.rollout, **options)
-            for phase, seconds in made.timings.items():
-                clock.add(phase, seconds)
-            with clock("reward"):
-                notes = Notes()
-                rewards = score_rollouts(
-                    made,
-                    part,
-                    prompts[here],
-                    self.reward,
-                    prefill=self.pool.prefill,
-                    pay_truncated=cfg.reward_truncated,
-                    state=self.state,
-                    notes=notes,
-                )
-            return made.to("cpu") if distributed.size() > 1 else made, rewards, notes
-
-        shares = distributed.gather(sample)
-        rollouts = concat([made for made, _, _ in shares]).to(self.model.device)
-        rewards = np.concatenate([found for _, found, _ in shares])
-        notes = Notes()
-        for _, _, found in shares:
-            notes.add(found)
-        if self.writes and not self.warned:
-            self.warned = warn_of_range(rewards, cfg.pass_threshold)
-        with clock("plan"):
-            self._tell(ids, pass_rates(rewards, cfg.pass_threshold), rollouts.features)
-        task = torch.from_numpy(rewards)
-        shaped = task + overlong_penalty(rollouts.lengths.cpu(), cfg).view_as(task)
-        return Draw(ids, prompts, columns, rollouts, rewards, *advantages(task, cfg.loss, shaped), notes)
-
-    def _tell(self, ids: list[str], rates: np.ndarray, features: Any) -> None:
-        """The plan observes the prompts that the reward judged."""
-        known = np.flatnonzero(~np.isnan(rates))
-        if len(known) == len(ids):
-            self.plan.observe(ids, rates, features)
-        elif len(known):
-            some = None if features is None else features.select_rows(torch.from_numpy(known))
-            self.plan.observe([ids[i] for i in known], rates[known], some)
+        self._record(row | ({"draws": number} if cfg.dynamic_sampling else {}), blind=blind)
 
     # --- around the steps --------------------------------------------------------------------------
 

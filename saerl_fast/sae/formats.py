@@ -404,7 +404,7 @@ def _tensors(file: Path) -> dict[str, Any]:
         raise SaerlError(f"{file} is of a kind that holds no SAE; pass a folder or one of {', '.join(FILES)}")
     try:
         value = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as err:  # a pickle that is cut or crafted raises what it likes; torch advises to run its code
+    except Exception as err:  # a cut or crafted pickle raises what it likes; torch advises to run it
         if isinstance(fault := damaged(file, err, ""), Unreadable):
             raise fault from err
         raise SaerlError(

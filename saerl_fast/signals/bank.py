@@ -23,6 +23,7 @@ MOST = 1 << 15  # labels that a probe is fitted to
 # What a probe reads that names no kinds, as far as it is there, and what it is compared with, each alone.
 USUAL = ("length", "text", "tfidf", "answer_text", "sae", "hidden", "scalars", "answer_logprob")
 OF_ANSWER = ("answer_text", "answer_logprob")
+MOST_CELLS = 4096  # of `cells`
 RANDOM = 32  # columns of a kind that says nothing
 
 Rows = slice | np.ndarray
@@ -105,6 +106,26 @@ class Bank:
     def _tfidf(self) -> Tfidf:
         order = np.random.default_rng(4).permutation(self.n_rows)[:SAMPLE]
         return Tfidf(self.texts(np.sort(order)))
+
+
+def cells(columns: Sequence[Sequence[Any]]) -> Callable[[Rows], csr_matrix]:
+    """A kind with a column of 0 and 1 for every combination of values that rows of ``columns`` have."""
+    from scipy.sparse import csr_matrix
+
+    rows = map(repr, zip(*columns, strict=True))
+    found, cell = np.unique(np.array(list(rows)), return_inverse=True)
+    if len(found) > MOST_CELLS:
+        raise SaerlError(
+            f"plan.adaptive.columns tells {len(found)} kinds of prompts apart, more than {MOST_CELLS}; name "
+            "columns with fewer values"
+        )
+
+    def kind(rows: Rows) -> csr_matrix:
+        at = cell[rows]
+        ones = np.ones(len(at), dtype=np.float32)
+        return csr_matrix((ones, (np.arange(len(at)), at)), shape=(len(at), len(found)))
+
+    return kind
 
 
 def _some(values: Sequence[Any], rows: Rows) -> Sequence[Any]:
