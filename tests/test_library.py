@@ -1,4 +1,4 @@
-"""Ops inside torch.compile and torch.vmap, their tags, and one token's NaN."""
+"""Ops inside torch.compile, their tags, and one token's NaN. torch.func: test_transforms.py."""
 
 from __future__ import annotations
 
@@ -105,21 +105,6 @@ def test_tags_say_what_waits_for_the_device():
     ):
         assert (unsafe in op._opoverload.tags) == waits
     assert library.waits(1025, "auto") and library.waits(3, "torch") and not library.waits(1024, "auto")
-
-
-def test_vmap_is_refused_in_one_sentence():
-    weights, x = parameters()
-    W, b, D, _ = (part.detach() for part in weights)
-    encoder = sk.pack_encoder(W.t(), b)
-    rows, kept = x.view(3, 4, 8), sk.encode_topk(x.view(3, 4, 8), encoder, 5)
-    for call in (
-        lambda: torch.vmap(lambda r: sk.encode_topk(r, encoder, 5))(rows),
-        lambda: torch.vmap(lambda r: sk.encode_threshold(r, encoder, threshold=1.0).values)(rows),
-        lambda: torch.vmap(lambda r: sk.encode_topk_train(r, W.t(), b, 5))(rows),
-        lambda: torch.vmap(lambda v, i: sk.sparse_decode(v, i, D))(*kept),
-    ):
-        with pytest.raises(NotImplementedError, match="takes any leading dimensions"):
-            call()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

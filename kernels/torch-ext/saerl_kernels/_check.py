@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .pack import PackedEncoder
-from .types import CSR
+from .types import CSR, need_tensors
 
 
 class Reduce(NamedTuple):
@@ -160,6 +160,7 @@ def check_finite(x: Tensor) -> None:
 
 def check_rows(X: CSR, contents: bool) -> None:
     """As ``check_csr``, and int32 indices, float32 values; with ``contents`` finite ones."""
+    need_tensors(indptr=X.indptr, indices=X.indices, values=X.values)
     check_csr(X, contents)
     if X.indices.dtype != torch.int32 or X.values.dtype != torch.float32:
         raise ValueError(

@@ -15,7 +15,7 @@ from . import reference
 from ._check import check_csr, check_indices
 from .dispatch import implementation, resolve
 from .library import register
-from .types import CSR, need_tensors
+from .types import CSR, need_tensors, without_memory
 
 
 def sparse_decode(
@@ -41,14 +41,14 @@ def sparse_decode(
     Returns [..., d_in] in W_dec's dtype. Gradients flow to values, W_dec and b_dec; they are
     deterministic. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
-    need_tensors(values=values, indices=indices, W_dec=W_dec, b_dec=b_dec)
+    need_tensors(values=values, indices=indices, W_dec=W_dec, b_dec=_other(b_dec))
     if values.shape != indices.shape or values.dim() == 0 or values.shape[-1] == 0:
         raise ValueError(
             f"values {tuple(values.shape)} and indices {tuple(indices.shape)} must have one shape "
             "[..., k] with k >= 1"
         )
     _check_parts(values, indices, W_dec, b_dec)
-    eager = not torch.compiler.is_compiling()
+    eager = not without_memory(values, indices, W_dec, b_dec)
     check = eager and W_dec.device.type == "cpu" if check is None else check
     if eager and resolve(backend, W_dec.device) == "reference":
         if check:
@@ -82,11 +82,11 @@ def decode_csr(
     deterministic.
     """
     indptr, indices, values, n_cols = csr
-    need_tensors(indptr=indptr, indices=indices, values=values, W_dec=W_dec, b_dec=b_dec)
+    need_tensors(indptr=indptr, indices=indices, values=values, W_dec=W_dec, b_dec=_other(b_dec))
     _check_parts(values, indices, W_dec, b_dec)
     if n_cols != W_dec.shape[0]:
         raise ValueError(f"csr has {n_cols} columns but W_dec has {W_dec.shape[0]} rows")
-    eager = not torch.compiler.is_compiling()
+    eager = not without_memory(values, indices, W_dec, b_dec)
     check = eager and W_dec.device.type == "cpu" if check is None else check
     check_csr(csr, False)
     if eager and resolve(backend, W_dec.device) == "reference":
@@ -112,6 +112,11 @@ def _check_parts(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Optional
     if len(set(devices.values())) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"{where}: move them to one device")
+
+
+def _other(b_dec: Any) -> Any:
+    """``b_dec`` if it is no tensor: it is added outside the op, and so may be inside a transform."""
+    return None if isinstance(b_dec, Tensor) else b_dec
 
 
 def _wide(W_dec: Tensor) -> torch.dtype:
@@ -219,8 +224,9 @@ _decode_op = register(
     _decode,
     "(Tensor values, Tensor? indptr, Tensor indices, Tensor W_dec, bool check, str backend) -> Tensor",
     _decode_fake,
+    backward=_backward,
+    setup=_setup,
 )
-_decode_op.register_autograd(_backward, setup_context=_setup)
 _grads_op = register(
     "decode_grads",
     _grads,

@@ -28,6 +28,9 @@ OPS = (
     "weight_grads",
 )
 STEPS = ("assign", "row_similarity", "table_of", "transpose", "update")  # of k-means
+NO_DATA = (
+    "what this op returns depends on the data, and a meta tensor has none; give it tensors of a real device"
+)
 ENVIRONMENT = "SAERL_KERNELS_BACKEND"
 
 
@@ -72,9 +75,12 @@ def resolve(backend: str, device: torch.device) -> str:
 
     An explicit ``backend`` wins over ``use_backend``, that over the environment variable
     SAERL_KERNELS_BACKEND, and that over the automatic choice: Triton on CUDA, numba on the CPU when it is
-    installed, torch otherwise. Raises ValueError for a backend that cannot run on ``device``.
+    installed, torch otherwise. Raises ValueError for a backend that cannot run on ``device``, and
+    for the meta device, of which only ops whose shapes do not depend on the data take tensors.
     """
     check_name(backend, "backend")
+    if device.type == "meta":
+        raise ValueError(NO_DATA)
     name: Optional[str] = backend
     if name == "auto":
         name = _override.get()

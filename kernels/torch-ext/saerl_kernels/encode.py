@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Union
 
-import torch
 from torch import Tensor
 
 from . import reference
 from ._check import check_finite, check_k, check_threshold
 from .dispatch import implementation, resolve
-from .library import encode_rows, encode_rows_waiting, waits
+from .library import encode_rows, encode_rows_waiting, threshold_rows, waits
 from .pack import PackedEncoder
-from .types import CSR, TopK
+from .types import CSR, TopK, need_tensors, without_memory
 
 
 def encode_topk(
@@ -36,10 +35,11 @@ def encode_topk(
     shape, dtype, device or k that does not fit.
     """
     check_k(k, encoder.d_sae)
+    need_tensors(x=x)
     if check:
         check_finite(x)
     shape = (*x.shape[:-1], k)
-    if torch.compiler.is_compiling():  # the backend is then chosen at run time, inside the op
+    if without_memory(x, encoder.weight):  # the backend is then chosen at run time, inside the op
         rows = encoder.prepare(x)
         op = encode_rows_waiting if waits(k, backend) else encode_rows
         kept = TopK(*op(rows, encoder.weight, encoder.bias, encoder.permutation, k, backend))
@@ -75,10 +75,14 @@ def encode_threshold(
     of entries depends on the data, so a GPU is waited for once per block of rows (2^26
     scores), to allocate them.
     """
-    name = resolve(backend, encoder.device)
     limit: Any = check_threshold(encoder.natural() if threshold is None else encoder, threshold)
     if check:
         check_finite(x)
+    if without_memory(x, encoder.weight, limit):
+        rows, parts = encoder.prepare(x), (encoder.weight, encoder.bias, encoder.permutation)
+        indptr, indices, values = threshold_rows(rows, *parts, limit, backend)
+        return CSR(indptr, indices, values, encoder.d_sae)
+    name = resolve(backend, encoder.device)
     if name == "reference":
         return reference.encode_threshold(x, encoder, threshold=limit)
     rows = encoder.prepare(x)

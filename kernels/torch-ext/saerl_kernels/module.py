@@ -94,7 +94,9 @@ class SparseEncoder(nn.Module):
         self._store(self.packed().natural())
         wide = (self.bias, self.threshold)  # a narrower dtype is for the weight alone
         super()._apply(fn, recurse)
-        self.bias, self.threshold = (None if p is None else p.to(self.weight.device) for p in wide)  # type: ignore
+        empty = not self.weight.is_meta and wide[0].is_meta  # to_empty: there is nothing to move
+        new = torch.empty_like if empty else Tensor.to
+        self.bias, self.threshold = (None if p is None else new(p, device=self.weight.device) for p in wide)  # type: ignore
         self._store(self.packed()._permuted())
         return self
 

@@ -12,9 +12,6 @@ from .types import need_tensors
 
 NORMALISATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")  # SAELens' names
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-VMAP = (
-    "torch.vmap over this op is not supported; it takes any leading dimensions, so give it the whole tensor"
-)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -126,15 +123,13 @@ class PackedEncoder:
 
     def prepare(self, x: Tensor) -> Tensor:
         """``x`` [..., d_in] as the matrix product takes it: [n, d_in], normalised, in the weight's dtype."""
-        need_tensors(x=x)
+        need_tensors(x=x, weight=self.weight)
         if x.dim() == 0 or x.shape[-1] != self.d_in:
             raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be d_in={self.d_in}")
         if not x.is_floating_point():
             raise ValueError(f"x must be floating point, got {x.dtype}")
         if x.device != self.device:
             raise ValueError(f"x is on {x.device} but the encoder is on {self.device}; move one of them")
-        if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
-            raise NotImplementedError(VMAP)
         x = x.detach()
         if x.dim() != 2:
             x = x.reshape(-1, self.d_in)

@@ -9,7 +9,8 @@ from torch import Tensor
 from . import reference
 from ._check import check_k
 from .dispatch import implementation, resolve
-from .types import TopK, need_tensors
+from .library import topk_rows, topk_rows_waiting, waits
+from .types import TopK, need_tensors, without_memory
 
 
 def topk(scores: Tensor, k: int, *, backend: str = "auto") -> TopK:
@@ -21,11 +22,14 @@ def topk(scores: Tensor, k: int, *, backend: str = "auto") -> TopK:
     """
     need_tensors(scores=scores)
     check_k(k, scores.shape[-1] if scores.dim() else 0, "the row length")
+    rows = scores.detach().reshape(math.prod(scores.shape[:-1]), scores.shape[-1])
+    shape = (*scores.shape[:-1], k)
+    if without_memory(scores):
+        kept = TopK(*(topk_rows_waiting if waits(k, backend) else topk_rows)(rows, k, backend))
+        return TopK(kept.values.reshape(shape), kept.indices.reshape(shape))
     name = resolve(backend, scores.device)
     if name == "reference":
         return reference.topk(scores, k)
-    rows = scores.detach().reshape(math.prod(scores.shape[:-1]), scores.shape[-1])
-    shape = (*scores.shape[:-1], k)
     if rows.shape[0] == 0:
         return TopK.empty(shape, scores.device)
     kept = implementation(name).topk(rows, k)

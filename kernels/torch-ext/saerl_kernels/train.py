@@ -15,9 +15,9 @@ from . import _torch, reference
 from ._batch import batch_topk, gather_survivors
 from ._check import check_average_k, check_indices, check_k
 from .dispatch import implementation, resolve
-from .library import register, waits
+from .library import dynamic_size, register, waits
 from .pack import DTYPES, PackedEncoder
-from .types import TopK, need_tensors
+from .types import TopK, need_tensors, without_memory
 
 
 def encode_topk_train(
@@ -56,7 +56,7 @@ def encode_topk_train(
     """
     _check(x, W_enc, b_enc, b_dec, features, dtype)
     check_k(k, W_enc.shape[1] if features is None else features.shape[0], "the number of features")
-    if not torch.compiler.is_compiling() and resolve(backend, x.device) == "reference":
+    if not without_memory(x, W_enc) and resolve(backend, x.device) == "reference":
         return reference.encode_topk_train(
             x, W_enc, b_enc, k, b_dec=b_dec, features=features, relu=relu, dtype=dtype
         )
@@ -99,7 +99,7 @@ def encode_batch_topk_train(
     if x.dim() != 2:
         raise ValueError(f"x must be [n, d_in], got shape {tuple(x.shape)}")
     check_average_k(k, W_enc.shape[1])
-    if not torch.compiler.is_compiling() and resolve(backend, x.device) == "reference":
+    if not without_memory(x, W_enc) and resolve(backend, x.device) == "reference":
         return reference.encode_batch_topk_train(x, W_enc, b_enc, k, b_dec=b_dec, dtype=dtype)
     count = k * x.shape[0] if isinstance(k, int) else int(k * x.shape[0])
     return TopK(*_encode_op_waiting(x, W_enc.t(), b_enc, b_dec, count, "batch", dtype, backend))
@@ -132,7 +132,7 @@ def _check(
         raise ValueError(f"dtype={dtype} is not supported; choose float32, bfloat16 or float16")
     if features is not None and (features.dim() != 1 or features.dtype not in (torch.int32, torch.int64)):
         raise ValueError(f"features must be integers [m], got {features.dtype} {tuple(features.shape)}")
-    if features is not None and features.device.type == "cpu" and not torch.compiler.is_compiling():
+    if features is not None and features.device.type == "cpu" and not without_memory(features):
         check_indices(features, d_sae, "features")
         if features.unique().numel() < features.numel():
             raise ValueError("features holds a feature twice; each may compete once (features.unique())")
@@ -197,7 +197,7 @@ def _encode_fake(
     backend: str,
 ) -> Tuple[Tensor, Tensor]:
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    width = torch.library.get_ctx().new_dynamic_size(min=1) if mode == "batch" else k
+    width = dynamic_size(x, 1) if mode == "batch" else k
     shape = (x.shape[0], width)
     return x.new_empty(shape, dtype=exact), x.new_empty(shape, dtype=torch.int32)
 
@@ -273,10 +273,12 @@ _SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? b_dec, int k, str mode, ScalarType? dtype, str backend) "
     "-> (Tensor, Tensor)"
 )
-_encode_op = register("encode_train", _encode, _SCHEMA, _encode_fake)
-_encode_op_waiting = register("encode_train_waiting", _encode, _SCHEMA, _encode_fake, True)
-for _op in (_encode_op, _encode_op_waiting):
-    _op.register_autograd(_backward, setup_context=_setup)
+_encode_op, _encode_op_waiting = (
+    register(
+        f"encode_train{'_waiting' * waiting}", _encode, _SCHEMA, _encode_fake, waiting, _backward, _setup
+    )
+    for waiting in (False, True)
+)
 _grads_op = register(
     "encode_train_grads",
     _grads,

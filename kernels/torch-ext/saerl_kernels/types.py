@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, maybe_current_level
+from torch.autograd.forward_ad import unpack_dual
 
 
 class TopK(NamedTuple):
@@ -38,7 +40,7 @@ class TopK(NamedTuple):
         values, indices = (part.reshape(-1, part.shape[-1]) for part in self)
         indices, order = indices.sort(dim=-1)
         values = values.gather(-1, order)
-        if indices.numel() and int(indices[:, -1].max()) >= n_cols:
+        if not without_memory(indices) and indices.numel() and int(indices[:, -1].max()) >= n_cols:
             raise ValueError(
                 f"n_cols={n_cols} is too small: an index is {int(indices[:, -1].max())}; give d_sae"
             )
@@ -172,11 +174,41 @@ class CSR(NamedTuple):
         )
 
 
+TRANSFORMED = (
+    "is inside torch.vmap, another torch.func transform or forward-mode differentiation, which is not "
+    "supported: an op takes any leading dimensions, and gradients come from backward() or "
+    "torch.autograd.functional"
+)
+
+
 def need_tensors(**given: Any) -> None:
-    """ValueError for an argument that is neither a tensor nor None."""
+    """ValueError for an argument that is neither a plain tensor nor None.
+
+    NotImplementedError for one inside a transform of torch.func or with a forward-mode tangent: custom ops
+    have no rule for them, and torch would take a derivative for 0 without a word.
+    """
+    compiling = torch.compiler.is_compiling()
     for name, value in given.items():
-        if value is not None and not isinstance(value, Tensor):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}; give a torch.Tensor (torch.as_tensor)")
+        if value.is_nested or value.layout != torch.strided:
+            kind = "nested" if value.is_nested else str(value.layout).split(".")[-1]
+            raise ValueError(f"{name} is a {kind} tensor; give a dense one, such as {name}.to_dense()")
+        if compiling:
+            if maybe_current_level() is not None:  # which tensors are inside can not be asked here
+                raise NotImplementedError(f"{name} {TRANSFORMED}")
+        elif is_functorch_wrapped_tensor(value) or unpack_dual(value).tangent is not None:
+            raise NotImplementedError(f"{name} {TRANSFORMED}")
+
+
+def without_memory(*tensors: Optional[Tensor]) -> bool:
+    """Must torch see the call as one op? While it compiles, and for fake, meta and other unusual tensors."""
+    plain = (Tensor, torch.nn.Parameter, type(None))
+    return torch.compiler.is_compiling() or any(
+        type(t) not in plain or (t is not None and t.device.type == "meta") for t in tensors
+    )
 
 
 def _indptr(counts: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, List, Optional, Sequence
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from . import _torch
 from ._check import check_k
 from .dispatch import implementation, resolve
 from .encode import encode_topk
+from .library import ENCODER_SCHEMA, encode_fake, register
 from .pack import PackedEncoder
-from .types import TopK
+from .types import TopK, need_tensors
 
 LAST = (1 << 31) - 1
 
@@ -66,20 +67,31 @@ def encode_group_max(x: Tensor, encoder: PackedEncoder, k: int, *, backend: str 
     check_k(k, encoder.d_sae)
     if encoder.d_sae % k:
         raise ValueError(f"k={k} must divide d_sae={encoder.d_sae} into equal groups")
-    name = resolve(backend, encoder.device)
-    rows = encoder.prepare(x)
-    kept = TopK.empty((rows.shape[0], k), x.device)
+    rows, parts = encoder.prepare(x), (encoder.weight, encoder.bias, encoder.permutation)
+    values, indices = _group_max_op(rows, *parts, k, backend)
+    shape = (*x.shape[:-1], k)
+    return TopK(values.reshape(shape), indices.reshape(shape))
+
+
+def _group_max(
+    x: Tensor, weight: Tensor, bias: Tensor, permutation: Optional[Tensor], k: int, backend: str
+) -> Tuple[Tensor, Tensor]:
+    name = resolve(backend, x.device)
+    encoder = PackedEncoder(weight, bias, permutation=permutation)
+    kept = TopK.empty((x.shape[0], k), x.device)
     first = torch.arange(k, device=x.device) * (encoder.d_sae // k)
     module = implementation("torch" if name == "reference" else name)
-    blocks = _torch.score_chunks(rows, encoder.natural()) if rows.shape[0] else ()
+    blocks = _torch.score_chunks(x, encoder.natural()) if x.shape[0] else ()
     for start, scores in blocks:
         scores = torch.where(scores > 0, scores, 0.0)  # a NaN counts as 0
         best = module.topk(scores.view(-1, encoder.d_sae // k), 1)
         at = slice(start, start + len(scores))
         kept.values[at] = best.values.view(-1, k)
         kept.indices[at] = (best.indices.view(-1, k) + first).int()
-    shape = (*x.shape[:-1], k)
-    return TopK(kept.values.reshape(shape), kept.indices.reshape(shape))
+    return kept.values, kept.indices
+
+
+_group_max_op = register("encode_group_max", _group_max, ENCODER_SCHEMA, encode_fake, True)
 
 
 def merge_topk(parts: Sequence[TopK], k: int) -> TopK:
@@ -94,6 +106,8 @@ def merge_topk(parts: Sequence[TopK], k: int) -> TopK:
     if len({part.values.shape[:-1] for part in parts}) > 1:
         shapes = [tuple(part.values.shape) for part in parts]
         raise ValueError(f"parts are of different rows: their shapes are {shapes}; encode the same x")
+    for part in parts:
+        need_tensors(values=part.values, indices=part.indices)
     values = torch.cat([part.values for part in parts], dim=-1)
     indices = torch.cat([part.indices for part in parts], dim=-1).long()
     check_k(k, values.shape[-1], "the number of entries in all parts")
