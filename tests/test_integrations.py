@@ -13,6 +13,7 @@ import torch
 from saerl_fast.config import PlanConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.integrations.columns import add_scores, to_dataset
+from saerl_fast.integrations.journal import rates_of
 from saerl_fast.integrations.trl import PlanRepeatSampler, plan_trainer
 from saerl_fast.plan import Plan, build_plan
 from saerl_fast.prompts.pool import Pool
@@ -279,6 +280,47 @@ def test_trl_on_two_processes(tiny, tmp_path):
 def test_trl_sizes_must_agree_with_the_plan(tiny, tmp_path):
     with pytest.raises(SaerlError, match="4 prompts at once .* batches of 3; set generation_batch_size=6"):
         trl_run(tiny, tmp_path, make_plan("vanilla", batch_size=3), max_steps=1)
+
+
+def test_trl_is_told_what_is_no_plan_no_dataset_and_no_trainer():
+    pytest.importorskip("trl")
+    data = to_dataset(make_pool())
+    for plan, more, match in [
+        ("plan.json", {"train_dataset": data}, "takes a plan, not a str; load_plan reads plan.json"),
+        (make_plan("vanilla"), {}, "train_dataset is a NoneType, and a plan needs rows in any order"),
+        (make_plan("vanilla"), {"train_dataset": data.to_iterable_dataset()}, "is a IterableDataset, and"),
+        (make_plan("vanilla"), {"train_dataset": data.remove_columns("prompt_id")}, "no column prompt_id"),
+        (make_plan("vanilla"), {"train_dataset": data, "base": dict}, "base=.*dict.* is neither TRL's GRPO"),
+        (make_plan("vanilla"), {"train_dataset": data, "base": "grpo"}, "base=grpo is neither TRL's GRPO"),
+    ]:
+        with pytest.raises(SaerlError, match=match):
+            plan_trainer(plan, **more)
+
+
+@pytest.mark.parametrize(
+    "pass_rate, says",
+    [
+        (lambda rewards: rewards, r"must give 2 numbers from 0 to 1 for rewards of shape \[2, 3\]"),
+        (lambda rewards: rewards.mean(), "one a prompt; it gave 1.0"),
+        (lambda rewards: rewards.sum(1), r"it gave \[3.0, 3.0\]"),
+        (lambda rewards: [float("nan"), 0.5], r"it gave \[nan, 0.5\]"),
+        (lambda rewards: None, "pass_rate must give 2 numbers"),
+        (lambda rewards: ["a", "b"], "pass_rate raised ValueError: could not convert"),
+        (lambda rewards: 1 / 0, "pass_rate raised ZeroDivisionError"),
+    ],
+)
+def test_a_pass_rate_of_ones_own_is_checked(pass_rate, says):
+    with pytest.raises(SaerlError, match=says):
+        rates_of(np.ones((2, 3)), pass_rate)
+    assert rates_of(np.ones((2, 3)), lambda rewards: torch.tensor([0.5, 1.0])).tolist() == [0.5, 1.0]
+
+
+def test_ids_may_be_numbers_in_the_dataset_and_must_not_repeat():
+    columns = {"prompt_id": [str(i) for i in range(4)], "prompt": list("abcd")}
+    plan = build_plan(Scores(columns), PlanConfig(schedule="vanilla"), batch_size=2, total_steps=2, seed=0)
+    assert sorted(PlanRepeatSampler(plan, [3, 2, 1, 0], 1, 1)) == [0, 1, 2, 3]
+    with pytest.raises(SaerlError, match="prompt id '1' is that of two dataset rows"):
+        PlanRepeatSampler(plan, ["0", "1", "2", "3", "1"], 1, 1)
 
 
 def test_without_trl_the_sentence_says_what_to_install(monkeypatch):

@@ -189,6 +189,39 @@ def test_a_tracker_that_cannot_start_is_one_sentence(tmp_path, monkeypatch):
         MetricsLog(tmp_path, trackers=["wandb"])
 
 
+@pytest.mark.parametrize("at", ["log", "finish"])
+def test_a_tracker_that_fails_on_the_way_is_left_out(tmp_path, monkeypatch, caplog, at):
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append(step)
+            if at == "log" and step == 2:
+                raise ConnectionError("the network is gone\nand more")
+
+        def finish(self):
+            if at == "finish":
+                raise OSError("no space left on the device")
+
+    module = type(sys)("wandb")
+    module.init = lambda **options: Run()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with MetricsLog(tmp_path, trackers=["wandb"]) as log:
+        for step in (1, 2, 3):
+            log.log(REAL | {"step": step})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    assert calls == ([1, 2] if at == "log" else [1, 2, 3])
+    reason = "the network is gone" if at == "log" else "no space left on the device"
+    assert caplog.messages[-1:] == [f"wandb takes no more rows ({reason}); metrics.jsonl has them all"]
+
+
+def test_a_folder_that_tensorboard_cannot_write_is_one_sentence(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    (tmp_path / "tensorboard").write_text("a file in its way")
+    with pytest.raises(SaerlError, match=r"tensorboard cannot start \(.*; take it out of train.trackers"):
+        MetricsLog(tmp_path, trackers=["tensorboard"])
+
+
 def test_tensorboard_gets_every_number_under_its_kind(tmp_path, monkeypatch):
     calls = []
 

@@ -65,6 +65,19 @@ def test_what_failed_or_is_not_trained_on_does_not_count() -> None:
     assert told(sampler) == [[[one.data.prompt_id], [0.0]]]
 
 
+def test_groups_of_nothing_of_others_and_without_rewards_are_passed_over() -> None:
+    sampler, gate = PlanTaskSampler(make_plan("adaptive"), TASKS), SignalGate()
+    one, two = next(sampler), next(sampler)
+    other = SimpleNamespace(key="another taskset's", data=None)
+    for found in ([], group(other, [1.0, 0.0])):
+        sampler.observe(found)
+    assert sampler.metrics()["away"] == 2 and not told(sampler)
+    sampler.observe(group(one, [None, float("nan")]))  # type: ignore[list-item]
+    sampler.observe(group(two, [None, 1.0]))  # type: ignore[list-item]
+    assert told(sampler) == [[[two.data.prompt_id], [1.0]]] and sampler.metrics()["away"] == 0
+    assert not gate.admit(group(one, [float("nan"), None, 1.0]))  # type: ignore[list-item]
+
+
 def test_only_informative_groups_are_admitted() -> None:
     gate, task = SignalGate(), TASKS[0]
     assert [gate.admit(group(task, r)) for r in ([1.0, 1.0], [0.0, 1.0], [0.0], [])] == [

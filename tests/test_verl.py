@@ -45,8 +45,9 @@ def test_verl_refuses_what_it_cannot_do(tmp_path):
         write_parquet(make_plan("vanilla"), make_pool().select([0]), target)
     with pytest.raises(SaerlError, match="train.reward='exactly' is unknown"):
         write_parquet(make_plan("vanilla"), make_pool(), target, reward="exactly")
-    with pytest.raises(SaerlError, match="'gsm8k' was not written by write_parquet"):
-        compute_score("gsm8k", "1", "1", {})
+    for source, extra in [("gsm8k", {}), ("saerl/exact", {}), ("saerl/exact", None), (None, None)]:
+        with pytest.raises(SaerlError, match=f"{source!r} was not written by write_parquet"):
+            compute_score(source, "1", "1", extra)
     assert not target.exists()
 
 

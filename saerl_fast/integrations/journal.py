@@ -13,6 +13,7 @@ import numpy as np
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_text
 from saerl_fast.plan import Plan
+from saerl_fast.plugins import call
 from saerl_fast.rl.evaluate import pass_rates
 
 STATE = "saerl_plan.json"
@@ -103,7 +104,12 @@ class Stream(Journal):
 
 
 def prompt_ids(dataset: Any) -> list[str]:
-    """The ids of a dataset's rows; SaerlError when it has none."""
+    """The ids of a dataset's rows; SaerlError when it has none, or no rows by number."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "column_names"):
+        raise SaerlError(
+            f"train_dataset is a {type(dataset).__name__}, and a plan needs rows in any order; make it a "
+            "datasets.Dataset by to_dataset(pool)"
+        )
     if "prompt_id" not in dataset.column_names:
         raise SaerlError("the training dataset has no column prompt_id; make it with to_dataset(pool)")
     return list(dataset["prompt_id"])
@@ -131,7 +137,16 @@ def saved(trainer: Any, resume: Any, form: Any) -> Any:
 
 
 def rates_of(rewards: np.ndarray, pass_rate: PassRate | None) -> np.ndarray:
-    """Pass rates [n] of rewards [n, group size], by ``pass_rate`` of `plan_trainer` where it is given."""
+    """Pass rates [n] of rewards [n, group size], by ``pass_rate`` of `plan_trainer` where it is given.
+
+    Raises SaerlError where that raises, or gives anything but n numbers from 0 to 1.
+    """
     if pass_rate is None:
         return pass_rates(rewards)
-    return np.asarray(pass_rate(np.nan_to_num(rewards)), dtype=np.float64)
+    rates = call("pass_rate", lambda: np.asarray(pass_rate(np.nan_to_num(rewards)), dtype=np.float64))
+    if rates.shape != (len(rewards),) or not ((rates >= 0) & (rates <= 1)).all():
+        raise SaerlError(
+            f"pass_rate must give {len(rewards)} numbers from 0 to 1 for rewards of shape "
+            f"{list(rewards.shape)}, one a prompt; it gave {str(rates.tolist()):.80}"
+        )
+    return rates

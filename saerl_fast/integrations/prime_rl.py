@@ -52,7 +52,8 @@ class PlanTaskSampler(Iterator[Any]):
 
     def observe(self, group: list[Any]) -> None:
         """Tell the plan a finished group of episodes; what failed, or is not trained on, does not count."""
-        name, stream = self._name[group[0].task.key], self._stream
+        stream = self._stream
+        name = self._name.get(group[0].task.key) if group else None
         number = next((i for i, away in stream.away.items() if away == name), None)
         if number is not None:  # else it was handed out by somebody else
             stream.arrived(number, rewards(group), self.pass_rate)
@@ -81,7 +82,7 @@ class SignalGate:
 
     def admit(self, group: list[Any]) -> bool:
         """Whether two of the group's rewards differ."""
-        passed = len(set(rewards(group))) > 1
+        passed = len({reward for reward in rewards(group) if reward == reward}) > 1
         self.seen, self.admitted = self.seen + 1, self.admitted + passed
         return passed
 
@@ -97,9 +98,9 @@ class SignalGate:
 
 
 def rewards(group: list[Any]) -> list[float]:
-    """Of the traces in a group of episodes that are trained on."""
+    """Of the traces in a group of episodes that are trained on; NaN: not judged."""
     return [
-        float(trace.reward)
+        float("nan" if trace.reward is None else trace.reward)
         for episode in group
         for trace in episode.traces
         if episode.ok and not trace.has_error and trace.agent.trainable and trace.num_turns > 0

@@ -70,7 +70,10 @@ def plan_trainer(
     except ImportError as err:
         raise SaerlError(f"plan_trainer needs TRL ({err}); pip install trl") from None
 
-    if base is not None and not issubclass(base, GRPOTrainer):
+    if not isinstance(plan, Plan):
+        raise SaerlError(f"plan_trainer takes a plan, not a {type(plan).__name__}; load_plan reads plan.json")
+    prompt_ids(kwargs.get("train_dataset"))
+    if base is not None and not (isinstance(base, type) and issubclass(base, GRPOTrainer)):
         from saerl_fast.integrations.trl_async import async_trainer
 
         return async_trainer(plan, base, pass_rate, kwargs)

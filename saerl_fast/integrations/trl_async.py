@@ -110,6 +110,8 @@ class _Watched:
 
 def async_trainer(plan: Plan, base: type, pass_rate: PassRate | None, kwargs: dict[str, Any]) -> Any:
     """See `plan_trainer`. A worker of one's own must take its rows from the attribute ``dataset``."""
+    if "AsyncGRPOTrainer" not in [one.__name__ for one in getattr(base, "__mro__", ())]:
+        raise SaerlError(f"base={base} is neither TRL's GRPOTrainer nor AsyncGRPOTrainer; pass one of them")
 
     class PlanAsyncTrainer(base):  # type: ignore[misc, valid-type]
         def train(self, resume_from_checkpoint: Any = None, **more: Any) -> Any:

@@ -88,8 +88,8 @@ def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any], **_: Any
 ) -> float:
     """verl's custom reward function: the reward that `write_parquet` was given, on one completion."""
-    prefix, _slash, name = data_source.partition("/")
-    if prefix != "saerl" or not name:
+    prefix, _slash, name = str(data_source).partition("/")
+    if prefix != "saerl" or not name or not {"columns", "prompt_id"} <= set(extra_info or ()):
         raise SaerlError(f"data_source {data_source!r} was not written by write_parquet")
     columns = {key: [value] for key, value in json.loads(extra_info["columns"]).items()}
     columns |= {"answer": [ground_truth], "prompt_id": [extra_info["prompt_id"]]}

@@ -17,8 +17,13 @@ from saerl_fast.records.packed import Rows
 
 
 def dataset_rows(plan: Plan, ids: Sequence[str]) -> Rows:
-    """The dataset row of every prompt id; SaerlError when the plan has prompts that ``ids`` lacks."""
+    """The dataset row of every prompt id, which may be numbers there; SaerlError when the plan has prompts
+    that ``ids`` lacks, or an id occurs twice."""
+    if len(ids) and not isinstance(ids[0], str):
+        ids = [str(name) for name in ids]
     rows = Rows(ids)
+    if rows.repeated is not None:
+        raise SaerlError(f"prompt id {rows.repeated!r} is that of two dataset rows; leave one of them out")
     missing = rows.lacking(plan.prompt_ids)
     if missing:
         raise SaerlError(

@@ -11,11 +11,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from saerl_fast.errors import SaerlError
+from saerl_fast.errors import SaerlError, no_memory
 from saerl_fast.fileio import atomic_path, write_json, writing
+from saerl_fast.plugins import first_line
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +138,9 @@ class MetricsLog:
     ``trackers``: tensorboard (written to ``<out_dir>/tensorboard``), wandb, trackio; every number of a row
     goes to each as ``<kind>/<name>``. wandb and trackio read their own environment variables; the project is
     "saerl-fast" unless WANDB_PROJECT or TRACKIO_PROJECT names one, a run is called by its folder, and a
-    resumed one is a new run there, called ``<folder>-from-<step>``.
-    Raises SaerlError when the folder cannot be written or a tracker is not installed.
+    resumed one is a new run there, called ``<folder>-from-<step>``. One that fails on the way is left out
+    from there on, with a warning.
+    Raises SaerlError when the folder cannot be written, or a tracker is not installed or cannot start.
     """
 
     def __init__(
@@ -151,7 +154,7 @@ class MetricsLog:
         written: Mapping[str, Any] | None = None,
     ) -> None:
         self._echo, self._steps = echo if echo is not None else log.info, steps
-        self._trackers = [_open_tracker(name, Path(out_dir), resume_step) for name in trackers]
+        self._trackers = {name: _open_tracker(name, Path(out_dir), resume_step) for name in trackers}
         self.lines = JsonlLog(Path(out_dir) / "metrics.jsonl", resume_step, written)
         self.path = self.lines.path
 
@@ -164,13 +167,23 @@ class MetricsLog:
         self.lines.write([plain])
         self._echo(format_row(plain, self._steps))
         values = {f"{plain['kind']}/{name}": value for name, value in _flat(plain)}
-        for send, _ in self._trackers:
-            send(values, plain["step"])
+        for name, (send, _) in list(self._trackers.items()):
+            self._track(name, partial(send, values, plain["step"]))
 
     def close(self) -> None:
         self.lines.close()
-        for _, close in self._trackers:
-            close()
+        for name, (_, close) in list(self._trackers.items()):
+            self._track(name, close)
+
+    def _track(self, name: str, do: Callable[[], Any]) -> None:
+        """What a tracker fails at ends its part, not the run."""
+        try:
+            do()
+        except Exception as err:  # no network, no disk: each has its own
+            if no_memory(err):
+                raise
+            del self._trackers[name]
+            log.warning("%s takes no more rows (%s); metrics.jsonl has them all", name, first_line(err))
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -300,9 +313,20 @@ def _open_tracker(
         module = importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError:
         raise SaerlError(f"train.trackers={name} needs its package; pip install {name}") from None
+    title = out_dir.name if resume_step is None else f"{out_dir.name}-from-{resume_step}"
+    project = os.environ.get(f"{name.upper()}_PROJECT", "saerl-fast")
+    where = {"dir": str(out_dir)} if name == "wandb" else {}
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if name == "tensorboard":
+            purge = None if resume_step is None else resume_step + 1
+            board = module.SummaryWriter(str(out_dir / name), purge_step=purge)
+        else:
+            run = module.init(project=project, name=title, **where)
+    except Exception as err:  # no login, no network, no disk: each has its own
+        reason = first_line(err) if str(err).strip() else type(err).__name__
+        raise SaerlError(f"{name} cannot start ({reason}); take it out of train.trackers") from err
     if name == "tensorboard":
-        purge = None if resume_step is None else resume_step + 1
-        board = module.SummaryWriter(str(out_dir / name), purge_step=purge)
 
         def send(values: dict[str, float], step: int) -> None:
             for key, value in values.items():
@@ -310,13 +334,4 @@ def _open_tracker(
             board.flush()
 
         return send, board.close
-    title = out_dir.name if resume_step is None else f"{out_dir.name}-from-{resume_step}"
-    project = os.environ.get(f"{name.upper()}_PROJECT", "saerl-fast")
-    where = {"dir": str(out_dir)} if name == "wandb" else {}
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        run = module.init(project=project, name=title, **where)
-    except Exception as err:  # no login, no network, no disk: each has its own
-        reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
-        raise SaerlError(f"{name} cannot start ({reason}); take it out of train.trackers") from None
     return lambda values, step: run.log(values, step=step), run.finish
