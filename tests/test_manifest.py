@@ -278,12 +278,12 @@ def test_other_content_of_the_same_names_is_other_settings(tmp_path, stages):
     changed = bytearray(1 << 18)
     changed[1 << 17] = 128
     (model / "weights").write_bytes(changed)
-    assert "the same settings, but other prompts, functions or model files" in outcome(config)
+    assert "by name the same, but other prompts, functions or model files" in outcome(config)
     (model / "weights").write_bytes(bytes(1 << 18))
     assert outcome(config) == right
     pool = made.Path(config.data.train)
     pool.write_text(pool.read_text().replace('"quality_label": 1', '"quality_label": 0', 1))
-    assert "the same settings, but other prompts, functions or model files" in outcome(config)
+    assert "by name the same, but other prompts, functions or model files" in outcome(config)
 
 
 def test_saes_prove_themselves_where_they_have_a_manifest(tmp_path):
