@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -89,7 +91,8 @@ def call(what: str, made: Callable[[], Any], let: type[Exception] = SaerlError) 
 
 
 def source_digest(spec: str) -> str | None:
-    """A hash of the file that holds the function ``spec``; None where that file is not found.
+    """A hash of the file that holds the function ``spec`` and of those that it imports from its own folder,
+    its package or the working folder; None where that file is not found.
 
     SaerlError for a module that this process has imported from another content: what runs is not what the
     file says now.
@@ -107,9 +110,47 @@ def _digest(module_name: str) -> str | None:
         if not module_name.endswith(".py"):
             found = importlib.util.find_spec(module_name)
             module_name = (found and found.origin) or ""
-        return hashlib.sha256(Path(module_name).read_bytes()).hexdigest()
+        hashes = [hashlib.sha256(file.read_bytes()) for file in _sources(Path(module_name))]
+        if len(hashes) == 1:
+            return hashes[0].hexdigest()
+        return hashlib.sha256(b"".join(found.digest() for found in hashes)).hexdigest()
     except Exception:  # a missing module or a broken package: `load_function` says so
         return None
+
+
+def _sources(file: Path) -> list[Path]:
+    """``file``, and what it and they import from the folder that it, or its top package, is in, or from the
+    working folder: not what is installed, and not this package."""
+    file = file.absolute()
+    root = file.parent
+    while (root / "__init__.py").is_file():
+        root = root.parent
+    found = [file]
+    for one in found:
+        if {"site-packages", "dist-packages"} & {*one.parts}:
+            continue
+        for level, name in sorted(_imports(one.read_bytes())):
+            parts = name.split(".") if name else []
+            if not level and parts[0] in ("saerl_fast", "saerl_kernels"):
+                continue
+            for base in [one.parents[level - 1]] if level else [root, Path.cwd()]:
+                for depth in range(1, len(parts) + 1):
+                    at = base.joinpath(*parts[:depth])
+                    for path in (at.with_suffix(".py"), at / "__init__.py"):
+                        found += [path] * (path not in found and path.is_file())
+    return found
+
+
+@functools.lru_cache
+def _imports(text: bytes) -> frozenset[tuple[int, str]]:
+    """The modules that a source may import, each as its level (0: absolute) and its name."""
+    found: set[tuple[int, str]] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {(0, alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {(node.level, ".".join(filter(None, (node.module, alias.name)))) for alias in node.names}
+    return frozenset(found)
 
 
 def _look_here() -> None:

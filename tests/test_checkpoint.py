@@ -129,6 +129,27 @@ def test_nothing_intact_is_left(tmp_path: Path, monkeypatch) -> None:
         load_latest(tmp_path)
 
 
+def test_what_cannot_be_read_is_no_reason_to_make_the_run_again(tmp_path: Path, monkeypatch, caplog) -> None:
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    digest = module.digest
+
+    def failing(all_of_them: bool) -> None:
+        def read(file: Path) -> str:
+            if all_of_them or file == newest:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return digest(file)
+
+        monkeypatch.setattr(module, "digest", read)
+
+    failing(all_of_them=True)
+    with pytest.raises(SaerlError, match=r"cannot read .*step-000002.*ulimit -n\)$"):
+        load_latest(tmp_path)
+    failing(all_of_them=False)  # what comes of the one before is the same run
+    found = load_latest(tmp_path)
+    assert found is not None and found.step == 1 and "cannot read" in caplog.text
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 1)
     found = load_latest(tmp_path)

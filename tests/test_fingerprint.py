@@ -52,7 +52,7 @@ def test_changes_are_named_by_their_full_key():
         ("train.lr=1", "train.lr was 1e-06"),
         ("seed=3", "train.seed was 0, seed was 0"),
         ("plan.adaptive.svd=3", "plan.adaptive.svd was 96"),
-        ("train.keep=9", "the same settings, but other prompts, functions or model files"),
+        ("train.keep=9", "by name the same, but other prompts, functions or model files"),
     ]:
         assert changes(before, apply_overrides(Config(), [override]), RUN_SECTIONS) == said
     other = apply_overrides(Config(), ["train.reward=numeric", "train.lr=1"])

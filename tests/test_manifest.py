@@ -1,5 +1,6 @@
 """Hashes that files must have: no crash and no damage leaves anything that is taken for something else."""
 
+import errno
 import json
 import os
 import re
@@ -277,12 +278,12 @@ def test_other_content_of_the_same_names_is_other_settings(tmp_path, stages):
     changed = bytearray(1 << 18)
     changed[1 << 17] = 128
     (model / "weights").write_bytes(changed)
-    assert "the same settings, but other prompts, functions or model files" in outcome(config)
+    assert "by name the same, but other prompts, functions or model files" in outcome(config)
     (model / "weights").write_bytes(bytes(1 << 18))
     assert outcome(config) == right
     pool = made.Path(config.data.train)
     pool.write_text(pool.read_text().replace('"quality_label": 1', '"quality_label": 0', 1))
-    assert "the same settings, but other prompts, functions or model files" in outcome(config)
+    assert "by name the same, but other prompts, functions or model files" in outcome(config)
 
 
 def test_saes_prove_themselves_where_they_have_a_manifest(tmp_path):
@@ -366,3 +367,22 @@ def test_a_pipe_or_a_folder_in_the_manifests_place_is_damage(tmp_path):
             manifest.record(tmp_path, "thing", ["a.txt"])
             assert manifest.check(tmp_path, "thing", "saerl score")
             (tmp_path / manifest.FILE).unlink()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "a"])
+def test_what_cannot_be_read_is_neither_damaged_nor_forgotten(tmp_path, monkeypatch, name):
+    write(tmp_path, "old")
+    before = (tmp_path / "manifest.json").read_text()
+    with monkeypatch.context() as patch, pytest.raises(SaerlError, match=f"cannot read .*/{name}: Too many"):
+        real, error = open, OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        def read(file, *args, **options):
+            if os.fspath(file) == str(tmp_path / name):
+                raise error
+            return real(file, *args, **options)
+
+        for module in ("builtins", "io"):
+            patch.setattr(f"{module}.open", read)
+        write(tmp_path, "new") if name == "manifest.json" else manifest.look(tmp_path, "thing")
+    assert (tmp_path / "manifest.json").read_text() == before
+    assert not manifest.look(tmp_path, "thing").fault

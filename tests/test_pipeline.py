@@ -392,7 +392,7 @@ def test_functions_from_outside_make_a_run(tmp_path, capsys, monkeypatch):
     job.write_text(JOB)
     sys.modules.pop("saerl_job")
     assert saerl("train", tmp_path / "q", "--resume", *functions) == 2
-    one_sentence(capsys, "the same settings, but other prompts, functions or model files")
+    one_sentence(capsys, "by name the same, but other prompts, functions or model files")
     arms = "compare.arms=vanilla,mine:plan.schedule=saerl_job:plain;train.loss.kind=saerl_job:rf"
     assert saerl("compare", tmp_path / "c", *functions[:5], arms, "train.steps=1") == 0
     assert (tmp_path / "c" / "mine" / "summary.json").is_file()

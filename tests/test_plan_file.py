@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from saerl_fast.config import AdaptiveConfig, PlanConfig
-from saerl_fast.errors import SaerlError
+from saerl_fast.errors import SaerlError, Unreadable
 from saerl_fast.plan import SCHEDULES, build_plan, load_plan, save_plan
 from saerl_fast.plan import file as module
 from saerl_fast.plan.file import _content_hash
@@ -203,6 +203,17 @@ def test_tensors_are_beside_the_plan(tmp_path, name):
     body["tensors"]["file"] = name
     path.write_text(json.dumps(body | {"sha256": _content_hash(body)}))
     with pytest.raises(SaerlError, match="names no file beside it|file is .*, not text"):
+        load_plan(path)
+
+
+def test_tensors_that_cannot_be_read_are_no_reason_to_plan_again(tmp_path, monkeypatch):
+    path = save_plan(make_plan("adaptive"), tmp_path / "plan.json")
+
+    def read(file, again):
+        raise Unreadable(f"cannot read {file}: too many open files")
+
+    monkeypatch.setattr(module, "read_tensors", read)
+    with pytest.raises(SaerlError, match="^cannot read .*plan.safetensors: too many open files$"):
         load_plan(path)
 
 

@@ -103,3 +103,31 @@ def test_a_file_that_changed_after_it_was_read_is_refused(folder):
     assert plugins.load_function(script, "train.reward")() == 3
     file.write_text("def f():\n    return 4\n")
     assert plugins.load_function(script, "train.reward")() == 4 and plugins.source_digest(script) != first
+
+
+def test_a_change_of_what_a_function_imports_is_seen(folder):
+    """Of its own folder, package and the working folder, not of what is installed."""
+    files = {
+        "saerl_plugged.py": "import numpy, saerl_fast.cli\nfrom saerl_helper import x\n\ndef f(): ...\n",
+        "saerl_helper.py": "def x():\n    from saerl_pack.one import y\n",
+        "saerl_pack/__init__.py": "",
+        "saerl_pack/one.py": "from . import two\nfrom .sub import three\nimport saerl_plugged\n",
+        "saerl_pack/two.py": "",
+        "saerl_pack/sub/__init__.py": "from ..four import z\n",
+        "saerl_pack/sub/three.py": "",
+        "saerl_pack/four.py": "z = 1\n",
+        "unused.py": "",
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text(text)
+    used = {str(path.relative_to(folder)) for path in plugins._sources(folder / "saerl_plugged.py")}
+    assert used == set(files) - {"unused.py"}
+    before = plugins.source_digest("saerl_plugged:f")
+    for name in files:
+        (folder / name).write_text(files[name] + "# other\n")
+        assert (plugins.source_digest("saerl_plugged:f") == before) == (name == "unused.py")
+        (folder / name).write_text(files[name])
+    assert plugins.source_digest("saerl_plugged:f") == before
+    (folder / "saerl_helper.py").write_text("def :")
+    assert plugins.source_digest("saerl_plugged:f") is None  # load_function says so

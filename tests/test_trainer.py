@@ -268,3 +268,11 @@ def test_a_mismatch_beyond_rounding_is_said_and_counted(tmp_path: Path, monkeypa
     caplog.clear()
     assert run(tmp_path / "fine", small(steps=1))[2]["mismatch_steps"] == 0
     assert "(mismatch)" not in caplog.text
+
+
+def test_a_file_where_the_model_should_go_is_said(tmp_path):
+    """transformers would write nothing, without an error."""
+    (tmp_path / "model").write_text("in the way")
+    with pytest.raises(SaerlError, match="cannot write .*/model: File exists"):
+        run(tmp_path, small(steps=1))
+    assert not (tmp_path / "summary.json").exists()

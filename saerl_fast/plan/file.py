@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from saerl_fast.config import SCHEDULES, PlanConfig, from_dict, to_dict
-from saerl_fast.errors import SaerlError
+from saerl_fast.errors import SaerlError, Unreadable
 from saerl_fast.fileio import first_line, mismatch, read_json, write_text
 from saerl_fast.plan.adaptive import AdaptivePlan
 from saerl_fast.plan.base import Dropped, Plan
@@ -105,6 +105,8 @@ def load_plan(path: str | Path) -> Plan:
         raise SaerlError(f"{path} was changed or damaged: its content does not match its sha256; {AGAIN}")
     try:
         return _plan(body, path)
+    except Unreadable:
+        raise
     except (LookupError, TypeError, ValueError, OverflowError) as err:  # a crafted one fits its hash
         why = f"{err} is missing or unknown" if isinstance(err, KeyError) else first_line(err)
         why = str(err) if isinstance(err, SaerlError) else why  # with paths as long as they are

@@ -140,7 +140,8 @@ def load_latest(out_dir: str | Path) -> Checkpoint | None:
 
     A damaged one is reported in the log and the one before it used. Raises SaerlError when all are damaged.
     """
-    files, run, unread = _files(Path(out_dir) / FOLDER), _run(out_dir), []
+    files, run = _files(Path(out_dir) / FOLDER), _run(out_dir)
+    unread: list[SaerlError] = []
     for file in files:
         try:
             return _load(file, run)

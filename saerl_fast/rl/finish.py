@@ -74,6 +74,7 @@ def _merge(run: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
 def _export(run: Any, name: str, write: Callable[[Path], Any]) -> None:
     if run.cfg.save_model:
         with writing(target := run.out_dir / name):
+            target.mkdir(exist_ok=True)  # transformers would write nothing to a file, without an error
             write(target)
             for file in target.glob("*.safetensors"):
                 use_umask(file)

@@ -192,7 +192,7 @@ def changes(before: Any, config: Config, sections: tuple[str, ...], without: tup
         return "a record of another version"
     found = [f"{key} was {old.get(key)}" for key in new if old.get(key) != new[key]]
     if not found:
-        return "the same settings, but other prompts, functions or model files"
+        return "by name the same, but other prompts, functions or model files"
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 

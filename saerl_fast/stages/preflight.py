@@ -208,6 +208,6 @@ def _why(before: dict[str, Any], described: dict[str, Any], config: Config) -> s
     if before.get("plan") != described["plan"]:
         return "another --plan"
     if before.get("resumable") == described["resumable"]:
-        return "the same settings, but other scores"
+        return "by name the same, but other scores"
     sections = run_sections(config, planned=described["plan"] is not None)
     return changes(before.get("config"), config, sections, ("steps",))

@@ -115,7 +115,7 @@ def command(name: str, run_dir: Path, *settings: str) -> list[str]:
     if name in ("report", "watch"):
         return [name, str(run_dir)]
     if name == "export":
-        return [name, str(run_dir), str(run_dir / "exported")]
+        return [name, str(run_dir), str(run_dir / "exported"), "--to", "trl"]  # which asks for a plan
     if name == "sae info":
         return ["sae", "info", str(run_dir / "sae")]
     if name == "sae convert":
