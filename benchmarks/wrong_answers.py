@@ -64,6 +64,8 @@ def keep(config: Any, work: Path, prompts: int, rollouts: int) -> list[dict[str,
     work.mkdir(parents=True, exist_ok=True)
     file = work / "tried.jsonl"
     kept = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    if len(kept) >= prompts:  # the table needs no model
+        return kept[:prompts]
     echo = Echo()
     session = Session.open(config, echo)
     rows = session.train

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from saerl_fast.signals import near
+from saerl_fast.signals import copies, near
 from saerl_fast.signals.copies import find_copies, same_text
 from saerl_fast.signals.features import weighted
 from saerl_kernels import CSR, csr
@@ -94,3 +94,22 @@ def test_few_and_empty_texts(texts: list[str]) -> None:
     X = CSR.empty(len(texts), 4)
     assert len(find_copies(X, texts, [None] * len(texts), ["i"] * len(texts)).of) == len(texts)
     assert same_text(texts).tolist() == ([0, 0] if texts == ["", ""] else list(range(len(texts))))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "differ"),
+    [
+        ("1/2", "$0.5$", False),
+        ("1,000", "1000.0", False),
+        ("Yes.", " yes", False),
+        ("4", None, False),
+        ("4", "5", True),
+        ("1,2", "12", True),
+        ("1/0", "0", True),
+        ("1e999999999", "2", True),
+        ("9" * 5000, "9", True),
+    ],
+)
+def test_answers_conflict_that_cannot_mean_the_same(one, other, differ):
+    found = copies._conflicts(np.array([0, 0, 2]), [one, other, "7"], ["a", "b", "c"])
+    assert found == {"conflicting": int(differ), "conflicts": "a, b" if differ else None}

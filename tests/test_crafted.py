@@ -302,7 +302,7 @@ def test_columns_that_parquet_does_not_hold(column, tmp_path):
 @pytest.mark.parametrize("value", [10**400, "x", [1], {"a": 1}, "\x1b[31m"], ids=range(5))
 def test_labels_that_are_no_numbers(value):
     from saerl_fast.config import Config
-    from saerl_fast.signals.scores import label_columns
+    from saerl_fast.signals.labelled import label_columns
 
     pool = Pool({"prompt_id": ["a"], "prompt": ["b"], "answer": ["c"], "quality_label": [value]})
     refused(lambda: label_columns(pool, Config()), "quality.label_column")

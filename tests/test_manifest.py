@@ -153,7 +153,7 @@ def stages(monkeypatch, tmp_path):
         return Scores(columns, {"quality": {}, "seconds": seconds}, CSR.from_dense(dense))
 
     monkeypatch.setattr("saerl_fast.signals.scores.score", scored)
-    monkeypatch.setattr("saerl_fast.signals.scores.label_columns", lambda *_: (None, None))
+    monkeypatch.setattr("saerl_fast.signals.labelled.label_columns", lambda *_: (None, None))
     monkeypatch.setattr("saerl_fast.sae.capture.resolve_layer", lambda *_: 1)
     monkeypatch.setattr("saerl_fast.sae.capture.check_width", lambda *_: None)
     monkeypatch.setattr("saerl_fast.sae.train.collect_activations", lambda *_, **__: None)

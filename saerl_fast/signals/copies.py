@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +17,8 @@ from saerl_fast.signals.text import NUMBER
 
 log = logging.getLogger(__name__)
 NAMED = 5  # copies that a message names
+GROUPED = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")  # the digits of a number in threes
+WRITTEN = re.compile(r"-?\d{1,40}(?:\.\d{1,40}|/(\d{1,40}))?")  # no powers, whose numbers are of any size
 
 
 class Copies(NamedTuple):
@@ -37,7 +41,7 @@ def find_copies(
 
     ``near``: the least cosine of near-copies; at 1 none are looked for. Of equal texts, the first stands for
     all. Metrics: ``rows`` have a text that occurs before, but for spaces and case; ``conflicting`` texts have
-    several answers, ``conflicts`` names their rows; ``renumbered`` rows repeat an earlier text with other
+    answers that differ, ``conflicts`` names their rows; ``renumbered`` rows repeat an earlier text with other
     numbers; ``near`` rows are further near-copies, ``examples`` names some; ``unsure`` rows had more
     neighbours than were looked at; ``recall``, in large pools: the share of the near-copies of some rows that
     were found by hashes (see `near`), else None.
@@ -63,7 +67,7 @@ def find_copies(
         log.warning("%d of %d prompts repeat an earlier prompt's text", found["rows"], len(texts))
     if found["conflicting"]:
         log.warning(
-            "%d prompts occur with different answers, so at least one is wrong; ids: %s",
+            "%d prompts occur with answers that differ, so unless those mean the same, one is wrong; ids: %s",
             found["conflicting"],
             found["conflicts"],
         )
@@ -80,12 +84,22 @@ def _folded(text: Any) -> str:
     return " ".join(str(text).lower().split())
 
 
+def _meant(answer: Any) -> Fraction | str | None:
+    """An answer but for its look and how a number is written; None where it is unknown."""
+    if answer is None:
+        return None
+    text = _folded(answer).strip("$ .")
+    plain = text.replace(",", "") if GROUPED.fullmatch(text) else text
+    number = WRITTEN.fullmatch(plain)
+    return Fraction(plain) if number and (number[1] is None or int(number[1])) else text
+
+
 def _conflicts(same: np.ndarray, answers: Sequence[Any], ids: Sequence[str]) -> dict[str, Any]:
     """How many texts have several answers, and whose they are."""
     repeated = np.flatnonzero(np.bincount(same, minlength=len(same)) > 1)
     rows: dict[int, list[int]] = {int(i): [] for i in repeated}
     for i in np.flatnonzero(np.isin(same, repeated)).tolist():
         rows[int(same[i])].append(i)
-    apart = [of for of in rows.values() if len({_folded(answers[i]) for i in of}) > 1]
+    apart = [of for of in rows.values() if len({_meant(answers[i]) for i in of} - {None}) > 1]
     named = "; ".join(", ".join(str(ids[i]) for i in of[:NAMED]) for of in apart[:NAMED])
     return {"conflicting": len(apart), "conflicts": named or None}

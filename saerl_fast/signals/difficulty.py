@@ -36,6 +36,15 @@ class DifficultyResult(NamedTuple):
     effects: np.ndarray | None = None
 
 
+def check_rates(rates: np.ndarray) -> None:
+    """SaerlError unless all that are known (not NaN) are in [0, 1]."""
+    outside = ~np.isnan(rates) & ~((rates >= 0) & (rates <= 1))
+    if outside.any():
+        raise SaerlError(
+            f"pass rate {rates[outside][0]} is not in [0, 1]; difficulty.label_column takes shares of passes"
+        )
+
+
 def fit_difficulty(bank: Bank, pass_rates: Any, cfg: DifficultyConfig, *, seed: int = 0) -> DifficultyResult:
     """Difficulty, a predicted failure rate, of every row of ``bank``.
 
@@ -51,10 +60,8 @@ def fit_difficulty(bank: Bank, pass_rates: Any, cfg: DifficultyConfig, *, seed: 
     rates = np.asarray(pass_rates, dtype=np.float64)
     if rates.shape != (bank.n_rows,):
         raise SaerlError(f"{len(rates)} pass rates cannot belong to {bank.n_rows} prompts")
+    check_rates(rates)
     known = ~np.isnan(rates)
-    outside = known & ~((rates >= 0) & (rates <= 1))
-    if outside.any():
-        raise SaerlError(f"pass rate {rates[outside][0]} is not in [0, 1]; check difficulty.label_column")
     total = int(known.sum())
     metrics: dict[str, Any] = {"n_labels": total, "spearman": None, "r2": None, "note": None}
     if not total:

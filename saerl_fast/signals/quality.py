@@ -33,6 +33,17 @@ class QualityResult(NamedTuple):
     effects: np.ndarray | None = None
 
 
+def check_labels(cfg: QualityConfig, labels: np.ndarray) -> None:
+    """SaerlError for ``labels``, those that are known, which ``cfg.head`` cannot be fitted to."""
+    infinite, other = labels[np.isinf(labels)], labels[(labels != 0) & (labels != 1)]
+    if cfg.head == "ridge" and len(infinite):
+        raise SaerlError(
+            f"quality label {infinite[0]} is no score; use finite numbers, or null where unknown"
+        )
+    if cfg.head == "logistic" and len(other):
+        raise SaerlError(f"quality label {other[0]} is neither 0 nor 1; set quality.head=ridge for a score")
+
+
 def fit_quality(
     bank: Bank, labels: Any, cfg: QualityConfig, *, seed: int = 0, kinds: Sequence[Any] | None = None
 ) -> QualityResult:
@@ -52,7 +63,8 @@ def fit_quality(
     values = np.asarray(labels, dtype=np.float64)
     if values.shape != (bank.n_rows,):
         raise SaerlError(f"{len(values)} quality labels cannot belong to {bank.n_rows} prompts")
-    known = np.isfinite(values)
+    known = ~np.isnan(values)
+    check_labels(cfg, values[known])
     metrics: dict[str, Any] = {
         "head": cfg.head,
         "n_labels": int(known.sum()),
@@ -119,9 +131,6 @@ def _why_not(cfg: QualityConfig, labels: np.ndarray) -> str | None:
         return f"{len(labels)} quality labels are too few (10 needed): quality was not scored"
     if cfg.head == "ridge":
         return "all quality labels are equal: quality was not scored" if np.ptp(labels) == 0 else None
-    other = labels[(labels != 0) & (labels != 1)]
-    if len(other):
-        raise SaerlError(f"quality label {other[0]} is neither 0 nor 1; set quality.head=ridge for a score")
     good, bad = int(labels.sum()), int(len(labels) - labels.sum())
     if min(good, bad) < MIN_CLASS:
         return f"{good} good and {bad} bad labels are too few (3 of each needed): quality was not scored"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from saerl_fast.config import Config, QualityConfig
+from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json
 from saerl_fast.records import manifest
@@ -24,6 +24,7 @@ from saerl_fast.signals.copies import find_copies
 from saerl_fast.signals.difficulty import fit_difficulty
 from saerl_fast.signals.features import Features, checked, open_features, save_features
 from saerl_fast.signals.kept import Parts, in_memory, load_part, save_part, suffix
+from saerl_fast.signals.labelled import label_columns
 from saerl_fast.signals.maps import prompt_map
 from saerl_fast.signals.quality import fit_quality
 from saerl_fast.signals.stored import Stored
@@ -238,21 +239,6 @@ def score_features(
     return Scores({**pool.columns, **added}, metadata, prompt_features, kept)
 
 
-def label_columns(pool: Pool, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Quality labels and pass rates [n] that the pool itself holds, NaN where unknown.
-
-    SaerlError for a column that is asked for and missing, and for one that holds anything but numbers.
-    """
-    quality, difficulty = config.quality.label_column, config.difficulty.label_column
-    unknown = np.full(len(pool), np.nan)
-    labels, rates = unknown, unknown
-    if quality in pool.columns or quality != QualityConfig.label_column:
-        labels = _numbers(pool.column(quality), "quality.label_column")
-    if difficulty is not None:
-        rates = _numbers(pool.column(difficulty), "difficulty.label_column")
-    return labels, rates
-
-
 def feature_pass(session: Session, sae: Any, config: Config) -> Compute:
     """``compute(start, end, progress)``: what ``score.features`` names of these rows (see `bank_pass`).
 
@@ -320,14 +306,3 @@ def score(
     scores = score_features(pool, found.pop("sae"), found, config, pass_rates)
     scores.metadata["seconds"] = {"features": seconds, **scores.metadata["seconds"]}
     return scores
-
-
-def _numbers(column: Sequence[Any], setting: str) -> np.ndarray:
-    """A label column as float64 [n], NaN for null."""
-    numbers = np.full(len(column), np.nan)
-    for i, value in enumerate(column):
-        try:
-            numbers[i] = np.nan if value is None else float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise SaerlError(f"{setting} names a column that holds {value!r}; use numbers or null") from None
-    return numbers

@@ -18,7 +18,7 @@ from saerl_fast.records import manifest
 from saerl_fast.session import Session
 from saerl_fast.signals.bank import Bank
 from saerl_fast.signals.choose import spread_rows
-from saerl_fast.signals.scores import label_columns
+from saerl_fast.signals.labelled import label_columns
 from saerl_fast.stages.console import Echo, within_calls
 from saerl_fast.stages.fingerprint import LABEL_SECTIONS, after_warmup, made_from, training_seed
 

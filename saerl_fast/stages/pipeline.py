@@ -237,7 +237,8 @@ def score_stage(config: Config, echo: Echo, session: Session | None = None, *, r
     """
     from saerl_fast.rl.generate import prove
     from saerl_fast.rl.rewards.dry import try_reward
-    from saerl_fast.signals.scores import Scores, label_columns, score
+    from saerl_fast.signals.labelled import label_columns
+    from saerl_fast.signals.scores import Scores, score
     from saerl_fast.signals.table import arrow_type
 
     if redo:
