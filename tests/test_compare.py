@@ -40,9 +40,25 @@ def test_bad_arms(text):
         parse_arm(text)
 
 
+@pytest.mark.parametrize("asked", ["vanilla,{},mopps", '["vanilla", "{}", "mopps"]'])
+def test_an_arm_may_hold_lists(asked):
+    arm = "x:plan.adaptive.features=[sae,hidden];plan.filter=true"
+    found = load_config(None, ["compare.arms=" + asked.format(arm)]).compare.arms
+    assert found == ["vanilla", arm, "mopps"]
+    mine = module.apply_overrides(load_config(None, []), parse_arm(found[1])[1])
+    assert mine.plan.adaptive.features == ["sae", "hidden"]
+
+
 def test_an_arm_that_is_a_function_is_told_to_take_a_name():
     with pytest.raises(SaerlError, match="e.g. mine:plan.schedule=mymod:reverse"):
         parse_arm("mymod:reverse")
+
+
+def test_columns_that_the_pool_lacks_are_refused_before_anything_is_made(tmp_path):
+    arm = "compare.arms=vanilla,cell:plan.adaptive.features=[columns];plan.adaptive.columns=[{}]"
+    with pytest.raises(SaerlError, match=r"columns names 'levl', which the pool lacks.*did you mean level\?"):
+        compare(settings(tmp_path, arm.format("task,levl")), Echo(quiet=True))
+    assert not (tmp_path / "sae").exists()
 
 
 @pytest.fixture
@@ -167,14 +183,17 @@ def test_settings_that_are_not_named(tmp_path, arms, more):
     assert set(module.confounded(base, arm, second)) == set(more)
 
 
-def test_without_quality_labels_no_arm_filters(tmp_path):
+@pytest.mark.parametrize("more", [{}, {"quality_label": None}, {"quality_label": 1}])
+def test_without_quality_labels_no_arm_filters(tmp_path, more):
     plain = tmp_path / "pool.jsonl"
-    plain.write_text(
-        "".join(json.dumps({"prompt": f"{i}+1=", "answer": f"{i + 1}"}) + "\n" for i in range(9))
-    )
+    rows = [{"prompt": f"{i}+1=", "answer": f"{i + 1}", **more} for i in range(20)]
+    plain.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = load_config(None, [f"data.train={plain}", "data.eval_size=2", "plan.schedule=adaptive"])
     vanilla = module.apply_overrides(config, ["plan.schedule=vanilla"])
     assert module.confounded(vanilla, config, ["plan.schedule=adaptive"]) == {}
+    asked = module.apply_overrides(config, ["plan.filter=true"])
+    with pytest.raises(SaerlError, match="plan.filter=true needs quality scores, but .*; name a column"):
+        module.check_functions(asked)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,15 @@ def test_verdicts_are_holms_over_the_lines_of_the_table(runs, monkeypatch):
     assert paired_table(runs, TARGETS, SETTINGS)[2][0][-2:] == ["0.200", "no claim"]
 
 
+def test_a_line_without_any_pair_says_why(tmp_path):
+    for seed in range(11):
+        record(tmp_path / f"v{seed}", "vanilla", seed, [0.2, 0.3])
+        record(tmp_path / f"m{seed}", "mopps", seed, [0.2, 0.25])
+    runs = load_runs(tmp_path)
+    found = [paired_table(runs, {"x": target}, SETTINGS)[2][0][-1] for target in (0.1, 0.9)]
+    assert found == ["no claim (11 pairs at step 0)", "no claim (11 pairs censored)"]
+
+
 def test_the_ledger_shares_one_off_costs_among_uses(runs):
     rows = {row[0]: row[1:] for row in ledger_table(runs, TARGETS, SETTINGS, SCORES, SAE)[2]}
     assert rows["SAE"] == ["-", "-", "17"] and rows["scoring"] == ["-", "-", "3"]

@@ -211,7 +211,7 @@ def test_no_pair_arrives(tmp_path):
     record_run(tmp_path / "other", "other", 1, [0.2, 0.4])
     write_report(tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "no claim (1 of 1 pairs left out)" in text and "no claim (no paired seed)" in text
+    assert "no claim (1 pair censored)" in text and "no claim (no paired seed)" in text
 
 
 def test_a_torn_last_line_is_no_obstacle(tmp_path):

@@ -190,6 +190,9 @@ class Given(str):
             return str(self)
 
 
+COMMA = re.compile(r",(?![^\[\]]*\])")  # not those of a list inside an arm
+
+
 def read(value: Any, hint: Any, key: str, about: Setting | None = None) -> Any:
     """``value`` as the field's type; PyYAML reads 3e-6 as a string, so numbers are parsed here too."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -229,7 +232,7 @@ def read(value: Any, hint: Any, key: str, about: Setting | None = None) -> Any:
         return choose(value, args, key)
     try:
         if origin in (list, tuple):
-            items = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+            items = [part.strip() for part in COMMA.split(value)] if isinstance(value, str) else value
             items = [] if items == [""] else items if isinstance(items, (list, tuple)) else [items]
             found = [read(item, args[min(i, len(args) - 1)], key, about) for i, item in enumerate(items)]
             if origin is tuple and len(found) != len(args):

@@ -15,6 +15,7 @@ from saerl_fast.plan.base import Dropped, Plan
 from saerl_fast.plan.embedding import BLOCK, embed, embed_kinds
 from saerl_fast.plan.rivals import RIVALS
 from saerl_fast.plan.static import StaticPlan, get_schedule, middle
+from saerl_fast.prompts import layouts
 from saerl_fast.records.packed import LARGE, Packed, chosen
 from saerl_fast.signals.bank import cells
 from saerl_fast.signals.copies import same_text
@@ -31,6 +32,8 @@ MISSING = {
     "quality": "quality scores; give labels in quality.label_column, and",
     "pass_rate": "pass rates; set difficulty.label_column or difficulty.n_labels, and",
 }
+
+NO_COLUMN = "plan.adaptive.columns names {!r}, which the pool lacks; {}"
 
 
 def build_plan(
@@ -134,13 +137,11 @@ def build_plan(
 
 
 def _columns(scores: Scores, names: list[str]) -> list[Sequence[Any]]:
-    for name in names:
-        if name not in scores.columns:
-            known = ", ".join(scores.columns)
-            raise SaerlError(
-                f"plan.adaptive.columns names {name!r}, which the scores lack; they have {known}"
-            )
-    return [scores.columns[name] for name in names]
+    found = [layouts.column(scores.columns, name) for name in names]
+    for name, column in zip(names, found, strict=True):
+        if column is None:
+            raise SaerlError(NO_COLUMN.format(name, layouts.not_found(scores.columns, name)))
+    return [column for column in found if column is not None]
 
 
 def _table(scores: Scores) -> dict[str, np.ndarray]:

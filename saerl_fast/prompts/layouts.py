@@ -13,7 +13,7 @@ import decimal
 import difflib
 import fractions
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -57,7 +57,7 @@ def has(columns: Columns, name: str) -> bool:
     return name in columns or _inside(columns, name) is not None
 
 
-def column(columns: Columns, name: str) -> Sequence[Any] | None:
+def column(columns: Mapping[str, Sequence[Any]], name: str) -> Sequence[Any] | None:
     """The column ``name``, or the values at such a path (None in a row without); None: no such column."""
     return columns[name] if name in columns else _inside(columns, name)
 
@@ -68,7 +68,7 @@ _OTHERS = {  # what other data sets call them
 }
 
 
-def not_found(columns: Columns, name: str) -> str:
+def not_found(columns: Mapping[str, Sequence[Any]], name: str) -> str:
     """The end of a sentence: what there is instead of the column ``name``."""
     paths = [*columns, *(path for head in columns for path in _paths(head, columns[head]))]
     close = difflib.get_close_matches(name, paths, n=1) or [p for p in _OTHERS.get(name, ()) if p in columns]
@@ -120,7 +120,7 @@ def whole_numbers(cells: Sequence[Any]) -> Sequence[Any]:
     return kept(int(cell) if cell is not None and cell == cell else None for cell in cells)
 
 
-def _inside(columns: Columns, name: str) -> Sequence[Any] | None:
+def _inside(columns: Mapping[str, Sequence[Any]], name: str) -> Sequence[Any] | None:
     heads = [head for head in columns if name.startswith(f"{head}.")]
     if not heads:
         return None

@@ -17,10 +17,12 @@ from saerl_fast.records.stats import (
     PairedRatio,
     area_under_curve,
     holm,
+    left_out,
     mean_difference,
     paired_ratio,
     smooth,
     steps_to_target,
+    unclaimed,
 )
 
 UNITS = ("steps", "rollouts", "tokens", "seconds")
@@ -86,9 +88,9 @@ def paired_table(runs: Sequence[RunRecord], targets: dict[str, float], settings:
         lines, found, holm([None if r is None else r.p for r in clean]), strict=True
     ):
         if result is None:
-            count = len(pairs.of(arm))
-            why = f"{count} of {count} pairs left out" if count else "no paired seed"
-            rows.append([arm, name, "-", "-", f"0 (+{count})", "-", f"no claim ({why})"])
+            out = left_out(*pairs.costs(arm, targets[name], settings.smooth, "steps"))
+            why = unclaimed(*out) if any(out) else "no claim (no paired seed)"
+            rows.append([arm, name, "-", "-", f"0 (+{sum(out)})", "-", why])
             continue
         interval = _interval(result) or "too few pairs"
         used = f"{result.pairs} (+{result.censored + result.zero})"

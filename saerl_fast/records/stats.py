@@ -82,15 +82,26 @@ class PairedRatio:
         A pair left out was left out for its outcome, so the mean of the others is biased: no claim.
         """
         if self.censored or self.zero:
-            reasons = [f"{self.censored} pairs censored"] if self.censored else []
-            reasons += [f"{self.zero} pairs at step 0"] if self.zero else []
-            return f"no claim ({', '.join(reasons).replace('1 pairs', '1 pair')})"
+            return unclaimed(self.censored, self.zero)
         if self.interval is None:
             return "no claim (too few pairs)"
         p = self.p if p is None else p
         if p is None or p >= ALPHA:
             return "no claim"
         return "fewer steps" if self.ratio < 1 else "more steps"
+
+
+def left_out(baseline: Sequence[float | None], arm: Sequence[float | None]) -> tuple[int, int]:
+    """How many pairs have no ratio: censored ones, and those at step 0."""
+    both = [(b, a) for b, a in zip(baseline, arm, strict=True) if b is not None and a is not None]
+    return len(baseline) - len(both), sum(not (b > 0 and a > 0) for b, a in both)
+
+
+def unclaimed(censored: int, zero: int) -> str:
+    """The verdict of a line with so many pairs left out."""
+    reasons = [(censored, "censored"), (zero, "at step 0")]
+    told = (f"{count} pair{'s' * (count > 1)} {why}" for count, why in reasons if count)
+    return f"no claim ({', '.join(told)})"
 
 
 def paired_ratio(baseline: Sequence[float | None], arm: Sequence[float | None]) -> PairedRatio | None:
@@ -104,8 +115,7 @@ def paired_ratio(baseline: Sequence[float | None], arm: Sequence[float | None]) 
 
     Returns None when no pair has a ratio. Raises SaerlError without SciPy.
     """
-    pairs = list(zip(baseline, arm, strict=True))
-    both = [(b, a) for b, a in pairs if b is not None and a is not None]
+    both = [(b, a) for b, a in zip(baseline, arm, strict=True) if b is not None and a is not None]
     logs = np.array([math.log(a / b) for b, a in both if b > 0 and a > 0])
     if not len(logs):
         return None
@@ -117,8 +127,7 @@ def paired_ratio(baseline: Sequence[float | None], arm: Sequence[float | None]) 
         half = float(t.ppf(1 - ALPHA / 2)) * error
         interval = (math.exp(mean - half), math.exp(mean + half))
         p = float(2 * t.sf(abs(mean) / error)) if error > 0 else float(mean == 0)
-    left_out = len(pairs) - len(both), len(both) - len(logs)
-    return PairedRatio(math.exp(mean), interval, len(logs), *left_out, p)
+    return PairedRatio(math.exp(mean), interval, len(logs), *left_out(baseline, arm), p)
 
 
 def mean_difference(values: Sequence[float]) -> str:

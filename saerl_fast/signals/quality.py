@@ -79,7 +79,7 @@ def fit_quality(
     names = single if cfg.features is None else bank.names(cfg.features, "quality.features")
     names = [*names, *["answer"] * ("answer" in bank.kinds)]
     at = bank.fitted(known, seed)
-    metrics["note"] = _why_not(cfg, values[known])
+    metrics["note"] = why_not(cfg, values[known])
     if not metrics["note"]:
         made = bank.blocks([*names, *single], at)
         if not any(len(made[name].mean) for name in names):
@@ -123,8 +123,8 @@ def fit_quality(
     return QualityResult(scores.astype(np.float32), metrics, effects)
 
 
-def _why_not(cfg: QualityConfig, labels: np.ndarray) -> str | None:
-    """Why no probe can be fitted to these labels, or None."""
+def why_not(cfg: QualityConfig, labels: np.ndarray) -> str | None:
+    """Why no probe can be fitted to these labels (known ones, float64), or None."""
     if cfg.head == "none":
         return "quality.head is none: quality was not scored"
     if len(labels) < MIN_LABELS:

@@ -21,7 +21,7 @@ from saerl_fast.records.report import write_report
 from saerl_fast.records.runs import open_run
 from saerl_fast.records.stats import past
 from saerl_fast.rl.lora import check_targets
-from saerl_fast.session import Session, load_pools
+from saerl_fast.session import Session
 from saerl_fast.stages.console import Echo
 from saerl_fast.stages.fingerprint import changes, fingerprint, flat
 from saerl_fast.stages.made import (
@@ -35,7 +35,7 @@ from saerl_fast.stages.made import (
     set_aside,
 )
 from saerl_fast.stages.pipeline import find_scores, make_plan, open_session
-from saerl_fast.stages.preflight import UNRECORDED, check_functions, check_packages
+from saerl_fast.stages.preflight import UNRECORDED, check_functions, check_packages, unfiltered
 from saerl_fast.stages.train import train_stage
 
 
@@ -195,7 +195,7 @@ def confounded(base: Config, arm: Config, overrides: list[str]) -> dict[str, tup
 
 
 def _filters(config: Config) -> bool:
-    if config.quality.head == "none" or config.quality.label_column not in load_pools(config)[0].columns:
+    if unfiltered(config):
         return False
     static = get_schedule(config.plan.schedule)
     return config.plan.filter if config.plan.filter is not None else static is None or static.filtered

@@ -11,10 +11,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from saerl_fast.config import Config
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import check_writable, remove
+from saerl_fast.plan.build import NO_COLUMN
+from saerl_fast.prompts import layouts
 from saerl_fast.records.lock import NAME, vacant
+from saerl_fast.session import load_pools
+from saerl_fast.signals.quality import why_not
+from saerl_fast.signals.scores import label_columns
 from saerl_fast.stages.fingerprint import changes
 from saerl_fast.stages.made import finished, other_inputs, run_entry, run_sections
 
@@ -114,6 +121,21 @@ def check_functions(config: Config, *, planned: bool = False) -> None:
         )
     if config.plan.filter and config.quality.head == "none":
         raise SaerlError("plan.filter=true needs quality scores, and quality.head=none makes none; unset one")
+    if config.plan.filter and (why := unfiltered(config)):
+        raise SaerlError(
+            f"plan.filter=true needs quality scores, but {why}; name a column with labels in "
+            "quality.label_column, or set plan.filter=false"
+        )
+    for name in config.plan.adaptive.columns:
+        columns = load_pools(config)[0].columns
+        if not name.startswith("saerl_") and layouts.column(columns, name) is None:  # which scoring adds
+            raise SaerlError(NO_COLUMN.format(name, layouts.not_found(columns, name)))
+
+
+def unfiltered(config: Config) -> str | None:
+    """Why no quality can be scored from the labels of the pool, or None."""
+    labels = label_columns(load_pools(config)[0], config)[0]
+    return why_not(config.quality, labels[np.isfinite(labels)])
 
 
 def open_sae(source: str) -> SAE:
