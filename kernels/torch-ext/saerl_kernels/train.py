@@ -175,7 +175,7 @@ def _encode(
         kept = module.encode_topk(ranked, encoder, k)
     elif mode == "batch":
         gather = getattr(module, "gather_survivors", gather_survivors)
-        kept = batch_topk(ranked, encoder, k, gather)
+        kept = batch_topk(ranked, encoder, k, gather, getattr(module, "score_survivors", None))
     else:
         parts = [module.topk(scores, k) for _, scores in _torch.score_chunks(ranked, encoder)]
         kept = TopK(torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts]))
