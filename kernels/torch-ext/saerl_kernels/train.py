@@ -132,7 +132,7 @@ def _check(
         raise ValueError(f"dtype={dtype} is not supported; choose float32, bfloat16 or float16")
     if features is not None and (features.dim() != 1 or features.dtype not in (torch.int32, torch.int64)):
         raise ValueError(f"features must be integers [m], got {features.dtype} {tuple(features.shape)}")
-    if features is not None and features.device.type == "cpu" and not without_memory(features):
+    if features is not None and features.device.type == "cpu" and not without_memory(x, features):
         check_indices(features, d_sae, "features")
         if features.unique().numel() < features.numel():
             raise ValueError("features holds a feature twice; each may compete once (features.unique())")
