@@ -32,7 +32,7 @@ def encode_threshold(x: Tensor, encoder: PackedEncoder, threshold: Tensor) -> CS
     encoder = encoder.natural()
     limit = threshold.clamp(min=0.0).contiguous()
     parts = _above(x, encoder, limit)
-    return CSR.concat(_above_in_blocks(x, encoder, limit) if parts is None else parts)
+    return CSR.concat(above_in_blocks(x, encoder, limit) if parts is None else parts)
 
 
 @on_device
@@ -65,7 +65,7 @@ def _above(x: Tensor, encoder: PackedEncoder, limit: Tensor) -> Optional[List[CS
     return parts
 
 
-def _above_in_blocks(x: Tensor, encoder: PackedEncoder, limit: Tensor) -> List[CSR]:
+def above_in_blocks(x: Tensor, encoder: PackedEncoder, limit: Tensor) -> List[CSR]:
     """The same of torch's product, block by block."""
     d_sae = encoder.d_sae
     block = min(4096, triton.next_power_of_2(d_sae))
