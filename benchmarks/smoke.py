@@ -65,8 +65,12 @@ def launchers() -> dict[str, Callable[[], None]]:
         torch.testing.assert_close(found[0].centroids.cpu(), found[1].centroids, rtol=1e-5, atol=1e-6)
 
     def thresholds() -> None:
-        got = sk.encode_threshold(rows, encoders["float32"], threshold=20.0, backend="triton")
-        same(got[:3], sk.reference.encode_threshold(x, encoders["float32"].to("cpu"), threshold=20.0)[:3])
+        want = sk.reference.encode_threshold(x, encoders["float32"].to("cpu"), threshold=20.0)
+        for encoder in (encoders["float32"], encoders["bfloat16"]):  # on a GPU the second is one kernel
+            same(sk.encode_threshold(rows, encoder, threshold=20.0, backend="triton")[:3], want[:3])
+        plain = encoders["float32"].natural()
+        limit = torch.full((d_sae,), 20.0, device=DEVICE)
+        same(sk.CSR.concat(_triton.above.above_in_blocks(plain.prepare(rows), plain, limit))[:3], want[:3])
 
     def decoded() -> None:
         want = torch.zeros(n, d_sae).scatter_add_(1, kept.indices.long(), kept.values) @ W.t()

@@ -69,7 +69,7 @@ torch.empty = lambda *args, **kwargs: torch.zeros(*args, **kwargs)  # no kernel 
 
 from saerl_kernels import CSR, pack_encoder  # noqa: E402
 from saerl_kernels import _triton as launch  # noqa: E402
-from saerl_kernels._triton import kmeans, tune  # noqa: E402
+from saerl_kernels._triton import above, kmeans, tune  # noqa: E402
 
 
 def launchers():
@@ -89,6 +89,9 @@ def launchers():
     yield "chunked", lambda: launch.encode_topk(rows[wide], wide, 32, chunked)
     yield "chunked, k 1, 1 row, odd", lambda: launch.encode_topk(rows[odd][:1], odd, 1, chunked)
     yield "topk", lambda: launch.topk(torch.zeros(96, 4096), 32)
+    places, fused = torch.zeros(96 * 4096), tune.above_plan(ARCH)
+    for name, e, n in (("above", big, 96), ("above, 1 row, odd", odd, 1)):
+        yield name, lambda e=e, n=n: above.launch_above(rows[e][:n], e, torch.zeros(e.d_sae), places, fused)
     yield "threshold", lambda: launch.encode_threshold(rows[wide], wide, torch.zeros(4096))
     values, indices = torch.ones(96, 32), torch.zeros(96, 32, dtype=torch.int32)
     decoder = torch.zeros(4096, 256, dtype=half)

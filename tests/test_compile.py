@@ -22,7 +22,7 @@ import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from saerl_kernels._triton import chunked, codes, grads, groups, kmeans, pool, select, tune
+from saerl_kernels._triton import above, chunked, codes, grads, groups, kmeans, pool, select, tune
 
 sys.setrecursionlimit(10_000)
 arch = int(sys.argv[1])
@@ -39,6 +39,17 @@ def jobs():
         tile = dict(D=D, T=T, BM=plan.BM, BN=plan.BN, BK=plan.BK, BAND=plan.BAND)
         tile.update(TREE=plan.tree, UPCAST=False)
         yield f"score bf16 T={T} D={D}", groups._score_groups_kernel, GROUPS, tile, plan.warps, plan.stages
+    fused = dict({k: v for k, v in GROUPS.items() if k in ("x_ptr", "w_ptr", "bias_ptr")}, limit_ptr="*fp32")
+    fused.update(places_ptr="*fp32", words_ptr="*i32")
+    for D in (2048, 100):
+        plan = tune.above_plan(arch)
+        tile = dict(D=D, BM=plan.BM, BN=plan.BN, BK=plan.BK, BAND=plan.BAND, UPCAST=False)
+        yield f"score bf16 above D={D}", above._score_above_kernel, fused, tile, plan.warps, plan.stages
+    rows = dict(words_ptr="*i32", count_ptr="*i32")
+    yield "count bits", above._count_bits_kernel, rows, dict(BLOCK=2048, TILES=1), 4, 3
+    rows = dict(words_ptr="*i32", places_ptr="*fp32", indptr_ptr="*i64", columns_ptr="*i32")
+    rows.update(values_ptr="*fp32")
+    yield "place bits", above._place_bits_kernel, rows, dict(BLOCK=1024, TILES=64), 4, 3
     plan = tune.gpu_plan(32, 3, arch)
     tile = dict(D=768, T=3, BM=plan.BM, BN=plan.BN, BK=plan.BK, BAND=plan.BAND)
     tile.update(TREE=plan.tree, UPCAST=False)

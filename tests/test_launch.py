@@ -13,6 +13,7 @@ import torch
 
 import saerl_kernels as sk
 from saerl_kernels import _triton as triton_backend
+from saerl_kernels._triton import device
 from tests.encoders import assert_equal, integers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +63,7 @@ def refusing(monkeypatch):
         return real(x, encoder, k, plan)
 
     monkeypatch.setattr(triton_backend, "_run", run)
-    monkeypatch.setattr(triton_backend, "_refused", set())
+    monkeypatch.setattr(device, "_refused", set())
     return tried, refused
 
 

@@ -148,6 +148,23 @@ def test_other_layouts_are_refused(kind):
             OPS[op](rows)
 
 
+def test_complex_tensors_are_refused_rather_than_halved():
+    z = {size: torch.ones(size, dtype=torch.complex64) for size in (8, 40)}
+    for call in (
+        lambda: sk.pack_encoder(W, z[40]),
+        lambda: sk.pack_encoder(W, b, b_dec=z[8]),
+        lambda: sk.pack_encoder(W, b, threshold=z[40]),
+        lambda: sk.encode_threshold(x, ENCODER, threshold=z[40]),
+        lambda: sk.topk(x.cfloat(), 2),
+        lambda: sk.encode_topk_train(x, W, z[40], 3),
+        lambda: sk.encode_topk_train(x, W, b, 3, b_dec=z[8]),
+        lambda: sk.sparse_decode(*KEPT, D, z[8]),
+        lambda: sk.encode_topk(x.cfloat(), ENCODER, 3),
+    ):
+        with pytest.raises(ValueError, match="is complex; give|must be floating point"):
+            call()
+
+
 def test_negative_views_and_subclasses():
     rows = torch.view_as_complex(torch.randn(4, 8, 2)).conj().imag  # torch negates it lazily
     assert rows.is_neg()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Tuple
+from typing import Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ BINS = 1 << 15  # of the upper 16 bits of a non-negative float32
 FIRST_ROWS = 64
 
 Gather = Callable[[Tensor, int], Tuple[Tensor, Tensor]]
+Score = Callable[[Tensor, PackedEncoder, int], Optional[Tuple[Tensor, Tensor]]]
 
 
 def gather_survivors(scores: Tensor, edge: int) -> Tuple[Tensor, Tensor]:
@@ -25,7 +26,13 @@ def gather_survivors(scores: Tensor, edge: int) -> Tuple[Tensor, Tensor]:
     return found, bits[found]
 
 
-def batch_topk(x: Tensor, encoder: PackedEncoder, count: int, gather: Gather = gather_survivors) -> TopK:
+def batch_topk(
+    x: Tensor,
+    encoder: PackedEncoder,
+    count: int,
+    gather: Gather = gather_survivors,
+    score: Optional[Score] = None,
+) -> TopK:
     """The ``count`` largest positive activations of ``x`` [n, d_in] as ``PackedEncoder.prepare`` returns it.
 
     A row holds what it won, padded with 0.0 at feature 0 to the longest row (at least 1). Equal values: the
@@ -34,20 +41,24 @@ def batch_topk(x: Tensor, encoder: PackedEncoder, count: int, gather: Gather = g
     Rows are scored block by block. A histogram of the survivors' upper bits says which bin holds the count-th
     largest activation so far; what lies below that bin can not be among the final ones and is dropped, so
     each block adds about ``count`` entries at most. The last bin is ranked exactly. Waits for the device
-    twice a block.
+    twice a block. ``score`` multiplies and gathers in one, and so without the scores.
     """
     encoder = encoder.natural()
     n, d_sae, device = x.shape[0], encoder.d_sae, x.device
     limit = max(1, (CPU_CHUNK if device.type == "cpu" else GPU_CHUNK) // d_sae)
     size = min(limit, n, max(FIRST_ROWS, 2 * count // d_sae))
-    block = torch.empty((min(limit, n), d_sae), dtype=torch.float32, device=device)
+    block: Optional[Tensor] = None
     histogram = torch.zeros(BINS, dtype=torch.int64, device=device)
     places, ranks = histogram[:0], histogram[:0].int()
     edge, start = 1, 0
     while start < n:
         part = x[start : start + size]
-        scores = linear(part, encoder.weight, encoder.bias, block[: part.shape[0]])
-        place, rank = gather(scores, edge)
+        found = None if score is None else score(part, encoder, edge)
+        if found is None:
+            if block is None:
+                block = torch.empty((min(limit, n), d_sae), dtype=torch.float32, device=device)
+            found = gather(linear(part, encoder.weight, encoder.bias, block[: part.shape[0]]), edge)
+        place, rank = found
         histogram += torch.bincount(rank >> 16, minlength=BINS)
         reached = histogram.flip(0).cumsum(0)
         edge = max(1, (BINS - 1 - int((reached < count).sum())) << 16)

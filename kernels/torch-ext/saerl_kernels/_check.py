@@ -146,6 +146,7 @@ def check_threshold(encoder: PackedEncoder, threshold: Union[Tensor, float, None
         if encoder.threshold is None:
             raise ValueError("the encoder has no threshold; pass threshold= here or to pack_encoder")
         return encoder.threshold
+    need_tensors(threshold=threshold if isinstance(threshold, Tensor) else None)
     limit = torch.as_tensor(threshold, dtype=torch.float32, device=encoder.device).detach()
     if limit.dim() > 0 and limit.shape != (encoder.d_sae,):
         raise ValueError(f"threshold has shape {tuple(limit.shape)}, expected ({encoder.d_sae},)")

@@ -104,6 +104,8 @@ def _check_parts(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Optional
         raise ValueError(f"values must be floating point, got {values.dtype}")
     if indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"indices must be integers, int32 or int64, got {indices.dtype}")
+    if b_dec is not None and b_dec.is_complex():
+        raise ValueError(f"b_dec must be floating point, got {b_dec.dtype}")
     if b_dec is not None and b_dec.shape != W_dec.shape[1:]:
         raise ValueError(f"b_dec has shape {tuple(b_dec.shape)}, expected ({W_dec.shape[1]},)")
     devices = {"values": values.device, "indices": indices.device, "W_dec": W_dec.device}

@@ -15,7 +15,13 @@ from .types import CSR, TopK, need_tensors, without_memory
 
 
 def encode_topk(
-    x: Tensor, encoder: PackedEncoder, k: int, *, backend: str = "auto", check: bool = False
+    x: Tensor,
+    encoder: PackedEncoder,
+    k: int,
+    *,
+    backend: str = "auto",
+    check: bool = False,
+    batch_invariant: bool = False,
 ) -> TopK:
     """The exact top-k of ReLU(pre-activations), ranked in float32.
 
@@ -26,6 +32,8 @@ def encode_topk(
         k: 1 .. d_sae; above 1024 a GPU runs torch's top-k, which waits for the device.
         backend: "auto", "triton", "torch", "numba" or "reference" (see ``dispatch.resolve``).
         check: raise ValueError when x is not finite; costs a pass and a synchronisation.
+        batch_invariant: a row's result is the same to the bit whatever rows it comes with. numba and Triton
+            only, outside torch.compile, without a run-time normalisation, on a GPU k up to 1024.
 
     Returns values float32 [..., k], descending, and indices int32 [..., k] in the original numbering. Equal
     values are ordered by index. NaN pre-activations count as 0, +inf ranks first; a row with fewer than k
@@ -39,6 +47,9 @@ def encode_topk(
     if check:
         check_finite(x)
     shape = (*x.shape[:-1], k)
+    if batch_invariant:
+        values, indices = _invariant(x, encoder, k, backend)
+        return TopK(values.reshape(shape), indices.reshape(shape))
     if without_memory(x, encoder.weight):  # the backend is then chosen at run time, inside the op
         rows = encoder.prepare(x)
         op = encode_rows_waiting if waits(k, backend) else encode_rows
@@ -54,6 +65,24 @@ def encode_topk(
     if len(shape) == 2:
         return kept
     return TopK(kept.values.reshape(shape), kept.indices.reshape(shape))
+
+
+def _invariant(x: Tensor, encoder: PackedEncoder, k: int, backend: str) -> TopK:
+    if without_memory(x, encoder.weight):
+        raise ValueError("batch_invariant=True runs on real tensors only; call it outside torch.compile")
+    if encoder.normalize_activations != "none":
+        raise ValueError(
+            f"batch_invariant=True can not promise the bits of {encoder.normalize_activations}; "
+            "normalise x yourself and pack without it"
+        )
+    name = resolve(backend, encoder.device)
+    own = None if name == "reference" else getattr(implementation(name), "encode_topk_invariant", None)
+    if own is None:
+        raise ValueError(
+            f"backend {name!r} has no batch-invariant encoder; use 'numba' on a CPU or 'triton' on a GPU"
+        )
+    rows = encoder.prepare(x)
+    return own(rows, encoder, k) if rows.shape[0] else TopK.empty((0, k), x.device)
 
 
 def encode_threshold(

@@ -241,6 +241,7 @@ def pack_encoder(
             bias[start:stop] -= weight[start:stop].double() @ shift
     packed_threshold = None
     if threshold is not None:
+        need_tensors(threshold=threshold if isinstance(threshold, Tensor) else None)
         limit = torch.as_tensor(threshold, dtype=torch.float32, device=device).detach()
         if limit.dim() > 0:
             _check_shape("threshold", limit, (d_sae,))
@@ -252,7 +253,8 @@ def pack_encoder(
 def written(*tensors: Optional[Tensor]) -> tuple:
     """Changes when one of ``tensors`` has been written to in place, for what is derived from them and kept.
 
-    Writes through ``.data``, and tensors made in inference mode, count no versions; other memory is noticed.
+    Writes through ``.data`` or NumPy views, and tensors made in inference mode, count no versions: there pack
+    again. Other memory is noticed.
     """
     given = [tensor for tensor in tensors if tensor is not None]
     return tuple((0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in given)

@@ -28,6 +28,7 @@ def encode_pool(
     weights: Optional[Tensor] = None,
     backend: str = "auto",
     check: bool = False,
+    batch_invariant: bool = False,
 ) -> CSR:
     """Encode every token and reduce over each sequence.
 
@@ -50,6 +51,7 @@ def encode_pool(
         weights: floating point [n_tokens], finite and not negative, taken as float32. Weight 0 is like mask
             False.
         check: raise ValueError when x is not finite; costs a pass and a synchronisation.
+        batch_invariant: as in ``encode_topk``; needs k.
 
     Returns CSR [n_seq, d_sae] float32, positive entries only; a sequence of which no token is left is an
     empty row. Totals are float64, added up in token order and rounded once (a positive one never to 0),
@@ -59,13 +61,13 @@ def encode_pool(
     Raises ValueError for offsets that do not start with 0, end with n_tokens and never fall; for a mask or
     weights of another length or kind; for shapes, devices or a k that do not fit.
     """
-    if resolve(backend, encoder.device) == "reference":
+    if resolve(backend, encoder.device) == "reference" and not batch_invariant:
         if k is not None:
             check_k(k, encoder.d_sae)
         if check:
             check_finite(x)
         return reference.encode_pool(x, offsets, encoder, k, reduce, mask=mask, weights=weights)
-    stream = PoolStream(encoder, k, reduce, backend=backend, check=check)
+    stream = PoolStream(encoder, k, reduce, backend=backend, check=check, batch_invariant=batch_invariant)
     stream.add(x, offsets, mask=mask, weights=weights)
     return stream.finish()
 
@@ -76,6 +78,7 @@ class PoolStream:
     The same codes give the same bits wherever they are cut: totals are added up in token order. The codes
     themselves may differ in the last bits, since a matrix product may sum a row in another order when it
     comes with other rows: features of nearly equal value may swap places, and sums differ by that rounding.
+    With ``batch_invariant=True`` they do not: the result is the same to the bit wherever the tokens are cut.
 
         stream = PoolStream(encoder, k=64, reduce="mean")
         for hidden, offsets in batches:  # whole sequences
@@ -96,12 +99,16 @@ class PoolStream:
         *,
         backend: str = "auto",
         check: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         check_reduce(reduce)
         if k is not None:
             check_k(k, encoder.d_sae)
         elif encoder.threshold is None:
             raise ValueError("the encoder has no threshold; pass k, or threshold= to pack_encoder")
+        if batch_invariant and k is None:
+            raise ValueError("batch_invariant=True needs k; a threshold's product depends on the batch")
+        self.batch_invariant = batch_invariant
         self.encoder, self.k, self.reduce, self.check = encoder, k, reduce, check
         self.backend = resolve(backend, encoder.device)
         self._how = REDUCES[reduce]
@@ -173,7 +180,9 @@ class PoolStream:
         if self.k is None:
             codes = encode_threshold(x, self.encoder, backend=self.backend)
         else:
-            kept = encode_topk(x, self.encoder, self.k, backend=self.backend)
+            kept = encode_topk(
+                x, self.encoder, self.k, backend=self.backend, batch_invariant=self.batch_invariant
+            )
             starts = torch.arange(x.shape[0] + 1, device=x.device) * self.k
             codes = CSR(starts, kept.indices.reshape(-1), kept.values.reshape(-1), self.encoder.d_sae)
         pool = implementation("torch" if self.backend == "reference" else self.backend).pool_codes

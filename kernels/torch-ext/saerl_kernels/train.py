@@ -132,7 +132,7 @@ def _check(
         raise ValueError(f"dtype={dtype} is not supported; choose float32, bfloat16 or float16")
     if features is not None and (features.dim() != 1 or features.dtype not in (torch.int32, torch.int64)):
         raise ValueError(f"features must be integers [m], got {features.dtype} {tuple(features.shape)}")
-    if features is not None and features.device.type == "cpu" and not without_memory(features):
+    if features is not None and features.device.type == "cpu" and not without_memory(x, features):
         check_indices(features, d_sae, "features")
         if features.unique().numel() < features.numel():
             raise ValueError("features holds a feature twice; each may compete once (features.unique())")
@@ -175,7 +175,7 @@ def _encode(
         kept = module.encode_topk(ranked, encoder, k)
     elif mode == "batch":
         gather = getattr(module, "gather_survivors", gather_survivors)
-        kept = batch_topk(ranked, encoder, k, gather)
+        kept = batch_topk(ranked, encoder, k, gather, getattr(module, "score_survivors", None))
     else:
         parts = [module.topk(scores, k) for _, scores in _torch.score_chunks(ranked, encoder)]
         kept = TopK(torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts]))

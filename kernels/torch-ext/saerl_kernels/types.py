@@ -196,6 +196,8 @@ def need_tensors(**given: Any) -> None:
         if value.is_nested or value.layout != torch.strided:
             kind = "nested" if value.is_nested else str(value.layout).split(".")[-1]
             raise ValueError(f"{name} is a {kind} tensor; give a dense one, such as {name}.to_dense()")
+        if value.is_complex():  # a cast would drop the imaginary part
+            raise ValueError(f"{name} is complex; give {name}.real or another floating-point tensor")
         if compiling:
             if maybe_current_level() is not None:  # which tensors are inside can not be asked here
                 raise NotImplementedError(f"{name} {TRANSFORMED}")

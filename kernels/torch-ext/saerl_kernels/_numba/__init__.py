@@ -15,12 +15,14 @@ from ..types import CSR, TopK, _indptr
 from . import decode, screen, select
 from .batch import above, gather_survivors
 from .grads import value_grads, weight_grads
+from .invariant import encode_topk_invariant
 from .threads import run
 
 __all__ = [
     "decode_csr",
     "encode_threshold",
     "encode_topk",
+    "encode_topk_invariant",
     "gather_survivors",
     "pool_codes",
     "sparse_decode",

@@ -104,10 +104,10 @@ def _halves(wide: Tensor) -> Any:
     norms, rests = np.empty(n, dtype=np.float32), np.zeros(n, dtype=np.float32)
     if wide.dtype == torch.bfloat16:
         half = wide.detach()
-        run(screen_rows.half_norms, n, _bits(half), norms)
+        run(screen_rows.half_norms, n, bits_of(half), norms)
     else:
         half = _memory(n, d)
-        run(screen_rows.halve_rows, n, wide.detach().numpy(), _bits(half), norms, rests)
+        run(screen_rows.halve_rows, n, wide.detach().numpy(), bits_of(half), norms, rests)
     slack = np.float32(d**0.5 * 2.0**-63)
     return half, norms * np.float32(1.01) + slack, rests * np.float32(1.01) + slack
 
@@ -117,7 +117,7 @@ def _memory(*shape: int) -> Tensor:
     return torch.from_numpy(np.empty(shape, dtype=np.int16)).view(torch.bfloat16)
 
 
-def _bits(half: Tensor) -> np.ndarray:
+def bits_of(half: Tensor) -> np.ndarray:
     return half.view(torch.int16).numpy().view(np.uint16)
 
 
@@ -157,7 +157,7 @@ def _encode_band(
         margin = np.ascontiguousarray(screen.margin[:, left:right])
         lanes = select.lanes_for(2 * k, right - left) if left == 0 else 0
         run(
-            screen_rows.screen_rows, n, _bits(block), left, margin, rests, norms, np.float32(OUT_ROUNDING),
+            screen_rows.screen_rows, n, bits_of(block), left, margin, rests, norms, np.float32(OUT_ROUNDING),
             low, high, columns, counts, limits, k, lanes, right == d_sae,
         )  # fmt: skip
     open_rows = np.flatnonzero(counts < 0)
@@ -168,7 +168,7 @@ def _encode_band(
     wide = x.float().numpy()
     entries = (encoder.bias.numpy(), starts, rows, slots, low)  # the lower bounds give way to the scores
     if encoder.dtype == torch.bfloat16:
-        run(screen_rows.score_half, d_sae, wide, _bits(screen.half), *entries)
+        run(screen_rows.score_half, d_sae, wide, bits_of(screen.half), *entries)
     else:
         run(screen_rows.score_wide, d_sae, wide, encoder.weight.numpy(), *entries)
     keys = np.empty((n, room), dtype=np.int64)

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Optional, Set, Tuple
+from typing import Optional, Tuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources, PTXASError
 
 from .. import _torch
 from ..dispatch import interpreting
 from ..library import LARGEST_K
 from ..pack import PackedEncoder
-from ..types import CSR, TopK, _indptr
+from ..types import TopK
+from .above import encode_threshold, score_survivors
 from .chunked import launch_chunked
-from .codes import _count_above_kernel, _decode_kernel, _place_above_kernel
-from .device import on_device
+from .codes import _decode_kernel
+from .device import on_device, tried
 from .grads import value_grads, weight_grads
 from .groups import GROUP, _reopen_kernel, _score_groups_kernel
 from .pool import pool_codes
 from .select import _order_kernel, _pad_kernel, _select_kernel
-from .tune import Plan, chunked_plan, plan_encode
+from .tune import Plan, chunked_plan, fewest_kept, groups_plan, plan_encode
 
 __all__ = [
     "decode_csr",
     "encode_threshold",
     "encode_topk",
+    "encode_topk_invariant",
     "pool_codes",
+    "score_survivors",
     "sparse_decode",
     "topk",
     "value_grads",
@@ -39,9 +39,6 @@ __all__ = [
 
 SCRATCH = 1 << 28  # bytes of group maxima held at once
 TILE = 16384  # candidates a program ranks in registers
-# Raised before a kernel runs. An error of the device is none of them: it stays, and nothing may hide it.
-LAUNCH_ERRORS = (OutOfResources, PTXASError, CompilationError)
-_refused: Set[Tuple] = set()
 
 
 @on_device
@@ -56,16 +53,18 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, plan: Optional[Plan] 
     if plan is not None:
         return _run(x, encoder, k, plan)
     for plan in (plan_encode(x.shape[0], encoder, k), chunked_plan(x.shape[0], encoder.d_sae)):
-        key = (x.device, x.dtype, encoder.d_in, k, plan)
-        if key in _refused:
-            continue
-        try:
-            return _run(x, encoder, k, plan)
-        except LAUNCH_ERRORS as err:
-            _refused.add(key)
-            name = f"{type(err).__name__}: {err}".partition("\n")[0][:200]
-            warnings.warn(f"{plan} does not launch ({name}); a slower one runs", stacklevel=2)
+        kept = tried((x.device, x.dtype, encoder.d_in, k, plan), plan, _run, x, encoder, k, plan)
+        if kept is not None:
+            return kept
     return _torch.encode_topk(x, encoder, k)
+
+
+@on_device
+def encode_topk_invariant(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
+    """One plan for any number of rows: a tile sums every score in the same order. It launches or raises."""
+    if k > LARGEST_K:
+        raise ValueError(f"k={k} is above {LARGEST_K}, where no kernel is batch-invariant; use a smaller k")
+    return _run(x, encoder, k, groups_plan(encoder, fewest_kept(encoder.d_sae, k) or 4))
 
 
 def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
@@ -227,28 +226,6 @@ def _width(k: int) -> int:
 def _numbers(encoder: PackedEncoder) -> Tensor:
     """The permutation, or any int32 tensor where there is none (the kernel then does not read it)."""
     return encoder.bias if encoder.permutation is None else encoder.permutation
-
-
-@on_device
-def encode_threshold(x: Tensor, encoder: PackedEncoder, threshold: Tensor) -> CSR:
-    """``x`` [n, d_in] prepared; ``threshold`` float32 [d_sae] in the original numbering."""
-    encoder = encoder.natural()
-    limit = threshold.clamp(min=0.0).contiguous()
-    d_sae = encoder.d_sae
-    block = min(4096, triton.next_power_of_2(d_sae))
-    shape = {"BLOCK": block, "TILES": triton.cdiv(d_sae, block)}
-    parts = []
-    for _, scores in _torch.score_chunks(x, encoder):
-        n = scores.shape[0]
-        counts = torch.empty(n, dtype=torch.int32, device=x.device)
-        _count_above_kernel[(n,)](scores, limit, counts, d_sae, **shape)
-        indptr = _indptr(counts)
-        nnz = int(indptr[-1])
-        columns = torch.empty(nnz, dtype=torch.int32, device=x.device)
-        values = torch.empty(nnz, dtype=torch.float32, device=x.device)
-        _place_above_kernel[(n,)](scores, limit, indptr, columns, values, d_sae, **shape)
-        parts.append(CSR(indptr, columns, values, d_sae))
-    return CSR.concat(parts)
 
 
 @on_device

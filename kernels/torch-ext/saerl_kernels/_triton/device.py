@@ -1,13 +1,19 @@
-"""Launching on the device of the tensors."""
+"""Launching on the device of the tensors, and what happens where a plan does not launch."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, TypeVar, cast
+import warnings
+from typing import Any, Callable, Set, Tuple, TypeVar, cast
 
 import torch
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
+# Raised before a kernel runs. An error of the device is none of them: it stays, and nothing may hide it.
+LAUNCH_ERRORS = (OutOfResources, PTXASError, CompilationError)
+_refused: Set[Tuple] = set()
 
 
 def on_device(launcher: Launcher) -> Launcher:
@@ -24,3 +30,16 @@ def on_device(launcher: Launcher) -> Launcher:
             return launcher(first, *args, **kwargs)
 
     return cast(Launcher, run)
+
+
+def tried(key: Tuple, plan: Any, call: Callable[..., Any], *args: Any) -> Any:
+    """``call(*args)``; None where ``plan`` does not launch, which a warning says once for a ``key``."""
+    if key in _refused:
+        return None
+    try:
+        return call(*args)
+    except LAUNCH_ERRORS as err:
+        _refused.add(key)
+        name = f"{type(err).__name__}: {err}".partition("\n")[0][:200]
+        warnings.warn(f"{plan} does not launch ({name}); a slower one runs", stacklevel=3)
+        return None

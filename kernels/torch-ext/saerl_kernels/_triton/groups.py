@@ -64,27 +64,21 @@ def _pick(x, where, ROWS: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _score_groups_kernel(
+def tile_scores(
     x_ptr,  # [N, D]
     w_ptr,  # [F, D]
     bias_ptr,  # float32 [F]
-    bits_ptr,  # int32 [N, T, G]: the T largest activations of each group, descending, as float bits
-    place_ptr,  # int8 [N, T, G]: their positions in the group
     N,
     F,
-    G,
-    HIGH,
     D: tl.constexpr,
-    T: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BAND: tl.constexpr,
-    TREE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    """This program's scores float32 [BM, BN] (-inf in columns past F), its rows, columns and column block."""
     tl.static_assert(BN % 128 == 0)
-    tl.static_assert(T <= 4)
     # Tiles go down bands of BAND row blocks, so that a wave's x and w tiles are shared through L2.
     tile = tl.program_id(0)
     n_rows, n_cols = tl.cdiv(N, BM), tl.cdiv(F, BN)
@@ -117,12 +111,40 @@ def _score_groups_kernel(
         acc = tl.dot(x, w, acc, input_precision="ieee")
         x_at += BK
         w_at += BK
+    return acc, rows, cols, col_block
 
+
+@triton.jit
+def by_group(x, BM: tl.constexpr, BN: tl.constexpr):
+    """``x`` [BM, BN] as [BM, BN // 32, 32]: the groups, and the positions of ``group_column`` in each."""
+    x = tl.reshape(x, (BM, BN // 128, 16, 4, 2))
+    return tl.reshape(tl.permute(x, (0, 1, 3, 2, 4)), (BM, BN // 32, 32))
+
+
+@triton.jit
+def _score_groups_kernel(
+    x_ptr,  # [N, D]
+    w_ptr,  # [F, D]
+    bias_ptr,  # float32 [F]
+    bits_ptr,  # int32 [N, T, G]: the T largest activations of each group, descending, as float bits
+    place_ptr,  # int8 [N, T, G]: their positions in the group
+    N,
+    F,
+    G,
+    HIGH,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BAND: tl.constexpr,
+    TREE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    tl.static_assert(T <= 4)
+    acc, rows, cols, col_block = tile_scores(x_ptr, w_ptr, bias_ptr, N, F, D, BM, BN, BK, BAND, UPCAST)
     acc = tl.where(acc > 0.0, acc, 0.0)  # NaN becomes 0 as well
-    bits = acc.to(tl.int32, bitcast=True)
-    bits = tl.reshape(bits, (BM, BN // 128, 16, 4, 2))
-    bits = tl.permute(bits, (0, 1, 3, 2, 4))
-    bits = tl.reshape(bits, (BM, BN // 32, 32))
+    bits = by_group(acc.to(tl.int32, bitcast=True), BM, BN)
     place = tl.arange(0, 32)[None, None, :]
     groups = col_block * (BN // 32) + tl.arange(0, BN // 32)
     out = rows.to(tl.int64)[:, None] * (T * G) + groups[None, :]

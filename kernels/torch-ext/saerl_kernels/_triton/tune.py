@@ -20,7 +20,7 @@ TABLE = os.path.join(os.path.dirname(__file__), "tuned.json")
 class Plan(NamedTuple):
     """How ``encode_topk`` runs."""
 
-    algorithm: str  # "groups" or "chunked"
+    algorithm: str  # "groups" or "chunked"; "above" of a threshold encoder
     T: int = 3  # groups: entries kept per group
     BM: int = 128  # groups: rows and columns of a tile; chunked: of a block of scores, held in L2
     BN: int = 256
@@ -47,18 +47,43 @@ def plan_encode(n: int, encoder: PackedEncoder, k: int) -> Plan:
     The heuristic: groups need few winners per group, so past one re-opened group in two rows, and for
     float32 weights, which have no tensor cores, the chunked path does less work.
     """
+    T = fewest_kept(encoder.d_sae, k)
     if interpreting():
-        T = fewest_kept(encoder.d_sae, k)
-        return Plan("groups", T, BM=16, BN=128, BK=32, warps=4) if T else chunked_plan(n, encoder.d_sae)
+        return groups_plan(encoder, T) if T else chunked_plan(n, encoder.d_sae)
     bits = encoder.weight.element_size() * 8
     plan = tuned(torch.cuda.get_device_name(encoder.device), bits, encoder.d_in, encoder.d_sae, k, n)
     if plan is not None:
         return plan
-    T = fewest_kept(encoder.d_sae, k)
-    if T == 0 or bits == 32:
-        return chunked_plan(n, encoder.d_sae)
+    return groups_plan(encoder, T) if T and bits < 32 else chunked_plan(n, encoder.d_sae)
+
+
+def groups_plan(encoder: PackedEncoder, T: int) -> Plan:
+    """The groups' tile of this device, for any number of rows: no row's bits depend on the others."""
+    if interpreting():
+        return Plan("groups", T, BM=16, BN=128, BK=32, warps=4)
     major, minor = torch.cuda.get_device_capability(encoder.device)
-    return gpu_plan(bits, T, major * 10 + minor)
+    return gpu_plan(encoder.weight.element_size() * 8, T, major * 10 + minor)
+
+
+def plan_above(encoder: PackedEncoder) -> Optional[Plan]:
+    """The tile of a threshold encoder whose product and threshold are one kernel; None: torch's product.
+
+    None for float32 weights, which have no tensor cores: there cuBLAS is the faster, as in ``plan_encode``.
+    Tiles of 256 columns spill (NOTES.md).
+    """
+    if encoder.d_sae >= 1 << 24:  # offsets inside a tile of 128 rows would pass 2^31
+        return None
+    if interpreting():
+        return Plan("above", BM=16, BN=128, BK=32, warps=4)
+    bits = encoder.weight.element_size() * 8
+    if bits == 32:
+        return None
+    major, minor = torch.cuda.get_device_capability(encoder.device)
+    return above_plan(major * 10 + minor)
+
+
+def above_plan(arch: int) -> Plan:
+    return gpu_plan(16, 3, arch)._replace(algorithm="above", BN=128)
 
 
 def fewest_kept(d_sae: int, k: int) -> int:
