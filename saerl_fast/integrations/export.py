@@ -53,7 +53,10 @@ def export(
 
     run_dir, folder = Path(run_dir), Path(folder)
     if to not in CONSUMERS:
-        raise SaerlError(f"--to {to} is unknown; choose one of {', '.join(CONSUMERS)}")
+        raise SaerlError(
+            f"--to {to} is unknown; choose one of {', '.join(CONSUMERS)} (Ray reads parquet, prime-rl takes "
+            "no file: see integrations.prime_rl)"
+        )
     if folder.exists() and (not folder.is_dir() or not vacant(folder)):
         raise SaerlError(f"{folder} exists and is not an empty folder; name a new one")
     scores = Scores.load(run_dir)
