@@ -192,7 +192,7 @@ def test_the_demo_trains(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     lines = (tmp_path / "adaptive" / "metrics.jsonl").read_text().splitlines()

