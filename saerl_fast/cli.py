@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("folder", help="new folder to write")
     export.add_argument("--to", default="parquet", metavar="NAME", help="parquet (also Ray), trl or verl")
     export.add_argument("--plan", metavar="FILE", help="this plan.json instead")
-    export.add_argument("--reward", default="exact", metavar="A,B", help="verl: as train.reward")
+    export.add_argument("--reward", metavar="A,B", help="verl: as train.reward, by default exact")
     export.add_argument("--push-to-hub", metavar="NAME", help="upload it as this dataset, user/name")
     export.add_argument("--private", action="store_true", help="a new dataset is not public")
     settings = commands.add_parser(
@@ -168,7 +168,10 @@ def run(args: argparse.Namespace) -> None:
             check_share(args.push_to_hub)
         elif args.private:
             raise SaerlError("--private is said of an upload; add --push-to-hub NAME")
-        for path in export(args.run, args.folder, args.to, plan=args.plan, reward=args.reward.split(",")):
+        reward = (args.reward or "exact").split(",")
+        if args.reward and args.to != "verl":
+            raise SaerlError(f"--to {args.to} takes no reward, its trainer has its own; leave --reward out")
+        for path in export(args.run, args.folder, args.to, plan=args.plan, reward=reward):
             _say(f"wrote {path}")
         if args.push_to_hub is not None:
             _say(f"uploaded to {share(args.folder, args.push_to_hub, private=args.private)}")

@@ -97,6 +97,7 @@ def test_what_cannot_be_exported_is_one_sentence(scored, tmp_path, capsys):
     assert "choose one of parquet, trl, verl" in said(str(run), out, "--to", "skyrl")
     assert "plan.json does not exist; make it with `saerl plan`" in said(str(run), out, "--to", "trl")
     assert "make it with `saerl score`" in said(str(tmp_path / "none"), out)
+    assert "--to trl takes no reward" in said(str(run), out, "--to", "trl", "--reward", "exact")
     plan("adaptive")
     assert "chooses by pass rates, which a file cannot" in said(str(run), out, "--to", "verl")
     assert not (tmp_path / "out").exists()

@@ -108,7 +108,9 @@ def test_rollouts_of_the_current_weights(vllm: type[LLM]) -> None:
 def test_features_take_a_prefill_of_their_own(vllm: type[LLM]) -> None:
     model, cfg = tiny_model(), RolloutConfig(group_size=2, max_new_tokens=3)
     capture = FeatureCapture(model, sae_for(32, hook_layer=1))
-    made = VllmEngine(model, cfg).generate(model, TOKENIZER, PROMPTS, cfg, capture=capture)
+    engine = VllmEngine(model, cfg)
+    engine.observes = False  # as where its layers are compiled
+    made = engine.generate(model, TOKENIZER, PROMPTS, cfg, capture=capture)
     with capture:
         for prompt in PROMPTS:
             model(torch.tensor([prompt]))

@@ -18,6 +18,8 @@ from saerl_fast.models import load_model
 from saerl_fast.rl.logprobs import completion_logprobs
 from saerl_fast.rl.lora import add_adapters
 from saerl_fast.rl.vllm import BATCH, VllmEngine
+from saerl_fast.sae.capture import FeatureCapture
+from tests.test_capture import sae_for
 
 pytest.importorskip(
     "vllm", reason="vLLM is not installed; make test-vllm installs it into its own environment"
@@ -89,6 +91,59 @@ def test_more_tokens_of_prompts_than_a_step_takes(demo: Loaded) -> None:
     assert float((made.logprobs[made.completion_mask] - wanted).abs().mean()) < 1e-4
 
 
+class Watched(FeatureCapture):
+    """Counts the forward passes that are made for features, and keeps the hidden states pooled."""
+
+    passes = 0
+    seen: list[Any] = []
+
+    def __enter__(self) -> Any:
+        self.passes += 1
+        return super().__enter__()
+
+    def pool(self, x: Any, offsets: Any, rows: Any) -> Any:
+        self.seen.append((x, offsets))
+        return super().pool(x, offsets, rows)
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_features_come_from_the_engines_own_prefill(demo: Loaded, layer: int) -> None:
+    """Also of prompts that share their beginnings, with each other and with those of the call before."""
+    long = demo.tokenizer("12 + 5 and 3 * 7 " * 6).input_ids
+    prompts = [*demo.prompts, long, [*long[:40], 5, 6, 7], long[:60]]
+    sae = sae_for(demo.model.config.hidden_size, hook_layer=layer)
+    capture = Watched(demo.model, sae, "max", layer=layer)
+    for seed in range(2):
+        shake(demo.model, seed)
+        for _ in range(2):  # the second time without a sync
+            capture.seen = []
+            made = demo.engine.generate(demo.model, demo.tokenizer, prompts, SIZES, capture=capture)
+            ((x, offsets),) = capture.seen
+            assert capture.passes == 0 and offsets.tolist()[-1] == sum(map(len, prompts)) == len(x)
+            for i, prompt in enumerate(prompts):
+                with torch.no_grad():
+                    states = demo.model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
+                wanted, found = states[layer][0], x[offsets[i] : offsets[i + 1]]
+                assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+            assert made.features.n_rows == len(prompts)
+
+
+def test_hidden_states_that_are_others_are_not_taken(demo: Loaded, monkeypatch: Any, caplog: Any) -> None:
+    from saerl_fast.rl.prefill import Prefill
+
+    seen = Prefill.rows
+    monkeypatch.setattr(Prefill, "rows", lambda self, prompts: seen(self, prompts) * 1.01)
+    capture = Watched(demo.model, sae_for(demo.model.config.hidden_size, hook_layer=2), layer=2)
+    shake(demo.model, 9)
+    try:
+        for passes in (1, 2):
+            demo.engine.generate(demo.model, demo.tokenizer, demo.prompts, SIZES, capture=capture)
+            assert capture.passes == passes
+        assert [m for m in caplog.messages if "off by 0.01 of their norm" in m] == caplog.messages[-1:]
+    finally:
+        demo.engine.observes = True
+
+
 def test_an_output_layer_that_was_left_behind_is_noticed(demo: Loaded, monkeypatch: Any) -> None:
     """Reloading alone leaves a tied output layer as it was packed at the start."""
     runner = demo.engine.llm.llm_engine.model_executor.driver_worker.model_runner
@@ -137,7 +192,7 @@ def test_the_demo_trains(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     lines = (tmp_path / "adaptive" / "metrics.jsonl").read_text().splitlines()

@@ -56,7 +56,10 @@ def export(
 
     run_dir, folder = Path(run_dir), Path(folder)
     if to not in CONSUMERS:
-        raise SaerlError(f"--to {to} is unknown; choose one of {', '.join(CONSUMERS)}")
+        raise SaerlError(
+            f"--to {to} is unknown; choose one of {', '.join(CONSUMERS)} (Ray reads parquet, prime-rl takes "
+            "no file: see integrations.prime_rl)"
+        )
     _refuse_full(folder)
     made = manifest.check(run_dir, "scores", "saerl score")
     scores = Scores.load(run_dir)

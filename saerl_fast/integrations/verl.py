@@ -13,7 +13,9 @@ A file has its order before the training begins: for a plan that answers to pass
 integrations.verl_dataset. Drop prompts that are too long beforehand (`Session.of` does): rows that verl drops
 would shift every later batch. verl makes one optimizer step of a batch when
 actor_rollout_ref.actor.ppo_mini_batch_size is the batch size. Checked with verl 0.9.1's own data loading and
-reward code; no training run was made with it.
+reward code. No training step was made with it: its trainer, started on a CPU with these settings, accepts
+them, and goes no further there. By its sources it takes its workers from what Ray counts as GPUs or NPUs,
+has no platform but CUDA, ROCm and NPU, and samples by servers of vLLM, SGLang or TensorRT-LLM alone.
 """
 
 from __future__ import annotations

@@ -53,6 +53,8 @@ class Engine(ABC):
     """Made from (model, RolloutConfig), and given to `train`, which calls `generate`."""
 
     name: str
+    observes = False  # whether `features` come from its own prefill
+    capture: Any = None  # of the generation under way, for an engine that observes
     _synced: Sequence[tuple[int, int]] = ()  # id and version of the parameters that it has
 
     @abstractmethod
@@ -106,6 +108,7 @@ class Engine(ABC):
         new = self.sync(model)
         times.append(time.perf_counter())
         vocabulary = model.get_input_embeddings().weight.shape[0]
+        self.capture = capture
         groups = self._own("sample", prompts, cfg, seeds, stops)
         samples = [self._checked(one, cfg, stops, vocabulary) for one in self._all(groups, len(prompts), cfg)]
         longest = max(len(one.tokens) for one in samples)

