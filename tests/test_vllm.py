@@ -223,6 +223,35 @@ def test_an_engine_that_breaks_its_contract_is_told(tmp_path, spoilt, says) -> N
         run(tmp_path, cfg, model=model, engine=engine.generate)
 
 
+class Raising(Own):
+    """An engine with a bug in ``at``."""
+
+    at = "load"
+
+    def load(self, weights: Any) -> None:
+        return {}["gone"] if self.at == "load" else super().load(weights)
+
+    def sample(self, *args: Any) -> Any:
+        return None + 1 if self.at == "sample" else [[(1, 2)] * 4] * len(args[0])  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "at, says",
+    [
+        ("load", "load of engine own raised KeyError: 'gone' .*test_vllm.py line"),
+        ("sample", "sample of engine own raised TypeError: .*test_vllm.py line"),
+        ("return", "sample of engine own raised AttributeError: 'tuple' object"),
+    ],
+)
+def test_an_exception_inside_an_engine_is_the_users_to_mend(tmp_path, at, says) -> None:
+    model, cfg = tiny_model(), small(steps=1)
+    cfg.rollout.group_size, cfg.rollout.engine = 4, "tests.test_vllm:Raising"
+    engine = Raising(model, cfg.rollout)
+    engine.at = at
+    with pytest.raises(SaerlError, match=f"{says}.*; mend it"):
+        run(tmp_path, cfg, model=model, engine=engine.generate)
+
+
 def nothing(model: Any, cfg: Any) -> None: ...
 
 

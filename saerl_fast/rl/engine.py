@@ -76,7 +76,7 @@ class Engine(ABC):
         if versions == self._synced:
             return False
         self._synced = []
-        self.load(lora.weights(model))
+        plugins.call(f"load of engine {self.name}", lambda: self.load(lora.weights(model)))
         self._synced = versions
         return True
 
@@ -104,7 +104,10 @@ class Engine(ABC):
         new = self.sync(model)
         times.append(time.perf_counter())
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        samples = self._checked(self.sample(prompts, cfg, seeds, stops), len(prompts), cfg, vocabulary)
+        samples = plugins.call(
+            f"sample of engine {self.name}",
+            lambda: self._checked(self.sample(prompts, cfg, seeds, stops), len(prompts), cfg, vocabulary),
+        )
         longest = max(len(one.tokens) for one in samples)
         tokens = torch.zeros(len(samples), longest, dtype=torch.long)
         logprobs = torch.zeros(len(samples), longest)
