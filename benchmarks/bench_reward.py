@@ -24,7 +24,7 @@ import pytest
 from benchmarks.harness import DEVICE, bench_threads, environment, summary
 from saerl_fast.config import PlanConfig, load_config
 from saerl_fast.plan.static import StaticPlan
-from saerl_fast.rl import trainer
+from saerl_fast.rl import draws, trainer
 from saerl_fast.rl.rewards import get_reward, with_timeout
 from saerl_fast.rl.rewards.apart import _workers
 from saerl_fast.session import Session
@@ -42,7 +42,7 @@ def cpu_of_child(limited: Any) -> float:
 
 def both_ways(reward: Any, limited: Any) -> tuple[Callable[..., Any], dict[str, list[tuple[float, ...]]]]:
     """`score_rollouts` by both, and the seconds of each: wall, CPU, and CPU of this process."""
-    score, spent = trainer.score_rollouts, {"here": [], "child": []}
+    score, spent = draws.score_rollouts, {"here": [], "child": []}
 
     def scored(made: Any, columns: Any, prompts: Any, _: Any, **how: Any) -> Any:
         found = {}
@@ -70,7 +70,7 @@ def test_reward_timeout(benchmark: Any, name: str, tmp_path: Path, monkeypatch: 
         reward = get_reward([spec])
         limited = with_timeout(reward, 60.0)
         scored, spent = both_ways(reward, limited)
-        monkeypatch.setattr(trainer, "score_rollouts", scored)
+        monkeypatch.setattr(draws, "score_rollouts", scored)
         ended: list[tuple[float, float]] = []
         plan = StaticPlan(
             "vanilla",

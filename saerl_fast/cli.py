@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report", parents=[plain], help="tables and plots again from what a run recorded"
     )
-    report.add_argument("run", help="folder of a run or a comparison")
+    report.add_argument("run", help="folder of a run, a comparison or scores")
     return top
 
 

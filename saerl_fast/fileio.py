@@ -286,7 +286,7 @@ _KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
 
 def check_fetched(path: str | Path) -> None:
     """SaerlError where the file is what a clone without Git LFS leaves in its place."""
-    with open(path, "rb") as file:
+    with suppress(OSError), open(path, "rb") as file:  # who reads it next says what is wrong
         if file.read(24).startswith(b"version https://git-lfs"):
             raise SaerlError(
                 f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"

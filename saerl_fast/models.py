@@ -18,6 +18,7 @@ from torch import nn
 
 from saerl_fast.config import ModelConfig
 from saerl_fast.errors import SaerlError, halved
+from saerl_fast.fileio import check_fetched
 from saerl_fast.hub import at_home, hub_access, is_local
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
             raise SaerlError(f"reading {gguf_file} needs the gguf package; run `pip install gguf`") from None
         if not hasattr(gguf, "__version__"):  # transformers asks; Python 3.10 has no other record
             gguf.__version__ = version("gguf")  # type: ignore[attr-defined]
+
+    for file in sorted(Path(source).glob("*.*")):  # none of a hub id
+        check_fetched(file)
 
     common: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
     if gguf_file is not None:

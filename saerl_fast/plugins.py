@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def call(what: str, made: Callable[[], Any], let: type[Exception] = SaerlError) 
     except (SaerlError, let):
         raise
     except (Exception, SystemExit) as err:  # whatever a user's function raises
-        raise SaerlError(f"{what} raised {_said(err)}; mend it") from err
+        raise SaerlError(f"{what} raised {_said(err)}{_place(err)}; mend it") from err
 
 
 def source_digest(spec: str) -> str | None:
@@ -166,6 +167,18 @@ def first_line(err: BaseException) -> str:
     except Exception:  # its class has a __str__ of its own
         line = "no message"
     return "".join(c if c.isprintable() else " " for c in line)[:300]
+
+
+def _place(err: BaseException) -> str:
+    """`` (file line n)`` of the innermost frame that is the user's: not installed, and none of ours."""
+    ours = str(Path(__file__).parent)
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(err.__traceback__)]
+    own = [
+        (file, line)
+        for file, line in frames
+        if not file.startswith((ours, "<", sys.base_prefix)) and "site-packages" not in file
+    ]
+    return f" ({own[-1][0]} line {own[-1][1]})" if own else ""
 
 
 def _said(err: BaseException) -> str:

@@ -77,6 +77,11 @@ def test_help_imports_nothing_heavy():
         (["train", "threads=0"], "threads=0"),
         (["score", "data.train=examples/demo/pool.jsonl"], "model.path"),
         (["report", "nowhere"], "nowhere is not a folder"),
+        (
+            ["report", "examples/demo"],
+            "holds no metrics.jsonl and no scores; run `saerl score`, `saerl train`",
+        ),
+        (["train", "data.prompt_column=null"], "data.prompt_column cannot be null; give a value"),
         (["watch", "nowhere"], "nowhere is not a folder"),
         (["watch", "examples"], "examples holds no run"),
         (["demo", "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),

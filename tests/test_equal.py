@@ -14,6 +14,7 @@ from tests.maths_peers3 import PEERS_3
 from tests.maths_peers4 import PEERS_4
 from tests.maths_peers5 import PEERS_5
 from tests.maths_peers6 import PEERS_6
+from tests.maths_peers7 import PEERS_7
 from tests.maths_table import GOLDS, TABLE
 
 
@@ -33,7 +34,7 @@ def test_the_table():
 
 def test_what_public_reports_and_other_projects_have():
     pytest.importorskip("math_verify")
-    table = PEERS + PEERS_2 + PEERS_3 + PEERS_4 + PEERS_5 + PEERS_6
+    table = PEERS + PEERS_2 + PEERS_3 + PEERS_4 + PEERS_5 + PEERS_6 + PEERS_7
     assert [row for row in table if paid(*row[:2], row[3]) != row[2]] == []
 
 
@@ -132,6 +133,9 @@ def test_hostile_texts_end_and_are_not_paid():
         piece * (6000 // len(piece)) for piece in ("7, not ", "5 * ", "5 cm and ", "A is correct ", "5'")
     ]
     texts += ["5 (" + "," * 6000, "\\boxed{" + "x<1 or " * 280 + "x<2}", "\\boxed{" + "1a" * 900 + "}"]
+    texts += [
+        "Answer: " + piece * (9000 // len(piece)) for piece in ("\n", "9", "1 if ", ". no, ", "$1$ when ")
+    ]
     for name in ("maths", "maths-boxed", "numeric", "exact"):
         scores = get_reward(name)(["?"] * len(texts), texts, answer=["x^2+1"] * len(texts))
         assert scores == [0.0] * len(texts), name

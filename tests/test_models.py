@@ -293,6 +293,11 @@ def test_adapters_are_no_models(folder: Path) -> None:
 def test_advice_fits_what_is_wrong(folder: Path) -> None:
     with pytest.raises(SaerlError, match="cannot be loaded with this model.attn .* set model.attn=sdpa"):
         load_model(ModelConfig(path=str(folder), device="cpu", attn="flash_attention_2"))
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\n")
+    with pytest.raises(SaerlError, match="model.safetensors is a Git LFS pointer, not the file itself"):
+        load_model(ModelConfig(path=str(folder), device="cpu"))
+    (folder / "model.safetensors").write_bytes(weights)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(SaerlError, match="put the tokenizer's files into the folder"):
         load_model(ModelConfig(path=str(folder), device="cpu"))

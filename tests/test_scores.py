@@ -8,7 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from saerl_fast.config import Config, DifficultyConfig, DiversityConfig, QualityConfig, ScoreConfig
+from saerl_fast.config import (
+    Config,
+    DifficultyConfig,
+    DiversityConfig,
+    QualityConfig,
+    ScoreConfig,
+    load_config,
+)
 from saerl_fast.errors import SaerlError
 from saerl_fast.plan import build_plan
 from saerl_fast.prompts.pool import Pool
@@ -17,6 +24,7 @@ from saerl_fast.records.packed import Packed
 from saerl_fast.signals import features as features_module
 from saerl_fast.signals import table
 from saerl_fast.signals.features import block
+from saerl_fast.signals.labelled import label_columns
 from saerl_fast.signals.scores import Scores, score, score_features
 from saerl_fast.signals.shards import Shards
 from saerl_fast.signals.stored import Stored
@@ -108,6 +116,12 @@ def test_wrong_labels_are_refused(columns, sections, words):
     pool, features = make_pool(**columns)
     with pytest.raises(SaerlError, match=words):
         score_features(pool, features, None, make_config(**sections))
+
+
+def test_labels_are_left_aside_where_their_column_is_null():
+    pool, _ = make_pool(quality_label=[0.0, 1.0] * 60)
+    null = load_config(None, ["quality.label_column=null"])
+    assert np.isnan(label_columns(pool, null)[0]).all() and label_columns(pool, Config())[0][1] == 1
 
 
 def test_empty_pool_and_wrong_rows_are_refused():

@@ -190,7 +190,7 @@ def test_it_may_choose_which_rows_take_part(mine):
         ("ragged", "returned float64 [0]"),
         ("nothing", "returned NoneType"),
         ("twice", "must return each of the given rows once"),
-        ("unknown", "raised KeyError: 'colour'; mend it"),
+        ("unknown", "raised KeyError: 'colour' ("),
         ("odd", "needs 'colour', which no score is; use difficulty, cluster, quality, pass_rate"),
         ("gone", "has no function 'gone'"),
     ],

@@ -251,6 +251,8 @@ def read(value: Any, hint: Any, key: str, about: Setting | None = None) -> Any:
                 raise ValueError
             if "\0" in str(value):
                 raise SaerlError(f"{key}={value!r} holds a null character; remove it")
+            if str(value) == "null":  # of a setting that may be null it is None
+                raise SaerlError(f"{key} cannot be null; give a value, or leave it out")
             str(value).encode()  # what came from the command line may be bytes that are no UTF-8
             return choose(str(value), about.choices, key, about.or_function) if about else str(value)
     except SaerlError:  # of an item of a list

@@ -130,8 +130,8 @@ class ScoreConfig(Section):
 @dataclass
 class QualityConfig(Section):
     head: Literal["logistic", "ridge", "none"] = setting("logistic", "of labels 0 and 1; ridge: of a score")
-    label_column: str = setting(
-        "quality_label", "null: unlabelled row; no such column: no filter", filled=True
+    label_column: str | None = setting(
+        "quality_label", "of 0, 1, and null where unknown; no such column, or null: no filter", filled=True
     )
     filter_ratio: float | None = setting(
         None,

@@ -2,7 +2,8 @@
 
     saerl export runs/mine exported --to trl --push-to-hub me/my-prompts --private
 
-It is ``hf upload me/my-prompts exported --repo-type dataset``: the files with their card, in one commit.
+It is ``hf upload me/my-prompts exported --repo-type dataset``: the files with their card, in one commit,
+without the manifest, which is of this folder.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from saerl_fast.errors import SaerlError
 from saerl_fast.hub import reachable, told_offline
 from saerl_fast.plugins import first_line
+from saerl_fast.records import manifest
 
 
 def check_share(name: str) -> None:
@@ -50,7 +52,7 @@ def share(folder: str | Path, name: str, *, private: bool = False) -> str:
     _asked(
         what,
         lambda: api.upload_folder(
-            **options, folder_path=str(folder), ignore_patterns=[".*"], commit_message=message
+            **options, folder_path=str(folder), ignore_patterns=[".*", manifest.FILE], commit_message=message
         ),
     )
     return str(made)

@@ -280,7 +280,10 @@ def load_runs(root: str | Path, say: Callable[[str], None] = log.warning) -> lis
         raise SaerlError(no_folder(root))
     folders = find_runs(root)
     if not folders:
-        raise SaerlError(f"{root} holds no metrics.jsonl; run `saerl train` or `saerl compare` first")
+        raise SaerlError(
+            f"{root} holds no metrics.jsonl and no scores; run `saerl score`, `saerl train` or "
+            "`saerl compare` first"
+        )
     runs = [open_run(folder) for folder in folders]
     order, seeds = listed(root)
     others = [run for run in runs if run.arm not in order or run.seed not in seeds]
@@ -358,7 +361,7 @@ def no_folder(root: Path) -> str:
     beside = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
     close = difflib.get_close_matches(root.name, beside, n=1)
     hint = f"did you mean {root.parent / close[0]}?" if close else "pass"
-    end = "" if close else " the run_dir that `saerl train` or `saerl compare` wrote"
+    end = "" if close else " the run_dir of `saerl score`, `saerl train` or `saerl compare`"
     return f"{root} is not a folder; {hint}{end}"
 
 

@@ -26,7 +26,7 @@ def label_columns(pool: Pool, config: Config) -> tuple[np.ndarray, np.ndarray]:
     quality, difficulty = config.quality.label_column, config.difficulty.label_column
     unknown = np.full(len(pool), np.nan)
     labels, rates = unknown, unknown
-    if quality in pool.columns or quality != QualityConfig.label_column:
+    if quality is not None and (quality in pool.columns or quality != QualityConfig.label_column):
         labels = _numbers(pool.column(quality), "quality.label_column")
         check_labels(config.quality, labels[~np.isnan(labels)])
     if difficulty is not None:

@@ -20,8 +20,8 @@ from saerl_fast.plan.build import NO_COLUMN
 from saerl_fast.prompts import layouts
 from saerl_fast.records.lock import NAME, vacant
 from saerl_fast.session import load_pools
+from saerl_fast.signals.labelled import label_columns
 from saerl_fast.signals.quality import why_not
-from saerl_fast.signals.scores import label_columns
 from saerl_fast.stages.fingerprint import changes
 from saerl_fast.stages.made import finished, other_inputs, run_entry, run_sections
 

@@ -43,8 +43,8 @@ _SUPPOSED = re.compile(
 )
 # After an answer that is taken back: what follows is read afresh.
 _RETRACTED = re.compile(
-    r"(?:[.!?)}$\u2026]|\n|--|\u2014)\s*(?:(?:(?:but|hmm)?,?\s*wait|actually|oops|sorry|correction|hold on"
-    r"|scratch that|on second thoughts?)\b|no,\s+(?:(?:it|that|the|wait)\b|(?=\W?\d)))",
+    r"(?:[.!?)}$\u2026]|\n|--|\u2014)\s{0,4}(?:(?:(?:but|hmm)?,? ?wait|actually|oops|sorry|correction"
+    r"|hold on|scratch that|on second thoughts?)\b|no,\s+(?:(?:it|that|the|wait)\b|(?=\W?\d)))",
     re.IGNORECASE,
 )
 # A choice that is said to be right after it is named: "option B is correct".

@@ -197,6 +197,7 @@ def _text(text: str) -> str:
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", re.sub(r"[\s$]+(?!\d)|(?<!\d)[\s$]+", "", text))
     text = re.sub(r"_\{(\d+)\}", r"_\1", text)
     words = re.search(r"[a-zA-Z]{3}|[ap]\.?m\b|[AP]\.?M\b", text)
+    text = re.sub(r"^(no.*[a-z])s$", r"\1", text, flags=re.IGNORECASE)  # no solutions, no solution
     return text.lower() if words and re.fullmatch(r"[a-zA-Z0-9 ():.,'-]+", text) else text
 
 

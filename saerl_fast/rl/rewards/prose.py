@@ -40,9 +40,9 @@ _MEASURE = re.compile(r"[-+$(\[{\\]*\d[\d.,/]*\s*\S{1,12}(?:\s\S{1,12}){0,3}$") 
 _SUM = re.compile(  # of two measures, at the end: 2 hours and 15 minutes
     r"(?<![\d.])\d[\d.]*\s[a-zA-Z]+(?:,\s|\sand\s|\s)(?:and\s)?\d[\d.]*\s[a-zA-Z]+(?=(?:\s(?:left|in\s(?:all|total)|altogether|remaining|over))?\W*$)"
 )
-_EITHER = re.compile(
-    r"[\d\0]\S*\s+(?:if|when)\s.*[\d\0]\S*\s+(?:if|when|otherwise|else)\b", re.DOTALL
-)  # 12 if so, 6 if not
+_EITHER = re.compile(  # 12 if so, 6 if not
+    r"[\d\0]\S{0,40}\s+(?:if|when)\s.*[\d\0]\S{0,40}\s+(?:if|when|otherwise|else)\b", re.DOTALL
+)
 _DERIVED = re.compile(
     r"\b(?:exceeds?|(?:multiple|factor|divisor|power|half|third|quarter|sum|product)\s+of)\s+\S*$"
 )
@@ -51,8 +51,10 @@ _SO_CHOICE = re.compile(
     r"\b(?:[Ss]o|[Tt]hus|[Hh]ence|[Tt]herefore|choose|pick|select)\b[^.A-Z()\d]{0,40}\(([A-J])\)\s*\.?$"
 )
 _REALS = re.compile(r"\b(?:is|are)\s+((?:the\s+set\s+of\s+)?all\s+real\s+numbers\b[^.!]*)[.!]?$")
-# Before the number of what something is a part of: "$5 left from the $20".
+_NONE = re.compile(r"\b(?:there (?:is|are)|has|have) (no (?:[a-z]+ ){0,2}[a-z]+)\s*[.!]?$", re.IGNORECASE)
+# Before a number that is none of the answer: "$5 left from the $20", "will be 34 in 5 years".
 _WHOLE = re.compile(
+    r"\bwill\s+(?:be|have)\b[^.!?\n]*\d[^.!?\n]*\bin\s+$|"
     r"\b(?:left|over|remaining|remain|out)\s+(?:from|of|out\s+of)\s+"
     r"(?:the|her|his|their|its|our|my|those|these)\s+(?:original\s+|initial\s+|total\s+)?[$\\(]*$"
 )
@@ -86,7 +88,7 @@ _CUT = re.compile(
     r"|but|where|when|can|has|have|get|need|there|it|will|must|our|their|into|plus|times|minus)$"
 )
 _IS_WORDS = re.compile(
-    r"\b(?:is|was|are)\s+(?:on\s+)?(?:an?\s+|the\s+)?([A-Za-z][\w'-]*(?: [A-Z][\w'-]*)*)\s*[.!]?$"
+    r"\b(?:is|was|are|[Ii]t's)\s+(?:on\s+)?(?:an?\s+|the\s+)?([A-Za-z][\w'-]*(?: [A-Z][\w'-]*)*)\s*[.!]?$"
 )
 # "not 5 but 6": what is denied before the answer.
 _NOT_BUT = re.compile(
@@ -177,6 +179,8 @@ def last_expression(text: str) -> str | None:
     if verdict and not re.search(r"\d|\$", line.rstrip(" .").rpartition(",")[2]):
         return verdict[0]
     if not re.search(r"\d", line) and not formulas:
+        if none := _NONE.search(line):
+            return none[1]
         if bold and not _DENIED.search(line[: line.rfind(bold[-1][1] or bold[-1][2])]):
             return bold[-1][1] or bold[-1][2]
         words = _IS_WORDS.search(line)
