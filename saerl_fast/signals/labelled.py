@@ -34,9 +34,12 @@ def label_columns(pool: Pool, config: Config) -> tuple[np.ndarray, np.ndarray]:
         check_rates(rates)
     if config.quality.kind_column is not None:
         pool.column(config.quality.kind_column)
-    asked = {"score.features": config.score.features, "difficulty.features": config.difficulty.features}
-    asked |= {"quality.features": config.quality.features}
-    asked |= {"plan.adaptive.features": config.plan.adaptive.features}
+    asked: dict[str, Sequence[str] | None] = {
+        "score.features": config.score.features,
+        "difficulty.features": config.difficulty.features,
+        "quality.features": config.quality.features,
+        "plan.adaptive.features": config.plan.adaptive.features,
+    }
     needy = [(key, kind) for key, kinds in asked.items() for kind in kinds or () if kind in OF_ANSWER]
     if needy and not any(pool.columns["answer"]):
         raise SaerlError(f"{needy[0][0]} names {needy[0][1]}, but the pool has no answers; leave it out")
