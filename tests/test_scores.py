@@ -272,7 +272,7 @@ def test_the_pools_own_columns_are_read_when_they_are_asked_for(tmp_path, monkey
     (tmp_path / "scores.parquet").unlink()
     assert isinstance(found.prompt_ids, Packed) and list(found.prompt_ids) == pool.columns["prompt_id"]
     assert list(found.columns) == [*pool.columns, *table.SCORE_COLUMNS]
-    with pytest.raises(SaerlError, match="damaged .column prompt: .*saerl score"):
+    with pytest.raises(SaerlError, match="scores.parquet is missing; .*saerl score"):
         found.columns["prompt"]
 
 
