@@ -125,7 +125,10 @@ def test_what_an_engine_raises_is_said_of_its_class_and_method(tmp_path: Any, me
     broken = type("Broken", (Own,), {method: raising(ConnectionError("no server"))})
     model, cfg = tiny_model(), small(steps=2)
     cfg.rollout.engine = "mine:Broken"
-    with pytest.raises(SaerlError, match=rf"^Broken.{method} raised ConnectionError: no server; mend it"):
+    with pytest.raises(
+        SaerlError,
+        match=rf"^Broken.{method} raised ConnectionError: no server .*test_engine.py line \d+.; mend it",
+    ):
         run(tmp_path, cfg, model=model, engine=broken(model, cfg.rollout), capture=Features())
     full = type("Full", (Own,), {method: raising(MemoryError())})
     with pytest.raises(SaerlError) as caught:

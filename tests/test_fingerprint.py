@@ -66,7 +66,7 @@ def test_an_sae_of_answers_is_another_one():
     assert "score" not in one and two == one | {"score": {"include_answer": True}}
     assert changes(to_dict(Config()), with_answers, SAE_SECTIONS) == "score.include_answer was False"
     assert changes(to_dict(with_answers), Config(), SAE_SECTIONS) == "score.include_answer was True"
-    assert changes(to_dict(with_answers), Config(), ("model", "data")).startswith("the same settings")
+    assert changes(to_dict(with_answers), Config(), ("model", "data")).startswith("by name the same")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from tests.encoders import assert_equal, integers
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 STACK = {("_reopen_kernel", 80): 24, ("_reopen_kernel", 90): 24}  # bytes; 64 to 96 registers: no spills
+STACK[("_score_above_kernel", 100)] = 16  # of rows that are not aligned: less than half a tile would cost
 
 
 @pytest.mark.parametrize("arch", sorted(SHARED_LIMIT))
