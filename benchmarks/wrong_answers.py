@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -154,10 +154,14 @@ def table(kept: list[dict[str, Any]], draws: int = 200) -> dict[str, Any]:
     values = np.array([[row[name] for name in names] for row in each])  # [prompts, measures, right and wrong]
     both = np.concatenate([values[:, :, 0], values[:, :, 1]])
     truth = np.r_[np.ones(len(each)), np.zeros(len(each))]
-    split = GroupKFold(min(5, len(each)), shuffle=True, random_state=0)
+    fold = np.empty(len(each), np.int64)  # of a prompt, with both of its answers
+    for number, held in enumerate(
+        np.array_split(np.random.RandomState(0).permutation(len(each)), min(5, len(each)))
+    ):
+        fold[held] = number
+    split = PredefinedSplit(np.tile(fold, 2))
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    groups = np.tile(np.arange(len(each)), 2)
-    together = cross_val_predict(model, both, truth, cv=split, groups=groups, method="decision_function")
+    together = cross_val_predict(model, both, truth, cv=split, method="decision_function")
     values = np.concatenate([values, np.stack(np.split(together, 2), 1)[:, None]], axis=1)
     rng, found = np.random.default_rng(0), {}
     for at, name in enumerate([*names, "all, by a regression"]):

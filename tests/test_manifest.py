@@ -381,8 +381,8 @@ def test_what_cannot_be_read_is_neither_damaged_nor_forgotten(tmp_path, monkeypa
                 raise error
             return real(file, *args, **options)
 
-        for module in ("builtins", "io"):
-            patch.setattr(f"{module}.open", read)
+        for place in ("builtins", "io", "pathlib.Path"):  # Python 3.10's paths hold io.open
+            patch.setattr(f"{place}.open", read)
         write(tmp_path, "new") if name == "manifest.json" else manifest.look(tmp_path, "thing")
     assert (tmp_path / "manifest.json").read_text() == before
     assert not manifest.look(tmp_path, "thing").fault
