@@ -59,7 +59,9 @@ def test_dynamic_sampling_counts_every_rollout_and_resumes(tmp_path: Path, adapt
     assert same_weights(straight, resumed) and plan.step == again.step
 
 
-def test_dynamic_sampling_trains_on_the_useful_groups_of_all_draws(tmp_path: Path, monkeypatch) -> None:
+@pytest.fixture
+def updates(monkeypatch) -> list:
+    """Rollouts, advantages and used groups of every update."""
     batches = []
     real = module.Learner.update
 
@@ -68,8 +70,12 @@ def test_dynamic_sampling_trains_on_the_useful_groups_of_all_draws(tmp_path: Pat
         return real(self, rollouts, advantage, used, lr, clock)
 
     monkeypatch.setattr(module.Learner, "update", watched)
+    return batches
+
+
+def test_dynamic_sampling_trains_on_the_useful_groups_of_all_draws(tmp_path: Path, updates: list) -> None:
     run(tmp_path, small(steps=1, dynamic_sampling=5), reward=picky)
-    rollouts, advantage, used = batches[0]
+    rollouts, advantage, used = updates[0]
     row = next(row for row in read_metrics(tmp_path) if row["kind"] == "train")
     assert row["draws"] > 1 and used.all() and len(used) == row["groups_used"] <= 4
     assert advantage.shape == (len(used), 4) and advantage.abs().sum(1).min() > 0
@@ -125,17 +131,9 @@ def test_the_rest_of_a_group_is_made_only_where_its_first_rollouts_differ(tmp_pa
     assert summary["rollouts"] == sum(row["rollouts"] for row in rows) and plan.step == 4
 
 
-def test_screened_groups_train_as_whole_groups(tmp_path: Path, monkeypatch) -> None:
-    batches = []
-    real = module.Learner.update
-
-    def watched(self, rollouts, advantage, used, lr, clock):
-        batches.append((rollouts, advantage, used))
-        return real(self, rollouts, advantage, used, lr, clock)
-
-    monkeypatch.setattr(module.Learner, "update", watched)
+def test_screened_groups_train_as_whole_groups(tmp_path: Path, updates: list) -> None:
     run(tmp_path, screened(1, dynamic_sampling=5), reward=picky)
-    rollouts, advantage, used = batches[0]
+    rollouts, advantage, used = updates[0]
     row = next(row for row in read_metrics(tmp_path) if row["kind"] == "train")
     assert row["draws"] > 1 and row["groups"] == 4 * row["draws"]
     assert used.all() and advantage.shape == (len(used), 4) and len(used) == row["groups_used"] <= 4

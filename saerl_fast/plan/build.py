@@ -137,11 +137,13 @@ def build_plan(
 
 
 def _columns(scores: Scores, names: list[str]) -> list[Sequence[Any]]:
-    found = [layouts.column(scores.columns, name) for name in names]
-    for name, column in zip(names, found, strict=True):
+    found = []
+    for name in names:
+        column = layouts.column(scores.columns, name)
         if column is None:
             raise SaerlError(NO_COLUMN.format(name, layouts.not_found(scores.columns, name)))
-    return [column for column in found if column is not None]
+        found.append(column)
+    return found
 
 
 def _table(scores: Scores) -> dict[str, np.ndarray]:

@@ -34,7 +34,7 @@ def draw(run: Any, step: int, number: int, clock: Clock) -> list[Draw]:
     with clock("plan"):
         ids = distributed.gather(run.plan.next_batch)[0]  # one order, even if machines round differently
     seed = derived_seed(run.seed, seeds.ROLLOUT, step, number)
-    drawn = [_sample(run, ids, cfg.screen or cfg.group_size, seed, clock)]
+    drawn = [_sample(run, ids, cfg.screen or cfg.group_size, seed, clock, run.capture)]
     if cfg.screen:
         drawn = _continued(run, drawn[0], derived_seed(run.seed, seeds.REST, step, number), clock)
     with clock("plan"):
@@ -50,7 +50,7 @@ def _continued(run: Any, made: Draw, seed: int, clock: Clock) -> list[Draw]:
         return [made]
     begun, left = _some(made, going), _some(made, (~made.used).nonzero()[:, 0])
     size = run.cfg.rollout.group_size - made.rollouts.group_size
-    rest = _sample(run, begun.ids, size, seed, clock, capture=None)
+    rest = _sample(run, begun.ids, size, seed, clock, None)
     rollouts, rewards = widen(begun.rollouts, rest.rollouts), np.hstack([begun.rewards, rest.rewards])
     notes = Notes(metrics=made.notes.metrics, parts=made.notes.parts)
     notes.add(Notes(metrics=rest.notes.metrics, parts=rest.notes.parts))
@@ -60,7 +60,7 @@ def _continued(run: Any, made: Draw, seed: int, clock: Clock) -> list[Draw]:
     return [whole, left] if left.ids else [whole]
 
 
-def _sample(run: Any, ids: list[str], group: int, seed: int, clock: Clock, **options: Any) -> Draw:
+def _sample(run: Any, ids: list[str], group: int, seed: int, clock: Clock, capture: Any) -> Draw:
     """``group`` rollouts of each prompt with their rewards; each process makes a share of them."""
     cfg = run.cfg
     rows = [run.row[name] for name in ids]
@@ -69,7 +69,6 @@ def _sample(run: Any, ids: list[str], group: int, seed: int, clock: Clock, **opt
     prompts = [run.pool.texts[i] for i in rows]
     here = distributed.shard(len(ids))
     part = {name: column[here] for name, column in columns.items()}
-    capture = options.get("capture", run.capture)
 
     def sample() -> tuple[Rollouts, np.ndarray, Notes] | None:
         tokens = [run.pool.ids[i] for i in rows[here]]
