@@ -99,7 +99,7 @@ def no_figures(monkeypatch):
     """Reports with empty figures: those are drawn in other tests, and take a second."""
     empty = lambda path, *_, **__: path.write_bytes(b"") or path  # noqa: E731
     monkeypatch.setattr("saerl_fast.records.plots._figure", empty)
-    monkeypatch.setattr("saerl_fast.records.page._plotly", lambda: None)
+    monkeypatch.setattr("saerl_fast.records.page.packed_plotly", lambda: ("", ""))
 
 
 @pytest.mark.parametrize("name", [*RECORDS, "sae/train.json"])

@@ -14,6 +14,7 @@ import html
 import json
 import re
 from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,8 +128,8 @@ def terminal(table: Table) -> str:
 def page(title: str, parts: Sequence[Part]) -> str:
     """One file of HTML. What is long and seldom read is folded away."""
     charts = {p.file.stem: p.chart for p in parts if isinstance(p, Picture) and p.chart is not None}
-    library = _plotly() if charts else None
-    scripts = [START, library.decode()] if library is not None else []
+    library, packed = packed_plotly() if charts else ("", "")
+    scripts = [START, library] if library else []
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
     allowed = " ".join(f"'sha256-{found}'" for found in hashes) or "'none'"
     policy = f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src {allowed}"
@@ -140,20 +141,21 @@ def page(title: str, parts: Sequence[Part]) -> str:
     ]
     for part in parts:
         lines += _figure(part) if isinstance(part, Picture) else _table(part)
-    if library is not None:
-        data = base64.b64encode(gzip.compress(library, 9, mtime=0)).decode()
-        lines.append(f'<script type="text/plain" id=plotly>{data}</script>')
+    if library:
+        lines.append(f'<script type="text/plain" id=plotly>{packed}</script>')
         lines.append(f'<script type="application/json" id=charts>{_json(charts)}</script>')
         lines.append(f"<script>{START}</script>")
     return "\n".join(lines) + "</html>\n"
 
 
-def _plotly() -> bytes | None:
-    """The library that plotly's Python package brings along, or None."""
+@cache
+def packed_plotly() -> tuple[str, str]:
+    """The library that plotly's Python package brings along, and the same packed; empty without it."""
     try:
-        return (files("plotly") / "package_data" / "plotly.min.js").read_bytes()
+        library = (files("plotly") / "package_data" / "plotly.min.js").read_bytes()
     except (ImportError, OSError):
-        return None
+        return "", ""
+    return library.decode(), base64.b64encode(gzip.compress(library, 9, mtime=0)).decode()
 
 
 def _json(value: Any) -> str:

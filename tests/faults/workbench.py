@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -232,18 +233,27 @@ def warm_up() -> None:
     if not Path("/dev/nvidia0").exists():
         os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
-    import datasets
+    import datasets.io.parquet
     import matplotlib.pyplot
+    import peft
     import pyarrow.parquet
     import sklearn.cluster
     import sklearn.decomposition
+    import sklearn.feature_extraction.text
     import sklearn.linear_model
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import saerl_fast.integrations.export
+    import saerl_fast.integrations.share
+    import saerl_fast.records.page
+    import saerl_fast.records.watch
     import saerl_fast.rl.trainer
+    import saerl_fast.sae.capture
+    import saerl_fast.sae.pooled
+    import saerl_fast.sae.train
+    import saerl_fast.signals.shards
     import saerl_fast.stages.compare
     import saerl_fast.stages.pipeline
     from saerl_kernels import encode_pool, pack_encoder, spherical_kmeans
@@ -252,12 +262,15 @@ def warm_up() -> None:
     datasets.disable_progress_bars()
     matplotlib.use("Agg")
     matplotlib.figure.Figure.savefig = _small_picture
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "examples" / "demo" / "model")
-    assert model and transformers and pyarrow.parquet and sklearn and saerl_fast
+    demo = ROOT / "examples" / "demo" / "model"
+    assert AutoModelForCausalLM.from_pretrained(demo) and AutoTokenizer.from_pretrained(demo)
+    assert transformers and peft and pyarrow.parquet and sklearn and saerl_fast
     with torch.no_grad():  # compiled code is read from its cache once
         encoder = pack_encoder(torch.randn(8, 16), torch.zeros(16))
         X = encode_pool(torch.randn(6, 8), [0, 3, 6], encoder, 2)
         spherical_kmeans(X, 1)
+    assert saerl_fast.records.page.packed_plotly()
+    gc.freeze()  # or each child would search all of it for garbage
 
 
 def templates(home: Path) -> dict[str, Path]:
