@@ -16,7 +16,7 @@ from pathlib import Path
 
 from saerl_fast import __version__
 from saerl_fast.config import SCHEDULES, Config, describe, load_config
-from saerl_fast.errors import SaerlError, halved, no_memory, printable
+from saerl_fast.errors import SaerlError, halved, named, no_memory, printable
 from saerl_fast.fileio import writing, written
 from saerl_fast.hub import at_home
 from saerl_fast.rl.interrupt import graceful_interrupt, handled
@@ -265,12 +265,12 @@ def _warned(message: Warning | str, category: type[Warning], *where: object, **m
 
 def _unexpected(err: Exception, args: argparse.Namespace) -> int:
     """What no border has caught, in a sentence: 2 where the machine is to blame, 1 for a bug, ours or not."""
-    from saerl_fast.fileio import cannot_write, first_line
+    from saerl_fast.fileio import cannot_write
 
     frames = traceback.extract_tb(err.__traceback__)
     ours = [frame for frame in frames if Path(__file__).parent.name in Path(frame.filename).parts]
     place = f"{(ours or frames)[-1].filename}:{(ours or frames)[-1].lineno}" if frames else "?"
-    what = f"{type(err).__name__}: {first_line(err)}" if str(err) else type(err).__name__
+    what = named(err)
     if no_memory(err):
         fix = "lower train.micro_tokens, train.rollout.batch_size or score.batch_tokens, or limit data.train"
         _complain(SaerlError(f"there is not enough memory ({what}, at {place}); {fix}"), args, err)

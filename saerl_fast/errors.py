@@ -39,6 +39,21 @@ def no_memory(err: BaseException | None) -> BaseException | None:
     return None
 
 
+def first_line(err: BaseException) -> str:
+    """The first line of an exception's message, safe to print, or the name of its class."""
+    try:
+        lines = str(err).strip().splitlines()
+    except Exception:  # its class has a __str__ of its own
+        lines = []
+    return "".join(c if c.isprintable() else " " for c in (lines or [type(err).__name__])[0])[:300]
+
+
+def named(err: BaseException) -> str:
+    """The same after the name of its class: ``KeyError: 'x'``."""
+    line, name = first_line(err), type(err).__name__
+    return line if line == name else f"{name}: {line}"
+
+
 class SaerlError(ValueError):
     """Bad input. The command line prints the message alone, one line, and exits with code 2."""
 

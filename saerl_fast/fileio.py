@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from saerl_fast.errors import SaerlError, Unreadable, halved
+from saerl_fast.errors import SaerlError, Unreadable, first_line, halved
 
 _DEEPEST = 100  # values inside values: what reads them recurs
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that may be half a character
@@ -318,11 +318,6 @@ def read_table(path: str | Path, again: str, names: Sequence[str] | None = None)
             return file.read(there).to_pydict()
     except Exception as err:  # Arrow's own, OSError, and what single values raise
         raise damaged(path, err, again) from err
-
-
-def first_line(err: BaseException) -> str:
-    """The first line of an exception's message, or its name."""
-    return (str(err).strip().splitlines() or [type(err).__name__])[0][:200]
 
 
 # --- JSON, read strictly -----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from saerl_fast.errors import SaerlError
+from saerl_fast.errors import SaerlError, named
 
 _imported: dict[str, str | None] = {}  # module -> hash of its file when it was imported here
 
@@ -65,7 +65,7 @@ def load_function(spec: str, setting: str, kind: type | None = None, takes: Sequ
     except SaerlError:
         raise
     except (Exception, SystemExit) as err:  # user code runs on import
-        raise SaerlError(f"{setting}={spec}: importing {module_name} raised {_said(err)}") from err
+        raise SaerlError(f"{setting}={spec}: importing {module_name} raised {named(err)}") from err
     target = getattr(module, function, None)
     if not callable(target) and (kind is None or not isinstance(target, kind)):
         public = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
@@ -88,7 +88,7 @@ def call(what: str, made: Callable[[], Any], let: type[Exception] = SaerlError) 
     except (SaerlError, let):
         raise
     except (Exception, SystemExit) as err:  # whatever a user's function raises
-        raise SaerlError(f"{what} raised {_said(err)}{_place(err)}; mend it") from err
+        raise SaerlError(f"{what} raised {named(err)}{_place(err)}; mend it") from err
 
 
 def source_digest(spec: str) -> str | None:
@@ -160,15 +160,6 @@ def _look_here() -> None:
         sys.path.insert(0, here)
 
 
-def first_line(err: BaseException) -> str:
-    """An exception's message in one line that is safe to print."""
-    try:
-        line = (str(err).strip().splitlines() or ["no message"])[0]
-    except Exception:  # its class has a __str__ of its own
-        line = "no message"
-    return "".join(c if c.isprintable() else " " for c in line)[:300]
-
-
 def _place(err: BaseException) -> str:
     """`` (file line n)`` of the innermost frame that is the user's: not installed, and none of ours."""
     ours = str(Path(__file__).parent)
@@ -179,7 +170,3 @@ def _place(err: BaseException) -> str:
         if not file.startswith((ours, "<", sys.base_prefix)) and "site-packages" not in file
     ]
     return f" ({own[-1][0]} line {own[-1][1]})" if own else ""
-
-
-def _said(err: BaseException) -> str:
-    return f"{type(err).__name__}: {first_line(err)}"

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from saerl_fast.errors import SaerlError
+from saerl_fast.errors import SaerlError, first_line
 from saerl_fast.hub import reachable, told_offline
-from saerl_fast.plugins import first_line
 from saerl_fast.records import manifest
 
 

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from saerl_fast.config import SCHEDULES, PlanConfig, from_dict, to_dict
-from saerl_fast.errors import SaerlError, Unreadable
-from saerl_fast.fileio import first_line, mismatch, read_json, write_text
+from saerl_fast.errors import SaerlError, Unreadable, first_line
+from saerl_fast.fileio import mismatch, read_json, write_text
 from saerl_fast.plan.adaptive import AdaptivePlan
 from saerl_fast.plan.base import Dropped, Plan
 from saerl_fast.plan.embedding import Embedding

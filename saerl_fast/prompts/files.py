@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from saerl_fast.errors import SaerlError
+from saerl_fast.errors import SaerlError, first_line, named
 from saerl_fast.fileio import check_fetched, damaged, parse_json
 from saerl_fast.hub import at_home
 from saerl_fast.prompts import jsontext
@@ -127,7 +127,7 @@ def _read_saved(folder: Path, split: str) -> Columns:
     try:
         data = datasets.load_from_disk(str(folder))
     except Exception as err:  # whatever a damaged folder raises
-        reason = f"{type(err).__name__}: {_first_line(err)}"
+        reason = named(err)
         raise SaerlError(f"{folder} is no whole save_to_disk folder ({reason}); save it again") from None
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
@@ -261,7 +261,7 @@ def _read_parquet(path: Path, _: set[str]) -> Columns:
     except SaerlError:
         raise
     except Exception as err:  # Arrow's own, and what values raise: no UTF-8, a date beyond year 9999
-        raise SaerlError(f"{path} is not a Parquet file ({_first_line(err)}); write it again") from None
+        raise SaerlError(f"{path} is not a Parquet file ({first_line(err)}); write it again") from None
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise SaerlError(f"{path} has the column {twice!r} twice; rename one of them")
@@ -286,7 +286,7 @@ def _read_hub(spec: str, split: str, hub_config: str | None) -> Columns:
         cause: BaseException = err  # what datasets raises may say no more than that something failed
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = f"{type(cause).__name__}: {_first_line(cause)}"
+        reason = named(cause)
         local = Path(spec).is_dir()
         raise SaerlError(
             f"cannot load split {split!r} of the {'folder' if local else 'hub dataset'} {what} ({reason}); "
@@ -327,7 +327,3 @@ def _numbers(cells: list[str | None]) -> list[Any]:
         return [None if cell is None else float(cell) for cell in cells]
     except ValueError:
         return list(cells)
-
-
-def _first_line(err: BaseException) -> str:
-    return (str(err).strip().splitlines() or [""])[0]

@@ -15,9 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from saerl_fast.errors import SaerlError, no_memory
+from saerl_fast.errors import SaerlError, first_line, no_memory
 from saerl_fast.fileio import atomic_path, write_json, writing
-from saerl_fast.plugins import first_line
 
 log = logging.getLogger(__name__)
 
@@ -324,7 +323,7 @@ def _open_tracker(
         else:
             run = module.init(project=project, name=title, **where)
     except Exception as err:  # no login, no network, no disk: each has its own
-        reason = first_line(err) if str(err).strip() else type(err).__name__
+        reason = first_line(err)
         raise SaerlError(f"{name} cannot start ({reason}); take it out of train.trackers") from err
     if name == "tensorboard":
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from saerl_fast.config import CompareConfig
-from saerl_fast.errors import SaerlError, printable
-from saerl_fast.fileio import first_line, mismatch, write_text
+from saerl_fast.errors import SaerlError, first_line, printable
+from saerl_fast.fileio import mismatch, write_text
 from saerl_fast.records import compared, plots, samples, scored
 from saerl_fast.records.charts import calibration_chart, map_chart
 from saerl_fast.records.lock import clean

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saerl_fast.errors import SaerlError, printable
-from saerl_fast.fileio import first_line, read_table
+from saerl_fast.errors import SaerlError, named, printable
+from saerl_fast.fileio import read_table
 from saerl_fast.records.samples import Table
 
 AGAIN = "make them again with `saerl score`"
@@ -82,7 +82,7 @@ def read_map(scores: dict[str, Any], columns: dict[str, list[Any]]) -> Points | 
             raise ValueError("clusters are missing")
         note = _map_note(found, len(at))
     except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as err:
-        why = f"{type(err).__name__}: {first_line(err)}"
+        why = named(err)
         raise SaerlError(f"the map of prompts in scores.json is damaged ({why}); {AGAIN}") from err
     return Points(x, y, texts, signals, note, at.tolist())
 
@@ -116,7 +116,7 @@ def signal_tables(scores: dict[str, Any], sae: dict[str, Any], cost: str) -> dic
     try:
         cards, carried = cards_table(scores), carriers_table(scores)
     except (AttributeError, LookupError, TypeError, ValueError) as err:
-        why = f"{type(err).__name__}: {first_line(err)}"
+        why = named(err)
         raise SaerlError(f"the cluster cards in scores.json are damaged ({why}); {AGAIN}") from err
     tables = {"probes": probes_table(scores), "features": carried, "clusters": cards}
     for name, title, record, note in (

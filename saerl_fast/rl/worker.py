@@ -26,8 +26,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from saerl_fast.errors import SaerlError
-from saerl_fast.plugins import first_line
+from saerl_fast.errors import SaerlError, first_line
 
 PATIENCE = 600.0  # seconds for the child's imports
 _CHILD = (

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import first_line, read_tensors
+from saerl_fast.errors import SaerlError, named
+from saerl_fast.fileio import read_tensors
 from saerl_fast.hub import at_home
 from saerl_fast.records import manifest
 from saerl_fast.records.lock import lock, vacant
@@ -56,7 +56,7 @@ def load_sae(source: str | Path, said: dict[str, Any] | None = None) -> SAE:
     except SaerlError:
         raise
     except Exception as err:  # values of another type than a layout has can stumble anywhere
-        why = f"{type(err).__name__}: {first_line(err)}"
+        why = named(err)
         raise SaerlError(f"{where} is not understood ({why}); copy its files again, or correct them") from err
 
 

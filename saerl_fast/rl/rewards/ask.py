@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from saerl_fast.errors import SaerlError
-from saerl_fast.plugins import first_line
+from saerl_fast.errors import SaerlError, named
 from saerl_fast.rl.interrupt import TimeUp
 from saerl_fast.rl.rewards.contain import contained
 
@@ -147,7 +146,7 @@ def ask(fn: Reward, rows: Rows, notes: Notes) -> np.ndarray:
         code = "" if err.code is None else shown(err.code)
         raise fail(f"called exit({code})", "mend it", place(fn, err), search=True) from err
     except BaseException as err:  # whatever a user's function raises
-        what = f"raised {type(err).__name__}: {first_line(err)}"
+        what = f"raised {named(err)}"
         raise fail(what, "mend it", place(fn, err), search=True) from err
 
 
