@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.run_all import heed_interrupts
 from saerl_fast import cli
 from saerl_fast.fileio import write_json
 
@@ -183,8 +184,9 @@ COMMANDS = [
 @pytest.fixture
 def ended(monkeypatch, capsys, tmp_path):
     """Run a command in whose stage ``number`` comes, after files were written: its code and its last line."""
-    from saerl_fast.stages import preflight
+    from saerl_fast.stages import compare, preflight
 
+    assert compare  # which would keep the stages that stand in below, were it imported later
     monkeypatch.setattr(preflight, "set_up", lambda config, new_sae=False: None)
 
     def run(module, stage, argv, number, files=()):
@@ -253,3 +255,25 @@ def test_a_rank_that_is_no_number_is_one_sentence(name, value):
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr == f"saerl: the environment variable {name} is {value!r}, not a number; unset it\n"
+
+
+@pytest.mark.parametrize("when", ["saerl_fast.config", "saerl_fast.cli"])
+def test_ctrl_c_while_modules_are_loaded_shows_no_traceback(when):
+    code = "import os, signal, sys\nfrom saerl_fast.__main__ import main\n"
+    code += f"hit = lambda name: name == {when!r} and os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "sys.addaudithook(lambda event, args: event == 'import' and hit(args[0]) and None)\nmain()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        preexec_fn=heed_interrupts,
+    )
+    assert done.returncode == -signal.SIGINT and done.stderr == b""
+
+
+def test_the_package_is_the_command():
+    command = [sys.executable, "-m", "saerl_fast", "settings", "train.lora"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    assert done.returncode == 0 and "train.lora.rank" in done.stdout

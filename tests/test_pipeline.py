@@ -616,6 +616,16 @@ def test_what_is_left_of_a_killed_run_is_taken_and_a_signal_saves(tmp_path, monk
     assert (tmp_path / "r" / "vanilla").is_symlink()
 
 
+def test_what_was_kept_for_complete_scores_goes(scored, tmp_path):
+    folder = copy_of(scored, tmp_path / "demo")
+    mark = json.loads((folder / "manifest.json").read_text())["artefacts"]["scores"][0]["fingerprint"]
+    kept = [folder / f"features.partial-{mark}-1", folder / "features.partial-of-other-settings"]
+    for path in kept:
+        path.mkdir()
+    assert saerl("plan", folder) == 0
+    assert [path.exists() for path in kept] == [False, True]
+
+
 def test_one_command_at_a_time(scored, tmp_path, capsys):
     """Writers are refused in a sentence; readers are not."""
     folder = copy_of(scored, tmp_path / "demo")

@@ -253,6 +253,15 @@ def test_records_of_another_shape_are_one_sentence(tmp_path, name, content):
         load_runs(tmp_path)
 
 
+def test_a_damaged_last_line_does_not_hide_the_run(tmp_path):
+    record_run(tmp_path / "a", "a", rows=[timed(1, 1.0), timed(2, 1.0)])
+    with open(tmp_path / "a" / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 3, "kind\n{"ste\n')
+    runs, said = runs_and_words(tmp_path)
+    assert runs[0].last["step"] == 2
+    assert any("metrics.jsonl has 2 damaged lines" in line for line in said)
+
+
 def test_runs_that_the_comparison_does_not_name_are_said(tmp_path):
     for arm in ("vanilla", "renamed"):
         record_run(tmp_path / arm, arm, rows=[timed(1, 1.0)])

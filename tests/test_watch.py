@@ -210,3 +210,21 @@ def test_what_is_removed_is_not_waited_for(tmp_path: Path, what: str) -> None:
     with pytest.raises(SaerlError, match=f"{root if what == '.' else root / what} was removed"):
         watch(root, echo, every=0.01)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b'{"step": 1, "kind": "tra\n'])
+def test_a_run_that_ended_without_a_readable_row_does_not_keep_a_comparison_open(tmp_path, content) -> None:
+    (tmp_path / "compare.json").write_text(json.dumps({"arms": ["vanilla", "adaptive"], "seeds": [0]}))
+    for name in ("vanilla", "adaptive"):
+        write(tmp_path / name, 1, 2, None)
+        (tmp_path / name / "run.json").write_text(json.dumps({"arm": name, "seed": 0}))
+        (tmp_path / name / "summary.json").write_text("{}")
+    (tmp_path / "vanilla" / "metrics.jsonl").write_bytes(content)
+    said: list[str] = []
+    figure = watch(tmp_path, said.append, every=0.01)
+    assert f"{tmp_path / 'vanilla'}: it has ended, and metrics.jsonl holds no step" in said
+    assert said[-1] == f"ended; {figure} holds the curves"
+    (tmp_path / "adaptive" / "metrics.jsonl").write_bytes(content)
+    figure.unlink()
+    watch(tmp_path, said.append, every=0.01)
+    assert said[-1] == "ended; there is no curve"

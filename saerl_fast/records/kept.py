@@ -54,9 +54,9 @@ class Kept:
             remove(self.folder)
 
 
-def drop(folder: str | Path, name: str, *, but: Path | None = None) -> None:
-    """Remove what is kept of an output, whatever made it, such as a command that ended just after it."""
-    for old in Path(folder).glob(f"{name}.partial-*"):
+def drop(folder: str | Path, name: str, *, mark: str = "", but: Path | None = None) -> None:
+    """Remove what is kept of an output under marks that begin with ``mark``."""
+    for old in Path(folder).glob(f"{name}.partial-{mark}*"):
         if old != but:
             with suppress(OSError):  # another process may be at it too
                 remove(old)

@@ -58,7 +58,7 @@ class Lock:
         self.owner = os.getpid(), threading.get_ident()
         self.ended = threading.Event()
         name = Path(sys.argv[0]).name if sys.argv else "python"
-        command = shlex.join(["saerl" if name == "cli.py" else name, *sys.argv[1:]])
+        command = shlex.join(["saerl" if name in ("cli.py", "__main__.py") else name, *sys.argv[1:]])
         about = {"command": command[:200], "pid": os.getpid(), "host": platform.node()}
         about["since"] = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         self.text = json.dumps(about | {"mark": process_mark(), "token": secrets.token_hex(8)})

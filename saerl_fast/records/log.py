@@ -51,7 +51,8 @@ class JsonlLog:
             elif self.path.exists():
                 self.path.replace(self.path.with_name(self.path.name + ".previous"))
             self._file = self.path.open("ab")
-            self._rows, self._bytes, self._sha = _hashed(self.path)
+            self._rows = _lines(self.path)
+            self._bytes, self._sha = _hashed(self.path)
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows. NumPy and torch scalars become numbers, NaN and infinity null."""
@@ -74,15 +75,26 @@ class JsonlLog:
             self._file.close()
 
 
-def _hashed(path: Path, size: int | None = None) -> tuple[int, int, Any]:
-    """Lines, bytes and SHA-256 of the first ``size`` bytes of a file (of all of it)."""
-    rows, left, sha = 0, size if size is not None else path.stat().st_size, hashlib.sha256()
-    done = 0
+def _blocks(path: Path, size: int | None) -> Iterator[bytes]:
+    """The first ``size`` bytes of a file, or all that it has now."""
+    left = size if size is not None else path.stat().st_size
     with path.open("rb") as file:
-        while block := file.read(min(left - done, 1 << 20)):
-            sha.update(block)
-            rows, done = rows + block.count(b"\n"), done + len(block)
-    return rows, done, sha
+        while block := file.read(min(left, 1 << 20)):
+            left -= len(block)
+            yield block
+
+
+def _lines(path: Path, size: int | None = None) -> int:
+    return sum(block.count(b"\n") for block in _blocks(path, size))
+
+
+def _hashed(path: Path, size: int | None = None) -> tuple[int, Any]:
+    """How many bytes there are among the first ``size`` (of all), and their SHA-256."""
+    done, sha = 0, hashlib.sha256()
+    for block in _blocks(path, size):
+        sha.update(block)
+        done += len(block)
+    return done, sha
 
 
 def write_logs(out_dir: str | Path, written: Mapping[str, Any], counters: Mapping[str, Any]) -> None:
@@ -101,9 +113,10 @@ def damage(path: str | Path, written: Mapping[str, Any]) -> str:
         return ""
     if not path.is_file():
         return f"{path.name} is missing, and the {written['rows']} rows that it held"
-    rows, size, sha = _hashed(path, written["bytes"])
+    size, sha = _hashed(path, written["bytes"])
     if size == written["bytes"] and sha.hexdigest() == written["sha256"]:
         return ""
+    rows = _lines(path, written["bytes"])
     if size < written["bytes"] and rows < written["rows"]:
         return f"{path.name} has {rows} of the {written['rows']} rows that were written"
     return f"{path.name} was changed after it was written"
@@ -118,7 +131,7 @@ def _cut(path: Path, step: int, written: Mapping[str, Any] | None) -> str:
     if not path.is_file():
         return damage(path, written) if written is not None else ""
     unreadable = keep_until(path, step)
-    rows = _hashed(path)[0]
+    rows = _lines(path)
     if written is None:
         return f"{path.name} had {unreadable} damaged lines" if unreadable else ""
     if rows == written["rows"]:

@@ -99,7 +99,7 @@ def publish(
             _put(folder, name, [entry, *before])
     if lost := [file for file in written if not (folder / file).is_file()]:
         raise SaerlError(f"{folder / lost[0]} was removed while it was written; run the command again")
-    if recorded:
+    if recorded and before:
         _put(folder, name, [entry])
     for stale in {file for old in before for file in old["files"]} - written.keys():
         (folder / stale).unlink(missing_ok=True)

@@ -102,6 +102,17 @@ def as_row(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**62 else None
 
 
+def last_row(lines: bytes) -> dict[str, Any] | None:
+    """The last metrics row in whole lines, which may end with damaged ones; None when there is none."""
+    end = len(lines)
+    while end:
+        start = lines.rfind(b"\n", 0, end - 1) + 1
+        if row := as_row(lines[start:end]):
+            return row
+        end = start
+    return None
+
+
 def _names(value: Any) -> list[str]:
     return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
 
@@ -137,28 +148,45 @@ def _with_arrow(lines: bytes) -> Block | None:
         )
     except (pa.ArrowException, OverflowError):
         return None
-    step, kind = table["step"], table["kind"]
+    step, kind = table["step"].combine_chunks(), table["kind"]
     if step.null_count or kind.null_count:
         return None
-    numbers = step.to_numpy()
+    numbers = _raw(step, np.int64)
     if len(numbers) and (numbers.min() < 0 or numbers.max() >= 2**62):
         return None
 
-    def figures(column: Any) -> np.ndarray:
-        found = column.to_numpy(zero_copy_only=False).astype(np.float64)
-        return np.where(np.abs(found) < 1e300, found, np.nan)
+    def figures(array: Any) -> np.ndarray:
+        found = _raw(array, np.float64)
+        return np.where(_known(array) & (np.abs(found) < 1e300), found, np.nan)
 
-    time = table["time"].combine_chunks()
-    marked = np.flatnonzero(table["alarms"].is_valid().to_numpy())
-    alarms = (
-        [table[name].take(marked).to_pylist() for name in ("alarms", "begun")] if len(marked) else [[], []]
-    )
+    time, alarms, begun = (table[name].combine_chunks() for name in ("time", "alarms", "begun"))
     return Block(
         numbers,
-        kind.to_numpy(),
-        table["mode"].to_numpy(),
-        {name: figures(table[name]) for name in FIGURES},
+        np.array(kind.to_pylist(), object),
+        np.array(table["mode"].to_pylist(), object),
+        {name: figures(table[name].combine_chunks()) for name in FIGURES},
         {name: figures(time.field(name)) for name in phases},
-        {i: (_names(a), _names(b)) for i, a, b in zip(marked.tolist(), *alarms, strict=True)},
+        {
+            i: (_names(alarms[i].as_py()), _names(begun[i].as_py()))
+            for i in np.flatnonzero(_known(alarms)).tolist()
+        },
         0,
     )
+
+
+# Arrow's own ways to NumPy, and its functions on columns, import pandas, which takes longer than most files.
+
+
+def _raw(array: Any, dtype: type) -> np.ndarray:
+    """The values of an Arrow array of numbers; where it has none, anything."""
+    size = np.dtype(dtype).itemsize
+    return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * size)
+
+
+def _known(array: Any) -> np.ndarray:
+    """bool [n]: where an Arrow array has a value."""
+    bits = array.buffers()[0]
+    if bits is None:
+        return np.ones(len(array), dtype=bool)
+    found = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")
+    return found[array.offset : array.offset + len(array)].astype(bool)

@@ -17,7 +17,7 @@ from saerl_fast.errors import SaerlError, printable
 from saerl_fast.fileio import mismatch, read_json
 from saerl_fast.records import manifest
 from saerl_fast.records.log import LOGS, damage
-from saerl_fast.records.rows import Block, as_row, blocks
+from saerl_fast.records.rows import Block, blocks, last_row
 
 log = logging.getLogger(__name__)
 _NUMBER = (None, float)
@@ -109,6 +109,7 @@ class RunRecord:
         self._seconds: dict[str, float] = {}
         self._active: dict[str, set[str]] = {}  # alarms in the latest row, by kind of row
         self._offset, self._end = 0, b""
+        self._holes: list[str] | None = None
 
     def read(self, *, whole: bool = False) -> bool:
         """Take in the lines that metrics.jsonl gained since the last call; whether there were any.
@@ -126,11 +127,11 @@ class RunRecord:
             if file.read(len(self._end)) != self._end:
                 self._clear()
                 self.config = read_object(self.folder / "run.json")
-        before = self._offset
+        before, self._holes = self._offset, None
         for block, lines in blocks(path, self._offset, whole=whole):
             self.first_line = self.first_line or lines[: lines.find(b"\n")]
             self._offset, self._end = self._offset + len(lines), lines[-256:]
-            self.last = as_row(lines[lines.rfind(b"\n", 0, -1) + 1 :]) or self.last
+            self.last = last_row(lines) or self.last
             self.add(block)
         return self._offset > before
 
@@ -191,7 +192,15 @@ class RunRecord:
         return f"metrics.jsonl lacks the training steps {_ranges([*gaps])}" if len(before) else ""
 
     def holes(self) -> list[str]:
-        """What is missing from this run's record or was changed in it, a sentence each; [] when whole."""
+        """What is missing from this run's record or was changed in it, a sentence each; [] when whole.
+
+        The logs are read to their end, once until `read` is called again.
+        """
+        if self._holes is None:
+            self._holes = self._missing()
+        return self._holes
+
+    def _missing(self) -> list[str]:
         said = [str(line) for line in self.summary.get("damage", [])]
         try:
             kept = read_object(self.folder / LOGS)

@@ -63,20 +63,23 @@ def watch(root: str | Path, echo: Callable[[str], None], *, every: float = 5.0) 
                     known[folder] = open_run(folder)
             ended = {folder for folder in folders if (folder / "summary.json").is_file()}  # before it is read
             grown = [folder for folder in folders if known[folder].read(whole=folder in ended)]
-            runs = [known[folder] for folder in folders if known[folder].last]
+            runs = [known[folder] for folder in folders if known[folder].last or folder in ended]
             runs = [run for run in runs if run.arm in order and run.seed in seeds] or runs
             runs = one_of_each(root, runs, say, strict=False)
-            fresh = [run for run in runs if run.folder in grown]
+            fresh = [run for run in runs if run.folder in grown and run.last]
             for run in fresh:
                 name = f"{run.arm}, seed {run.seed}: " if len(runs) > 1 else ""
                 echo(name + _latest(run))
                 if lost := run.steps_lost():
                     say(f"{run.folder}: {lost}")
+            for run in runs:
+                if not run.last:
+                    say(f"{run.folder}: it has ended, and metrics.jsonl holds no step")
             if fresh and root.is_dir():  # a picture would make it again
-                live(runs, figure)
+                live([run for run in runs if run.last], figure)
             expected = max(1, len(order) * len(seeds))
             if len(runs) >= expected and all(run.folder in ended for run in runs):
-                echo(f"ended; {figure} holds the curves")
+                echo(f"ended; {figure} holds the curves" if figure.exists() else "ended; there is no curve")
                 return figure
         elif not waiting:
             echo(f"waiting for {root}/metrics.jsonl")

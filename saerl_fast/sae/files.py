@@ -100,7 +100,13 @@ def convert_sae(source: str | Path, folder: str | Path, said: list[str] | tuple[
         if not vacant(folder, names):
             raise SaerlError(f"{folder} exists and is not empty; name a new folder")
         sae = load_sae(source, dict(_parsed(item) for item in said))
-        save_sae(sae, folder, made={"inputs": {"source": str(source)}})
+        try:
+            save_sae(sae, folder, made={"inputs": {"source": str(source)}})
+        except BaseException:  # the same command again would refuse what it has left
+            entry = manifest.look(folder, "sae").entry
+            for name in (*(entry["files"] if entry else ()), manifest.FILE):
+                (folder / name).unlink(missing_ok=True)
+            raise
     return sae
 
 

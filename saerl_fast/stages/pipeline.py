@@ -12,6 +12,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -200,6 +201,7 @@ def find_sae(config: Config, echo: Echo, session: Session) -> SAE:
         sae = open_sae(config.sae.path)
     elif is_there(config, "sae", echo):
         refuse_other(config, scores=False)
+        _tidy(config, "sae", SAE_SECTIONS)
         sae = load_sae(path)
     else:
         _refuse_together(path, "saerl sae train")
@@ -301,7 +303,15 @@ def find_scores(config: Config, echo: Echo, session: Session | None = None) -> S
             if not is_there(config, "scores", Echo(quiet=True)):  # another process has made them
                 return score_stage(config, echo, session)
     refuse_other(config)
+    _tidy(config, "features", SCORE_SECTIONS)
     return Scores.load(config.run_dir)
+
+
+def _tidy(config: Config, name: str, sections: tuple[str, ...]) -> None:
+    """Remove what was kept for an output that is complete: its process was killed before it could."""
+    if any(Path(config.run_dir).glob(f"{name}.partial-*")):
+        with suppress(SaerlError), lock(config.run_dir):
+            drop(config.run_dir, name, mark=fingerprint(config, sections))
 
 
 def _refuse_together(missing: Path, command: str) -> None:
