@@ -137,9 +137,10 @@ def _elastic(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Predictions of all rows, held-out ones of ``rows``, and how many features the whole fit uses."""
     scores, used = _fit_predict(matrix[rows], labels, map(matrix.__getitem__, blocks(matrix.shape[0])), cfg)
-    held_out = np.empty(len(rows))
+    held_out = np.full(len(rows), labels.mean())  # as in `ridge.held_out`
     for fit, test in splits:
-        held_out[test] = _fit_predict(matrix[rows[fit]], labels[fit], [matrix[rows[test]]], cfg)[0]
+        found = _fit_predict(matrix[rows[fit]], labels[fit], [matrix[rows[test]]], cfg)[0]
+        held_out[test] += found - labels[fit].mean()
     return scores, held_out, used
 
 

@@ -121,14 +121,17 @@ def fit(
 def held_out(
     blocks: Mapping[str, Block], rows: np.ndarray, labels: np.ndarray, splits: Splits, seed: int = 0
 ) -> np.ndarray:
-    """Predictions [len(rows)] by fits that did not see the label: ``splits`` are (seen, tested) positions."""
-    found, start = np.empty(len(rows)), None
+    """Predictions [len(rows)] by fits that did not see the label: ``splits`` are (seen, tested) positions.
+
+    All are about the mean of all labels. About the mean of those that a fit saw, which is low where the tested
+    ones are high, features that say nothing would rank rows against their labels.
+    """
+    found, start = np.full(len(rows), labels.mean()), None
     for seen, test in splits:
-        if np.ptp(labels[seen]) == 0:
-            found[test] = labels[seen].mean()
-        else:
+        if np.ptp(labels[seen]) > 0:
             fitted = fit(blocks, rows[seen], labels[seen], seed, start)
-            found[test], start = fitted.predict(blocks, rows[test]), fitted.scales
+            found[test] += fitted.predict(blocks, rows[test]) - fitted.mean
+            start = fitted.scales
     return found
 
 
