@@ -123,8 +123,8 @@ def held_out(
 ) -> np.ndarray:
     """Predictions [len(rows)] by fits that did not see the label: ``splits`` are (seen, tested) positions.
 
-    All are about the mean of all labels. About the mean of those that a fit saw, which is low where the tested
-    ones are high, features that say nothing would rank rows against their labels.
+    All are about the mean of all labels. About the mean of those that a fit saw, which is low where the
+    tested ones are high, features that say nothing would rank rows against their labels.
     """
     found, start = np.full(len(rows), labels.mean()), None
     for seen, test in splits:
