@@ -59,6 +59,12 @@ def test_features_that_say_nothing_rank_nothing():
         assert result.metrics["spearman"] == 0 and np.ptp(result.scores) < 1e-6
 
 
+@pytest.mark.parametrize("rates", [[0.0, 1e-200], [0.0, 1e-17]])
+def test_pass_rates_that_differ_by_rounding_are_equal(rates):
+    X, _ = planted(40, 30, 5)
+    assert "all pass rates are equal" in fit_difficulty(X, rates * 20, DifficultyConfig()).metrics["note"]
+
+
 @pytest.mark.parametrize("l1_ratio", [0.2, 0.9])
 def test_alpha_is_a_share_of_the_penalty_that_leaves_no_feature(l1_ratio):
     X, rates = planted(150, 100, 15)

@@ -68,7 +68,7 @@ def fit_difficulty(bank: Bank, pass_rates: Any, cfg: DifficultyConfig, *, seed: 
         metrics["note"] = "no pass rates are known: difficulty was not scored"
         return DifficultyResult(np.full(len(rates), np.nan, dtype=np.float32), metrics)
     metrics["mean_label"] = float(1.0 - rates[known].mean())
-    if total < MIN_LABELS or np.ptp(rates[known]) == 0:
+    if total < MIN_LABELS or ridge.alike(1.0 - rates[known]):
         why = f"only {total} pass rates are known" if total < MIN_LABELS else "all pass rates are equal"
         metrics["note"] = f"{why}: every prompt has the neutral difficulty 0.5"
         log.warning(metrics["note"])

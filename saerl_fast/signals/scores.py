@@ -180,7 +180,7 @@ def score_features(
     prompt_features = checked(prompt_features)
     if not prompt_features.nnz:
         log.warning(
-            "no feature of the SAE is active in any prompt, so there is one cluster, and probes read everything "
+            "no feature of the SAE is active in any prompt: there is one cluster, and probes read everything "
             "else; check that the SAE is of this model and layer"
         )
     seconds: dict[str, float] = {}
