@@ -1,6 +1,7 @@
 """Clustering: finds planted topics, knows when there are none, and takes any pool."""
 
 import importlib.util
+import json
 import sys
 from types import SimpleNamespace
 
@@ -239,6 +240,15 @@ def test_equal_and_empty_rows_can_be_clustered():
     assert cluster_prompts(same, DiversityConfig(n_clusters=3)).metrics["sizes"] == [8]
     labels = cluster_prompts(pairs, DiversityConfig(n_clusters=5)).labels
     assert adjusted_rand_score(labels, np.arange(12) % 2) == 1.0
+
+
+@pytest.mark.parametrize("svd", [16, 0])
+def test_equal_rows_are_one_cluster_and_every_figure_is_finite(svd):
+    X = CSR.from_dense(torch.tensor([[1.0, 0.0, 2.0, 0.5]] * 29 + [[1.0, 0.0, 2.0, 0.5000001]]))
+    for wanted in ("auto", 4):
+        metrics = cluster_prompts(X, DiversityConfig(n_clusters=wanted, svd=svd)).metrics
+        json.dumps(metrics, allow_nan=False)
+        assert wanted == 4 or metrics["n_clusters"] == 1
 
 
 def test_purity_by_hand():

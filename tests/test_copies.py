@@ -49,6 +49,13 @@ def test_copies_of_every_kind() -> None:
     assert found(texts, [0, 0, 0, 0, 0, 1, 2], near=1.0).of.tolist() == [-1, 0, 0, -1, -1, -1, -1]
 
 
+def test_what_nobody_sees_makes_no_other_text() -> None:
+    seen = "Zoë buys 3 cafés. How many?"
+    texts = [seen, seen.replace("ë", "e\u0308"), seen.replace("é", "e\u0301") + "\u200b", "\ufeff" + seen]
+    texts += [seen.replace("3 ", "3\u00a0"), seen.replace("3", "³"), seen.replace("o", "\u043e")]
+    assert same_text(texts).tolist() == [0, 0, 0, 0, 0, 5, 6]  # a power and a Cyrillic letter are others
+
+
 def test_like_features_with_other_words_are_no_copies() -> None:
     texts = [
         "Compute the greatest common factor of 12 and 18.",

@@ -29,6 +29,11 @@ def pool(**columns):
             {"quality": QualityConfig(label_column="q", head="ridge")},
             "label inf is no score",
         ),
+        (
+            {"q": [1, -1e31]},
+            {"quality": QualityConfig(label_column="q", head="ridge")},
+            r"label -1e\+31 is no score; use numbers up to 1e\+30",
+        ),
         ({"q": ["ok", 1]}, {"quality": QualityConfig(label_column="q")}, "holds 'ok'; use numbers or null"),
         ({}, {"quality": QualityConfig(label_column="q")}, "no column 'q'|has no.*'q'|q"),
         ({}, {"quality": QualityConfig(kind_column="what")}, "what"),

@@ -252,6 +252,16 @@ def test_unknown_quality_stays_and_the_threshold_itself_passes():
     assert set(plan.prompt_ids) <= {"p0", "p4", "p8", "p12"} and len(plan.prompt_ids) == 3
 
 
+@pytest.mark.parametrize("rule", [QualityConfig(), QualityConfig(filter_ratio=0.25)])
+def test_a_quality_that_is_the_same_everywhere_filters_nothing(rule):
+    scores = unsure([0.45] * 16, [0.5] * 16)  # what a probe no better than chance says
+    kwargs = {"batch_size": 2, "total_steps": 2, "seed": 0, "quality": rule}
+    plan = build_plan(scores, PlanConfig("global"), **kwargs)
+    assert not plan.dropped and "no better than chance: nothing was filtered" in " ".join(plan.notes)
+    with pytest.raises(SaerlError, match="label more prompts, or set plan.filter=false"):
+        build_plan(scores, PlanConfig("global", filter=True), **kwargs)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_unknown_scores_leave_no_trace_in_the_figures(schedule):
     scores = unsure([np.nan, 0.9] * 10, [np.nan, 0.1, 0.2, 0.9] * 5)

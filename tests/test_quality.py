@@ -94,6 +94,7 @@ def test_ridge_head_ranks_a_score():
         ([1.0] * 40, QualityConfig(), "40 good and 0 bad"),
         ([1.0] * 38 + [0.0] * 2, QualityConfig(), "38 good and 2 bad"),
         ([3.0] * 40, QualityConfig(head="ridge"), "equal"),
+        ([1e-300, 0.0] * 20, QualityConfig(head="ridge"), "equal"),  # their variance is no number
         ([1.0, 0.0] * 20, QualityConfig(head="none"), "none"),
     ],
 )

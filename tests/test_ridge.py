@@ -68,6 +68,18 @@ def test_held_out_sees_no_label_of_its_own() -> None:
     assert abs(spearmanr(held_out({"x": Block(X)}, np.arange(120), y, splits), y)[0]) < 0.25
 
 
+def test_features_that_say_nothing_rank_nothing() -> None:
+    found = {"random": [], "none": []}
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        y, splits = rng.random(60), list(KFold(5).split(np.arange(60)))
+        noise = held_out({"random": Block(rng.normal(size=(60, 32)))}, np.arange(60), y, splits)
+        found["random"].append(spearmanr(noise, y)[0])
+        found["none"].append(np.ptp(held_out({"none": Block(np.zeros((60, 0)))}, np.arange(60), y, splits)))
+    assert np.max(found["none"]) < 1e-12
+    assert abs(np.mean(found["random"])) < 0.07  # about the folds' own means: -0.12
+
+
 def test_columns_without_variance_and_rows_without_features() -> None:
     X = np.hstack([rows_of(50, 6), np.full((50, 1), 7.0), np.zeros((50, 1))])
     X[:5] = 0.0

@@ -138,6 +138,13 @@ def test_one_row_pool_is_scored():
     assert len(scores) == 1 and scores.columns["saerl_cluster"].tolist() == [0]
 
 
+def test_an_sae_that_never_fires_is_said(caplog):
+    pool, _ = make_pool(40)
+    scores = score_features(pool, CSR.empty(40, 60), None, make_config())
+    assert "no feature of the SAE is active in any prompt" in caplog.text
+    assert scores.metadata["clusters"]["n_clusters"] == 1
+
+
 def test_files_give_the_same_scores_back(tmp_path):
     pool, features = make_pool()
     chat = [[{"role": "user", "content": text}] for text in pool.columns["prompt"]]

@@ -197,6 +197,14 @@ def _filter(
     recorded = scores.metadata.get("quality", {})
     threshold = override.threshold if override else recorded.get("threshold", QualityConfig.threshold)
     ratio = override.filter_ratio if override else recorded.get("filter_ratio", QualityConfig.filter_ratio)
+    known = quality[np.isfinite(quality)]
+    if len(bad) > 1 and len(known) == len(bad) and np.ptp(known) == 0 and (ratio or known[0] < threshold):
+        same = "all prompts have the same quality, as where the probe does no better than chance"
+        if asked:
+            raise SaerlError(f"plan.filter=true, but {same}; label more prompts, or set plan.filter=false")
+        notes.append(f"{same}: nothing was filtered")
+        log.warning("plan: %s", notes[-1])
+        return bad, ""
     if ratio is not None:
         ranked = np.argsort(np.where(np.isfinite(quality), quality, np.inf), kind="stable")
         bad[ranked[: round(ratio * len(bad))]] = True

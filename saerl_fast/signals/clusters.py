@@ -168,8 +168,11 @@ def _plain(X: Features, idf: torch.Tensor, texts: Texts, cfg: DiversityConfig) -
 def silhouette(rows: CSR, labels: np.ndarray, centroids: np.ndarray) -> float:
     """Mean of (b - a) / max(a, b) with a, b the cosine distances to the own and the next centroid.
 
-    ``rows`` [n, d] of norm 1, ``labels`` [n], ``centroids`` float32 [K, d] of norm 1, K >= 2.
+    ``rows`` [n, d] of norm 1, ``labels`` [n], ``centroids`` float32 [K, d] of norm 1. Of one cluster, all
+    that equal rows give, 0: nothing is apart.
     """
+    if len(centroids) < 2:
+        return 0.0
     distance = 1.0 - np.asarray(rows.to_scipy() @ centroids.T, dtype=np.float64)
     index = np.arange(len(labels))
     own = distance[index, labels].copy()

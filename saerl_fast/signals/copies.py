@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from saerl_fast.signals.text import NUMBER
 log = logging.getLogger(__name__)
 NAMED = 5  # copies that a message names
 GROUPED = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")  # the digits of a number in threes
+UNSEEN = str.maketrans("", "", "\u00ad\u200b\u200e\u200f\u2060\ufeff")  # soft hyphen, zero width, direction
 WRITTEN = re.compile(r"-?\d{1,40}(?:\.\d{1,40}|/(\d{1,40}))?")  # no powers, whose numbers are of any size
 
 
@@ -40,7 +42,7 @@ def find_copies(
     """Which of the prompts ``texts`` repeat another one; ``X``: their pooled SAE features, unweighted.
 
     ``near``: the least cosine of near-copies; at 1 none are looked for. Of equal texts, the first stands for
-    all. Metrics: ``rows`` have a text that occurs before, but for spaces and case; ``conflicting`` texts have
+    all. Metrics: ``rows`` have a text that occurs before (`same_text`); ``conflicting`` texts have
     answers that differ, ``conflicts`` names their rows; ``renumbered`` rows repeat an earlier text with other
     numbers; ``near`` rows are further near-copies, ``examples`` names some; ``unsure`` rows had more
     neighbours than were looked at; ``recall``, in large pools: the share of the near-copies of some rows that
@@ -75,13 +77,17 @@ def find_copies(
 
 
 def same_text(texts: Iterable[str]) -> np.ndarray:
-    """int64 [n]: the first row whose text is the same but for spaces and case."""
+    """int64 [n]: the first row whose text is the same but for spaces, case and what nobody sees."""
     return first_equal(map(_folded, texts))
 
 
 def _folded(text: Any) -> str:
-    """A text without what does not make it another: case, and how its words are spaced."""
-    return " ".join(str(text).lower().split())
+    """A text without what does not make it another: case, how its words are spaced and its accents encoded,
+    and characters that nobody sees."""
+    text = str(text)
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text).translate(UNSEEN)
+    return " ".join(text.lower().split())
 
 
 def _meant(answer: Any) -> Fraction | str | None:

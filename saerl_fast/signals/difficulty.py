@@ -68,7 +68,7 @@ def fit_difficulty(bank: Bank, pass_rates: Any, cfg: DifficultyConfig, *, seed: 
         metrics["note"] = "no pass rates are known: difficulty was not scored"
         return DifficultyResult(np.full(len(rates), np.nan, dtype=np.float32), metrics)
     metrics["mean_label"] = float(1.0 - rates[known].mean())
-    if total < MIN_LABELS or np.ptp(rates[known]) == 0:
+    if total < MIN_LABELS or ridge.alike(1.0 - rates[known]):
         why = f"only {total} pass rates are known" if total < MIN_LABELS else "all pass rates are equal"
         metrics["note"] = f"{why}: every prompt has the neutral difficulty 0.5"
         log.warning(metrics["note"])
@@ -137,9 +137,10 @@ def _elastic(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Predictions of all rows, held-out ones of ``rows``, and how many features the whole fit uses."""
     scores, used = _fit_predict(matrix[rows], labels, map(matrix.__getitem__, blocks(matrix.shape[0])), cfg)
-    held_out = np.empty(len(rows))
+    held_out = np.full(len(rows), labels.mean())  # as in `ridge.held_out`
     for fit, test in splits:
-        held_out[test] = _fit_predict(matrix[rows[fit]], labels[fit], [matrix[rows[test]]], cfg)[0]
+        found = _fit_predict(matrix[rows[fit]], labels[fit], [matrix[rows[test]]], cfg)[0]
+        held_out[test] += found - labels[fit].mean()
     return scores, held_out, used
 
 

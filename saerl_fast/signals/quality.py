@@ -22,6 +22,7 @@ from saerl_fast.signals.bank import OF_ANSWER, Bank, spearman
 log = logging.getLogger(__name__)
 MIN_LABELS = 10  # of them, for the logistic head, at least MIN_CLASS good and MIN_CLASS bad
 MIN_CLASS = 3
+MOST = 1e30  # of a score: its square is still a number
 
 
 class QualityResult(NamedTuple):
@@ -35,10 +36,10 @@ class QualityResult(NamedTuple):
 
 def check_labels(cfg: QualityConfig, labels: np.ndarray) -> None:
     """SaerlError for ``labels``, those that are known, which ``cfg.head`` cannot be fitted to."""
-    infinite, other = labels[np.isinf(labels)], labels[(labels != 0) & (labels != 1)]
-    if cfg.head == "ridge" and len(infinite):
+    huge, other = labels[np.abs(labels) > MOST], labels[(labels != 0) & (labels != 1)]
+    if cfg.head == "ridge" and len(huge):
         raise SaerlError(
-            f"quality label {infinite[0]} is no score; use finite numbers, or null where unknown"
+            f"quality label {huge[0]} is no score; use numbers up to {MOST:g}, or null where unknown"
         )
     if cfg.head == "logistic" and len(other):
         raise SaerlError(f"quality label {other[0]} is neither 0 nor 1; set quality.head=ridge for a score")
@@ -55,7 +56,8 @@ def fit_quality(
     of ``baselines``. Logistic scores are probabilities of a good row, calibrated on the held-out ones (Platt,
     1999), so that a threshold of 0.5 means what it says; a probe no better than chance gives every row the
     same. ``accuracy``, at that threshold, takes each row's curve from the other folds. ``kinds`` [n] name
-    what is wrong with bad rows: ``by_kind`` has the held-out AUC of each kind against all good rows.
+    what is wrong with bad rows, None or empty where unknown: ``by_kind`` has the held-out AUC of each kind
+    against all good rows.
 
     Too few labels are no error: the scores are NaN, ``metrics["note"]`` says why, and plans filter
     nothing (unless told to: then they refuse).
@@ -104,10 +106,10 @@ def fit_quality(
         metrics["baselines"] = {name: float(roc_auc_score(y, found)) for name, found in alone.items()}
         metrics["good_share"] = float(y.mean())
         if kinds is not None:
-            named = np.array([str(kinds[i]) for i in at[rows]])
+            named = np.array(["" if kinds[i] is None else str(kinds[i]) for i in at[rows]])
             metrics["by_kind"] = {
                 kind: float(roc_auc_score(y[one], held_out[one]))
-                for kind in sorted(set(named[y == 0]))
+                for kind in sorted(set(named[y == 0]) - {""})
                 for one in [(y == 1) | (named == kind)]
             }
         scores = _calibrate(held_out, y, scores)
@@ -130,7 +132,7 @@ def why_not(cfg: QualityConfig, labels: np.ndarray) -> str | None:
     if len(labels) < MIN_LABELS:
         return f"{len(labels)} quality labels are too few (10 needed): quality was not scored"
     if cfg.head == "ridge":
-        return "all quality labels are equal: quality was not scored" if np.ptp(labels) == 0 else None
+        return "all quality labels are equal: quality was not scored" if ridge.alike(labels) else None
     good, bad = int(labels.sum()), int(len(labels) - labels.sum())
     if min(good, bad) < MIN_CLASS:
         return f"{good} good and {bad} bad labels are too few (3 of each needed): quality was not scored"

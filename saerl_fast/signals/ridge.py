@@ -81,6 +81,11 @@ class Block:
         return found
 
 
+def alike(labels: np.ndarray) -> bool:
+    """Whether labels are equal, or differ by no more than rounding: nothing can be fitted to them."""
+    return float(labels.std()) <= 1e-12 * float(np.abs(labels).max())
+
+
 @dataclass
 class Fit:
     """A fitted regression: ``share`` of the prior variance by block, and of the noise under ``noise``."""
@@ -104,7 +109,7 @@ def fit(
     seed: int = 0,
     start: np.ndarray | None = None,
 ) -> Fit:
-    """Fit to ``labels`` [len(rows)] of ``rows``; at least two labels that differ.
+    """Fit to ``labels`` [len(rows)] of ``rows``; labels that are not `alike`.
 
     ``start``: ``scales`` that may be near, as those of a fit to most of the same labels.
     """
@@ -121,14 +126,17 @@ def fit(
 def held_out(
     blocks: Mapping[str, Block], rows: np.ndarray, labels: np.ndarray, splits: Splits, seed: int = 0
 ) -> np.ndarray:
-    """Predictions [len(rows)] by fits that did not see the label: ``splits`` are (seen, tested) positions."""
-    found, start = np.empty(len(rows)), None
+    """Predictions [len(rows)] by fits that did not see the label: ``splits`` are (seen, tested) positions.
+
+    All are about the mean of all labels. About the mean of those that a fit saw, which is low where the
+    tested ones are high, features that say nothing would rank rows against their labels.
+    """
+    found, start = np.full(len(rows), labels.mean()), None
     for seen, test in splits:
-        if np.ptp(labels[seen]) == 0:
-            found[test] = labels[seen].mean()
-        else:
+        if not alike(labels[seen]):
             fitted = fit(blocks, rows[seen], labels[seen], seed, start)
-            found[test], start = fitted.predict(blocks, rows[test]), fitted.scales
+            found[test] += fitted.predict(blocks, rows[test]) - fitted.mean
+            start = fitted.scales
     return found
 
 

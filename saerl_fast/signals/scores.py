@@ -178,6 +178,11 @@ def score_features(
         if rows != count:
             raise SaerlError(f"{rows} feature rows cannot belong to {count} prompts")
     prompt_features = checked(prompt_features)
+    if not prompt_features.nnz:
+        log.warning(
+            "no feature of the SAE is active in any prompt: there is one cluster, and probes read everything "
+            "else; check that the SAE is of this model and layer"
+        )
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
 
