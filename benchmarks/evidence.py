@@ -35,6 +35,7 @@ from saerl_fast.records.runs import RunRecord, open_run
 from saerl_fast.records.stats import PairedRatio, holm, paired_ratio, past, steps_to_target
 from saerl_fast.stages.compare import parse_arm
 from saerl_fast.stages.console import Echo
+from saerl_fast.stages.pipeline import sae_stage
 from saerl_fast.stages.train import train_stage
 
 POOLS = {"easy": (0.0, (0.463, 0.511)), "demo": (0.4, (0.463, 0.511)), "hard": (0.75, (0.436, 0.476))}
@@ -43,11 +44,12 @@ EARLY = 30  # steps whose share of informative groups is compared
 
 
 class Arm(NamedTuple):
-    """``text`` as compare.arms has it; what the rule reads; whether all steps are made."""
+    """``text`` as compare.arms has it; what the rule reads; all steps made; difficulty without the answer."""
 
     text: str
     features: str | None = None
     whole: bool = False
+    prompt: bool = False
 
 
 def _adaptive(features: str, more: str = "") -> Arm:
@@ -75,9 +77,11 @@ ARMS = {
     "twice": Arm("x:plan.schedule=vanilla;train.rollout.prompts_per_step=32"),
     "filtered": Arm("x:plan.schedule=vanilla;plan.filter=true"),
     "literal": Arm("literal"),
-    "global": Arm("global"),
-    "medium": Arm("medium"),
+    "literal_prompt": Arm("literal", prompt=True),
+    "global_prompt": Arm("global", prompt=True),
+    "medium_prompt": Arm("medium", prompt=True),
 }
+PROMPT = "[length,text,tfidf,sae,hidden]"  # what difficulty reads by default, without the answer's text
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "results" / "evidence"
 Runs = dict[str, dict[str, dict[str, Any]]]  # arm -> seed -> curves
@@ -99,6 +103,9 @@ def configured(pool: str, arm: str, seed: int, work: Path) -> Config:
         "train.save_every": 0,
         "train.save_model": "false",
     }
+    if ARMS[arm].prompt:  # scores of their own, by the SAE of the others
+        settings["run_dir"] = work / f"{pool}-prompt"
+        settings |= {"sae.path": work / pool / "sae", "difficulty.features": PROMPT}
     config = load_config(
         ROOT / "examples" / "demo.yaml", [f"{key}={value}" for key, value in settings.items()]
     )
@@ -112,6 +119,8 @@ def make(pool: str, arm: str, seed: int, work: Path) -> None:
         return
     enough = None if ARMS[arm].whole else partial(_enough, POOLS[pool][1][-1])
     config = configured(pool, arm, seed, work)
+    if ARMS[arm].prompt and not (work / pool / "sae").exists():
+        sae_stage(configured(pool, "adaptive", seed, work), Echo(quiet=True))
     train_stage(config, Echo(quiet=True), out=out, arm=arm, resume=out.exists(), enough=enough)
 
 
