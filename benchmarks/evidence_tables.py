@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from saerl_fast.records.plots import Saving, law
+
 BEGIN, END = "<!-- evidence:begin -->", "<!-- evidence:end -->"
+LAW = {
+    "adaptive": "default (SAE)",
+    "none": "without features",
+    "answer": "log-probability of the answer",
+}
 Lines = list[dict[str, Any]]
 OTHERS = {
     "none": "no features",
@@ -110,36 +117,12 @@ def tables(arms: Lines, against: Lines, named: Sequence[str]) -> str:
 
 def draw_law(arms: Lines, path: Path) -> None:
     """Steps saved against the share of vanilla's groups that carry a gradient, a point a pool and target."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    shown = [
-        (name, [line for line in arms if line["arm"] == arm], colour, shift)
-        for name, arm, colour, shift in (
-            ("default (SAE)", "adaptive", "#c53030", 0.0),
-            ("without features", "none", "#718096", 0.008),
-            ("log-probability of the answer", "answer", "#2b6cb0", -0.008),
-        )
-    ]
-    for name, mine, colour, shift in shown:
-        known = [line for line in mine if "low" in line]
-        if not known:
-            continue
-        x = [line["used_vanilla"] + shift for line in known]
-        y = [line["saved"] for line in known]
-        low = [line["saved"] - line["low"] for line in known]
-        high = [line["high"] - line["saved"] for line in known]
-        axes.errorbar(x, y, yerr=[low, high], fmt="o", ms=4, capsize=2, color=colour, label=name)
-    axes.axhline(0, color="#a0aec0", lw=1)
-    axes.set(xlabel="vanilla's groups with a gradient", ylabel="steps saved against vanilla")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
+    shown = {
+        name: [
+            Saving(line["used_vanilla"], line["saved"], line["low"], line["high"])
+            for line in arms
+            if line["arm"] == arm and "low" in line
+        ]
+        for arm, name in LAW.items()
+    }
+    law({name: points for name, points in shown.items() if points}, "vanilla", path)
