@@ -17,10 +17,17 @@ LAW = {
 Lines = list[dict[str, Any]]
 OTHERS = {
     "none": "no features",
-    "hidden": "hidden states",
-    "tfidf": "TF-IDF of the prompt",
     "random": "random features",
+    "length": "the prompt's length",
+    "tfidf": "TF-IDF of the prompt",
+    "hidden": "hidden states",
+    "scalars": "scalars of the model",
+    "cell": "the generator's task, level and kind",
     "answer": "the log-probability of the reference answer",
+    "shuffled": "a quota of other prompts' clusters",
+    "noquota": "no quota",
+    "literal_prompt": "the paper's recipe, prompt alone",
+    "literal": "the paper's recipe, answer read",
 }
 
 
@@ -41,13 +48,13 @@ def chance(line: dict[str, Any]) -> str:
 
 def arm_table(arms: Lines) -> list[str]:
     """What every arm saved against vanilla, pool by pool."""
-    head = ["pool", "arm", "target", "pairs (+left out)", "steps saved", "p (Holm)"]
+    head = ["pool", "arm", "draw", "target", "pairs (+left out)", "steps saved", "p (Holm)"]
     head += ["rollouts saved", "tokens saved", "groups with a gradient, first 30 steps", "final"]
     made = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in arms:
         out = f" (+{line['left_out']})" if line.get("left_out") else ""
         final = line.get(f"final_{line['arm']}")
-        cells = [line["pool"], line["arm"], str(line["target"]), f"{line.get('pairs', 0)}{out}"]
+        cells = [line["pool"], line["arm"], line["draw"], str(line["target"]), f"{line.get('pairs', 0)}{out}"]
         cells += [share(line), chance(line), share(line, "rollouts_saved"), share(line, "tokens_saved")]
         cells += [f"{line['used_early']:.0%}", "-" if final is None else f"{final:.3f}"]
         made.append("| " + " | ".join(cells) + " |")
@@ -55,17 +62,23 @@ def arm_table(arms: Lines) -> list[str]:
 
 
 def difference_table(against: Lines) -> list[str]:
-    """Steps of the SAE's arm against those of the same rule with other features."""
-    head = ["pool", "SAE features against", "target", "pairs", "fewer steps", "p (Holm)"]
+    """Steps of the default, which reads SAE features, against those of other arms."""
+    head = ["pool", "the default against", "draw", "target", "pairs", "fewer steps", "p (Holm)"]
     made = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in against:
-        cells = [line["pool"], OTHERS[line["against"]], str(line["target"]), str(line.get("pairs", 0))]
+        cells = [
+            line["pool"],
+            OTHERS[line["against"]],
+            line["draw"],
+            str(line["target"]),
+            str(line.get("pairs", 0)),
+        ]
         made.append("| " + " | ".join([*cells, share(line), chance(line)]) + " |")
     return made
 
 
 def verdict(against: Lines) -> str:
-    """What the SAE adds to the rule, in a sentence for each of what it is compared with."""
+    """What the default needs, in a sentence for each arm that it is compared with."""
     said = []
     for other, name in OTHERS.items():
         mine = [line for line in against if line["against"] == other and "p" in line]
@@ -100,7 +113,12 @@ def tables(arms: Lines, against: Lines, named: Sequence[str]) -> str:
     """The generated part of the evidence in benchmarks/README.md, markers included; ``named``: all arms."""
     made = [BEGIN, "", "![The law](figures/law.png)", ""]
     if against:
-        made += ["What SAE features add to the rule. " + verdict(against), "", *difference_table(against), ""]
+        made += [
+            "What the default, which reads SAE features, needs. " + verdict(against),
+            "",
+            *difference_table(against),
+            "",
+        ]
     if arms:
         made += [
             "<details><summary>all arms against vanilla</summary>",
@@ -121,7 +139,7 @@ def draw_law(arms: Lines, path: Path) -> None:
         name: [
             Saving(line["used_vanilla"], line["saved"], line["low"], line["high"])
             for line in arms
-            if line["arm"] == arm and "low" in line
+            if line["arm"] == arm and line["draw"] == "first" and "low" in line
         ]
         for arm, name in LAW.items()
     }
