@@ -258,8 +258,8 @@ def read(value: Any, hint: Any, key: str, about: Setting | None = None) -> Any:
             items = [] if items == [""] else items if isinstance(items, (list, tuple)) else [items]
             if args[0] is int and (span := next(filter(None, map(RANGE.fullmatch, map(str, items))), None)):
                 first, last = map(int, span.groups())
-                shown = [*map(str, range(first, min(last + 1, first + 12)))] + ["..."] * (last > first + 11)
-                fix = f"write {key}={','.join(shown or ['0', '1'])}"
+                meant = [*map(str, range(first, min(last + 1, first + 12)))] + ["..."] * (last > first + 11)
+                fix = f"write {key}={','.join(meant or ['0', '1'])}"
                 raise SaerlError(f"{key}={span[0]} is no list of numbers; {fix}")
             found = [read(item, args[min(i, len(args) - 1)], key, about) for i, item in enumerate(items)]
             if origin is tuple and len(found) != len(args):
