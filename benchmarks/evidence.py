@@ -1,6 +1,6 @@
 """Steps saved by arms on three pools: easy, the demo's, and hard for the demo's model.
 
-    python -m benchmarks.evidence [--pools easy,demo,hard] [--arms vanilla,sae,...] [--seeds 200:212]
+    python -m benchmarks.evidence [--pools easy,...] [--arms vanilla,...] [--seeds 200:212] --draw NAME
     python -m benchmarks.evidence --tables      # nothing but the tables, from what is kept
 
 The pools differ in one number of their generator, the share of clean problems that are beyond the model.
@@ -9,145 +9,34 @@ demo's; each pool has an SAE of its own. A call makes the runs that the work fol
 other, and goes on where it was interrupted. Runs other than vanilla's and the default's end as soon as they
 are past the last target and no later evaluation can change where.
 
-results/evidence/POOL.json: the curves of every arm, which share one SAE, its labels and clusters;
-summary.json: a line for each pool, arm and target; differences.json: ``adaptive`` (the default, which reads
-SAE features) against the same rule with other features. benchmarks/README.md has the tables between markers.
+results/evidence/POOL.json: the curves of every arm under the draw that it is of, an SAE with its labels,
+scores and clusters, all made anew (``no SAE``: arms that read none of these); summary.json: a line for each
+pool, arm, draw and target, against vanilla; differences.json: ``adaptive`` (the default, which reads SAE
+features) against other arms of the same draw. benchmarks/README.md has the tables between markers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence_tables import draw_law, tables
+from benchmarks.evidence_runs import ARMS, NO_SAE, POOLS, ROOT, SMOOTH, STEPS, Runs, collect, make, pack
+from benchmarks.evidence_tables import OTHERS, draw_law, tables
 from benchmarks.report import insert
-from examples.demo_pool import make_pool
-from saerl_fast.config import Config, apply_overrides, load_config
 from saerl_fast.fileio import write_json, write_text
-from saerl_fast.records.runs import RunRecord, open_run
-from saerl_fast.records.stats import PairedRatio, holm, paired_ratio, past, steps_to_target
-from saerl_fast.stages.compare import parse_arm
-from saerl_fast.stages.console import Echo
-from saerl_fast.stages.train import train_stage
+from saerl_fast.records.stats import PairedRatio, holm, paired_ratio, steps_to_target
 
-POOLS = {"easy": (0.0, (0.463, 0.511)), "demo": (0.4, (0.463, 0.511)), "hard": (0.75, (0.436, 0.476))}
-STEPS, SMOOTH = 80, 3
-EARLY = 30  # steps whose share of informative groups is compared
-
-
-class Arm(NamedTuple):
-    """``text`` as compare.arms has it; what the rule reads; whether all steps are made."""
-
-    text: str
-    features: str | None = None
-    whole: bool = False
-
-
-def _adaptive(features: str, more: str = "") -> Arm:
-    return Arm(f"x:plan.schedule=adaptive;plan.adaptive.features=[{features}]{more}", features)
-
-
-ARMS = {
-    "vanilla": Arm("vanilla", whole=True),
-    "adaptive": Arm("adaptive", "sae", whole=True),
-    "hidden": _adaptive("hidden"),
-    "tfidf": _adaptive("tfidf"),
-    "length": _adaptive("length"),
-    "scalars": _adaptive("scalars"),
-    "none": _adaptive("none"),
-    "random": _adaptive("random"),
-    "answer": _adaptive("answer_logprob"),
-    "cell": _adaptive("columns", ";plan.adaptive.columns=[task,level,kind]"),
-    "shuffled": _adaptive("sae", ";plan.adaptive.shuffle_clusters=true"),
-    "noquota": _adaptive("sae", ";plan.adaptive.quota=null"),
-    "mopps": Arm("mopps"),
-    "bots": Arm("bots"),
-    "greso": Arm("x:plan.schedule=greso;train.dynamic_sampling=3"),
-    "dapo": Arm("x:plan.schedule=vanilla;train.dynamic_sampling=3"),
-    "speed": Arm("x:plan.schedule=vanilla;train.rollout.screen=4;train.dynamic_sampling=3"),
-    "twice": Arm("x:plan.schedule=vanilla;train.rollout.prompts_per_step=32"),
-    "filtered": Arm("x:plan.schedule=vanilla;plan.filter=true"),
-    "literal": Arm("literal"),
-    "global": Arm("global"),
-    "medium": Arm("medium"),
-}
-ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "results" / "evidence"
-Runs = dict[str, dict[str, dict[str, Any]]]  # arm -> seed -> curves
+FIRST = "first"  # the draw of the SAE that the default's lines were registered for
 
 
-def configured(pool: str, arm: str, seed: int, work: Path) -> Config:
-    """The demo's config with another pool, arm and seed; the pool is written to ``work``."""
-    data = work / f"{pool}.jsonl"
-    if not data.is_file():
-        write_text(data, "".join(json.dumps(row) + "\n" for row in make_pool(0, hard=POOLS[pool][0])))
-    settings: dict[str, Any] = {
-        "run_dir": work / pool,
-        "data.train": data,
-        "data.eval": ROOT / "examples" / "demo" / "eval.jsonl",
-        "model.path": ROOT / "examples" / "demo" / "model",
-        "score.features": "[sae,sae_mean,hidden,scalars,answer_logprob]",
-        "train.seed": seed,
-        "train.steps": STEPS,
-        "train.save_every": 0,
-        "train.save_model": "false",
-    }
-    config = load_config(
-        ROOT / "examples" / "demo.yaml", [f"{key}={value}" for key, value in settings.items()]
-    )
-    return apply_overrides(config, parse_arm(ARMS[arm].text)[1])
-
-
-def make(pool: str, arm: str, seed: int, work: Path) -> None:
-    """The run, up to where nothing after it can matter; one that has ended is kept."""
-    out = work / pool / f"{arm}.seed-{seed}"
-    if (out / "summary.json").is_file():
-        return
-    enough = None if ARMS[arm].whole else partial(_enough, POOLS[pool][1][-1])
-    config = configured(pool, arm, seed, work)
-    train_stage(config, Echo(quiet=True), out=out, arm=arm, resume=out.exists(), enough=enough)
-
-
-def _enough(target: float, evaluations: Sequence[tuple[int, float]]) -> bool:
-    steps, values = zip(*evaluations, strict=True)
-    return past(steps, values, target, SMOOTH)
-
-
-def curve(run: RunRecord) -> dict[str, Any]:
-    """Of a run its evaluations, rollouts and tokens until each, and the share of groups with a gradient."""
-    early = run.train["step"] <= EARLY
-    return {
-        "steps": run.eval_steps,
-        "accuracy": [round(a, 5) for a in run.accuracy],
-        "rollouts": run.spent("rollouts").astype(int).tolist(),
-        "tokens": run.spent("tokens").astype(int).tolist(),
-        "used": round(float(np.nanmean(run.train["used"])), 4),
-        "used_early": round(float(np.nanmean(run.train["used"][early])), 4),
-    }
-
-
-def collect(work: Path) -> dict[str, Runs]:
-    """pool -> arm -> seed -> curve, of the finished runs in ``work``."""
-    found: dict[str, Runs] = {}
-    for pool in POOLS:
-        for arm in ARMS:
-            folders = sorted((work / pool).glob(f"{arm}.seed-*"))
-            for out in (folder for folder in folders if (folder / "summary.json").is_file()):
-                run = open_run(out)
-                run.read(whole=True)
-                found.setdefault(pool, {}).setdefault(arm, {})[out.name.rpartition("-")[2]] = curve(run)
-    return found
-
-
-def kept(out: Path = OUT) -> dict[str, Runs]:
-    """pool -> arm -> seed -> curve, of all that was measured."""
+def kept(out: Path = OUT) -> dict[str, dict[str, Runs]]:
+    """pool -> draw of the SAE -> arm -> seed -> curve, of all that was measured."""
     return {pool: json.loads((out / f"{pool}.json").read_text()) for pool in POOLS}
 
 
@@ -179,6 +68,12 @@ def _mean(runs: dict[str, Any], name: str) -> float:
     return round(float(np.mean([run[name] for run in runs.values() if name in run])), 4)
 
 
+def beside(draws: dict[str, Runs]) -> Iterator[tuple[str, Runs]]:
+    """Draw and its arms, each with vanilla, which reads no SAE and stands beside all of them."""
+    for draw, arms in draws.items():
+        yield draw, {"vanilla": draws[NO_SAE]["vanilla"]} | arms
+
+
 def lines(pool: str, found: Runs, window: int, arm: str = "adaptive") -> list[dict[str, Any]]:
     """A line for each target: what the arm saved against vanilla, with its 95 % interval."""
     made = []
@@ -195,13 +90,14 @@ def lines(pool: str, found: Runs, window: int, arm: str = "adaptive") -> list[di
     return made
 
 
-def arm_lines(found: dict[str, Runs], window: int) -> list[dict[str, Any]]:
+def arm_lines(found: dict[str, dict[str, Runs]], window: int) -> list[dict[str, Any]]:
     """The lines of all arms, with rollouts and tokens saved; p is Holm's over all of them."""
     made = []
-    for pool, arms in found.items():
-        for arm in (name for name in ARMS if name in arms and name != "vanilla"):
-            for line in lines(pool, arms, window, arm):
-                line["used_early"] = _mean(arms[arm], "used_early")
+    for pool, draws in found.items():
+        drawn = list(beside(draws))
+        for arm, (draw, arms) in ((arm, each) for arm in ARMS for each in drawn if arm in each[1]):
+            for line in lines(pool, arms, window, arm) if arm != "vanilla" else ():
+                line |= {"draw": draw, "used_early": _mean(arms[arm], "used_early")}
                 for unit in ("rollouts", "tokens"):
                     result = paired(arms["vanilla"], arms[arm], line["target"], window, unit)
                     if result is not None and result.pairs == line["pairs"]:
@@ -210,14 +106,15 @@ def arm_lines(found: dict[str, Runs], window: int) -> list[dict[str, Any]]:
     return _corrected(made)
 
 
-def differences(found: dict[str, Runs], window: int) -> list[dict[str, Any]]:
-    """Steps that ``adaptive`` needs fewer than the same rule with other features; p is Holm's."""
+def differences(found: dict[str, dict[str, Runs]], window: int) -> list[dict[str, Any]]:
+    """Steps that ``adaptive`` needs fewer than others on the same draw of the SAE; p is Holm's."""
     made = []
-    for pool, arms in found.items():
-        for other in (name for name in ("none", "hidden", "tfidf", "random", "answer") if name in arms):
-            for target in POOLS[pool][1]:
-                line = {"pool": pool, "against": other, "target": target}
-                made.append(line | _told(paired(arms[other], arms["adaptive"], target, window)))
+    for pool, draws in found.items():
+        for other in OTHERS:
+            for draw, arms in draws.items():
+                for target in POOLS[pool][1] if "adaptive" in arms and other in arms else ():
+                    line = {"pool": pool, "against": other, "draw": draw, "target": target}
+                    made.append(line | _told(paired(arms[other], arms["adaptive"], target, window)))
     return _corrected(made)
 
 
@@ -253,29 +150,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pools", default=",".join(POOLS))
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--seeds", default="200:212", help="FIRST:END")
+    parser.add_argument("--draw", help="what to call the draw of the SAE in the work folder")
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--tables", action="store_true", help="from what is kept, without runs")
     args = parser.parse_args(argv)
     if not args.tables:
+        if not args.draw:
+            parser.error("--draw must name the draw of the SAE in the work folder, as --draw fourth")
         for pool in args.pools.split(","):
             for seed in range(*map(int, args.seeds.split(":"))):
                 for arm in args.arms.split(","):
                     make(pool, arm, seed, args.work.resolve())
-        pack(collect(args.work), args.out)
+        pack(collect(args.work.resolve(), args.draw), args.out)
     summarise(args.out)
-
-
-def pack(found: dict[str, Runs], out: Path) -> None:
-    """Write POOL.json, a line a run; arms that were not run this time stay as they are."""
-    for pool, arms in found.items():
-        file = out / f"{pool}.json"
-        before = json.loads(file.read_text()) if file.is_file() else {}
-        text = json.dumps(before | arms, indent=1)
-        text = re.sub(
-            r"\{\s+\"steps\".*?\}", lambda run: json.dumps(json.loads(run.group())), text, flags=re.DOTALL
-        )
-        write_text(file, text + "\n")
 
 
 if __name__ == "__main__":

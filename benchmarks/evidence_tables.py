@@ -6,14 +6,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from saerl_fast.records.plots import Saving, law
+
 BEGIN, END = "<!-- evidence:begin -->", "<!-- evidence:end -->"
+LAW = {
+    "adaptive": "default (SAE)",
+    "none": "without features",
+    "answer": "log-probability of the answer",
+}
 Lines = list[dict[str, Any]]
 OTHERS = {
     "none": "no features",
-    "hidden": "hidden states",
-    "tfidf": "TF-IDF of the prompt",
     "random": "random features",
+    "length": "the prompt's length",
+    "tfidf": "TF-IDF of the prompt",
+    "hidden": "hidden states",
+    "scalars": "scalars of the model",
+    "cell": "the generator's task, level and kind",
     "answer": "the log-probability of the reference answer",
+    "shuffled": "a quota of other prompts' clusters",
+    "noquota": "no quota",
+    "literal_prompt": "the paper's recipe, prompt alone",
+    "literal": "the paper's recipe, answer read",
 }
 
 
@@ -34,13 +48,13 @@ def chance(line: dict[str, Any]) -> str:
 
 def arm_table(arms: Lines) -> list[str]:
     """What every arm saved against vanilla, pool by pool."""
-    head = ["pool", "arm", "target", "pairs (+left out)", "steps saved", "p (Holm)"]
+    head = ["pool", "arm", "draw", "target", "pairs (+left out)", "steps saved", "p (Holm)"]
     head += ["rollouts saved", "tokens saved", "groups with a gradient, first 30 steps", "final"]
     made = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in arms:
         out = f" (+{line['left_out']})" if line.get("left_out") else ""
         final = line.get(f"final_{line['arm']}")
-        cells = [line["pool"], line["arm"], str(line["target"]), f"{line.get('pairs', 0)}{out}"]
+        cells = [line["pool"], line["arm"], line["draw"], str(line["target"]), f"{line.get('pairs', 0)}{out}"]
         cells += [share(line), chance(line), share(line, "rollouts_saved"), share(line, "tokens_saved")]
         cells += [f"{line['used_early']:.0%}", "-" if final is None else f"{final:.3f}"]
         made.append("| " + " | ".join(cells) + " |")
@@ -48,17 +62,23 @@ def arm_table(arms: Lines) -> list[str]:
 
 
 def difference_table(against: Lines) -> list[str]:
-    """Steps of the SAE's arm against those of the same rule with other features."""
-    head = ["pool", "SAE features against", "target", "pairs", "fewer steps", "p (Holm)"]
+    """Steps of the default, which reads SAE features, against those of other arms."""
+    head = ["pool", "the default against", "draw", "target", "pairs", "fewer steps", "p (Holm)"]
     made = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in against:
-        cells = [line["pool"], OTHERS[line["against"]], str(line["target"]), str(line.get("pairs", 0))]
+        cells = [
+            line["pool"],
+            OTHERS[line["against"]],
+            line["draw"],
+            str(line["target"]),
+            str(line.get("pairs", 0)),
+        ]
         made.append("| " + " | ".join([*cells, share(line), chance(line)]) + " |")
     return made
 
 
 def verdict(against: Lines) -> str:
-    """What the SAE adds to the rule, in a sentence for each of what it is compared with."""
+    """What the default needs, in a sentence for each arm that it is compared with."""
     said = []
     for other, name in OTHERS.items():
         mine = [line for line in against if line["against"] == other and "p" in line]
@@ -79,13 +99,13 @@ def claim(against: Lines) -> str:
     """The sentence of README.md on what the SAE adds, at the demo's second target."""
     told = {line["against"]: line for line in against if line["pool"] == "demo" and line["target"] == 0.511}
     parts = []
-    for other in ("none", "tfidf", "hidden"):
+    for other in ("none", "tfidf", "hidden", "literal_prompt"):
         low, mean, high = (round(100 * told[other][name]) for name in ("low", "saved", "high"))
         parts.append(f"{mean} % ({low} to {high})")
     return (
         f"To the demo's second target its SAE features save {parts[0]} of the steps against the same rule "
         f"without features, {parts[1]} against TF-IDF of the prompt, {parts[2]} against the model's hidden "
-        "states."
+        f"states; the default saves {parts[3]} against the paper's order by a probe of the prompt alone."
     )
 
 
@@ -93,7 +113,12 @@ def tables(arms: Lines, against: Lines, named: Sequence[str]) -> str:
     """The generated part of the evidence in benchmarks/README.md, markers included; ``named``: all arms."""
     made = [BEGIN, "", "![The law](figures/law.png)", ""]
     if against:
-        made += ["What SAE features add to the rule. " + verdict(against), "", *difference_table(against), ""]
+        made += [
+            "What the default, which reads SAE features, needs. " + verdict(against),
+            "",
+            *difference_table(against),
+            "",
+        ]
     if arms:
         made += [
             "<details><summary>all arms against vanilla</summary>",
@@ -110,36 +135,12 @@ def tables(arms: Lines, against: Lines, named: Sequence[str]) -> str:
 
 def draw_law(arms: Lines, path: Path) -> None:
     """Steps saved against the share of vanilla's groups that carry a gradient, a point a pool and target."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    shown = [
-        (name, [line for line in arms if line["arm"] == arm], colour, shift)
-        for name, arm, colour, shift in (
-            ("default (SAE)", "adaptive", "#c53030", 0.0),
-            ("without features", "none", "#718096", 0.008),
-            ("log-probability of the answer", "answer", "#2b6cb0", -0.008),
-        )
-    ]
-    for name, mine, colour, shift in shown:
-        known = [line for line in mine if "low" in line]
-        if not known:
-            continue
-        x = [line["used_vanilla"] + shift for line in known]
-        y = [line["saved"] for line in known]
-        low = [line["saved"] - line["low"] for line in known]
-        high = [line["high"] - line["saved"] for line in known]
-        axes.errorbar(x, y, yerr=[low, high], fmt="o", ms=4, capsize=2, color=colour, label=name)
-    axes.axhline(0, color="#a0aec0", lw=1)
-    axes.set(xlabel="vanilla's groups with a gradient", ylabel="steps saved against vanilla")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
+    shown = {
+        name: [
+            Saving(line["used_vanilla"], line["saved"], line["low"], line["high"])
+            for line in arms
+            if line["arm"] == arm and line["draw"] == "first" and "low" in line
+        ]
+        for arm, name in LAW.items()
+    }
+    law({name: points for name, points in shown.items() if points}, "vanilla", path)

@@ -167,7 +167,7 @@ def opened(pool: Path, work: Path | None) -> tuple[Bank, np.ndarray]:
     if work is not None:
         from benchmarks.bench_signals import load
 
-        bank, failed = load(pool, work)
+        bank, failed, _ = load(pool, work)
         rates = 1.0 - failed
     else:
         rows = [json.loads(line) for line in pool.read_text().splitlines()]

@@ -200,6 +200,14 @@ def off_task(rng: random.Random) -> tuple[str, str]:
     return text, rng.choice(REPLIES)
 
 
+def pool(role: str, size: int, seed: int, argument: str = "0.4") -> list[dict[str, object]]:
+    """A source of prompts: data.train=examples/demo_pool.py:pool@0.75 is the pool with `hard` at 0.75.
+
+    The same 2,000 rows for all sizes and seeds; examples/demo/eval.jsonl holds none of them.
+    """
+    return make_pool(0, hard=float(argument))
+
+
 def make_pool(seed: int, size: int = 2000, labelled: int = 250, hard: float = 0.4) -> list[dict[str, object]]:
     """The training pool: 72 % clean rows, 12 % wrong answers, 8 % garbled, 8 % off-task.
 

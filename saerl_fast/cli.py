@@ -92,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--arms", metavar="A,B", help="short for compare.arms=A,B")
     compare.add_argument("--seeds", metavar="0,1", help="short for compare.seeds=0,1")
+    compare.add_argument("--pools", metavar="A=FILE,B=FILE", help="short for compare.pools=A=FILE,B=FILE")
     demo = commands.add_parser("demo", parents=[common], help="all of it on a tiny model that comes along")
     for command in (sae_train, score, plan, train, compare, demo):
         command.add_argument(
@@ -125,7 +126,13 @@ def parser() -> argparse.ArgumentParser:
 
 def read_config(args: argparse.Namespace) -> Config:
     """The config tree that the parsed arguments ask for; later settings win over earlier ones."""
-    own = {"schedule": "plan.schedule", "arms": "compare.arms", "seeds": "compare.seeds", "from": "sae.init"}
+    own = {
+        "schedule": "plan.schedule",
+        "arms": "compare.arms",
+        "seeds": "compare.seeds",
+        "pools": "compare.pools",
+        "from": "sae.init",
+    }
     shortcuts = SHORTCUTS | own
     given = ((key, getattr(args, flag.replace("-", "_"), None)) for flag, key in shortcuts.items())
     return load_config(
@@ -216,7 +223,8 @@ def run(args: argparse.Namespace) -> None:
             with_report=True,
         )
     elif args.command == "demo":
-        pipeline.plan_stage(config, echo, redo=args.redo)  # with the SAE and the scores that it reads
+        if not config.compare.pools:  # each of which has its own
+            pipeline.plan_stage(config, echo, redo=args.redo)  # with the SAE and the scores that it reads
         compare.compare(config, echo, redo=args.redo)
     elif args.command == "compare":
         compare.compare(config, echo, redo=args.redo)

@@ -461,3 +461,42 @@ def test_a_config_file_may_be_a_pipe(tmp_path):
     assert load_config(pipe).seed == 10
     with pytest.raises(SaerlError, match="cannot be read: Is a directory"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        ("compare.seeds=0-3", "compare.seeds=0-3 is no list of numbers; write compare.seeds=0,1,2,3$"),
+        ("compare.seeds=[1,4..6]", "compare.seeds=4..6 is no list of numbers; write compare.seeds=4,5,6$"),
+        ("compare.seeds=200:299", "write compare.seeds=200,201,.*,211,...$"),
+        ("compare.seeds=3-0", "write compare.seeds=0,1$"),
+        ("compare.seeds=1:3", "write compare.seeds=1,2,3$"),  # 63 to YAML
+        ("train.steps=1:30", "train.steps='1:30' is not a valid int"),
+        ("train.lr=1:30.5", "train.lr='1:30.5' is not a valid float"),
+        ("compare.target_values=.4,0.40", "compare.target_values=0.4,0.4 must not name anything twice"),
+        ("compare.targets=.6,.6", "compare.targets=0.6,0.6 must not name anything twice"),
+        ("compare.target_values=.4,1.5", "compare.target_values holds 1.5, above any accuracy"),
+    ],
+)
+def test_seeds_and_targets_that_mean_something_else(item, said):
+    with pytest.raises(SaerlError, match=said):
+        load_config(None, [item])
+
+
+@pytest.mark.parametrize(("text", "number"), [("010", 10), ("1_000", 1000), ("+7", 7), ("1e2", 100)])
+def test_numbers_are_decimal(text, number):
+    assert load_config(None, [f"train.steps={text}"]).train.steps == number
+    assert load_config(None, [f"compare.seeds=[{text}]"]).compare.seeds == [number]
+
+
+def test_numbers_in_mappings_stay_numbers():
+    given = "data.chat_template_kwargs={a: 3, b: -1.5, c: .5e-3, d: 1:30, e: true, f: 0}"
+    found = load_config(None, [given]).data.chat_template_kwargs
+    assert found == {"a": 3, "b": -1.5, "c": 0.0005, "d": "1:30", "e": True, "f": 0}
+
+
+def test_a_reward_of_ones_own_may_pay_more_than_one():
+    more = ["compare.target_values=1.5", "train.reward=mine:points"]
+    assert load_config(None, more).compare.target_values == [1.5]
+    with pytest.raises(SaerlError, match="above any accuracy"):
+        load_config(None, [*more, "train.eval.mode=prob"])

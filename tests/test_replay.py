@@ -55,6 +55,17 @@ def test_a_pool_is_read(tmp_path):
     ]
 
 
+def test_features_that_were_kept_are_read_too(tmp_path):
+    rows = [{"id": str(i), "problem": f"add {i}", "answer": i, "pass_rate": i / 4} for i in range(4)]
+    (tmp_path / "pool.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sae, hidden = np.eye(5, 3, dtype=np.float32), np.arange(10, dtype=np.float32).reshape(5, 2)
+    ids = np.array(["3", "x", "0", "1", "2"])  # in another order, and one of another pool
+    np.savez_compressed(tmp_path / "part-0000000.npz", ids=ids, sae=sae, hidden=hidden)
+    bank, rates = replay.opened(tmp_path / "pool.jsonl", tmp_path)
+    assert rates.tolist() == [0.75, 0, 0.25, 0.5] and {"sae", "hidden", "truth"} <= set(bank.kinds)
+    assert bank.kinds["hidden"](np.array([1])).tolist() == [[4, 5]]
+
+
 @pytest.mark.skipif(not RESULT.is_file(), reason="not measured yet")
 def test_the_readme_has_the_committed_figures():
     readme = (RESULT.parents[1] / "README.md").read_text()

@@ -10,7 +10,8 @@ import pytest
 from saerl_fast.config import CompareConfig
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import process_mark
-from saerl_fast.records.report import find_targets, write_report
+from saerl_fast.records.compared import find_targets
+from saerl_fast.records.report import write_report
 from saerl_fast.records.runs import load_runs
 
 TIMES = {"generate": 0.5, "update": 0.4, "reward": 0.1, "capture": 0.01, "encode": 0.02, "plan": 0.01}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import difflib
+import functools
 import math
 import operator
 import os
@@ -178,6 +179,26 @@ def unknown(key: str, cls: type[Section]) -> str:
     return f"unknown config key {key}; {hint}"
 
 
+@functools.cache
+def _decimal() -> Any:
+    """A YAML loader that reads 010 and 1:30 as text, not as 8 and 90."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    kinds = {f"tag:yaml.org,2002:{name}": name for name in ("int", "float")}
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in forms if tag not in kinds]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    whole, rest = re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$"
+    special = r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", whole, [*"-+0123456789"])
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rest + special), [*"-+0123456789."])
+    return Loader
+
+
 class Given(str):
     """The text of a ``key=value`` argument, read as YAML only where the field is not plain text."""
 
@@ -185,11 +206,12 @@ class Given(str):
         import yaml
 
         try:
-            return yaml.safe_load(self) if self else ""
+            return yaml.load(self, _decimal()) if self else ""
         except (yaml.YAMLError, ValueError, RecursionError):  # 2001-99-99 looks like a date
             return str(self)
 
 
+RANGE = re.compile(r"(\d{1,9})\s*(?:-|:|\.\.+)\s*(\d{1,9})")
 COMMA = re.compile(r",(?![^\[\]]*\])")  # not those of a list inside an arm
 
 
@@ -234,6 +256,11 @@ def read(value: Any, hint: Any, key: str, about: Setting | None = None) -> Any:
         if origin in (list, tuple):
             items = [part.strip() for part in COMMA.split(value)] if isinstance(value, str) else value
             items = [] if items == [""] else items if isinstance(items, (list, tuple)) else [items]
+            if args[0] is int and (span := next(filter(None, map(RANGE.fullmatch, map(str, items))), None)):
+                first, last = map(int, span.groups())
+                meant = [*map(str, range(first, min(last + 1, first + 12)))] + ["..."] * (last > first + 11)
+                fix = f"write {key}={','.join(meant or ['0', '1'])}"
+                raise SaerlError(f"{key}={span[0]} is no list of numbers; {fix}")
             found = [read(item, args[min(i, len(args) - 1)], key, about) for i, item in enumerate(items)]
             if origin is tuple and len(found) != len(args):
                 raise ValueError

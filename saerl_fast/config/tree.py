@@ -391,11 +391,14 @@ class CompareConfig(Section):
     seeds: list[int] = setting(
         [0], "of every arm; pairs are compared by seed", **SEED, filled=True, distinct=True
     )
+    pools: list[str] = setting(
+        [], "NAME=SOURCE, as data.train, or NAME=SOURCE;key=value;...: arms x seeds for each", distinct=True
+    )
     targets: list[float] = setting(
-        [0.6, 0.8], "shares of the first arm's gain", above=0, at_most=1, filled=True
+        [0.6, 0.8], "shares of the first arm's gain", above=0, at_most=1, filled=True, distinct=True
     )
     target_values: list[float] | None = setting(
-        None, "accuracies registered beforehand; replace `targets`", filled=True
+        None, "accuracies registered beforehand; replace `targets`", filled=True, distinct=True
     )
     smooth: int = setting(3, "evaluations in the mean that is tested against a target", at_least=1)
     until: bool = setting(False, "end runs that are past all `target_values`; false: each takes all steps")
@@ -405,7 +408,7 @@ class CompareConfig(Section):
     )
 
     def conflict(self) -> str | None:
-        if self.until and not self.target_values:
+        if self.until and not self.target_values and not self.pools:  # which may have their own
             return "compare.until needs targets that are known beforehand; set compare.target_values"
         return None
 
@@ -440,6 +443,10 @@ class Config(Section):
             for kind in kinds or ():
                 if kind in get_args(Stored) and kind not in self.score.features:
                     return f"{key} names {kind}, which is not kept; add it to score.features"
+        most, pays = max(self.compare.target_values or [0]), self.train.reward
+        built_in = len(pays) == 1 and pays[0] in REWARDS and not self.train.reward_weights
+        if most > 1 and (built_in or self.train.eval.mode == "prob"):
+            return f"compare.target_values holds {most:g}, above any accuracy; give shares of 1, as 0.6"
         screen = self.train.rollout.screen
         if screen and self.plan.schedule in LEARNING:
             return SCREENED.format(screen, self.plan.schedule)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from saerl_fast.config import CompareConfig
 from saerl_fast.fileio import mismatch
-from saerl_fast.records.runs import RunRecord
+from saerl_fast.records.runs import RunRecord, read_object
 from saerl_fast.records.samples import Table
 from saerl_fast.records.stats import (
     PairedRatio,
@@ -26,6 +27,7 @@ from saerl_fast.records.stats import (
 )
 
 UNITS = ("steps", "rollouts", "tokens", "seconds")
+PAIRED = ("95% interval", "pairs (+left out)", "p (Holm)", "verdict")
 USES = (1, 3, 10)  # runs that share the one-off costs
 PAIRED_NOTE = (
     "Geometric mean over paired seeds; the interval is Student's t on the logarithms of the ratios. Pairs "
@@ -48,6 +50,30 @@ LEDGER_NOTE = (
     "filter read no scores owes nothing. Net: what an arm saved to the last target, less its share of "
     "these costs where so many runs use them, as a share of what the first arm spent."
 )
+
+
+def settings_of(root: Path) -> CompareConfig:
+    """What the comparison in ``root`` was made with; the defaults where there is none."""
+    recorded = read_object(root / "compare.json")
+    known = {key: recorded[key] for key in CompareConfig.__dataclass_fields__ if key in recorded}
+    return CompareConfig(**known)
+
+
+def find_targets(runs: Sequence[RunRecord], settings: CompareConfig) -> dict[str, float]:
+    """Accuracies to reach: registered values, else shares of the first arm's mean gain."""
+    if settings.target_values:
+        return {
+            f"{value:.3f}" if value == round(value, 3) else f"{value:g}": value
+            for value in settings.target_values
+        }
+    first = [run for run in runs if run.arm == runs[0].arm and len(run.accuracy) > 1]
+    if not first:
+        return {}
+    start = float(np.mean([run.accuracy[0] for run in first]))
+    gain = float(np.mean([np.mean(run.accuracy[-settings.smooth :]) for run in first])) - start
+    if not gain > 0:
+        return {}
+    return {f"{100 * share:g}% of {runs[0].arm}'s gain": start + share * gain for share in settings.targets}
 
 
 def cost(run: RunRecord, target: float, window: int, unit: str = "steps") -> float | None:
@@ -77,28 +103,53 @@ class Pairs:
         return [[cost(pair[i], target, window, unit) for pair in pairs] for i in (0, 1)]
 
 
+class Line(NamedTuple):
+    """An arm against the first one of its runs, at one target."""
+
+    base: str
+    arm: str
+    target: str
+    result: PairedRatio | None  # None where no pair has a ratio
+    out: tuple[int, int]  # pairs without one, see `left_out`
+
+
+def paired_lines(runs: Sequence[RunRecord], targets: dict[str, float], settings: CompareConfig) -> list[Line]:
+    """Steps to each target relative to the first arm, paired by seed."""
+    pairs, lines = Pairs(runs), []
+    for arm, (name, target) in itertools.product(pairs.arms[1:], targets.items()):
+        both = pairs.costs(arm, target, settings.smooth, "steps")
+        lines.append(Line(pairs.arms[0], arm, name, paired_ratio(*both), left_out(*both)))
+    return lines
+
+
+def verdicts(lines: Sequence[Line]) -> list[tuple[float | None, str]]:
+    """p of each line, Holm's over all of them, and what it says (see `PairedRatio.verdict`)."""
+    clean = [line.result if line.result and not any(line.out) else None for line in lines]
+    found: list[tuple[float | None, str]] = []
+    for line, p in zip(lines, holm([None if r is None else r.p for r in clean]), strict=True):
+        none = unclaimed(*line.out) if any(line.out) else "no claim (no paired seed)"
+        found.append((p, none if line.result is None else line.result.verdict(p)))
+    return found
+
+
+def paired_cells(lines: Sequence[Line]) -> list[list[str]]:
+    """A row for each line: arm, target, saved, interval, pairs, p and verdict."""
+    rows = []
+    for line, (p, said) in zip(lines, verdicts(lines), strict=True):
+        result = line.result
+        saved = "-" if result is None else f"{1 - result.ratio:+.0%}"
+        interval = "-" if result is None else _interval(result) or "too few pairs"
+        used = f"{result.pairs if result else 0} (+{sum(line.out)})"
+        rows.append([line.arm, line.target, saved, interval, used, "-" if p is None else f"{p:.3f}", said])
+    return rows
+
+
 def paired_table(runs: Sequence[RunRecord], targets: dict[str, float], settings: CompareConfig) -> Table:
     """Steps to target relative to the first arm, paired by seed, with a t interval and Holm's p."""
-    pairs = Pairs(runs)
-    lines = [(arm, name) for arm in pairs.arms[1:] for name in targets]
-    found = [paired_ratio(*pairs.costs(arm, targets[name], settings.smooth, "steps")) for arm, name in lines]
-    clean = [result if result and not result.censored + result.zero else None for result in found]
-    rows = []
-    for (arm, name), result, p in zip(
-        lines, found, holm([None if r is None else r.p for r in clean]), strict=True
-    ):
-        if result is None:
-            out = left_out(*pairs.costs(arm, targets[name], settings.smooth, "steps"))
-            why = unclaimed(*out) if any(out) else "no claim (no paired seed)"
-            rows.append([arm, name, "-", "-", f"0 (+{sum(out)})", "-", why])
-            continue
-        interval = _interval(result) or "too few pairs"
-        used = f"{result.pairs} (+{result.censored + result.zero})"
-        shown = "-" if p is None else f"{p:.3f}"
-        rows.append([arm, name, f"{1 - result.ratio:+.0%}", interval, used, shown, result.verdict(p)])
-    header = ["arm", "target", f"steps saved against {pairs.arms[0]}" if pairs.arms else "steps saved"]
-    header += ["95% interval", "pairs (+left out)", "p (Holm)", "verdict"]
-    return ("Paired comparison", header, rows, PAIRED_NOTE)
+    lines = paired_lines(runs, targets, settings)
+    base = f" against {runs[0].arm}" if runs else ""
+    header = ["arm", "target", f"steps saved{base}", *PAIRED]
+    return ("Paired comparison", header, paired_cells(lines), PAIRED_NOTE)
 
 
 def _interval(result: PairedRatio) -> str:

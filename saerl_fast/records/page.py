@@ -19,6 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from saerl_fast.errors import printable
 from saerl_fast.records.plots import SHADES
 from saerl_fast.records.samples import Table
 
@@ -111,6 +112,12 @@ def _cell(text: str) -> str:
     if PLAIN.fullmatch(text) and "](" not in text:  # no link
         return text
     return re.sub(r"([|`*_\[\]$])", r"\\\1", "<br>".join(lines))
+
+
+def shown(table: Table) -> Table:
+    """``table`` without characters that a terminal would obey."""
+    name, header, rows, note = table
+    return name, [*map(printable, header)], [[*map(printable, row)] for row in rows], printable(note)
 
 
 def terminal(table: Table) -> str:

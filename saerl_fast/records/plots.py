@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -309,6 +309,34 @@ def kinds(found: dict[str, float], path: Path) -> Path:
         axis.set(xlim=(0, 1.08), xlabel="AUC against good rows (0.5: by chance)")
 
     return _figure(path, (7.4, 1.4 + 0.4 * len(found)), draw)
+
+
+class Saving(NamedTuple):
+    """Steps saved with an interval, where so large a share of the first arm's groups carries a gradient."""
+
+    share: float
+    saved: float
+    low: float
+    high: float
+
+
+def law(series: Mapping[str, Sequence[Saving]], base: str, path: Path) -> Path:
+    """Steps saved against the share of the first arm's groups that carry a gradient, a colour an arm."""
+
+    def draw(figure: Any, axis: Any) -> None:
+        for i, (name, points) in enumerate(series.items()):
+            x, y, low, high = np.array(points).T
+            aside = 0.008 * (i - (len(series) - 1) / 2)  # of points that would hide each other
+            shade = PALETTE[(i + 1) % len(PALETTE)]
+            bars = {"yerr": [y - low, high - y], "fmt": "o", "ms": 4, "capsize": 2}
+            axis.errorbar(x + aside, y, **bars, color=shade, label=_cut(name))
+        axis.axhline(0, color="#999999", lw=0.8)
+        axis.set(xlabel=f"groups with a gradient, {_cut(base)}", ylabel=f"steps saved against {_cut(base)}")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axis.legend(frameon=False, fontsize=8)
+
+    return _figure(path, (7, 4), draw)
 
 
 def label_groups(labels: list[Any] | None) -> dict[str, np.ndarray]:

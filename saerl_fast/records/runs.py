@@ -38,6 +38,7 @@ COMPARED |= {
     "smooth?": int,
     "vary_sae?": bool,
     "until?": bool,
+    "pools?": [str],
 }
 PROBE = {"note?": (None, str), "auc?": _NUMBER, "spearman?": _NUMBER, "baselines?": (None, {str: _NUMBER})}
 PROBES = {"difficulty?": (None, PROBE), "quality?": (None, PROBE)}

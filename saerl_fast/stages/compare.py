@@ -1,5 +1,7 @@
 """Arms x seeds under one config: same model, data and evaluation; prompts and their order differ.
 
+With ``compare.pools`` the same for each pool, which has an SAE, scores and targets of its own.
+
 Every schedule but ``vanilla`` drops what the quality filter rejects, so filtering and ordering are told
 apart only by an arm such as ``filtered:plan.schedule=vanilla;plan.filter=true``.
 """
@@ -7,23 +9,25 @@ apart only by an arm such as ``filtered:plan.schedule=vanilla;plan.filter=true``
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from saerl_fast.config import SCHEDULES, Config, apply_overrides, to_dict
+from saerl_fast.config import Config, apply_overrides, to_dict
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_json
-from saerl_fast.plan.static import get_schedule
 from saerl_fast.records.lock import Held, holder, lock
 from saerl_fast.records.report import write_report
-from saerl_fast.records.runs import open_run
+from saerl_fast.records.runs import open_run, read_object
 from saerl_fast.records.stats import past
 from saerl_fast.rl.lora import check_targets
-from saerl_fast.session import Session
+from saerl_fast.sae.files import check_source
+from saerl_fast.session import Session, load_pools
+from saerl_fast.stages.arms import confounded, note, parse_arm, parse_pool
 from saerl_fast.stages.console import Echo
-from saerl_fast.stages.fingerprint import changes, fingerprint, flat
+from saerl_fast.stages.fingerprint import changes, fingerprint
 from saerl_fast.stages.made import (
     finished,
     needs_scores,
@@ -35,48 +39,80 @@ from saerl_fast.stages.made import (
     set_aside,
 )
 from saerl_fast.stages.pipeline import find_scores, make_plan, open_session
-from saerl_fast.stages.preflight import UNRECORDED, check_functions, check_packages, unfiltered
+from saerl_fast.stages.preflight import UNRECORDED, check_functions, check_packages
 from saerl_fast.stages.train import train_stage
 
 
-def parse_arm(text: str) -> tuple[str, list[str]]:
-    """``NAME`` (a schedule) or ``NAME:key=value;key=value`` -> the arm's name and its overrides.
+class Jobs(NamedTuple):
+    """What a comparison will run, after what can be checked without the model."""
 
-    An arm named after a schedule follows it, another one the config's, unless it sets plan.schedule.
-    Overrides reach ``plan`` and ``train`` only: what an arm changes must not touch data or scores.
-    """
-    name, _, rest = text.partition(":")
-    overrides = [item.strip() for item in rest.split(";") if item.strip()]
-    for item in overrides:
-        if "=" not in item:
-            example = f"plan.schedule={text}" if "=" not in text else "plan.filter=true;train.lr=1e-4"
-            raise SaerlError(
-                f"arm {text!r}: {item!r} lacks a value; write it as NAME:key=value, e.g. mine:{example}"
-            )
-        if not item.startswith(("plan.", "train.")):
-            raise SaerlError(f"arm {text!r} sets {item!r}; an arm may set plan.* and train.* only")
-    named = name in SCHEDULES or not overrides
-    if named and not any(item.startswith("plan.schedule=") for item in overrides):
-        overrides.insert(0, f"plan.schedule={name}")
-    if not name.replace("-", "_").isidentifier() or name == "sae":
-        raise SaerlError(
-            f"arm name {name!r} must be letters, digits, '-' or '_', and not 'sae'; it becomes a folder"
-        )
-    return name, overrides
+    runs: list[tuple[str, Config, Path]]  # arm, its config, its folder
+    first: list[Config]  # of each arm, with the first seed
+    notes: list[str]
 
 
 def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
     """Run every arm with every seed and write the report; finished runs are kept, broken ones resumed.
 
     The first seed's runs are in ``<run_dir>/<arm>``, the others' in ``<run_dir>/<arm>.seed-<seed>``; with
-    ``compare.vary_sae`` the others' SAEs and scores are in ``<run_dir>/draws/seed-<seed>``. ``redo`` makes
-    again what was made with other settings. In what an arm differs from the first beyond what it names is
-    said aloud, and in the report. Several processes may run the same comparison: each takes the runs that
-    nobody holds, and the last to end writes the whole report.
+    ``compare.vary_sae`` the others' SAEs and scores are in ``<run_dir>/draws/seed-<seed>``. With
+    ``compare.pools`` all that, report included, is in ``<run_dir>/<pool>``, and ``run_dir`` has the report of
+    all pools. ``redo`` makes again what was made with other settings. In what an arm differs from the first
+    beyond what it names is said aloud, and in the report. Several processes may run the same comparison: each
+    takes the runs that nobody holds, and the last to end writes the whole report.
 
-    Raises SaerlError before anything is trained when an arm or the list of seeds is wrong: settings, packages
-    and functions are checked first, then, with the model and the scores at hand, the plan of every arm.
+    Raises SaerlError before anything is trained when a pool, an arm or the list of seeds is wrong: settings,
+    files, packages and functions are checked first, then, with a pool's model and scores at hand, the plan of
+    every arm.
     """
+    root, before = Path(config.run_dir), read_object(Path(config.run_dir) / "compare.json")
+    if before and bool(before.get("pools")) != bool(config.compare.pools):
+        raise SaerlError(
+            f"{root} holds a comparison with{'' if before.get('pools') else 'out'} compare.pools; choose "
+            "another run_dir"
+        )
+    if not config.compare.pools:
+        return _compare(config, _jobs(config, redo), echo, redo)
+    pools = [parse_pool(text) for text in config.compare.pools]
+    names = [name for name, _ in pools]
+    if len(set(names)) < len(names):
+        raise SaerlError(f"compare.pools={','.join(names)!r} must name different pools")
+    each = dict[str, Config]()
+    planned = dict[str, Jobs]()
+    for name, overrides in pools:  # settings and files of all of them before anything slow
+        with _naming(name):
+            given = [*overrides, f"run_dir={root / name}", "compare.pools="]
+            mine = each[name] = apply_overrides(config, given)
+            load_pools(mine)
+            if mine.sae.path is not None:
+                check_source(mine.sae.path)
+    for name, mine in each.items():
+        with _naming(name):
+            planned[name] = _jobs(mine, redo)
+    root.mkdir(parents=True, exist_ok=True)
+    with lock(root, wait=echo.result):
+        write_json(root / "compare.json", to_dict(config.compare) | {"pools": names})
+    for name, mine in each.items():
+        echo.result(f"pool {name}")
+        _compare(mine, planned[name], echo, redo)
+    with lock(root, wait=echo.result):
+        paths = write_report(root, echo=echo.result)
+    for path in paths:
+        echo(f"wrote {path}")
+    return paths
+
+
+@contextmanager
+def _naming(pool: str) -> Iterator[None]:
+    """Errors begin with the pool's name."""
+    try:
+        yield
+    except SaerlError as err:
+        raise SaerlError(f"pool {pool}: {err}") from err
+
+
+def _jobs(config: Config, redo: bool) -> Jobs:
+    """What to run, in the order of it; SaerlError for an arm, seeds or a folder that cannot be."""
     from saerl_fast.rl.rewards.dry import try_reward
 
     arms = [parse_arm(text) for text in config.compare.arms]
@@ -84,7 +120,7 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
     if len(set(names)) < len(names):
         raise SaerlError(f"compare.arms={','.join(names)!r} must name different arms")
     seeds = config.compare.seeds
-    jobs = []
+    runs = []
     root = Path(config.run_dir)
     for draw, seed in enumerate(seeds):
         given = [f"train.seed={seed}"]
@@ -97,16 +133,23 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
                 check_functions(mine)
                 try_reward(mine)
             folder = name if seed == seeds[0] else f"{name}.seed-{seed}"
-            jobs.append((name, mine, root / folder))
-    for _, mine, out in jobs:  # all of them before the first one runs
+            runs.append((name, mine, root / folder))
+    for _, mine, out in runs:  # all of them before the first one runs
         _state(mine, out, redo)
-    first = [mine for _, mine, _ in jobs[: len(arms)]]
+    first = [mine for _, mine, _ in runs[: len(arms)]]
     notes = []
     for (name, overrides), mine in zip(arms, first, strict=True):
         if more := confounded(first[0], mine, overrides):
-            notes.append(_note(names[0], name, more))
-    for note in notes:
-        echo.result(note)
+            notes.append(note(names[0], name, more))
+    return Jobs(runs, first, notes)
+
+
+def _compare(config: Config, planned: Jobs, echo: Echo, redo: bool) -> list[Path]:
+    """The runs of one pool that are missing, and the report of all."""
+    jobs, first, notes = planned
+    root = Path(config.run_dir)
+    for line in notes:
+        echo.result(line)
     with lock(root, wait=echo.result):
         record = to_dict(config.compare) | {"notes": notes}
         refuse_beside(root, record)
@@ -180,40 +223,6 @@ def refuse_beside(root: Path, record: dict[str, Any]) -> None:
         for out in sorted(path for path in root.iterdir() if path.is_dir()):
             if who := holder(out):
                 raise Held(out, f"{who}, of another comparison")
-
-
-def confounded(base: Config, arm: Config, overrides: list[str]) -> dict[str, tuple[Any, Any]]:
-    """Settings of plan and train in which ``arm`` differs from ``base``, not named by ``overrides``.
-
-    Key -> (value in ``base``, value in ``arm``). The quality filter is compared as it takes effect: where the
-    pool has labels for it, every schedule but vanilla filters unless plan.filter says otherwise.
-    """
-    named = {item.partition("=")[0] for item in overrides}
-    one, two = (dict(flat(to_dict(cfg))) | {"plan.filter": _filters(cfg)} for cfg in (base, arm))
-    about = [key for key in one if key.startswith(("plan.", "train.")) and key not in named]
-    return {key: (one[key], two[key]) for key in about if one[key] != two[key]}
-
-
-def _filters(config: Config) -> bool:
-    if unfiltered(config):
-        return False
-    static = get_schedule(config.plan.schedule)
-    return config.plan.filter if config.plan.filter is not None else static is None or static.filtered
-
-
-def _note(base: str, name: str, more: dict[str, tuple[Any, Any]]) -> str:
-    shown = ", ".join(f"{key} ({_plain(two)}, {base}: {_plain(one)})" for key, (one, two) in more.items())
-    equal = ";".join(f"{key}={_plain(one)}" for key, (one, _) in more.items())
-    return (
-        f"{name} differs from {base} in more than it names: {shown}. What is found may be due to either; "
-        f"an arm with {equal} differs in the rest alone."
-    )
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
 def _check_plans(arms: list[Config], echo: Echo) -> Session:
