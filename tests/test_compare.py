@@ -224,6 +224,20 @@ def test_redo_trains_again_what_has_changed_and_keeps_the_rest(tmp_path, recorde
     assert [arm for arm, *_ in recorded] == ["bare"]  # vanilla reads no SAE
 
 
+def test_what_other_settings_made_matters_to_the_arms_that_still_run(tmp_path, recorded, monkeypatch):
+    """An adaptive run that has ended holds nothing up, with or without --redo, whatever lies beside it now."""
+    checked = []
+    config = settings(tmp_path, "compare.arms=vanilla,bare:plan.schedule=adaptive")
+    compare(config, Echo(quiet=True))
+    monkeypatch.setattr(module, "_check_plans", lambda arms, echo: checked.append(arms))
+    (tmp_path / "vanilla" / "summary.json").unlink()
+    manifest.forget(tmp_path / "vanilla", "result")
+    for redo in (False, True):
+        compare(config, Echo(quiet=True), redo=redo)
+        manifest.forget(tmp_path / "vanilla", "result")
+    assert [[mine.plan.schedule for mine in arms] for arms in checked] == [["vanilla"], ["vanilla"]]
+
+
 def test_several_processes_share_the_runs(tmp_path, recorded, monkeypatch):
     """Each run is made once, and the report that is written last has them all."""
     fake = module.train_stage

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.run_all import heed_interrupts
 from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import process_mark
 from saerl_fast.records.lock import lock
 from saerl_fast.records.log import MetricsLog
 from saerl_fast.records.report import write_report
@@ -80,6 +81,16 @@ def test_a_comparison_ends_with_its_last_run(tmp_path: Path) -> None:
     watch(tmp_path, said.append, every=0.02)
     assert (tmp_path / "adaptive" / "summary.json").exists()
     assert said[0].startswith("step     2") and any(line.startswith("adaptive, seed 0: ") for line in said)
+
+
+def test_a_figure_that_was_half_written_when_a_watch_was_killed_is_cleaned_up(tmp_path: Path) -> None:
+    write(tmp_path, 1, 2, None)
+    (tmp_path / "summary.json").write_text("{}")
+    machine, pid, started = process_mark().split("-")
+    left = tmp_path / f".live.png.{machine}-{pid}-{int(started) + 1}.00000000.tmp"  # of a process before
+    left.write_bytes(b"half")
+    watch(tmp_path, print)
+    assert not left.exists()
 
 
 def test_bad_input_is_one_sentence(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.records.lock import NAME
+from saerl_fast.records.lock import NAME, clean
 from saerl_fast.records.log import format_row
 from saerl_fast.records.plots import live
 from saerl_fast.records.runs import (
@@ -65,6 +65,7 @@ def watch(root: str | Path, echo: Callable[[str], None], *, every: float = 5.0) 
             said.add(line)
             echo(line)
 
+    clean(root)  # a watch that was killed
     while True:
         if gone := [folder for folder in (root, *known) if not folder.is_dir()]:
             raise SaerlError(f"{gone[0]} was removed while it was watched")

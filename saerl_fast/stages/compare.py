@@ -153,10 +153,11 @@ def _compare(config: Config, planned: Jobs, echo: Echo, redo: bool) -> list[Path
     with lock(root, wait=echo.result):
         record = to_dict(config.compare) | {"notes": notes}
         refuse_beside(root, record)
-        unfinished = [mine for _, mine, out in jobs if not _state(mine, out, redo)[1] or _short(mine, out)]
-        if redo and any(map(needs_scores, unfinished)):
+        due = {name for name, mine, out in jobs if not _state(mine, out, redo)[1] or _short(mine, out)}
+        arms = [mine for (name, _, _), mine in zip(jobs, first, strict=False) if name in due]
+        if redo and any(map(needs_scores, arms)):
             set_aside(config, echo)
-        session = _check_plans(first, echo) if unfinished else None
+        session = _check_plans(arms, echo) if arms else None
         write_json(root / "compare.json", record)
     bar = echo.bar("runs", "run")
     bar(0, len(jobs))
@@ -226,7 +227,7 @@ def refuse_beside(root: Path, record: dict[str, Any]) -> None:
 
 
 def _check_plans(arms: list[Config], echo: Echo) -> Session:
-    """Lay out the plan of every arm, so that none fails after another's training; the session used."""
+    """Lay out the plans of the arms to run: none fails after another's training. The session used."""
     scored = [mine for mine in arms if needs_scores(mine)]
     if scored:
         refuse_other(scored[0])

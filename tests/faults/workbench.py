@@ -42,19 +42,20 @@ SMALL = [
     "compare.seeds=[0]",
     "compare.target_values=null",
 ]
+RUNS = tuple(f"{arm}/{what}" for arm in ("vanilla", "adaptive") for what in ("*.jsonl", "plan.*", "model/*"))
 STAGES = {  # what each command adds to a folder in which those before it have run
     "sae train": ("sae/*.safetensors", "sae/cfg.json"),
     "score": ("scores.parquet", "features.safetensors", "labels.json"),
     "plan": ("plan.json", "plan.safetensors"),
     "train": ("adaptive/*.jsonl", "adaptive/plan.*", "adaptive/model/*"),
-    "compare": ("*/*.jsonl", "*/plan.*", "*/model/*"),
+    "compare": RUNS,
     "report": ("report.md",),
     "sae convert": ("converted/cfg.json", "converted/*.safetensors"),  # its manifest names the source
 }
 MORE = {  # what other commands write, and the stage whose folder they begin in
     "sae train --from": ("sae train", ("sae/*.safetensors", "sae/cfg.json")),
     "train --overwrite": ("compare", ("adaptive/*.jsonl", "adaptive/plan.*", "adaptive/model/*")),
-    "demo": ("sae train", ("scores.parquet", "plan.json", "*/*.jsonl", "*/plan.*", "*/model/*")),
+    "demo": ("sae train", ("scores.parquet", "plan.json", *RUNS)),
     "watch": ("report", ("live.png",)),
     "export": ("train", ("exported/*.parquet", "exported/plan.*")),
 }
@@ -151,9 +152,10 @@ def start(arguments: list[str], *, before: Callable[[], None] | None = None) -> 
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if before is not None:
             before()
-        from saerl_fast.cli import main
+        from saerl_fast.__main__ import main
 
-        code = main(arguments)
+        sys.argv = ["saerl", *arguments]
+        code = main()
     except SystemExit as err:
         code = err.code if isinstance(err.code, int) else 1
     except BaseException:
