@@ -11,6 +11,10 @@ last fifth). Features are dead after 200 silent steps for all.
 A contender runs once a seed, all in turn in one process; time is that of training alone. What comes out is
 saved, loaded here and measured by one function: FVU and L0 on held-out tokens, the share of dead features on
 those and up to 32,768 training tokens. Peak memory is that of the first seed's run.
+
+"own_rates" lets each trainer have the rate of RATES with the least FVU on a seed that is not measured, on the
+demo's states and on those of SmolLM2-135M-Instruct (layer 15, prompts of reasoning-gym, without tokens over
+ten median norms), which is looked for in the folder SAERL_SMOLLM2_DIR and left out without it.
 SAERL_BENCH_GRID=tiny runs few steps.
 """
 
@@ -22,7 +26,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +35,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.bench_score import SMOLLM2, path_of
 from benchmarks.harness import DEVICE, bench_threads, environment, grid, peak_memory, summary
 from saerl_fast.config import SAEConfig
 from saerl_fast.sae.files import load_sae
@@ -44,6 +49,8 @@ LAYER = 3
 DEAD_AFTER = 200
 MEASURED = 32768
 SEEDS = 3
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+TASKS = "reasoning-gym:syllogism,isomorphic_strings,ransom_note,calendar_arithmetic,aiw,course_schedule"
 
 
 class Shape(NamedTuple):
@@ -67,14 +74,27 @@ GRID = grid(TINY_GRID, CPU_GRID, CPU_GRID)
 @cache
 def activations(limit: int) -> Tensor:
     """The demo's hidden states, centred and of unit variance."""
-    from saerl_fast.config import load_config
-    from saerl_fast.session import Session
-
     demo = ROOT / "examples" / "demo"
     places = [f"model.path={demo / 'model'}", f"data.train={demo / 'pool.jsonl'}"]
     places += [f"data.eval={demo / 'eval.jsonl'}", f"data.limit={limit}"]
-    session = Session.open(load_config(ROOT / "examples" / "demo.yaml", places))
-    x = collect_activations(session.model, session.train.ids, LAYER).float()
+    return _states(ROOT / "examples" / "demo.yaml", places, LAYER)
+
+
+@cache
+def of_smollm2() -> Tensor:
+    """SmolLM2's, in the same form."""
+    places = [f"model.path={path_of(SMOLLM2)}", f"data.train={TASKS}", "data.size=500", "data.eval_size=1"]
+    return _states(None, [*places, "data.prefill=Answer:"], 15)
+
+
+def _states(file: Path | None, settings: list[str], layer: int) -> Tensor:
+    from saerl_fast.config import load_config
+    from saerl_fast.session import Session
+
+    session = Session.open(load_config(file, settings))
+    x = collect_activations(session.model, session.train.ids, layer).float()
+    norms = x.norm(dim=1)
+    x = x[norms <= 10 * norms.median()]
     x -= geometric_median(x)
     return (x / x.square().mean().sqrt()).to(DEVICE)
 
@@ -199,8 +219,26 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def compare(shape: Shape, seeds: int, x: Tensor) -> dict[str, dict[str, float]]:
-    """Contender -> p20_ms, p50_ms, p80_ms, ratio, peak_mb and the mean and deviation of each figure."""
+def own_rates(shape: Shape, x: Tensor, rates: Sequence[float]) -> dict[str, float]:
+    """Contender -> the rate with the least FVU, on a seed that `compare` does not use."""
+    found: dict[str, dict[float, float]] = {}
+    for rate in rates:
+        tried = shape._replace(lr=rate)
+        for name in Problem(tried, SEEDS, x).contenders():
+            problem = Problem(tried, SEEDS, x)
+            with contextlib.suppress(ImportError), quiet(), tempfile.TemporaryDirectory() as folder:
+                problem.contenders()[name]()(folder)
+                found.setdefault(name, {})[rate] = problem.figures(load_sae(folder))["FVU"]
+    return {name: min(of, key=lambda rate: of[rate]) for name, of in found.items()}
+
+
+def compare(
+    shape: Shape, seeds: int, x: Tensor, rates: Mapping[str, float] | None = None
+) -> dict[str, dict[str, float]]:
+    """Contender -> p20_ms, p50_ms, p80_ms, ratio, peak_mb and the mean and deviation of each figure.
+
+    ``rates``: of contenders that are not trained at the shape's.
+    """
     times: dict[str, list[float]] = {}
     found: dict[str, list[dict[str, float]]] = {}
     peaks: dict[str, float | None] = {}
@@ -209,7 +247,8 @@ def compare(shape: Shape, seeds: int, x: Tensor) -> dict[str, dict[str, float]]:
             train()
     for seed in range(seeds):
         for name in Problem(shape, seed, x).contenders():
-            problem = Problem(shape, seed, x)  # the same split for each, none has drawn from it
+            mine = shape._replace(lr=(rates or {}).get(name, shape.lr))
+            problem = Problem(mine, seed, x)  # the same split for each, none has drawn from it
             train = problem.contenders()[name]
             kept: list[Callable[[str], Any]] = []
 
@@ -248,5 +287,19 @@ def test_sae_training(benchmark: Any, shape: Shape) -> None:
         table = compare(shape, 2 if tiny else SEEDS, x)
         seeds = 2 if tiny else SEEDS
         about = {**shape._asdict(), "d_in": x.shape[1], "seeds": seeds}
+        benchmark.extra_info.update(about, base="SAELens", contenders=table, environment=environment(DEVICE))
+        benchmark.pedantic(lambda: None, rounds=1)
+
+
+@pytest.mark.parametrize("source", ["demo", SMOLLM2])
+def test_own_rates(benchmark: Any, source: str) -> None:
+    shape = CPU_GRID[0] if source == "demo" else CPU_GRID[0]._replace(d_sae=1024, steps=200)
+    with bench_threads():
+        x = activations(2000) if source == "demo" else of_smollm2()
+        rates = own_rates(shape, x, RATES)
+        table = compare(shape, SEEDS, x, rates)
+        about = {key: value for key, value in shape._asdict().items() if key not in ("activation", "lr")}
+        about = {"states": source, **about, "d_in": x.shape[1], "seeds": SEEDS}
+        about["rates"] = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
         benchmark.extra_info.update(about, base="SAELens", contenders=table, environment=environment(DEVICE))
         benchmark.pedantic(lambda: None, rounds=1)

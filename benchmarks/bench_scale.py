@@ -16,7 +16,9 @@ predicted from the SAE features, since to read the texts of so many prompts take
 process held before, ``anonymous_mb`` the same without pages of files, which the system takes back when it
 needs them; ``anonymous_bytes_a_row`` the same by row. ``recall``: of the near-copies of some rows, those that
 were found (more than 131,072 rows are not all compared).
-``test_runs``: reading the records of a long run. Rows that the machine has no room for are skipped.
+``test_runs``: the records of a long run, read by ``load_runs`` (the time of its first thread), and by the
+whole commands ``saerl report`` and ``saerl watch`` in processes of their own: CPU time of all threads, start
+and imports included, and all that was resident. Rows that the machine has no room for are skipped.
 
 SAERL_BENCH_GRID=tiny: one small shape, to see that it runs. How time is taken: harness.py.
 """
@@ -27,6 +29,8 @@ import gc
 import json
 import multiprocessing
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -45,6 +49,7 @@ from saerl_fast.plan.embedding import Embedding
 from saerl_fast.plan.sampler import PlanBatchSampler
 from saerl_fast.prompts.pool import load_split
 from saerl_fast.records import packed
+from saerl_fast.records.log import JsonlLog, write_logs
 from saerl_fast.records.packed import Packed
 from saerl_fast.records.runs import load_runs
 from saerl_fast.signals.bank import Bank
@@ -286,21 +291,53 @@ def score_and_plan(shape: Sparse, folder: Path) -> tuple[dict[str, Any], dict[st
     return table, extra
 
 
+def write_run(folder: Path, lines: int) -> None:
+    """A finished run of so many steps as the trainer leaves it, an evaluation every hundred steps."""
+    phases = {"generate": 0.1, "reward": 0.001, "logprob": 0.03, "update": 0.2, "plan": 0.001}
+    texts = {"prompt": "What is 17 + 25, and what is three times that? " * 2, "answer": "126"}
+    texts |= {"completions": ["126", "I do not know"], "rewards": [1.0, 0.0]}
+    metrics, rollouts = (JsonlLog(folder / f"{name}.jsonl") for name in ("metrics", "rollouts"))
+    for step in range(1, lines + 1):
+        row = {"kind": "train", "step": step, "reward": 0.5, "loss": 0.01, "lr": 1e-6, "time": phases}
+        row |= {"pass_rate": 0.5, "entropy": 1.25, "length": 12.5, "rollouts": 128, "tokens": 1600}
+        row |= {"groups": 16, "groups_used": 9} | {f"figure_{i}": step / (i + 1) for i in range(8)}
+        row |= {"alarms": ["no signal"], "begun": ["no signal"]} if step % 1000 == 7 else {}
+        due = [{"kind": "eval", "step": step, "accuracy": 0.3 + step / lines / 2, "mode": "sample"}]
+        metrics.write([row, *(due if step % 100 == 0 else [])])
+        rollouts.write([{"step": step, "prompt_id": f"p{step % 5000}"} | texts])
+    write_logs(folder, {log.path.name: log.digest() for log in (metrics, rollouts)}, {})
+    metrics.close()
+    rollouts.close()
+    (folder / "run.json").write_text(json.dumps({"arm": "adaptive", "seed": 0}))
+    (folder / "summary.json").write_text(json.dumps({"steps": lines}))
+
+
+_COMMAND = (  # nothing but the command is imported
+    "import sys, time; from saerl_fast.__main__ import main; code = main(); "
+    "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM:')); "
+    "print(time.process_time(), int(peak.split()[1]) / 2**10, file=sys.stderr); sys.exit(code)"
+)
+
+
+def command(*arguments: str) -> dict[str, float]:
+    """CPU time and the most resident memory of ``saerl``, all its threads, from its start to its end."""
+    ended = subprocess.run(
+        [sys.executable, "-c", _COMMAND, *arguments], stderr=subprocess.PIPE, text=True, check=True
+    )
+    seconds, megabytes = map(float, ended.stderr.splitlines()[-1].split())
+    return figures([seconds]) | {"peak_mb": megabytes}
+
+
 @pytest.mark.parametrize("lines", grid([], LINES, LINES), ids=ids)
 def test_runs(benchmark: Any, lines: int, tmp_path: Path) -> None:
-    with open(tmp_path / "metrics.jsonl", "w") as file:
-        for step in range(1, lines + 1):
-            phases = {"generate": 0.1, "reward": 0.001, "logprob": 0.03, "update": 0.2, "plan": 0.001}
-            row = {"kind": "train", "step": step, "reward": 0.5, "loss": 0.01, "lr": 1e-6, "time": phases}
-            row |= {"entropy": 1.25, "length": 12.5, "rollouts": 128, "groups": 16, "seconds": 0.33}
-            row |= {f"figure_{i}": step / (i + 1) for i in range(8)}
-            file.write(json.dumps(row) + "\n")
-    (tmp_path / "run.json").write_text(json.dumps({"arm": "adaptive", "seed": 0}))
+    write_run(tmp_path, lines)
     with bench_threads():
         once = Once()
         once("load_runs", load_runs, tmp_path)
-        size = (tmp_path / "metrics.jsonl").stat().st_size / 2**20
-        record(benchmark, {"lines": lines, "file_mb": round(size)}, once.table, lambda: None)
+        table = once.table | {f"saerl {name}": command(name, str(tmp_path)) for name in ("report", "watch")}
+        size = sum((tmp_path / f"{name}.jsonl").stat().st_size for name in ("metrics", "rollouts"))
+        extra = {"lines": lines, "file_mb": round(size / 2**20)}
+        record(benchmark, extra, table, lambda: None)
 
 
 @pytest.mark.parametrize("shape", grid([], SCORES, SCORES), ids=ids)

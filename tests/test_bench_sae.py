@@ -24,6 +24,16 @@ def test_trainers_learn_on_equal_tokens(shape: bench.Shape) -> None:
         assert 0 <= figures["dead"] <= 1 and figures["p50_ms"] > 0, name
 
 
+def test_each_trainer_has_the_rate_that_is_best_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.Problem, "contenders", lambda self: {"saerl_fast": self._ours})
+    x = torch.randn(600, 16, generator=torch.Generator().manual_seed(0)).relu()
+    shape = bench.TINY_GRID[0]._replace(steps=20, d_sae=32)
+    rates = bench.own_rates(shape, x, (1e-6, 3e-3))
+    assert rates == {"saerl_fast": 3e-3}  # the other learns nothing
+    least, best = (bench.compare(shape, 2, x, {"saerl_fast": rate})["saerl_fast"] for rate in (1e-6, 3e-3))
+    assert best["FVU"] < 0.9 * least["FVU"]
+
+
 def test_figures_with_a_deviation_have_a_table() -> None:
     row = report.Row(
         {"k": 4}, {"ours": {"p50_ms": 1.0, "FVU": 0.25, "FVU sd": 0.5}, "other": {"p50_ms": 2.0}}

@@ -1,12 +1,14 @@
 """Comparisons on several pools: what is run, what is refused, and the report of all."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from saerl_fast.config import load_config
 from saerl_fast.errors import SaerlError
+from saerl_fast.records.lock import lock
 from saerl_fast.records.report import write_report
 from saerl_fast.records.watch import watch
 from saerl_fast.stages import compare as module
@@ -87,6 +89,14 @@ def test_a_pool_ends_early_by_targets_of_its_own(tmp_path, recorded):  # noqa: F
     more = ("compare.until=true", "compare.target_values=", "compare.arms=vanilla")
     with pytest.raises(SaerlError, match="pool a: compare.until needs targets"):
         compare(settings(tmp_path / "r", two(tmp_path), *more), Echo(quiet=True))
+
+
+def test_with_every_run_elsewhere_and_none_begun_there_is_no_report_yet(tmp_path, recorded):  # noqa: F811
+    config = settings(tmp_path / "r", two(tmp_path), "compare.arms=vanilla")
+    first, second = (lock(tmp_path / "r" / name / "vanilla") for name in "ab")
+    with first, second, ThreadPoolExecutor(1) as other:
+        assert other.submit(compare, config, Echo(quiet=True)).result() == []
+    assert not recorded and len(compare(config, Echo(quiet=True))) >= 2
 
 
 def test_a_source_may_hold_an_equals_sign_and_a_function():

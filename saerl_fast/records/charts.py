@@ -84,8 +84,9 @@ def calibration_chart(
     around = [] if interval is None else [-interval, interval]
     axis = {"range": [-0.03, 1.03], "zeroline": False, "gridcolor": "#edf2f7"}
     layout = {
-        "height": 460,
-        "margin": {"l": 60, "r": 10, "t": 10, "b": 50},
+        "height": 490,
+        "margin": {"l": 60, "r": 10, "t": 30, "b": 80},
+        "legend": {"orientation": "h", "x": 0, "y": -0.16},  # the buttons are at the top
         "font": FONT,
         "hovermode": "closest",
         "hoverlabel": {"align": "left", "bgcolor": "white", "font": FONT},

@@ -50,9 +50,10 @@ def blocks(path: Path, start: int, *, whole: bool) -> Iterator[tuple[Block, byte
         file.seek(start)
         rest = b""
         while read := file.read(BLOCK):
-            lines, newline, rest = (rest + read).rpartition(b"\n")
-            if newline:
-                waiting.append((pool.submit(parse, lines + newline), lines + newline))
+            end = read.rfind(b"\n") + 1
+            lines, rest = (rest + read[:end], read[end:]) if end else (b"", rest + read)
+            if lines:
+                waiting.append((pool.submit(parse, lines), lines))
             if len(waiting) > 2:
                 ready, lines = waiting.popleft()
                 yield ready.result(), lines

@@ -95,8 +95,8 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
     for name, mine in each.items():
         echo.result(f"pool {name}")
         _compare(mine, planned[name], echo, redo)
-    with lock(root, wait=echo.result):
-        paths = write_report(root, echo=echo.result)
+    with lock(root, wait=echo.result):  # other processes may hold all runs, and have begun none
+        paths = write_report(root, echo=echo.result) if any(root.rglob("metrics.jsonl")) else []
     for path in paths:
         echo(f"wrote {path}")
     return paths
