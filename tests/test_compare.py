@@ -225,7 +225,7 @@ def test_redo_trains_again_what_has_changed_and_keeps_the_rest(tmp_path, recorde
 
 
 def test_what_other_settings_made_matters_to_the_arms_that_still_run(tmp_path, recorded, monkeypatch):
-    """An adaptive run that has ended holds nothing up, with or without --redo, whatever lies beside it now."""
+    """An adaptive run that has ended holds nothing up, whatever lies beside it now."""
     checked = []
     config = settings(tmp_path, "compare.arms=vanilla,bare:plan.schedule=adaptive")
     compare(config, Echo(quiet=True))
