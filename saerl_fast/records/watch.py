@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.records.lock import NAME
+from saerl_fast.records.lock import NAME, clean
 from saerl_fast.records.log import format_row
 from saerl_fast.records.plots import live
 from saerl_fast.records.runs import RunRecord, find_runs, listed, no_folder, one_of_each, open_run
@@ -46,6 +46,7 @@ def watch(root: str | Path, echo: Callable[[str], None], *, every: float = 5.0) 
         raise SaerlError(no_folder(root))
     if any(root.iterdir()) and not any(any(root.rglob(name)) for name in BEGINNINGS):
         raise SaerlError(f"{root} holds no run; pass the run_dir of one")
+    clean(root)  # a picture that was killed
     figure, known, said, waiting = root / "live.png", dict[Path, RunRecord](), set[str](), False
 
     def say(line: str) -> None:

@@ -110,10 +110,11 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
     with lock(root, wait=echo.result):
         record = to_dict(config.compare) | {"notes": notes}
         refuse_beside(root, record)
-        unfinished = [mine for _, mine, out in jobs if not _state(mine, out, redo)[1] or _short(mine, out)]
+        undone = {name for name, mine, out in jobs if not _state(mine, out, redo)[1] or _short(mine, out)}
+        unfinished = [mine for name, mine, _ in jobs[: len(arms)] if name in undone]
         if redo and any(map(needs_scores, unfinished)):
             set_aside(config, echo)
-        session = _check_plans(first, echo) if unfinished else None
+        session = _check_plans(unfinished, echo) if unfinished else None
         write_json(root / "compare.json", record)
     bar = echo.bar("runs", "run")
     bar(0, len(jobs))

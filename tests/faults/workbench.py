@@ -42,19 +42,20 @@ SMALL = [
     "compare.seeds=[0]",
     "compare.target_values=null",
 ]
+ARMS = ("[av]*/*.jsonl", "[av]*/plan.*", "[av]*/model/*")  # adaptive, vanilla; not exported
 STAGES = {  # what each command adds to a folder in which those before it have run
     "sae train": ("sae/*.safetensors", "sae/cfg.json"),
     "score": ("scores.parquet", "features.safetensors", "labels.json"),
     "plan": ("plan.json", "plan.safetensors"),
     "train": ("adaptive/*.jsonl", "adaptive/plan.*", "adaptive/model/*"),
-    "compare": ("*/*.jsonl", "*/plan.*", "*/model/*"),
+    "compare": ARMS,
     "report": ("report.md",),
     "sae convert": ("converted/cfg.json", "converted/*.safetensors"),  # its manifest names the source
 }
 MORE = {  # what other commands write, and the stage whose folder they begin in
     "sae train --from": ("sae train", ("sae/*.safetensors", "sae/cfg.json")),
     "train --overwrite": ("compare", ("adaptive/*.jsonl", "adaptive/plan.*", "adaptive/model/*")),
-    "demo": ("sae train", ("scores.parquet", "plan.json", "*/*.jsonl", "*/plan.*", "*/model/*")),
+    "demo": ("sae train", ("scores.parquet", "plan.json", *ARMS)),
     "watch": ("report", ("live.png",)),
     "export": ("train", ("exported/*.parquet", "exported/plan.*")),
 }
@@ -148,7 +149,7 @@ def start(arguments: list[str], *, before: Callable[[], None] | None = None) -> 
         os.dup2(to, 1)
         os.dup2(to, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as __main__ does
         if before is not None:
             before()
         from saerl_fast.cli import main
