@@ -237,5 +237,6 @@ def test_a_run_that_ended_without_a_readable_row_does_not_keep_a_comparison_open
     assert said[-1] == f"ended; {figure} holds the curves"
     (tmp_path / "adaptive" / "metrics.jsonl").write_bytes(content)
     figure.unlink()
+    (tmp_path / ".live.png.0123456789abcdef.tmp").touch()  # of one that was killed
     watch(tmp_path, said.append, every=0.01)
-    assert said[-1] == "ended; there is no curve"
+    assert said[-1] == "ended; there is no curve" and not list(tmp_path.glob("*.tmp"))
