@@ -236,6 +236,19 @@ def test_a_folder_that_is_removed_or_taken_over_is_noticed(tmp_path):
     assert "far" in (tmp_path / "moved" / NAME).read_text()  # another's lock is not ours to remove
 
 
+def test_a_lock_that_cannot_be_read_when_it_is_given_back_holds_nobody_up(tmp_path, monkeypatch):
+    def no_files(at):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with lock(tmp_path):
+        monkeypatch.setattr(module, "_text", no_files)
+    monkeypatch.undo()
+    assert (tmp_path / NAME).is_file() and holder(tmp_path) is None
+    with lock(tmp_path):
+        assert holder(tmp_path)
+    assert not (tmp_path / NAME).exists()
+
+
 def test_a_lock_that_cannot_be_read_is_not_taken_for_a_removed_folder(tmp_path, monkeypatch):
     with lock(tmp_path) as held:
         with monkeypatch.context() as patch, pytest.raises(SaerlError, match="open files.*ulimit -n"):

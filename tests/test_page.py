@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.fileio import cannot_write
 from saerl_fast.records import charts, page, plots
 from saerl_fast.records.report import write_report
 from tests.test_report import record_run
@@ -160,6 +162,15 @@ def test_scores_without_a_map_have_the_rest(tmp_path):
     pq.write_table(columns.drop_columns(["saerl_pass_rate"]), tmp_path / "scores.parquet")
     assert "calibration.png" not in {path.name for path in write_report(tmp_path)}
     assert "plotly" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_figure_that_cannot_be_written_is_no_damage_to_the_scores(tmp_path, monkeypatch):
+    def no_files(columns, path):
+        raise cannot_write(path, OSError(errno.EMFILE, "Too many open files"))
+
+    monkeypatch.setattr(plots, "signals", no_files)
+    with pytest.raises(SaerlError, match="^cannot write .*signals.png: Too many open files"):
+        write_report(scored(tmp_path))
 
 
 def test_a_browser_draws_the_page(tmp_path):

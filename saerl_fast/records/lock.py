@@ -40,6 +40,7 @@ NAME = ".saerl.lock"
 BEAT, SILENT = 15.0, 300.0
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
 _held: dict[Path, Lock] = {}
+_ended: set[str] = set()  # what the lock files held that this process has given back
 
 
 class Held(SaerlError):
@@ -109,6 +110,7 @@ def lock(folder: str | Path, *, wait: Callable[[str], None] | None = None) -> It
     finally:
         if held.owner[0] == os.getpid():  # not in a process that was forked meanwhile
             held.ended.set()
+            _ended.add(held.text)  # also where its file cannot be read now, and so is not removed
             if _held.get(at) is held:
                 del _held[at]
             with suppress(OSError):
@@ -267,7 +269,7 @@ def _who(text: str) -> str:
 
 
 def _dead(at: Path, text: str) -> bool:
-    ended = has_ended(_about(text).get("mark", ""))
+    ended = text in _ended or has_ended(_about(text).get("mark", ""))
     return _silence(at) > SILENT if ended is None else ended
 
 
