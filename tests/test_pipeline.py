@@ -302,8 +302,8 @@ def test_all_filtered_pool(scored, tmp_path, capsys):
     settings = ["quality.threshold=1", "data.limit=300", f"sae.path={scored / 'sae'}"]
     assert saerl("score", folder, *settings) == 0
     before = (folder / "scores.parquet").read_bytes()
-    assert saerl("train", folder, *settings) == 2
-    one_sentence(capsys, "threshold")
+    assert saerl("train", folder, *settings, "plan.filter=true") == 2
+    one_sentence(capsys, "plan.filter=false")
     assert (folder / "scores.parquet").read_bytes() == before
 
 
