@@ -26,6 +26,8 @@ OTHERS = {
     "answer": "the log-probability of the reference answer",
     "shuffled": "a quota of other prompts' clusters",
     "noquota": "no quota",
+    "filtered": "the filter alone",
+    "mopps": "MoPPS",
     "literal_prompt": "the paper's recipe, prompt alone",
     "literal": "the paper's recipe, answer read",
 }
@@ -113,24 +115,17 @@ def tables(arms: Lines, against: Lines, named: Sequence[str]) -> str:
     """The generated part of the evidence in benchmarks/README.md, markers included; ``named``: all arms."""
     made = [BEGIN, "", "![The law](figures/law.png)", ""]
     if against:
-        made += [
-            "What the default, which reads SAE features, needs. " + verdict(against),
-            "",
-            *difference_table(against),
-            "",
-        ]
+        made += ["What the default, which reads SAE features, needs. " + verdict(against), ""]
+        made += _folded("the default against other arms of the same draw", difference_table(against))
     if arms:
-        made += [
-            "<details><summary>all arms against vanilla</summary>",
-            "",
-            *arm_table(arms),
-            "",
-            "</details>",
-            "",
-        ]
+        made += _folded("all arms against vanilla", arm_table(arms))
     if missing := [name for name in named if name not in {line["arm"] for line in arms}]:
         made += [f"Not run yet: {', '.join(missing)}.", ""]
     return "\n".join([*made, END])
+
+
+def _folded(title: str, table: list[str]) -> list[str]:
+    return [f"<details><summary>{title}</summary>", "", *table, "", "</details>", ""]
 
 
 def draw_law(arms: Lines, path: Path) -> None:
