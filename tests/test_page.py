@@ -136,7 +136,7 @@ def test_a_prompt_off_the_map_is_named_by_its_id(tmp_path):
 
 
 def test_without_plotly_the_pictures_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "_plotly", lambda: None)
+    monkeypatch.setattr(page, "packed_plotly", lambda: ("", ""))
     write_report(scored(tmp_path))
     found = (tmp_path / "report.html").read_text()
     assert "script-src 'none'" in found and "<script" not in found and 'id="picture-map"' in found
