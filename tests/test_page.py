@@ -128,7 +128,7 @@ def test_a_prompt_off_the_map_is_named_by_its_id(tmp_path):
     write_report(scored(tmp_path, **some))
     found = (tmp_path / "report.html").read_text()
     assert "80 % of the labels lie within the band" in found
-    if page._plotly() is not None:
+    if page.packed_plotly()[0]:
         told = json.loads(re.search(r"id=charts>(.*?)</script>", found)[1])["calibration"]["data"][0][
             "hovertext"
         ]
