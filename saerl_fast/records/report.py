@@ -234,6 +234,8 @@ def _draw_scores(scores: dict[str, Any], root: Path) -> dict[str, Picture]:
         add(plots.signals(columns, root / "signals.png"), "Scores")
         said, seen, rows = scored.calibrated(columns)
         ids = [printable(str(columns["prompt_id"][i])) for i in rows]
+    except SaerlError:  # which is a ValueError: the picture cannot be written, say
+        raise
     except (LookupError, TypeError, ValueError, OverflowError) as err:
         raise SaerlError(f"{file} is damaged ({first_line(err)}); make it again with `saerl score`") from err
     points = scored.read_map(scores, columns)
