@@ -25,7 +25,7 @@ def test_sample(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     kinds = json.loads(out.read_text())["kinds"]
-    assert len(kinds) == 7
+    assert len(kinds) == 9
     assert all(not set(outcomes) & set(BAD) for outcomes in kinds.values())
 
 

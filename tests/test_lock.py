@@ -282,8 +282,10 @@ def test_folders_that_cannot_be_held(tmp_path):
     for name, words in (("file/run", "cannot write to"), ("file", "cannot write to"), ("a\0b", "no folder")):
         with pytest.raises(SaerlError, match=words), lock(tmp_path / name):
             pass
-    with pytest.raises(SaerlError, match="link is a link to .*absent, which does not exist"):
-        lock(tmp_path / "link").__enter__()
+    for name in ("link", "link/run"):
+        with pytest.raises(SaerlError, match="link is a link to .*absent, which does not exist"):
+            lock(tmp_path / name).__enter__()
+    assert not (tmp_path / "absent").exists()
     with pytest.raises(SaerlError, match="cannot write to"):
         lock(tmp_path / ("x" * 300)).__enter__()
     with pytest.raises(SaerlError, match="cannot write to /proc/x: "):  # where no folder can be made

@@ -118,6 +118,13 @@ def test_single_run_folder_shows_the_scores_beside_it(tmp_path):
     assert "0.555" in text and "0.777" not in text
 
 
+def test_a_picture_that_cannot_be_written_is_no_damage_of_the_scores(tmp_path):
+    write_scores(tmp_path, 0.777)
+    (tmp_path / "signals.png").mkdir()
+    with pytest.raises(SaerlError, match=f"^cannot write {tmp_path}/signals.png"):
+        write_report(tmp_path)
+
+
 def test_a_run_dir_shows_no_scores_of_the_folder_above(tmp_path):
     record_run(tmp_path / "run" / "adaptive", "adaptive", 3, [0.2, 0.3])
     write_scores(tmp_path, 0.777)

@@ -124,8 +124,10 @@ def _place(folder: Path) -> Path:
         real = Path(os.path.realpath(folder))
     except ValueError as err:
         raise SaerlError(f"{str(folder)!r} is no folder's name ({err}); choose another run_dir") from None
-    if os.path.islink(folder) and not os.path.exists(folder):
-        raise SaerlError(f"{folder} is a link to {real}, which does not exist; make that folder")
+    for path in (folder, *folder.parents):  # such as to a disk that is not there now
+        if os.path.islink(path) and not os.path.exists(path):
+            away = os.path.realpath(path)
+            raise SaerlError(f"{path} is a link to {away}, which does not exist; make that folder")
     return real / NAME
 
 

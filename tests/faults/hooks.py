@@ -1,4 +1,5 @@
-"""What is done to a command from the inside: it dies, or its disk is full, at its n-th operation on files."""
+"""What is done to a command from the inside at its n-th operation on files: it dies, its disk fails, it is
+sent signals."""
 
 from __future__ import annotations
 
@@ -66,22 +67,31 @@ def killed_at(run_dir: Path, number: int) -> Callable[[], None]:
 
 def full_at(run_dir: Path, number: int) -> Callable[[], None]:
     """No space left on the device at the operation of this number and all after it."""
+    return each_operation(run_dir, lambda n: _refuse(errno.ENOSPC) if n >= number else None, MAKING)
 
-    def refuse(n: int) -> None:
-        if n >= number:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    return each_operation(run_dir, refuse, MAKING)
+def refused_at(run_dir: Path, number: int, code: int, *, once: bool) -> Callable[[], None]:
+    """The error ``code`` at the operation of this number and, unless ``once``, at all after it."""
+    return each_operation(
+        run_dir, lambda n: _refuse(code) if n == number or (n > number and not once) else None
+    )
 
 
 def unreadable_at(run_dir: Path, number: int) -> Callable[[], None]:
     """Too many open files when this file is opened to be read, and no more after it."""
+    reads = {"open"}
+    return each_operation(
+        run_dir, lambda n: _refuse(errno.EMFILE) if n == number else None, reads, reading=True
+    )
 
-    def refuse(n: int) -> None:
-        if n == number:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    return each_operation(run_dir, refuse, {"open"}, reading=True)
+def signalled_at(run_dir: Path, sent: dict[int, list[int]]) -> Callable[[], None]:
+    """The signals of each number before the operation of that number."""
+    return each_operation(run_dir, lambda n: [os.kill(os.getpid(), one) for one in sent.get(n, [])] and None)
+
+
+def _refuse(code: int) -> None:
+    raise OSError(code, os.strerror(code))
 
 
 def no_file_above(size: int) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -13,7 +14,16 @@ from functools import cache
 from itertools import combinations_with_replacement, product
 from pathlib import Path
 
-from tests.faults.hooks import counted, each_operation, full_at, killed_at, no_file_above, unreadable_at
+from tests.faults.hooks import (
+    counted,
+    each_operation,
+    full_at,
+    killed_at,
+    no_file_above,
+    refused_at,
+    signalled_at,
+    unreadable_at,
+)
 from tests.faults.workbench import (
     MORE,
     READING,
@@ -34,6 +44,16 @@ GOOD, BAD = (SAME, SAID, REFUSED), (TRACEBACK, WRONG, STUCK, HUNG, LEFT)
 OTHER = {"sae train": "sae.seed=7", "score": "score.reduce=max", "plan": "plan.adaptive.svd=6"}
 OTHER |= {"train": "train.lr=1e-4", "compare": "train.lr=1e-4"}
 ON = {"train": "train --resume"}  # how a user goes on
+ERRORS = (
+    "EIO",
+    "EROFS",
+    "EACCES",
+    "EPERM",
+    "EDQUOT",
+    "ESTALE",
+    "EBUSY",
+    "EINTR",
+)  # of disks
 TRAINING = {"train", "train --overwrite", "compare", "demo"}
 
 
@@ -60,8 +80,10 @@ class Bench:
         yield from self.kills()
         yield from self.mixtures()
         yield from self.full_disks()
+        yield from self.other_errors()
         yield from self.damages()
         yield from self.signals()
+        yield from self.signals_twice()
         yield from self.races()
         yield from self.unreadable()
 
@@ -154,11 +176,31 @@ class Bench:
                 def trial(stage: str = stage, number: int = number) -> tuple[str, str]:
                     folder = fresh(self.folders[stage])
                     fault = full_at(folder, number) if number > 0 else no_file_above(-number)
-                    first = run(stage, folder, before=fault)
-                    found = self.judge(stage, folder, first)
-                    return found if found[0] in (TRACEBACK, HUNG) else self.go_on(stage, folder)
+                    return self.failed(stage, folder, fault)
 
                 yield Trial("disk full", f"{stage} {number}", trial)
+
+    def other_errors(self) -> Iterator[Trial]:
+        """Another error of the disk at every operation, for once or for good; then with the disk mended."""
+        for stage in self.patterns:
+            for number in range(1, len(self.operations(stage, self.folders[stage])[0]) + 1):
+                name, once = ERRORS[number % len(ERRORS)], number % 3 == 0
+
+                def trial(
+                    stage: str = stage, number: int = number, name: str = name, once: bool = once
+                ) -> tuple[str, str]:
+                    folder = fresh(self.folders[stage])
+                    return self.failed(
+                        stage, folder, refused_at(folder, number, getattr(errno, name), once=once)
+                    )
+
+                said = f"{stage} {number} {name}{' once' * once}"
+                yield Trial("other errors of the disk", said, trial)
+
+    def failed(self, stage: str, folder: Path, fault: Callable[[], None]) -> tuple[str, str]:
+        """The command with a fault of the disk, then without."""
+        found = self.judge(stage, folder, run(stage, folder, before=fault))
+        return found if found[0] in (TRACEBACK, HUNG, WRONG) else self.go_on(stage, folder)
 
     def damages(self) -> Iterator[Trial]:
         """Every file of a finished run damaged in four ways, read by every command."""
@@ -218,6 +260,28 @@ class Bench:
                         return self.go_on(stage, folder)
 
                     yield Trial("signal", f"{stage} {sent} {number}", trial)
+
+    def signals_twice(self) -> Iterator[Trial]:
+        """A signal at an operation, and another there or soon after; then the same command again."""
+        for stage in self.patterns:
+            total = len(self.operations(stage, self.folders[stage])[0])
+            for number in range(12):
+                chance = random.Random(f"{stage} {number}")
+                at, gap = chance.randint(1, total), chance.choice([0, 0, 1, 3])
+                both = [chance.choice(["TERM", "INT", "HUP"]) for _ in range(2)]
+
+                def trial(
+                    stage: str = stage, at: int = at, gap: int = gap, both: list[str] = both
+                ) -> tuple[str, str]:
+                    folder = fresh(self.folders[stage])
+                    first, second = (getattr(signal, f"SIG{name}") for name in both)
+                    sent = {at: [first, second]} if not gap else {at: [first], at + gap: [second]}
+                    ended = run(stage, folder, before=signalled_at(folder, sent))
+                    if ended.code is None or ended.traceback:
+                        return self.judge(stage, folder, ended)
+                    return self.go_on(stage, folder)
+
+                yield Trial("signal twice", f"{stage} {at} {both[0]} {both[1]} after {gap}", trial)
 
     def races(self) -> Iterator[Trial]:
         """Two commands on one folder at once; then both again, one after the other."""
