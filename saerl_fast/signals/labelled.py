@@ -51,7 +51,11 @@ def _numbers(column: Sequence[Any], setting: str) -> np.ndarray:
     numbers = np.full(len(column), np.nan)
     for i, value in enumerate(column):
         try:
+            if isinstance(value, str) and "_" in value:  # which Python takes for one number, 0_5 for 5
+                raise ValueError
             numbers[i] = np.nan if value is None else float(value)
         except (TypeError, ValueError, OverflowError):
-            raise SaerlError(f"{setting} names a column that holds {value!r}; use numbers or null") from None
+            raise SaerlError(
+                f"{setting} names a column that holds {value!r:.80} in row {i}; use numbers or null"
+            ) from None
     return numbers
