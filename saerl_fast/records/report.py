@@ -11,10 +11,10 @@ import numpy as np
 from saerl_fast.config import CompareConfig
 from saerl_fast.errors import SaerlError, first_line, printable
 from saerl_fast.fileio import mismatch, write_text
-from saerl_fast.records import compared, plots, samples, scored
+from saerl_fast.records import by_pool, compared, plots, samples, scored
 from saerl_fast.records.charts import calibration_chart, map_chart
 from saerl_fast.records.lock import clean
-from saerl_fast.records.page import Part, Picture, markdown, page, terminal
+from saerl_fast.records.page import Part, Picture, markdown, page, shown, terminal
 from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes, find_runs, load_runs, read_object
 from saerl_fast.records.stats import area_under_curve, steps_to_target
 
@@ -47,6 +47,8 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
     SAE lie a level above. Raises SaerlError when ``root`` holds neither.
     """
     root, said = Path(root), list[str]()
+    if pools := read_object(root / "compare.json").get("pools"):
+        return by_pool.write_pools(root, pools, echo)
     only_scored = (root / "scores.json").is_file() and not find_runs(root)
     runs = [] if only_scored else [run for run in load_runs(root, said.append) if run.last]
     clean(root)  # a report that was killed
@@ -54,8 +56,8 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
         echo(line)
     if not runs and not only_scored:
         raise SaerlError(f"the runs in {root} recorded no step yet; let `saerl train` finish one first")
-    settings = _settings(root)
-    targets = find_targets(runs, settings)
+    settings = compared.settings_of(root)
+    targets = compared.find_targets(runs, settings)
     scores = read_object(_shared(root, "scores.json")).get("metadata", {})
     sae = read_object(_shared(root, "sae/train.json")) or scores.pop("sae", {})
     paired = compared.paired_table(runs, targets, settings)
@@ -63,7 +65,7 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
     results = [main_table(runs, targets, settings), paired]
     results += [compared.costs_table(runs, targets, settings), compared.budget_table(runs, settings)]
     results += [compared.ledger_table(runs, targets, settings, scores, sae), samples.merged_table(runs)]
-    results = [_shown(table) for table in results]
+    results = [shown(table) for table in results]
     signals = scored.signal_tables(scores, sae, sae_cost(runs, sae))
     drawn = _draw(runs, targets, root) | _draw_scores(scores, root)
     order: list[Part | str] = [samples.damage_table(said), results[0], "learning_curves", *results[1:]]
@@ -77,7 +79,7 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
         if isinstance(part, str):
             parts += [drawn[part]] if part in drawn else []
         elif isinstance(part, Picture) or part[2]:
-            parts.append(part if isinstance(part, Picture) else _shown(part))
+            parts.append(part if isinstance(part, Picture) else shown(part))
     arms = ", ".join(dict.fromkeys(run.arm for run in runs)) or "scores"
     title = printable(f"{root.name}: {arms}")
     for table in results:
@@ -90,31 +92,11 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
     ]
 
 
-def _shown(table: Table) -> Table:
-    """``table`` without characters that a terminal would obey."""
-    name, header, rows, note = table
-    return name, [*map(printable, header)], [[*map(printable, row)] for row in rows], printable(note)
-
-
 def _shared(root: Path, name: str) -> Path:
     """A file that all runs of a run_dir share; for the folder of a single run, the one beside it."""
     own = root / name
     alone = not own.exists() and (root / "metrics.jsonl").is_file()
     return root.resolve().parent / name if alone else own
-
-
-def find_targets(runs: list[RunRecord], settings: CompareConfig) -> dict[str, float]:
-    """Accuracies to reach: registered values, else shares of the first arm's mean gain."""
-    if settings.target_values:
-        return {f"{value:.3f}": value for value in settings.target_values}
-    first = [run for run in runs if run.arm == runs[0].arm and len(run.accuracy) > 1]
-    if not first:
-        return {}
-    start = float(np.mean([run.accuracy[0] for run in first]))
-    gain = float(np.mean([np.mean(run.accuracy[-settings.smooth :]) for run in first])) - start
-    if not gain > 0:
-        return {}
-    return {f"{share:.0%} of {runs[0].arm}'s gain": start + share * gain for share in settings.targets}
 
 
 def main_table(runs: list[RunRecord], targets: dict[str, float], settings: CompareConfig) -> Table:
@@ -234,7 +216,7 @@ def _draw_scores(scores: dict[str, Any], root: Path) -> dict[str, Picture]:
         add(plots.signals(columns, root / "signals.png"), "Scores")
         said, seen, rows = scored.calibrated(columns)
         ids = [printable(str(columns["prompt_id"][i])) for i in rows]
-    except SaerlError:  # which is a ValueError: the picture cannot be written, say
+    except SaerlError:  # the disk, say
         raise
     except (LookupError, TypeError, ValueError, OverflowError) as err:
         raise SaerlError(f"{file} is damaged ({first_line(err)}); make it again with `saerl score`") from err
@@ -250,12 +232,6 @@ def _draw_scores(scores: dict[str, Any], root: Path) -> dict[str, Picture]:
     if points is not None:
         add(plots.prompt_map(points, root / "map.png"), "Map of the prompts", points.note, map_chart(points))
     return found
-
-
-def _settings(root: Path) -> CompareConfig:
-    recorded = read_object(root / "compare.json")
-    known = {key: recorded[key] for key in CompareConfig.__dataclass_fields__ if key in recorded}
-    return CompareConfig(**known)
 
 
 def _step_seconds(run: RunRecord) -> float:
