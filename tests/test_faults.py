@@ -17,7 +17,7 @@ from tests.faults.workbench import ROOT, Ended, written
 def test_sample(tmp_path: Path) -> None:
     out = tmp_path / "faults.json"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults", "--share", "400", "--home", str(tmp_path), "--out", str(out)],
+        [sys.executable, "-m", "tests.faults", "--share", "500", "--home", str(tmp_path), "--out", str(out)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels/torch-ext'}"},
         capture_output=True,
