@@ -297,14 +297,19 @@ def write_run(folder: Path, lines: int) -> None:
     texts = {"prompt": "What is 17 + 25, and what is three times that? " * 2, "answer": "126"}
     texts |= {"completions": ["126", "I do not know"], "rewards": [1.0, 0.0]}
     metrics, rollouts = (JsonlLog(folder / f"{name}.jsonl") for name in ("metrics", "rollouts"))
-    for step in range(1, lines + 1):
-        row = {"kind": "train", "step": step, "reward": 0.5, "loss": 0.01, "lr": 1e-6, "time": phases}
-        row |= {"pass_rate": 0.5, "entropy": 1.25, "length": 12.5, "rollouts": 128, "tokens": 1600}
-        row |= {"groups": 16, "groups_used": 9} | {f"figure_{i}": step / (i + 1) for i in range(8)}
-        row |= {"alarms": ["no signal"], "begun": ["no signal"]} if step % 1000 == 7 else {}
-        due = [{"kind": "eval", "step": step, "accuracy": 0.3 + step / lines / 2, "mode": "sample"}]
-        metrics.write([row, *(due if step % 100 == 0 else [])])
-        rollouts.write([{"step": step, "prompt_id": f"p{step % 5000}"} | texts])
+    for start in range(1, lines + 1, 1000):
+        rows: list[dict[str, Any]] = []
+        for step in range(start, min(start + 1000, lines + 1)):
+            row = {"kind": "train", "step": step, "reward": 0.5, "loss": 0.01, "lr": 1e-6, "time": phases}
+            row |= {"pass_rate": 0.5, "entropy": 1.25, "length": 12.5, "rollouts": 128, "tokens": 1600}
+            row |= {"groups": 16, "groups_used": 9} | {f"figure_{i}": step / (i + 1) for i in range(8)}
+            rows.append(row | ({"alarms": ["no signal"], "begun": ["no signal"]} if step % 1000 == 7 else {}))
+            if step % 100 == 0:
+                accuracy = 0.3 + step / lines / 2
+                rows.append({"kind": "eval", "step": step, "accuracy": accuracy, "mode": "sample"})
+        metrics.write(rows)
+        asked = range(start, min(start + 1000, lines + 1))
+        rollouts.write([{"step": step, "prompt_id": f"p{step % 5000}"} | texts for step in asked])
     write_logs(folder, {log.path.name: log.digest() for log in (metrics, rollouts)}, {})
     metrics.close()
     rollouts.close()
