@@ -89,7 +89,8 @@ def verdict(against: Lines) -> str:
         parts = {"fewer": [], "more": [], "no claim": []}  # type: dict[str, list[str]]
         for line in mine:
             kind = "no claim" if line["p"] >= 0.05 else "fewer" if line["saved"] > 0 else "more"
-            parts[kind].append(f"{line['pool']} {line['target']} ({abs(line['saved']):.0%})")
+            by = f"{line['saved']:+.0%}" if kind == "no claim" else f"{abs(line['saved']):.0%}"
+            parts[kind].append(f"{line['pool']} {line['target']} ({by})")
         told = [
             f"{kind}{' steps' * (kind != 'no claim')}: {', '.join(at)}" for kind, at in parts.items() if at
         ]
@@ -103,7 +104,8 @@ def claim(against: Lines) -> str:
     parts = []
     for other in ("none", "tfidf", "hidden", "literal_prompt"):
         low, mean, high = (round(100 * told[other][name]) for name in ("low", "saved", "high"))
-        parts.append(f"{mean} % ({low} to {high})")
+        unclear = ", no claim when corrected" if told[other]["p"] >= 0.05 else ""
+        parts.append(f"{mean} % ({low} to {high}{unclear})")
     return (
         f"To the demo's second target its SAE features save {parts[0]} of the steps against the same rule "
         f"without features, {parts[1]} against TF-IDF of the prompt, {parts[2]} against the model's hidden "
