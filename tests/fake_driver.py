@@ -81,11 +81,17 @@ def launchers():
     half, whole = torch.bfloat16, torch.float32
     big, odd, wide = encoder(256, 4096, half), encoder(100, 1000, half, False), encoder(256, 4096, whole)
     rows = {e: torch.zeros(96, e.d_in, dtype=e.dtype) for e in (big, odd, wide)}
-    plan = tune.gpu_plan(16, 3, ARCH)
+    plan = tune.gpu_plan(16, (2, tune.sizes(16, ARCH)[0]), ARCH)
     chunked = tune.chunked_plan(96, 4096)
     yield "groups", lambda: launch.encode_topk(rows[big], big, 32, plan)
-    yield "groups, k 1, 1 row, odd", lambda: launch.encode_topk(rows[odd][:1], odd, 1, plan._replace(T=4))
-    yield "groups, float32", lambda: launch.encode_topk(rows[wide], wide, 32, tune.gpu_plan(32, 3, ARCH))
+    yield (
+        "groups, k 1, 1 row, odd",
+        lambda: launch.encode_topk(rows[odd][:1], odd, 1, plan._replace(T=3, size=32)),
+    )
+    yield (
+        "groups, float32",
+        lambda: launch.encode_topk(rows[wide], wide, 32, tune.gpu_plan(32, (3, 32), ARCH)),
+    )
     yield "chunked", lambda: launch.encode_topk(rows[wide], wide, 32, chunked)
     yield "chunked, k 1, 1 row, odd", lambda: launch.encode_topk(rows[odd][:1], odd, 1, chunked)
     yield "topk", lambda: launch.topk(torch.zeros(96, 4096), 32)

@@ -192,20 +192,19 @@ def test_reopened_groups_beyond_two_to_the_31(tmp_path):
     ).view(d_sae, d_in)
     weight[d_sae - 1] = 1.0
     groups = d_sae // 32
-    bits, place = (
-        torch.zeros((1, 1, groups), dtype=torch.int32),
-        torch.zeros((1, 1, groups), dtype=torch.int8),
-    )
+    bits = torch.zeros((1, 2, groups), dtype=torch.int32)
+    place = torch.zeros((1, 1, groups), dtype=torch.int8)
+    last = (groups - 1 - 31 * (groups // 32)) % groups  # the group of the last feature, at its last position
+    bits[0, 1, last] = -1
     kept = torch.tensor([3.0]).view(torch.int32)
-    bits[0, 0, -1] = kept  # position 0 of the last group: column 2^20 - 128 + 6
     keys = torch.zeros((1, k), dtype=torch.int64)
-    keys[0, 0] = (int(kept) << 32) | (0x7FFFFFFF - (d_sae - 122))
-    count, limit, opened = torch.ones(3, 1, dtype=torch.int32)
-    options = {"D": d_in, "T": 1, "KP": 32, "BM": 16, "BK": 256, "BG": 256, "PERMUTED": False, "UPCAST": True}
+    keys[0, 0] = (int(kept) << 32) | (0x7FFFFFFF - last)
+    count, opened = torch.ones(2, 1, dtype=torch.int32)
+    options = {"D": d_in, "T": 1, "SIZE": 32, "KP": 32, "BM": 16, "BK": 256, "BG": 256, "UPCAST": True}
     bias = torch.zeros(d_sae)
     x = torch.ones(1, d_in, dtype=torch.float16)
-    args = (bits, place, keys, count, limit, opened, d_sae, groups, k)
-    _reopen_kernel[(1,)](x, weight, bias, bias, *args, **options)
+    args = (bits, place, keys, count, opened, d_sae, groups, k)
+    _reopen_kernel[(1,)](x, weight, bias, bias, *args, **options, PERMUTED=False)
     assert int(count) == 2
     best = int(keys.max())
     assert torch.tensor(best >> 32, dtype=torch.int32).view(torch.float32).item() == d_in
@@ -223,8 +222,8 @@ def test_fuzz_every_plan(data):
     for j in draw(st.lists(st.integers(0, d_sae - 1), max_size=4)):
         encoder.bias[j] = draw(st.sampled_from([float("inf"), float("nan"), -float("inf"), 2.0**90]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    T = draw(st.integers(1, 4))
-    groups = Plan("groups", T, BM=16, BN=128, BK=32, warps=4, tree=draw(st.booleans()))
+    T, size = draw(st.integers(1, 3)), draw(st.sampled_from([32, 64]))
+    groups = Plan("groups", T, size, BM=16, BN=4 * size, BK=32, warps=4, tree=draw(st.booleans()))
     chunks = small(draw(st.integers(1, 6)), draw(st.integers(1, 170)), draw(st.sampled_from([16, 64])))
     want = float64_topk(x, encoder, k)
     for plan in (groups, chunks):

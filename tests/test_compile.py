@@ -27,18 +27,19 @@ from saerl_kernels._triton import above, chunked, codes, grads, groups, kmeans, 
 sys.setrecursionlimit(10_000)
 arch = int(sys.argv[1])
 GROUPS = dict(x_ptr="*bf16", w_ptr="*bf16", bias_ptr="*fp32", bits_ptr="*i32", place_ptr="*i8")
-KEYS = dict(keys_ptr="*i64", count_ptr="*i32", limit_ptr="*i32", open_ptr="*i32")
+KEYS = dict(keys_ptr="*i64", count_ptr="*i32", open_ptr="*i32")
 F32 = dict(GROUPS, x_ptr="*fp32", w_ptr="*fp32")
 SELECT = dict(source_ptr="*i32", place_ptr="*i8", number_ptr="*i32", **KEYS)
 SIGNED = dict(SELECT, source_ptr="*fp32")
 
 
 def jobs():
-    for T, D in ((3, 2048), (4, 2304), (3, 100)):
-        plan = tune.gpu_plan(16, T, arch)
-        tile = dict(D=D, T=T, BM=plan.BM, BN=plan.BN, BK=plan.BK, BAND=plan.BAND)
+    size = tune.sizes(16, arch)[0]
+    for kept, D in (((2, size), 2048), ((3, size), 2304), ((3, 32), 2048), ((1, size), 100)):
+        plan = tune.gpu_plan(16, kept, arch)
+        tile = dict(D=D, T=plan.T, SIZE=plan.size, BM=plan.BM, BN=plan.BN, BK=plan.BK, BAND=plan.BAND)
         tile.update(TREE=plan.tree, UPCAST=False)
-        yield f"score bf16 T={T} D={D}", groups._score_groups_kernel, GROUPS, tile, plan.warps, plan.stages
+        yield f"score bf16 {kept} D={D}", groups._score_groups_kernel, GROUPS, tile, plan.warps, plan.stages
     fused = dict({k: v for k, v in GROUPS.items() if k in ("x_ptr", "w_ptr", "bias_ptr")}, limit_ptr="*fp32")
     fused.update(places_ptr="*fp32", words_ptr="*i32")
     for D in (2048, 100):
@@ -50,19 +51,23 @@ def jobs():
     rows = dict(words_ptr="*i32", places_ptr="*fp32", indptr_ptr="*i64", columns_ptr="*i32")
     rows.update(values_ptr="*fp32")
     yield "place bits", above._place_bits_kernel, rows, dict(BLOCK=1024, TILES=64), 4, 3
-    plan = tune.gpu_plan(32, 3, arch)
-    tile = dict(D=768, T=3, BM=plan.BM, BN=plan.BN, BK=plan.BK, BAND=plan.BAND)
+    plan = tune.gpu_plan(32, (3, 32), arch)
+    tile = dict(D=768, T=3, SIZE=32, BM=plan.BM, BN=plan.BN, BK=plan.BK, BAND=plan.BAND)
     tile.update(TREE=plan.tree, UPCAST=False)
     yield "score fp32", groups._score_groups_kernel, F32, tile, plan.warps, plan.stages
-    again = dict(D=2048, T=3, KP=64, BM=64, BK=tune.gpu_plan(16, 3, arch).BK, BG=512, PERMUTED=True)
-    again.update(UPCAST=False)
+    again = dict(D=2048, T=2, SIZE=size, KP=64, BM=64, BK=tune.gpu_plan(16, (2, size), arch).BK, BG=512)
+    again.update(PERMUTED=True, UPCAST=False)
     yield "reopen", groups._reopen_kernel, dict(GROUPS, number_ptr="*i32", **KEYS), again, 4, 3
-    again = dict(again, D=2304, KP=512, PERMUTED=False)
+    again = dict(again, D=2304, T=3, SIZE=32, KP=512, PERMUTED=False)
     yield "reopen k=512", groups._reopen_kernel, dict(GROUPS, number_ptr="*i32", **KEYS), again, 4, 3
-    pick = dict(T=3, ROWS=1, BLOCK=8192, TILES=1, STEP=2048, STEPS=3, MODE="groups", PERMUTED=True)
-    yield "select groups", select._select_kernel, SELECT, pick, 8, 3
-    yield "select tiles", select._select_kernel, SELECT, dict(pick, BLOCK=16384, TILES=6, STEPS=48), 16, 3
-    pick = dict(pick, TILES=4, STEPS=16, MODE="signed", PERMUTED=False)
+    pick = dict(T=2, SIZE=size, ROWS=1, BLOCK=2048, TILES=1, STEP=1024, STEPS=2, GROUPS=512, KP=64)
+    pick.update(MODE="groups", PERMUTED=False)
+    yield "select groups", select._select_kernel, SELECT, pick, 2, 3
+    pick.update(BLOCK=8192, STEPS=6, KP=512, PERMUTED=True)
+    yield "select permuted", select._select_kernel, SELECT, pick, 8, 3
+    pick.update(TILES=6, STEPS=48)
+    yield "select tiles", select._select_kernel, SELECT, pick, 8, 3
+    pick.update(TILES=8, STEPS=64, MODE="signed", PERMUTED=False)
     yield "select signed", select._select_kernel, SIGNED, pick, 16, 3
     pointers = dict(score_ptr="*fp32", bias_ptr="*fp32", number_ptr="*i32", keys_ptr="*i64", count_ptr="*i32")
     pointers.update(limit_ptr="*i32", last_ptr="*i32")

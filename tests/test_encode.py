@@ -19,7 +19,11 @@ from saerl_kernels._triton.tune import Plan
 from tests.encoders import BACKENDS, assert_equal, float64_topk, integers, poison  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("poison")
-SMALL = {"BM": 16, "BN": 128, "BK": 32, "warps": 4}
+
+
+def small(T: int, size: int = 32, tree: bool = True) -> Plan:
+    """A tile of the grouped encoder that the interpreter can afford."""
+    return Plan("groups", T, size, BM=16, BN=4 * size, BK=32, warps=4, tree=tree)
 
 
 def usable(backend: str, device: torch.device) -> None:
@@ -162,50 +166,112 @@ def test_threshold_equals_reference(backend, permute, device):
     assert_csr(got, sk.reference.encode_threshold(x, encoder, threshold=4.0))
 
 
-def counted(x: torch.Tensor, encoder: sk.PackedEncoder, k: int, T: int, tree: bool = True):
+def counted(x: torch.Tensor, encoder: sk.PackedEncoder, k: int, plan: Plan):
     """The grouped encoder's TopK, and how many groups it opened again."""
     opened = []
     select = triton_backend._select
 
     def spy(*args):
         result = select(*args)
-        opened.append(int(result[3].sum()))
+        opened.append(int(result[2].sum()))
         return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_backend, "_select", spy)
-        return triton_backend.encode_topk(x, encoder, k, Plan("groups", T, tree=tree, **SMALL)), sum(opened)
+        return triton_backend.encode_topk(x, encoder, k, plan), sum(opened)
 
 
-@pytest.mark.parametrize(("T", "tree"), [(1, True), (2, False), (3, True), (4, True)], ids=str)
-@pytest.mark.parametrize("layout", ["one_tile", "matryoshka", "duplicates", "random"])
-def test_certificate_fires_and_the_answer_stands(T, tree, layout, device):
-    """Winners side by side, T kept per group of 32: groups must be re-opened, and it must help."""
+def crowd(layout: str):
+    """Winners where the grouped encoder would not have them: (x [6, 11], W [11, 400], bias, their order)."""
     x, encoder = integers(6, 11, 400, low=-9)
     W, bias = encoder.weight.t().clone(), encoder.bias.clone()
-    if layout == "one_tile":
-        bias[256:288] += 200.0
+    if layout == "one_group":
+        bias[group_columns(400, 1)] += 200.0
     elif layout == "matryoshka":
         bias += torch.arange(400).flip(0) // 4
     elif layout == "duplicates":
         W, bias = W[:, torch.arange(400) // 8], bias[torch.arange(400) // 8]
+    return x, W, bias
+
+
+def group_columns(d_sae: int, group: int, size: int = 32) -> torch.Tensor:
+    """The features of a group, as the kernels spread them."""
+    groups = -(-d_sae // (4 * size)) * 4
+    position = torch.arange(size)
+    columns = position * groups + (group + position * (groups // size)) % groups
+    return columns[columns < d_sae]
+
+
+@pytest.mark.parametrize("plan", [small(1), small(2, tree=False), small(2, 64), small(3)], ids=str)
+@pytest.mark.parametrize("layout", ["one_group", "matryoshka", "duplicates", "random"])
+def test_certificate_fires_and_the_answer_stands(plan, layout, device):
+    """Winners in one group, T kept of each: groups must be re-opened, and it must help."""
+    x, W, bias = crowd(layout)
     encoder = sk.pack_encoder(W, bias, permute=layout == "random").to(device)
-    got, opened = counted(x.to(device), encoder, 20, T, tree)
-    assert opened > 0
+    got, opened = counted(x.to(device), encoder, 20, plan)
+    assert opened > 0 or plan.T > 1
+    assert opened > 0 or layout != "one_group"
     assert_equal(got, sk.reference.encode_topk(x.to(device), encoder, 20))
 
 
+def test_groups_spread_what_lies_together():
+    """Every column is in one group, where columns ascend; neighbours and copies of blocks are not."""
+    for d_sae, size in ((4096, 32), (65536, 64), (300, 32), (16384, 64), (16384 + 8, 32)):
+        groups = -(-d_sae // (4 * size)) * 4
+        owner = torch.full((d_sae,), -1)
+        for group in range(groups):
+            columns = group_columns(d_sae, group, size)
+            assert (columns.diff() > 0).all()
+            owner[columns] = group
+        assert (owner >= 0).all() and (owner[1:] != owner[:-1]).all()
+        if groups >= size:
+            assert (owner[groups:] != owner[:-groups]).all()
+
+
+@pytest.mark.parametrize("plan", [small(1), small(2, 64), small(2, tree=False)], ids=str)
+@pytest.mark.parametrize("bulk", ["zero rows", "duplicates", "ones"])
+def test_ties_in_bulk_open_few_groups(plan, bulk, device):
+    """Where thousands of activations are equal, only groups that may hide one of the lowest are opened."""
+    d_sae, k = 2048, 16
+    W, bias, x = torch.randn(8, d_sae), torch.ones(d_sae), torch.zeros(6, 8)
+    if bulk == "duplicates":
+        x = torch.randint(-3, 4, (6, 8)).float()
+        W, bias = torch.randint(-3, 4, (8, 32)).float()[:, torch.arange(d_sae) // 64], bias
+    elif bulk == "ones":
+        x, W = torch.ones(6, 8), torch.ones(8, d_sae)
+    encoder = sk.pack_encoder(W, bias).to(device)
+    got, opened = counted(x.to(device), encoder, k, plan)
+    assert_equal(got, sk.reference.encode_topk(x.to(device), encoder, k))
+    assert opened <= 6 * k
+
+
 @pytest.mark.parametrize("T", [1, 3])
-def test_neighbouring_floats_in_one_group(T, device):
+@pytest.mark.parametrize("size", [32, 64])
+def test_neighbouring_floats_in_one_group(T, size, device):
     """Activations that differ only in the bits which give way to the position are still told apart."""
-    order = torch.randperm(128)
+    order = torch.randperm(4 * size)
     bias = 1 + order.float() * 2.0**-23
-    assert bias.unique().numel() == 128
-    encoder = sk.pack_encoder(torch.zeros(4, 128), bias, permute=False).to(device)
-    got = triton_backend.encode_topk(
-        torch.zeros(2, 4, device=device), encoder, 30, Plan("groups", T, **SMALL)
-    )
+    assert bias.unique().numel() == 4 * size
+    encoder = sk.pack_encoder(torch.zeros(4, 4 * size), bias, permute=False).to(device)
+    got = triton_backend.encode_topk(torch.zeros(2, 4, device=device), encoder, 30, small(T, size))
     assert_equal(got, sk.reference.encode_topk(torch.zeros(2, 4, device=device), encoder, 30))
+
+
+@pytest.mark.parametrize("where", ["bias", "row"])
+def test_nan_in_the_tree(where, device):
+    """NaN of either sign, with infinities beside it, in one row or in one feature."""
+    x, encoder = integers(5, 9, 300)
+    worst = torch.tensor([0x7FC00000, -0x400000, 0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32).view(
+        torch.float32
+    )
+    if where == "bias":
+        encoder.bias[:5], encoder.bias[70:72] = worst, torch.tensor([torch.inf, -torch.inf])
+    else:
+        x[1, :5] = worst
+        x[3, 0] = torch.inf
+    for plan in (small(2, 64), small(1), small(2, tree=False)):
+        got = triton_backend.encode_topk(x.to(device), encoder.to(device), 12, plan)
+        assert_equal(got, sk.reference.encode_topk(x, encoder, 12))
 
 
 def test_reopening_is_rare(device):
@@ -213,11 +279,11 @@ def test_reopening_is_rare(device):
     from saerl_kernels._triton.tune import reopened
 
     d_sae, k, n = 2048, 8, 24
-    encoder = sk.pack_encoder(torch.randn(16, d_sae), torch.randn(d_sae), permute=True).to(device)
-    expected = {T: n * reopened(d_sae, k, T) for T in (1, 3)}
-    assert expected[3] < 2 < 50 < expected[1]
-    for T, groups in expected.items():
-        _, opened = counted(torch.randn(n, 16, device=device), encoder, k, T)
+    encoder = sk.pack_encoder(torch.randn(16, d_sae), torch.randn(d_sae)).to(device)
+    expected = {pair: n * reopened(d_sae, k, *pair) for pair in ((1, 64), (2, 32))}
+    assert expected[2, 32] < 2 < 15 < expected[1, 64]
+    for (T, size), groups in expected.items():
+        _, opened = counted(torch.randn(n, 16, device=device), encoder, k, small(T, size))
         assert opened <= 2 * groups + 4
     assert opened < n
 
@@ -227,7 +293,7 @@ def test_row_chunks_and_tiles(monkeypatch, device):
     x, encoder = integers(40, 9, 700, permute=True)
     monkeypatch.setattr(triton_backend, "SCRATCH", 1)
     monkeypatch.setattr(triton_backend, "TILE", 16)
-    got = triton_backend.encode_topk(x.to(device), encoder.to(device), 6, Plan("groups", 2, **SMALL))
+    got = triton_backend.encode_topk(x.to(device), encoder.to(device), 6, small(2))
     assert_equal(got, sk.reference.encode_topk(x, encoder, 6))
 
 
@@ -316,12 +382,12 @@ def test_fuzz(data):
 
 
 @settings(max_examples=6)
-@given(st.integers(1, 150), st.integers(1, 4), st.integers(0, 99))
-def test_fuzz_groups(d_sae, T, seed):
+@given(st.integers(1, 300), st.integers(1, 3), st.sampled_from([32, 64]), st.integers(0, 99))
+def test_fuzz_groups(d_sae, T, size, seed):
     x, encoder = integers(5, 9, d_sae, seed=seed, permute=seed % 2 == 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     k = min(d_sae, 1 + seed % 5)
-    got = triton_backend.encode_topk(x.to(device), encoder.to(device), k, Plan("groups", T, **SMALL))
+    got = triton_backend.encode_topk(x.to(device), encoder.to(device), k, small(T, size))
     assert_equal(got, sk.reference.encode_topk(x, encoder, k))
 
 

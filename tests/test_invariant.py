@@ -58,11 +58,11 @@ def test_the_screen_changes_no_bit(pays, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter")
-@pytest.mark.parametrize("k", [3, 24])  # the second would take the chunked plan, which follows the rows
+@pytest.mark.parametrize("k", [3, 60])  # the second would take the chunked plan, which follows the rows
 def test_triton(k):
     x, encoder = floats(20, 200, n=18)
     together = sk.encode_topk(x, encoder, k, backend="triton", batch_invariant=True)
-    for rows in (slice(0, 1), slice(15, 18)):
+    for rows in (slice(0, 1), slice(16, 18)):  # at their place in a tile: NumPy's product depends on it
         alone = sk.encode_topk(x[rows], encoder, k, backend="triton", batch_invariant=True)
         assert torch.equal(alone.values, together.values[rows])
         assert torch.equal(alone.indices, together.indices[rows])

@@ -205,15 +205,6 @@ def test_no_rows_give_no_warning(norm):
     assert sk.encode_pool(torch.rand(3, 4), [0, 0, 3], encoder, 2).n_rows == 2
 
 
-def test_auto_leaves_threshold_encoders_in_order(monkeypatch):
-    """Permuted, they would need a second copy of the weight in the original order."""
-    encoder = sk.pack_encoder(torch.ones(4, 9), threshold=0.1)
-    monkeypatch.setattr(sk.PackedEncoder, "device", torch.device("cuda"))
-    assert encoder._permuted() is encoder
-    monkeypatch.setattr(sk.PackedEncoder, "device", torch.device("cpu"))
-    assert sk.pack_encoder(torch.ones(4, 9), threshold=0.1, permute=True).permutation is not None
-
-
 def test_a_pickle_carries_no_copies():
     encoder = sk.pack_encoder(torch.randn(8, 40), permute=True)
     encoder.natural()

@@ -32,8 +32,8 @@ class SparseEncoder(nn.Module):
         backend: as in ``encode_topk``.
 
     Weight, bias and threshold are buffers, in the state_dict under these names and in the original numbering
-    of the kept features; ``to``, ``half`` and so on move them, bias and threshold staying float32. On a CUDA
-    device they are stored permuted, as ``pack_encoder`` would. Raises ValueError for what does not fit.
+    of the kept features; ``to``, ``half`` and so on move them, bias and threshold staying float32. A permuted
+    encoder stays permuted. Raises ValueError for what does not fit.
     """
 
     weight: Tensor

@@ -27,7 +27,7 @@ class PackedEncoder:
     threshold: Optional[Tensor] = None  # float32 [d_sae]
     normalize_activations: str = "none"  # what is left to do to x at run time
     permutation: Optional[Tensor] = None  # int32 [d_sae]
-    permute: Union[bool, str] = "auto"
+    permute: bool = False
     seed: int = 0
     _cache: dict = field(default_factory=dict)
 
@@ -105,10 +105,7 @@ class PackedEncoder:
         )
 
     def _permuted(self) -> PackedEncoder:
-        # encode_threshold works in the original order: of a permuted encoder it would keep a second weight.
-        auto = self.permute == "auto" and self.device.type == "cuda" and self.threshold is None
-        wanted = self.permute is True or auto
-        if not wanted or self.permutation is not None:
+        if self.permute is not True or self.permutation is not None:
             return self
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(self.d_sae, generator=generator).to(self.device)
@@ -161,7 +158,7 @@ def pack_encoder(
     input_scale: float = 1.0,
     threshold: Union[Tensor, float, None] = None,
     dtype: Optional[torch.dtype] = None,
-    permute: Union[bool, str] = "auto",
+    permute: bool = False,
     seed: int = 0,
 ) -> PackedEncoder:
     """Fold an SAE encoder into one weight and one bias.
@@ -183,9 +180,9 @@ def pack_encoder(
         threshold: per-feature [d_sae] or one number, compared with the final pre-activation; for
             ``encode_threshold`` (JumpReLU, BatchTopK at inference).
         dtype: of the packed weight (float32, bfloat16, float16); None keeps W_enc's (float64: float32).
-        permute: store the features in a seeded random order, which makes the statistics behind the fused
-            GPU encoder hold for any dictionary. "auto" does so on CUDA devices unless there is a threshold:
-            ``encode_threshold`` would hold a second copy in the original order.
+        permute: store the features in a seeded random order. The fused GPU encoder spreads features over its
+            groups by itself; this makes its statistics hold for a dictionary made against that, at the price
+            of a second copy in the original order for ``encode_threshold``.
 
     Folding is done in float64 against the rounded weight, so a 16-bit encoder has no second rounding.
     Raises ValueError for shapes that do not fit or an unknown option.
@@ -202,8 +199,8 @@ def pack_encoder(
             f"{', '.join(NORMALISATIONS)} (fold covariance whitening into W_enc first)"
         )
     at_run_time = "none" if normalize_activations == "expected_average_only_in" else normalize_activations
-    if permute not in (True, False, "auto"):
-        raise ValueError(f"permute={permute!r} is unknown; choose True, False or 'auto'")
+    if permute not in (True, False):
+        raise ValueError(f"permute={permute!r} is unknown; choose True or False")
     if not 0 < abs(input_scale) < float("inf"):
         raise ValueError(f"input_scale={input_scale} must be finite and not 0")
     dtype = (torch.float32 if W_enc.dtype == torch.float64 else W_enc.dtype) if dtype is None else dtype

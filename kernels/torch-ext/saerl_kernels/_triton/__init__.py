@@ -19,10 +19,10 @@ from .chunked import launch_chunked
 from .codes import _decode_kernel
 from .device import on_device, tried
 from .grads import value_grads, weight_grads
-from .groups import GROUP, _reopen_kernel, _score_groups_kernel
+from .groups import _reopen_kernel, _score_groups_kernel
 from .pool import pool_codes
 from .select import _order_kernel, _pad_kernel, _select_kernel
-from .tune import Plan, chunked_plan, fewest_kept, groups_plan, plan_encode
+from .tune import Plan, chunked_plan, groups_plan, plan_encode
 
 __all__ = [
     "decode_csr",
@@ -38,7 +38,9 @@ __all__ = [
 ]
 
 SCRATCH = 1 << 28  # bytes of group maxima held at once
-TILE = 16384  # candidates a program ranks in registers
+TILE = 8192  # candidates a program ranks in registers
+WARP = 1024  # of them in a warp
+STEP = 1024  # candidates looked at together when writing: more is kept for each
 
 
 @on_device
@@ -64,7 +66,9 @@ def encode_topk_invariant(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
     """One plan for any number of rows: a tile sums every score in the same order. It launches or raises."""
     if k > LARGEST_K:
         raise ValueError(f"k={k} is above {LARGEST_K}, where no kernel is batch-invariant; use a smaller k")
-    return _run(x, encoder, k, groups_plan(encoder, fewest_kept(encoder.d_sae, k) or 4))
+    plan = groups_plan(encoder, k, least=(3, 32))
+    assert plan is not None
+    return _run(x, encoder, k, plan)
 
 
 def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
@@ -73,15 +77,15 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
         for start, keys, counts in launch_chunked(x, encoder, _numbers(encoder), k, plan):
             _finish(keys, counts, kept, start, keys.shape[0], k, numbers=encoder.permutation)
         return kept
-    n_groups = triton.cdiv(encoder.d_sae, 128) * 4
-    rows = max(plan.BM, SCRATCH // (5 * plan.T * n_groups) // plan.BM * plan.BM)
+    n_groups = triton.cdiv(encoder.d_sae, 4 * plan.size) * 4
+    rows = max(plan.BM, SCRATCH // ((5 * plan.T + 4) * n_groups) // plan.BM * plan.BM)
     rows = min(rows, x.shape[0])
-    bits = torch.empty((rows, plan.T, n_groups), dtype=torch.int32, device=x.device)
+    bits = torch.empty((rows, plan.T + 1, n_groups), dtype=torch.int32, device=x.device)
     place = torch.empty((rows, plan.T, n_groups), dtype=torch.int8, device=x.device)
     for start in range(0, x.shape[0], rows):
         part = x[start : start + rows]
         n = part.shape[0]
-        grid = (triton.cdiv(n, plan.BM) * triton.cdiv(encoder.d_sae, plan.BN),)
+        grid = (triton.cdiv(n, plan.BM) * triton.cdiv(n_groups, plan.BN // plan.size),)
         _score_groups_kernel[grid](
             part,
             encoder.weight,
@@ -91,9 +95,10 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
             n,
             encoder.d_sae,
             n_groups,
-            -GROUP,
+            -plan.size,
             D=encoder.d_in,
             T=plan.T,
+            SIZE=plan.size,
             BM=plan.BM,
             BN=plan.BN,
             BK=plan.BK,
@@ -103,7 +108,7 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
             num_warps=plan.warps,
             num_stages=plan.stages,
         )
-        keys, counts, limits, opened = _select(bits, place, encoder, n, k, plan.T, "groups")
+        keys, counts, opened = _select(bits, place, encoder, n, k, plan, "groups")
         _reopen_kernel[(n,)](
             part,
             encoder.weight,
@@ -113,13 +118,13 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
             place,
             keys,
             counts,
-            limits,
             opened,
             encoder.d_sae,
             n_groups,
             k,
             D=encoder.d_in,
             T=plan.T,
+            SIZE=plan.size,
             KP=_width(k),
             BM=16 if interpreting() else 64,  # 64 rows are what wgmma, and so the scoring pass, takes
             BK=plan.BK,
@@ -140,45 +145,48 @@ def topk(scores: Tensor, k: int) -> TopK:
     scores = scores.float().contiguous()
     n = scores.shape[0]
     kept = TopK.empty((n, k), scores.device)
-    keys, counts, _, _ = _select(scores, scores, None, n, k, 1, "signed")
+    keys, counts, _ = _select(scores, scores, None, n, k, Plan("signed", 1), "signed")
     _finish(keys, counts, kept, 0, n, k, signed=True)
     return kept
 
 
 def _select(
-    source: Tensor, place: Tensor, encoder: Optional[PackedEncoder], n: int, k: int, T: int, mode: str
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    source: Tensor, place: Tensor, encoder: Optional[PackedEncoder], n: int, k: int, plan: Plan, mode: str
+) -> Tuple[Tensor, Tensor, Tensor]:
     device = source.device
     keys = torch.empty((n, k), dtype=torch.int64, device=device)
-    counts, limits, opened = torch.empty((3, n), dtype=torch.int32, device=device)
-    width = source[0].numel()
-    # Scores of any sign take more registers: half the tile for as many threads.
-    block = min(TILE // 2 if mode == "signed" else TILE, triton.next_power_of_2(width))
-    step = min(block, 2048)
-    rows = _rows(n, block)
+    counts, opened = torch.empty((2, n), dtype=torch.int32, device=device)
+    width = place[0].numel()
+    block = min(TILE, triton.next_power_of_2(width))
+    rows = _rows(n, 2 * block)
+    step = block if interpreting() else min(block, max(32, STEP // rows))
+    warps = max(4, rows * block // 512) if mode == "signed" or rows > 1 else max(1, block // WARP)
     _select_kernel[(triton.cdiv(n, rows),)](
         source,
         place,
         counts if encoder is None else _numbers(encoder),
         keys,
         counts,
-        limits,
         opened,
         n,
         width,
+        source.stride(0),
         source.shape[-1],
         k,
-        T=T,
+        T=plan.T,
+        SIZE=plan.size,
         ROWS=rows,
         BLOCK=block,
         TILES=triton.cdiv(width, block),
         STEP=step,
         STEPS=triton.cdiv(width, step),
+        GROUPS=min(max(32, step // 2), triton.next_power_of_2(source.shape[-1])),
+        KP=_width(k),
         MODE=mode,
         PERMUTED=encoder is not None and encoder.permutation is not None,
-        num_warps=min(16, max(4, block // (512 if mode == "signed" else 1024))),
+        num_warps=min(16, warps),
     )
-    return keys, counts, limits, opened
+    return keys, counts, opened
 
 
 def _finish(
@@ -220,7 +228,7 @@ def _rows(n: int, width: int) -> int:
 
 
 def _width(k: int) -> int:
-    return max(GROUP, triton.next_power_of_2(k))
+    return max(32, triton.next_power_of_2(k))
 
 
 def _numbers(encoder: PackedEncoder) -> Tensor:

@@ -143,7 +143,7 @@ def _score_above_kernel(
     bias_ptr,  # float32 [F]
     limit_ptr,  # float32 [F]
     places_ptr,  # float32 [N, F]: written where a score is above its limit
-    words_ptr,  # int32 [N, G]: a bit for each score, in the order of groups.group_column
+    words_ptr,  # int32 [N, G]: a bit for each score, in the order of groups.by_group
     N,
     F,
     G,
@@ -154,14 +154,14 @@ def _score_above_kernel(
     BAND: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    acc, rows, cols, col_block = tile_scores(x_ptr, w_ptr, bias_ptr, N, F, D, BM, BN, BK, BAND, UPCAST)
+    acc, rows, cols, col_block = tile_scores(x_ptr, w_ptr, bias_ptr, N, F, G, D, 0, BM, BN, BK, BAND, UPCAST)
     limit = tl.load(limit_ptr + cols, mask=cols < F, other=float("inf"))
     above = (acc > limit[None, :]) & (cols < F)[None, :]  # never of NaN
     # Offsets inside a tile fit 32 bits: 64-bit ones would not fit registers beside the accumulator.
     top, left = tl.min(rows), col_block * BN
     near = (rows - top)[:, None] * F + (cols - left)[None, :]
     tl.store(places_ptr + (top.to(tl.int64) * F + left) + near, acc, mask=above & (rows < N)[:, None])
-    bits = by_group(above.to(tl.int32), BM, BN) << tl.arange(0, 32)[None, None, :]
+    bits = by_group(above.to(tl.int32), BM, BN, 32) << tl.arange(0, 32)[None, None, :]
     groups = col_block * (BN // 32) + tl.arange(0, BN // 32)
     keep = (rows < N)[:, None] & (groups < G)[None, :]
     tl.store(words_ptr + rows.to(tl.int64)[:, None] * G + groups[None, :], tl.sum(bits, axis=2), mask=keep)
@@ -199,7 +199,7 @@ def _place_bits_kernel(
     start = tl.load(indptr_ptr + row)
     for tile in range(0, TILES):
         column = tile * BLOCK + tl.arange(0, BLOCK)
-        group = column // 128 * 4 + column % 8 // 2  # the inverse of group_column
+        group = column // 128 * 4 + column % 8 // 2  # as by_group puts them together
         word = tl.load(words_ptr + row * G + group, mask=column < F, other=0)
         hit = (word >> (column % 128 // 8 * 2 + column % 2)) & 1
         found = tl.sum(hit)

@@ -1,7 +1,8 @@
-"""Scoring: the encoder's matrix product, whose epilogue keeps the top T of every 32 features.
+"""Scoring: the encoder's matrix product, whose epilogue keeps the top T of every group of features.
 
-Nothing of size [N, F] is written. A wgmma accumulator of 128 columns gives each thread, per row, the 32
-columns 8 j + 2 q + b (q = lane % 4), so that set is the group: its top T needs no exchange of data.
+Nothing of size [N, F] is written. A wgmma accumulator gives each thread, per row, the columns 8 j + 2 q + b
+(q = lane % 4) of a tile, so those of one q are a group: its top T needs no exchange of data. Which features
+are a group is free, since a tile may load any rows of the weight: those far apart (``group_column``).
 """
 
 from __future__ import annotations
@@ -9,27 +10,39 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-GROUP = 32
+INFINITY = tl.constexpr(0x7F800000)  # as bits; positive NaN lies above
 
 
 @triton.jit
-def group_column(group, position):
-    """The packed column of ``position`` (0 .. 31) in ``group``."""
-    return (group // 4) * 128 + (position // 2) * 8 + (group % 4) * 2 + position % 2
+def group_column(group, position, G, SIZE: tl.constexpr):
+    """The packed column of ``position`` (0 .. SIZE - 1) in ``group`` (0 .. G - 1); it may lie past the last.
+
+    Each position takes one of G columns side by side, turned a little further than the one before: columns
+    next to each other, and copies of a block, fall into different groups. The columns of a group ascend.
+    """
+    turned = group + position * (G // SIZE)
+    return position * G + tl.where(turned >= G, turned - G, turned)
 
 
 @triton.jit
 def _merge(a1, a2, a3, a4, b1, b2, b3, b4, T: tl.constexpr):
-    """The T largest of two descending lists: the i-th is the largest min(a_j, b_(i-j)), or a_i, or b_i."""
+    """The T <= 4 largest of two descending lists, descending.
+
+    Of m, the smaller first, and M, the larger second, the larger is c2. The third is the smaller of them or a
+    larger third: if M is larger, m heads the other list; if m is, the thirds rank below M anyway.
+    """
     c1 = tl.maximum(a1, b1)
     c2, c3, c4 = c1, c1, c1
     if T > 1:
-        c2 = tl.maximum(tl.maximum(a2, b2), tl.minimum(a1, b1))
+        m = tl.minimum(a1, b1)
+        M = tl.maximum(a2, b2)
+        c2 = tl.maximum(m, M)
     if T > 2:
-        c3 = tl.maximum(tl.maximum(a3, b3), tl.maximum(tl.minimum(a1, b2), tl.minimum(a2, b1)))
+        p = tl.minimum(m, M)
+        q = tl.maximum(a3, b3)
+        c3 = tl.maximum(p, q)
     if T > 3:
-        c4 = tl.maximum(tl.minimum(a1, b3), tl.maximum(tl.minimum(a2, b2), tl.minimum(a3, b1)))
-        c4 = tl.maximum(tl.maximum(a4, b4), c4)
+        c4 = tl.maximum(tl.maximum(tl.minimum(p, q), tl.minimum(a2, b2)), tl.maximum(a4, b4))
     return c1, c2, c3, c4
 
 
@@ -39,26 +52,26 @@ def _halves(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _top_of_32(keys, T: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """The T <= 4 largest of keys [ROWS, GROUPS, 32] (unsigned, all different) by a merging tree."""
-    none = tl.zeros((ROWS, GROUPS, 16), tl.uint32)  # below every key; as a constant it folds away
-    a, b = _halves(keys, ROWS, GROUPS, 32)
+def _top(keys, T: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+    """The T <= 4 largest of int32 keys [ROWS, GROUPS, SIZE] by a merging tree; SIZE is 32 or 64."""
+    none = tl.full((ROWS, GROUPS, SIZE // 2), -0x80000000, tl.int32)  # as a constant it folds away
+    a, b = _halves(keys, ROWS, GROUPS, SIZE)
     k1, k2, k3, k4 = _merge(a, none, none, none, b, none, none, none, T)
-    for level in tl.static_range(4):
-        a1, b1 = _halves(k1, ROWS, GROUPS, 16 >> level)
-        a2, b2 = _halves(k2, ROWS, GROUPS, 16 >> level)
-        a3, b3 = _halves(k3, ROWS, GROUPS, 16 >> level)
-        a4, b4 = _halves(k4, ROWS, GROUPS, 16 >> level)
+    for level in tl.static_range(4 if SIZE == 32 else 5):
+        a1, b1 = _halves(k1, ROWS, GROUPS, SIZE // 2 >> level)
+        a2, b2 = _halves(k2, ROWS, GROUPS, SIZE // 2 >> level)
+        a3, b3 = _halves(k3, ROWS, GROUPS, SIZE // 2 >> level)
+        a4, b4 = _halves(k4, ROWS, GROUPS, SIZE // 2 >> level)
         k1, k2, k3, k4 = _merge(a1, a2, a3, a4, b1, b2, b3, b4, T)
     SHAPE: tl.constexpr = (ROWS, GROUPS)
     return tl.reshape(k1, SHAPE), tl.reshape(k2, SHAPE), tl.reshape(k3, SHAPE), tl.reshape(k4, SHAPE)
 
 
 @triton.jit
-def _pick(x, where, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """``x[:, :, where]`` for x [ROWS, GROUPS, 32] and where [ROWS, GROUPS], by halving on its bits."""
-    for level in tl.static_range(5):
-        even, odd = _halves(x, ROWS, GROUPS, 32 >> level)
+def _pick(x, where, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+    """``x[:, :, where]`` for x [ROWS, GROUPS, SIZE] and where [ROWS, GROUPS], by halving on its bits."""
+    for level in tl.static_range(5 if SIZE == 32 else 6):
+        even, odd = _halves(x, ROWS, GROUPS, SIZE >> level)
         x = tl.where(((where >> level) & 1)[:, :, None] == 1, odd, even)
     return tl.reshape(x, (ROWS, GROUPS))
 
@@ -70,18 +83,24 @@ def tile_scores(
     bias_ptr,  # float32 [F]
     N,
     F,
+    G,
     D: tl.constexpr,
+    SIZE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BAND: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """This program's scores float32 [BM, BN] (-inf in columns past F), its rows, columns and column block."""
-    tl.static_assert(BN % 128 == 0)
+    """This program's scores float32 [BM, BN] (-inf in columns past F), its rows, columns and column block.
+
+    SIZE > 0: the columns of BN // SIZE groups of the G, in the order of ``by_group``; 0: BN side by side.
+    """
+    tl.static_assert(BN % (4 * SIZE if SIZE > 0 else 128) == 0)
     # Tiles go down bands of BAND row blocks, so that a wave's x and w tiles are shared through L2.
     tile = tl.program_id(0)
-    n_rows, n_cols = tl.cdiv(N, BM), tl.cdiv(F, BN)
+    n_rows = tl.cdiv(N, BM)
+    n_cols = tl.cdiv(G, BN // SIZE) if SIZE > 0 else tl.cdiv(F, BN)
     band = tile // (BAND * n_cols)
     first = band * BAND
     height = tl.minimum(n_rows - first, BAND)
@@ -89,7 +108,13 @@ def tile_scores(
     col_block = (tile % (BAND * n_cols)) // height
 
     rows = row_block * BM + tl.arange(0, BM)
-    cols = col_block * BN + tl.arange(0, BN)
+    cols = tl.arange(0, BN)
+    if SIZE > 0:
+        group = col_block * (BN // SIZE) + cols // (4 * SIZE) * 4 + cols // 2 % 4
+        cols = group_column(group, cols % (4 * SIZE) // 8 * 2 + cols % 2, G, SIZE)
+        cols = tl.where(group < G, cols, F)
+    else:
+        cols = col_block * BN + cols
     # Out-of-range rows and columns repeat the last one; the bias mask and the store mask drop them.
     x_rows = tl.minimum(rows, N - 1).to(tl.int64)
     w_rows = tl.minimum(cols, F - 1).to(tl.int64)
@@ -115,10 +140,10 @@ def tile_scores(
 
 
 @triton.jit
-def by_group(x, BM: tl.constexpr, BN: tl.constexpr):
-    """``x`` [BM, BN] as [BM, BN // 32, 32]: the groups, and the positions of ``group_column`` in each."""
-    x = tl.reshape(x, (BM, BN // 128, 16, 4, 2))
-    return tl.reshape(tl.permute(x, (0, 1, 3, 2, 4)), (BM, BN // 32, 32))
+def by_group(x, BM: tl.constexpr, BN: tl.constexpr, SIZE: tl.constexpr):
+    """``x`` [BM, BN] as [BM, BN // SIZE, SIZE]: the columns 8 j + 2 q + b of every 4 SIZE, by q."""
+    x = tl.reshape(x, (BM, BN // (4 * SIZE), SIZE // 2, 4, 2))
+    return tl.reshape(tl.permute(x, (0, 1, 3, 2, 4)), (BM, BN // SIZE, SIZE))
 
 
 @triton.jit
@@ -126,7 +151,7 @@ def _score_groups_kernel(
     x_ptr,  # [N, D]
     w_ptr,  # [F, D]
     bias_ptr,  # float32 [F]
-    bits_ptr,  # int32 [N, T, G]: the T largest activations of each group, descending, as float bits
+    bits_ptr,  # int32 [N, T + 1, G]: the T largest activations of each group, as float bits, and last a bound
     place_ptr,  # int8 [N, T, G]: their positions in the group
     N,
     F,
@@ -134,6 +159,7 @@ def _score_groups_kernel(
     HIGH,
     D: tl.constexpr,
     T: tl.constexpr,
+    SIZE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -141,32 +167,46 @@ def _score_groups_kernel(
     TREE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    tl.static_assert(T <= 4)
-    acc, rows, cols, col_block = tile_scores(x_ptr, w_ptr, bias_ptr, N, F, D, BM, BN, BK, BAND, UPCAST)
-    acc = tl.where(acc > 0.0, acc, 0.0)  # NaN becomes 0 as well
-    bits = by_group(acc.to(tl.int32, bitcast=True), BM, BN)
-    place = tl.arange(0, 32)[None, None, :]
-    groups = col_block * (BN // 32) + tl.arange(0, BN // 32)
-    out = rows.to(tl.int64)[:, None] * (T * G) + groups[None, :]
+    """The bound: no other activation of the group is larger."""
+    tl.static_assert(T <= 3)
+    acc, rows, _, col_block = tile_scores(x_ptr, w_ptr, bias_ptr, N, F, G, D, SIZE, BM, BN, BK, BAND, UPCAST)
+    COUNT: tl.constexpr = BN // SIZE
+    place = tl.arange(0, SIZE)[None, None, :]
+    groups = col_block * COUNT + tl.arange(0, COUNT)
     keep = (rows < N)[:, None] & (groups < G)[None, :]
+    bits_at = bits_ptr + rows.to(tl.int64)[:, None] * ((T + 1) * G) + groups[None, :]
+    place_at = place_ptr + rows.to(tl.int64)[:, None] * (T * G) + groups[None, :]
     if TREE:
-        # The low five bits give way to the position, so that a maximum knows where it came from. Positions
-        # are reversed: of two equal activations the first is larger. HIGH is -32, kept from the compiler,
-        # which would make two instructions of one if it knew.
-        packed = (bits & HIGH) | (31 - place)
-        k1, k2, k3, k4 = _top_of_32(packed.to(tl.uint32, bitcast=True), T, BM, BN // 32)
+        # As signed integers negative floats rank below 0, and so need no ReLU before the end; positive NaN
+        # ranks above infinity, and is rare enough for a branch of its own.
+        bits = by_group(acc.to(tl.int32, bitcast=True), BM, BN, SIZE)
+        most = tl.max(bits, axis=2)
+        if tl.max(most) > INFINITY:
+            bits = tl.where(bits > INFINITY, 0, bits)
+            most = tl.max(bits, axis=2)
+        # The low bits give way to the position, so that a maximum knows where it came from. Positions are
+        # reversed: of two equal activations the first is larger. HIGH is -SIZE, kept from the compiler, which
+        # would make two instructions of one if it knew.
+        k1, k2, k3, k4 = _top((bits & HIGH) | (SIZE - 1 - place), T + 1, BM, COUNT, SIZE)
+        # What was not kept shares all but the low bits with the next key, at most.
+        key = k2 if T == 1 else (k3 if T == 2 else k4)
+        tl.store(bits_at + T * G, tl.maximum(tl.minimum(key | (SIZE - 1), most), 0), mask=keep)
         for t in tl.static_range(T):
-            key = k1 if t == 0 else (k2 if t == 1 else (k3 if t == 2 else k4))
-            where = 31 - (key & 31).to(tl.int32)
-            tl.store(bits_ptr + out + t * G, _pick(bits, where, BM, BN // 32), mask=keep)
-            tl.store(place_ptr + out + t * G, where.to(tl.int8), mask=keep)
+            key = k1 if t == 0 else (k2 if t == 1 else k3)
+            where = SIZE - 1 - (key & (SIZE - 1))
+            tl.store(place_at + t * G, where.to(tl.int8), mask=keep)
+            value = _pick(bits, where, BM, COUNT, SIZE)
+            tl.store(bits_at + t * G, tl.maximum(value, 0), mask=keep)
     else:  # without tensor cores a group is spread over threads, where reductions are the better way
+        acc = tl.where(acc > 0.0, acc, 0.0)  # NaN becomes 0 as well
+        bits = by_group(acc.to(tl.int32, bitcast=True), BM, BN, SIZE)
         for t in tl.static_range(T):
             top = tl.max(bits, axis=2)
-            where = tl.min(tl.where(bits == top[:, :, None], place, 32), axis=2)
-            tl.store(bits_ptr + out + t * G, top, mask=keep)
-            tl.store(place_ptr + out + t * G, where.to(tl.int8), mask=keep)
+            where = tl.min(tl.where(bits == top[:, :, None], place, SIZE), axis=2)
+            tl.store(bits_at + t * G, top, mask=keep)
+            tl.store(place_at + t * G, where.to(tl.int8), mask=keep)
             bits = tl.where(place == where[:, :, None], -1, bits)
+        tl.store(bits_at + T * G, tl.max(bits, axis=2), mask=keep)
 
 
 @triton.jit
@@ -175,17 +215,17 @@ def _reopen_kernel(
     w_ptr,  # [F, D]
     bias_ptr,  # float32 [F]
     number_ptr,  # int32 [F]: original feature of a packed column (read when PERMUTED)
-    bits_ptr,  # int32 [N, T, G]
+    bits_ptr,  # int32 [N, T + 1, G]: last, -1 for groups that may hide a winner
     place_ptr,  # int8 [N, T, G]
     keys_ptr,  # int64 [N, K]
     count_ptr,  # int32 [N]: valid keys
-    limit_ptr,  # int32 [N]: bits of the k-th value among the kept entries, 0 when there are fewer
-    open_ptr,  # int32 [N]: groups whose T-th entry does not rule out a hidden one
+    open_ptr,  # int32 [N]: how many groups may hide one
     F,
     G,
     K,
     D: tl.constexpr,
     T: tl.constexpr,
+    SIZE: tl.constexpr,
     KP: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
@@ -197,27 +237,25 @@ def _reopen_kernel(
     n_open = tl.load(open_ptr + row)
     if n_open == 0:
         return
-    floor = tl.maximum(tl.load(limit_ptr + row), 32)
     count = tl.load(count_ptr + row)
     slot = tl.arange(0, KP)
     keys = tl.load(keys_ptr + row * K + slot, mask=slot < count, other=-1)
-    place = tl.arange(0, 32)
+    place = tl.arange(0, SIZE)
     first = 0
     while n_open > 0:
         near = first + tl.arange(0, BG)
-        last = tl.load(bits_ptr + (row * T + T - 1) * G + near, mask=near < G, other=-1)
-        pending = (last | 31) >= floor
+        pending = tl.load(bits_ptr + (row * (T + 1) + T) * G + near, mask=near < G, other=0) < 0
         found = tl.sum(pending.to(tl.int32))
         n_open -= found
         after = -1
         while found > 0:
             after = tl.min(tl.where(pending & (near > after), near, 0x7FFFFFFF))
             found -= 1
-            cols = group_column(after, place)
+            cols = group_column(after, place, G, SIZE)
             real = cols < F
             w_rows = tl.minimum(cols, F - 1).to(tl.int64)
             # The bias comes first and the depth in BK steps, as in scoring, so that both round alike.
-            acc = tl.broadcast_to(tl.load(bias_ptr + w_rows)[None, :], (BM, 32))
+            acc = tl.broadcast_to(tl.load(bias_ptr + w_rows)[None, :], (BM, SIZE))
             lane = tl.arange(0, BM)
             for d in range(0, D, BK):
                 depth = d + tl.arange(0, BK)

@@ -25,11 +25,23 @@ def _load_bits(source_ptr, at, mask, MODE: tl.constexpr):
 
 
 @triton.jit
-def _feature(number_ptr, place_ptr, at, row_at, mask, G, MODE: tl.constexpr, PERMUTED: tl.constexpr):
-    """Original feature numbers of candidates ``at`` (where ``mask``)."""
+def _feature(
+    number_ptr,
+    place,
+    at,
+    mask,
+    G,
+    T: tl.constexpr,
+    SIZE: tl.constexpr,
+    MODE: tl.constexpr,
+    PERMUTED: tl.constexpr,
+):
+    """Original feature numbers of candidates ``at`` (where ``mask``) of the rows that ``place`` points to."""
     if MODE == "groups":
-        place = tl.load(place_ptr + row_at + at, mask=mask, other=0).to(tl.int32)
-        column = group_column(at % G, place)
+        group = at
+        for _ in tl.static_range(T - 1):
+            group = tl.where(group >= G, group - G, group)
+        column = group_column(group, tl.load(place + at, mask=mask, other=0).to(tl.int32), G, SIZE)
     else:
         column = at
     if PERMUTED:
@@ -39,31 +51,34 @@ def _feature(number_ptr, place_ptr, at, row_at, mask, G, MODE: tl.constexpr, PER
 
 @triton.jit
 def _select_kernel(
-    source_ptr,  # groups: int32 [N, T, G]; otherwise float32 [N, M]
+    source_ptr,  # groups: int32 [N, T + 1, G] of _score_groups_kernel; otherwise float32 [N, M]
     place_ptr,  # groups: int8 [N, T, G]
     number_ptr,  # int32 [F]
     keys_ptr,  # int64 [N, K]
     count_ptr,  # int32 [N]
-    limit_ptr,  # int32 [N]
-    open_ptr,  # int32 [N]
+    open_ptr,  # int32 [N]: groups that may hide a winner: -1 takes the place of their bounds
     N,
     M,  # candidates a row
+    STRIDE,  # from row to row of source
     G,
     K,
     T: tl.constexpr,
+    SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
     STEP: tl.constexpr,
     STEPS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KP: tl.constexpr,
     MODE: tl.constexpr,
     PERMUTED: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < N
-    row_at = rows.to(tl.int64)[:, None] * M
     lane = tl.arange(0, BLOCK)[None, :]
-    source = source_ptr + row_at
+    source = source_ptr + rows.to(tl.int64)[:, None] * STRIDE
+    place = place_ptr + rows.to(tl.int64)[:, None] * M
 
     # The k-th largest, by bisection on the bits: `low` always has at least K candidates at or above it. The
     # first cuts go down from the maximum, half an octave, then twice as far each; it ends as soon as a cut
@@ -112,12 +127,12 @@ def _select_kernel(
     crowded = live & (equal > room)
     if MODE != "signed":
         crowded = crowded & (limit > 0)  # at 0 there are fewer than K positive candidates: keep them all
-    near = tl.arange(0, STEP)[None, :]  # smaller tiles from here on: more is kept per candidate
+    near = tl.arange(0, STEP)[None, :]
     # Of the candidates equal to the k-th value the lowest features win: bisect on the feature number.
     last = tl.full((ROWS,), 0x7FFFFFFF, tl.int32)
     if tl.max(crowded.to(tl.int32)) > 0:
         low_f = tl.full((ROWS,), -1, tl.int32)
-        high_f = tl.full((ROWS,), 0, tl.int32) + (G * 32 if MODE == "groups" else M)
+        high_f = tl.full((ROWS,), 0, tl.int32) + (G * SIZE if MODE == "groups" else M)
         while tl.max(high_f - low_f) > 1:
             cut = low_f + (high_f - low_f) // 2
             within = tl.full((ROWS,), 0, tl.int32)
@@ -125,39 +140,59 @@ def _select_kernel(
                 at = tile * STEP + near
                 mask = (at < M) & crowded[:, None]
                 tied = (_load_bits(source, at, mask, MODE) == limit[:, None]) & mask
-                feature = _feature(number_ptr, place_ptr, at, row_at, tied, G, MODE, PERMUTED)
+                feature = _feature(number_ptr, place, at, tied, G, T, SIZE, MODE, PERMUTED)
                 within += tl.sum((tied & (feature <= cut[:, None])).to(tl.int32), axis=1)
             low_f = tl.where(within >= room, low_f, cut)
             high_f = tl.where(within >= room, cut, high_f)
         last = tl.where(crowded, high_f, last)
 
+    keys_at = keys_ptr + rows.to(tl.int64)[:, None] * K
     written = tl.full((ROWS,), 0, tl.int32)
     for tile in range(0, STEPS):
         at = tile * STEP + near
         mask = (at < M) & live[:, None]
         here = _load_bits(source, at, mask, MODE)
-        more = (here > limit[:, None]) & mask
-        tied = (here == limit[:, None]) & mask
+        chosen = (here >= limit[:, None]) & mask
         if MODE != "signed":
-            tied = tied & (limit > 0)[:, None]
-        feature = _feature(number_ptr, place_ptr, at, row_at, more | tied, G, MODE, PERMUTED)
-        chosen = more | (tied & (feature <= last[:, None]))
+            chosen = chosen & (here > 0)
+        if tl.max(crowded.to(tl.int32)) > 0:
+            tied = chosen & (here == limit[:, None])
+            feature = _feature(number_ptr, place, at, tied, G, T, SIZE, MODE, PERMUTED)
+            chosen = chosen & ((tied & (feature > last[:, None])) == 0)
         slot = written[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
-        key = (here.to(tl.int64) << 32) | (0x7FFFFFFF - feature).to(tl.int64)
-        tl.store(keys_ptr + rows.to(tl.int64)[:, None] * K + slot, key, mask=chosen)
+        key = (here.to(tl.int64) << 32) | (0x7FFFFFFF - at).to(tl.int64)
+        tl.store(keys_at + slot, key, mask=chosen)
         written += tl.sum(chosen.to(tl.int32), axis=1)
     tl.store(count_ptr + rows, written, mask=live)
     if MODE == "groups":
-        # Certificate: a group can hide a winner only if its T-th kept entry reaches the k-th value. Groups
-        # were ranked without the low five bits, by which a hidden entry may exceed the T-th.
-        least = tl.maximum(limit, 32)[:, None]  # below 32 bits count 2^-144: that much may be lost
+        tl.debug_barrier()  # other threads of this program wrote some of the keys
+        slot = tl.arange(0, KP)[None, :]
+        mask = (slot < written[:, None]) & live[:, None]
+        key = tl.load(keys_at + slot, mask=mask, other=0)
+        candidate = 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
+        feature = _feature(number_ptr, place, candidate, mask, G, T, SIZE, MODE, PERMUTED)
+        tl.store(keys_at + slot, ((key >> 32) << 32) | (0x7FFFFFFF - feature).to(tl.int64), mask=mask)
+
+        # Certificate: a group can hide a winner only if its bound is above the k-th value, or equals it while
+        # a lower feature may be hidden. Columns ascend in a group, and of equal activations the first are
+        # kept: behind a kept one that equals the bound, only higher features hide.
+        least = tl.maximum(limit, SIZE - 1)[:, None]  # 2^-143 at least: a hidden one below may be lost
         hiding = tl.full((ROWS,), 0, tl.int32)
-        for tile in range(0, STEPS):
-            at = tile * STEP + near
-            last_kept = (at >= (T - 1) * G) & (at < M) & live[:, None]
-            reach = ((_load_bits(source, at, last_kept, MODE) | 31) >= least) & last_kept
-            hiding += tl.sum(reach.to(tl.int32), axis=1)
-        tl.store(limit_ptr + rows, limit, mask=live)
+        for tile in range(0, tl.cdiv(G, GROUPS)):
+            group = tile * GROUPS + tl.arange(0, GROUPS)[None, :]
+            real = (group < G) & live[:, None]
+            bound = tl.load(source + T * G + group, mask=real, other=-1)
+            hides = (bound > least) & real
+            even = (bound == least) & (bound == limit[:, None])
+            if tl.max(even.to(tl.int32)) > 0:
+                hides = hides | even
+                if not PERMUTED:
+                    last_kept = (T - 1) * G + group
+                    behind = even & (_load_bits(source, last_kept, even, MODE) == bound)
+                    column = _feature(number_ptr, place, last_kept, behind, G, T, SIZE, MODE, PERMUTED)
+                    hides = hides & ((behind & (column >= last[:, None])) == 0)
+            tl.store(source + T * G + group, hides.to(tl.int32) * -1, mask=hides)
+            hiding += tl.sum(hides.to(tl.int32), axis=1)
         tl.store(open_ptr + rows, hiding, mask=live)
 
 

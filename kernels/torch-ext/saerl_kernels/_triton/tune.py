@@ -6,13 +6,12 @@ import functools
 import json
 import math
 import os
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
 from ..dispatch import interpreting
 from ..pack import PackedEncoder
-from .groups import GROUP
 
 TABLE = os.path.join(os.path.dirname(__file__), "tuned.json")
 
@@ -21,7 +20,8 @@ class Plan(NamedTuple):
     """How ``encode_topk`` runs."""
 
     algorithm: str  # "groups" or "chunked"; "above" of a threshold encoder
-    T: int = 3  # groups: entries kept per group
+    T: int = 2  # groups: entries kept per group; the next one is their bound
+    size: int = 32  # groups: features of a group, 32 or 64; BN is a multiple of four times as many
     BM: int = 128  # groups: rows and columns of a tile; chunked: of a block of scores, held in L2
     BN: int = 256
     BK: int = 64  # groups: depth of a step; chunked: columns a program gates at once
@@ -31,38 +31,43 @@ class Plan(NamedTuple):
     tree: bool = True  # how a group's largest are found: a merging tree in registers, or reductions
 
 
-def reopened(d_sae: int, k: int, T: int) -> float:
-    """Expected groups to re-open per row when the winners lie anywhere: the Poisson tail P[>= T] x groups."""
-    rate = GROUP * k / d_sae
+def reopened(d_sae: int, k: int, T: int, size: int) -> float:
+    """Expected groups to re-open per row when the winners lie anywhere: the Poisson tail P[> T] x groups."""
+    rate = size * k / d_sae
     term, head = 1.0, 0.0
-    for j in range(T):
+    for j in range(T + 1):
         head += term
         term *= rate / (j + 1)
-    return d_sae / GROUP * max(0.0, 1.0 - head * math.exp(-rate))
+    return d_sae / size * max(0.0, 1.0 - head * math.exp(-rate))
 
 
 def plan_encode(n: int, encoder: PackedEncoder, k: int) -> Plan:
     """The measured plan of this GPU and shape where ``tuned.json`` has one, else a heuristic.
 
-    The heuristic: groups need few winners per group, so past one re-opened group in two rows, and for
+    The heuristic: groups need few winners per group, so past one re-opened group in four rows, and for
     float32 weights, which have no tensor cores, the chunked path does less work.
     """
-    T = fewest_kept(encoder.d_sae, k)
-    if interpreting():
-        return groups_plan(encoder, T) if T else chunked_plan(n, encoder.d_sae)
     bits = encoder.weight.element_size() * 8
-    plan = tuned(torch.cuda.get_device_name(encoder.device), bits, encoder.d_in, encoder.d_sae, k, n)
-    if plan is not None:
-        return plan
-    return groups_plan(encoder, T) if T and bits < 32 else chunked_plan(n, encoder.d_sae)
+    if not interpreting():
+        plan = tuned(torch.cuda.get_device_name(encoder.device), bits, encoder.d_in, encoder.d_sae, k, n)
+        if plan is not None:
+            return plan
+    plan = groups_plan(encoder, k) if interpreting() or bits < 32 else None
+    return chunked_plan(n, encoder.d_sae) if plan is None else plan
 
 
-def groups_plan(encoder: PackedEncoder, T: int) -> Plan:
-    """The groups' tile of this device, for any number of rows: no row's bits depend on the others."""
+def groups_plan(encoder: PackedEncoder, k: int, least: Optional[Tuple[int, int]] = None) -> Optional[Plan]:
+    """The groups' tile of this device, for any number of rows: no row's bits depend on the others.
+
+    ``least``: T and size where none re-opens few enough groups; without it None.
+    """
     if interpreting():
-        return Plan("groups", T, BM=16, BN=128, BK=32, warps=4)
+        kept = fewest_kept(encoder.d_sae, k, (32,)) or least
+        return kept and Plan("groups", *kept, BM=16, BN=128, BK=32, warps=4)
     major, minor = torch.cuda.get_device_capability(encoder.device)
-    return gpu_plan(encoder.weight.element_size() * 8, T, major * 10 + minor)
+    bits, arch = encoder.weight.element_size() * 8, major * 10 + minor
+    kept = fewest_kept(encoder.d_sae, k, sizes(bits, arch)) or least
+    return kept and gpu_plan(bits, kept, arch)
 
 
 def plan_above(encoder: PackedEncoder) -> Optional[Plan]:
@@ -83,21 +88,30 @@ def plan_above(encoder: PackedEncoder) -> Optional[Plan]:
 
 
 def above_plan(arch: int) -> Plan:
-    return gpu_plan(16, 3, arch)._replace(algorithm="above", BN=128)
+    return gpu_plan(16, (2, 32), arch)._replace(algorithm="above", BN=128)
 
 
-def fewest_kept(d_sae: int, k: int) -> int:
-    """The smallest T of 3 and 4 that re-opens at most one group in two rows; 0 where neither does."""
-    return next((T for T in (3, 4) if reopened(d_sae, k, T) <= 0.5), 0)
+def fewest_kept(d_sae: int, k: int, of: Tuple[int, ...]) -> Optional[Tuple[int, int]]:
+    """T and size, the cheapest first, that re-open at most one group in four rows; None where none does.
+
+    What a re-opened group costs is estimated in NOTES.md.
+    """
+    kept = ((T, size) for T in (1, 2, 3) for size in of)
+    return next((pair for pair in kept if reopened(d_sae, k, *pair) <= 0.25), None)
 
 
-def gpu_plan(bits: int, T: int, arch: int) -> Plan:
+def sizes(bits: int, arch: int) -> Tuple[int, ...]:
+    """Sizes of groups: a thread of a Hopper tile holds 64 columns of a row."""
+    return (64, 32) if bits < 32 and 90 <= arch < 100 else (32,)
+
+
+def gpu_plan(bits: int, kept: Tuple[int, int], arch: int) -> Plan:
     """Tiles for weights of ``bits`` bits on compute capability ``arch``: they compile without spills."""
     if bits == 32:
-        return Plan("groups", T, BM=64, BN=128, BK=32, warps=8, stages=2, tree=False)
+        return Plan("groups", *kept, BM=64, BN=128, BK=32, warps=8, stages=2, tree=False)
     if not 90 <= arch < 120:  # sm_120 has no matrix instructions of a warp group either, and 99 KB as sm_89
-        return Plan("groups", T, BM=128, BN=128, BK=32, warps=8, stages=4, tree=False)
-    return Plan("groups", T)
+        return Plan("groups", *kept, BM=128, BN=128, BK=32, warps=8, stages=4, tree=False)
+    return Plan("groups", *kept)
 
 
 def chunked_plan(n: int, d_sae: int) -> Plan:
@@ -112,14 +126,15 @@ def candidates(d_sae: int, k: int, arch: int) -> List[Plan]:
     blocks = ((2048, 2048), (4096, 1024), (4096, 2048), (2048, 4096), (1024, 8192))
     plans = [Plan("chunked", BM=BM, BN=BN, BK=512, warps=4) for BM, BN in blocks]
     plans += [plans[0]._replace(BK=BK, warps=warps) for BK, warps in ((512, 2), (1024, 4), (2048, 8))]
-    for T in (2, 3, 4):
-        if reopened(d_sae, k, T) > 2:
+    for kept in ((T, size) for T in (1, 2, 3) for size in sizes(16, arch)):
+        if reopened(d_sae, k, *kept) > 1:
             continue
         if not 90 <= arch < 120:
-            plans += [gpu_plan(16, T, arch), gpu_plan(16, T, arch)._replace(stages=3)]
+            plans += [gpu_plan(16, kept, arch), gpu_plan(16, kept, arch)._replace(stages=3)]
             continue
         for BM, BN, warps, stages in ((128, 256, 8, 3), (128, 256, 8, 4), (128, 128, 8, 3), (128, 128, 4, 4)):
-            plans.append(Plan("groups", T, BM=BM, BN=BN, warps=warps, stages=stages))
+            if 4 * kept[1] <= BN:
+                plans.append(Plan("groups", *kept, BM=BM, BN=BN, warps=warps, stages=stages))
     return plans
 
 
