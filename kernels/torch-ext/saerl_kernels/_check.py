@@ -40,6 +40,8 @@ def check_k(k: int, limit: int, name: str = "d_sae") -> None:
 
 def check_average_k(k: Union[int, float], limit: int) -> None:
     """As `check_k`, of an average over rows, which may be a fraction."""
+    if not isinstance(k, (bool, int, float)) and hasattr(k, "__float__"):
+        raise ValueError(f"k is a {type(k).__module__}.{type(k).__name__}; give int(k) or float(k)")
     if isinstance(k, bool) or not isinstance(k, (int, float)) or not k > 0:
         raise ValueError(f"k={k!r} must be a positive number")
     if k > limit:
@@ -55,7 +57,7 @@ def check_offsets(x: Tensor, offsets: Union[Tensor, Sequence[int]]) -> Tensor:
     """``offsets`` as int64 [n_seq + 1] on the CPU: 0 first, n_tokens last, never falling."""
     if x.dim() != 2:
         raise ValueError(f"x must be [n_tokens, d_in], got shape {tuple(x.shape)}")
-    given = torch.as_tensor(offsets)
+    given = torch.as_tensor(offsets, device="cpu")
     if given.dim() != 1 or given.numel() == 0 or not _is_integer(given.dtype):
         raise ValueError(
             f"offsets must hold n_seq + 1 integers, starting with 0; got {given.dtype} {list(given.shape)}"

@@ -227,7 +227,7 @@ def _seed(steps: Any, rows: CSR, flipped: CSR, n_clusters: int, seed: int) -> Te
     """k-means++ rows as a table float32 [n_cols, n_clusters]; columns stay zero once all rows are covered."""
     trials = 2 + int(math.log(n_clusters))
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand((n_clusters, trials), dtype=torch.float64, generator=generator)
+    draws = torch.rand((n_clusters, trials), dtype=torch.float64, generator=generator, device="cpu")
     active = _active(rows)
     far = active.float()  # [n_rows], the distance to the nearest seed, 1 before there is one
     chosen: List[int] = []

@@ -108,7 +108,7 @@ class PackedEncoder:
         if self.permute is not True or self.permutation is not None:
             return self
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(self.d_sae, generator=generator).to(self.device)
+        order = torch.randperm(self.d_sae, generator=generator, device="cpu").to(self.device)
         return replace(
             self,
             weight=self.weight[order],

@@ -81,7 +81,7 @@ def encode_pool(
     weight = token_weights(x, weights)
     kept = token_mask(x, mask)
     if weight is None:
-        weight = torch.ones(x.shape[0], device=x.device)
+        weight = torch.ones(x.shape[0], dtype=torch.float32, device=x.device)
     kept = weight > 0 if kept is None else kept & (weight > 0)
     if k is None:
         tokens = encode_threshold(x, encoder).to_dense()
@@ -174,8 +174,8 @@ def _kmeans_seeds(dense: Tensor, n_clusters: int, seed: int) -> Tensor:
     """Greedy k-means++: of 2 + ln(n_clusters) rows drawn by distance, the one that leaves least distance."""
     trials = 2 + int(math.log(n_clusters))
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand((n_clusters, trials), dtype=torch.float64, generator=generator)
-    seeds = torch.zeros((n_clusters, dense.shape[1]), dtype=torch.float64)
+    draws = torch.rand((n_clusters, trials), dtype=torch.float64, generator=generator, device="cpu")
+    seeds = torch.zeros((n_clusters, dense.shape[1]), dtype=torch.float64, device=dense.device)
     far = dense.any(1).double()
     for step in range(n_clusters):
         if not bool(far.any()):

@@ -21,7 +21,9 @@ def topk(scores: Tensor, k: int, *, backend: str = "auto") -> TopK:
     Raises ValueError unless 1 <= k <= n.
     """
     need_tensors(scores=scores)
-    check_k(k, scores.shape[-1] if scores.dim() else 0, "the row length")
+    if scores.dim() == 0:
+        raise ValueError("scores is a single number; give [..., n]")
+    check_k(k, scores.shape[-1], "the row length")
     rows = scores.detach().reshape(math.prod(scores.shape[:-1]), scores.shape[-1])
     shape = (*scores.shape[:-1], k)
     if without_memory(scores):

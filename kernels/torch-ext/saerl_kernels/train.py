@@ -165,7 +165,7 @@ def _encode(
         return kept.values.zero_().to(exact), kept.indices.zero_()
     module, rows = _backend(backend, x.device), _rows(x, b_dec, dtype).detach()
     narrow = torch.float32 if dtype == torch.float64 else dtype
-    zero = torch.zeros(weight.shape[0], device=x.device)
+    zero = torch.zeros(weight.shape[0], dtype=torch.float32, device=x.device)
     packed = weight.detach().to(narrow)
     if resolve(backend, x.device) == "triton":
         packed = packed.contiguous()

@@ -47,7 +47,7 @@ def _blocks(x: Tensor, encoder: PackedEncoder) -> Iterator[Tuple[int, int, Tenso
     if torch.get_num_threads() > 1:
         columns *= 4  # every product ends in a barrier, which a busy machine makes long: fewer, larger ones
     columns = min(encoder.d_sae, columns)
-    memory = torch.empty(rows * columns, dtype=torch.float32)
+    memory = torch.empty(rows * columns, dtype=torch.float32, device="cpu")
     for top in range(0, x.shape[0], rows):
         band = x[top : top + rows].float()
         for left in range(0, encoder.d_sae, columns):
@@ -70,7 +70,7 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
 def _encode_blocks(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
     """The same, ranking float32 products of blocks."""
     n = x.shape[0]
-    values, indices = TopK.empty((n, k))
+    values, indices = TopK.empty((n, k), "cpu")
     keys = np.empty((min(ROWS, n), select.room_for(k)), dtype=np.int64)
     counts = np.zeros(len(keys), dtype=np.int64)
     floor = np.zeros(len(keys), dtype=np.int32)
@@ -101,7 +101,9 @@ def _encode_whole(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
     values, indices = np.empty((n, k), dtype=np.float32), np.empty((n, k), dtype=np.int32)
     bits = values.view(np.int32)
     if n > (FEW_SMALL if weight.numel() < SMALL_WEIGHT else FEW_ROWS):
-        scores = linear(x, weight, encoder.bias, torch.empty((n, len(weight)))).numpy()
+        scores = linear(
+            x, weight, encoder.bias, torch.empty((n, len(weight)), dtype=torch.float32, device=x.device)
+        ).numpy()
         select.select_few(scores, k, bits, indices)
     else:
         memory = (weight.data_ptr(), encoder.bias.data_ptr())  # ``.data = other`` gives a tensor other memory
@@ -123,7 +125,7 @@ def topk(scores: Tensor, k: int) -> TopK:
     """``scores`` [n, F]: see the public op."""
     scores = scores.float().contiguous()
     n = scores.shape[0]
-    values, indices = TopK.empty((n, k))
+    values, indices = TopK.empty((n, k), "cpu")
     step = min(n, 4096)
     keys = np.empty((step, select.room_for(k)), dtype=np.int64)
     for top in range(0, n, step):
@@ -167,11 +169,11 @@ def pool_codes(
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """See ``_torch.pool_codes``."""
     if carry is None:
-        carry = (codes.indices[:0], torch.empty(0, dtype=torch.float64))
+        carry = (codes.indices[:0], torch.empty(0, dtype=torch.float64, device="cpu"))
     size = codes.nnz + len(carry[0])
-    columns = torch.empty(size, dtype=torch.int32)
-    totals = torch.empty(size, dtype=torch.float64)
-    indptr = torch.zeros(offsets.shape[0], dtype=torch.int64)
+    columns = torch.empty(size, dtype=torch.int32, device="cpu")
+    totals = torch.empty(size, dtype=torch.float64, device="cpu")
+    indptr = torch.zeros(offsets.shape[0], dtype=torch.int64, device="cpu")
     select.pool_rows(
         offsets.numpy(),
         codes.indptr.numpy(),
@@ -193,14 +195,14 @@ def pool_codes(
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """See ``_torch.sparse_decode``."""
     n, k = indices.shape
-    return decode_csr(torch.arange(n + 1) * k, indices.reshape(-1), values.reshape(-1), W_dec)
+    return decode_csr(torch.arange(n + 1, device="cpu") * k, indices.reshape(-1), values.reshape(-1), W_dec)
 
 
 def decode_csr(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor) -> Tensor:
     """See ``_torch.decode_csr``, which takes every dtype but bfloat16."""
     if W_dec.dtype != torch.bfloat16:
         return _torch.decode_csr(indptr, indices, values, W_dec)
-    out = torch.empty((indptr.shape[0] - 1, W_dec.shape[1]), dtype=torch.float32)
+    out = torch.empty((indptr.shape[0] - 1, W_dec.shape[1]), dtype=torch.float32, device="cpu")
     bits = W_dec.detach().contiguous().view(torch.int16).numpy().view(np.uint16)
     entries = (part.detach().contiguous().numpy() for part in (indptr, indices, values.float()))
     run(decode.decode_rows, out.shape[0], *entries, bits, out.numpy())

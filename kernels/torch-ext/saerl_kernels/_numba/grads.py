@@ -70,7 +70,7 @@ def value_grads(grad: Tensor, indices: Tensor, weight: Tensor, indptr: Optional[
     """See ``_grads.value_grads``; other than plain weights of grad's dtype are left to it."""
     if weight.dtype != grad.dtype or not weight.is_contiguous() or weight.shape[1] == 0:
         return _grads.value_grads(grad, indices, weight, indptr)
-    out = torch.empty(indices.shape, dtype=grad.dtype)
+    out = torch.empty(indices.shape, dtype=grad.dtype, device="cpu")
     flat = indices.contiguous().view(-1).numpy()
     grad, weight = grad.detach().contiguous(), weight.detach()
     args = (grad.numpy(), flat, _starts(indices, indptr), weight.numpy(), out.view(-1).numpy())

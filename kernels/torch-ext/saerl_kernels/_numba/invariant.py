@@ -23,7 +23,7 @@ def encode_topk_invariant(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
 
 
 def _whole(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
-    values, indices = TopK.empty((x.shape[0], k))
+    values, indices = TopK.empty((x.shape[0], k), "cpu")
     wide, d_sae = x.float().numpy(), encoder.d_sae
     if encoder.dtype == torch.bfloat16:
         score, weight = screen_rows.score_half, screen.bits_of(encoder.weight.detach())

@@ -36,8 +36,8 @@ def transpose(X: CSR) -> CSR:
 
 def assign(X: CSR, table: Tensor) -> Tuple[Tensor, Tensor]:
     """labels int32 and similarity float32 [n_rows]: the largest of each row times ``table``."""
-    labels = torch.empty(X.n_rows, dtype=torch.int32)
-    similarity = torch.empty(X.n_rows, dtype=torch.float32)
+    labels = torch.empty(X.n_rows, dtype=torch.int32, device="cpu")
+    similarity = torch.empty(X.n_rows, dtype=torch.float32, device="cpu")
     run(_assign_rows, X.n_rows, *_arrays(X), table.numpy(), labels.numpy(), similarity.numpy())
     return labels, similarity
 
@@ -55,8 +55,8 @@ def reassign(
         return assign(X, table)
     if not len(ids):
         return labels.clone(), similarity.clone()
-    place = torch.full((len(moved),), -1, dtype=torch.int32)
-    place[ids] = torch.arange(len(ids), dtype=torch.int32)
+    place = torch.full((len(moved),), -1, dtype=torch.int32, device="cpu")
+    place[ids] = torch.arange(len(ids), dtype=torch.int32, device="cpu")
     part = table[:, ids].contiguous()
     labels, similarity = labels.clone(), similarity.clone()
     args = (table.numpy(), part.numpy(), ids.numpy(), place.numpy(), labels.numpy(), similarity.numpy())
@@ -66,7 +66,7 @@ def reassign(
 
 def update(flipped: CSR, labels: Tensor, n_clusters: int) -> Tensor:
     """Table of unit centroids from the transpose of X and labels int32 [n_rows]."""
-    table = torch.empty((flipped.n_rows, n_clusters), dtype=torch.float32)
+    table = torch.empty((flipped.n_rows, n_clusters), dtype=torch.float32, device="cpu")
     blocks = -(-flipped.n_rows // BLOCK)
     squares = np.zeros((blocks, n_clusters), dtype=np.float64)
     run(_sum_features, blocks, *_arrays(flipped), labels.numpy(), table.numpy(), squares)
@@ -80,7 +80,7 @@ def row_similarity(X: CSR, flipped: CSR, picks: Sequence[int]) -> Tensor:
 
     Only the columns of a row's own entries are read, a small part of X.
     """
-    out = torch.zeros((len(picks), X.n_rows), dtype=torch.float32)
+    out = torch.zeros((len(picks), X.n_rows), dtype=torch.float32, device="cpu")
     for line, row in zip(out, picks):
         _scatter_row(*_arrays(X), *_arrays(flipped), row, line.numpy())
     return out

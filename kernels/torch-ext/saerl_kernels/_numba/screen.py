@@ -44,7 +44,7 @@ def has_units() -> bool:
     if not (torch.backends.mkldnn.is_available() and any(flag is not None and flag() for flag in flags)):
         return False
     g = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(rows, 768, generator=g).bfloat16() for rows in (64, 96))
+    x, w = (torch.randn(rows, 768, generator=g, device="cpu").bfloat16() for rows in (64, 96))
     exact, size = x.double() @ w.double().t(), x.double().norm(dim=1)[:, None] * w.double().norm(dim=1)
     error = (torch.mm(x, w.t()).double() - exact).abs()
     return bool((error <= OUT_ROUNDING * exact.abs() + accumulation(768) * size).all())
@@ -126,7 +126,7 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, whole: Callable[..., 
     screen = screen_of(encoder)
     if screen is None:
         return whole(x, encoder, k)
-    values, indices = TopK.empty((x.shape[0], k))
+    values, indices = TopK.empty((x.shape[0], k), "cpu")
     for top in range(0, x.shape[0], ROWS):
         band = x[top : top + ROWS]
         open_rows = _encode_band(
