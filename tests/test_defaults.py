@@ -88,6 +88,42 @@ def test_a_k_of_numpy_is_refused_with_the_fix(k):
         sk.encode_batch_topk_train(x, encoder.weight.t(), None, k)
 
 
-def test_a_single_score_is_refused():
-    with pytest.raises(ValueError, match="scores is a single number"):
-        sk.topk(torch.tensor(2.0), 1)
+def pooled(offsets):
+    x, encoder = integers(6, 9, 70)
+    return sk.encode_pool(x, offsets, encoder, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, e: sk.topk(torch.tensor(2.0), 1), "scores is a single number"),
+        (lambda x, e: sk.encode_topk(x, None, 3), "encoder is a NoneType; give what pack_encoder returns"),
+        (lambda x, e: sk.encode_threshold(x, torch.nn.Linear(9, 70)), "encoder is a Linear; give"),
+        (lambda x, e: sk.encode_topk(x, sk.SparseEncoder(e, 3), 3), r"of a SparseEncoder: packed\(\)"),
+        (lambda x, e: sk.PoolStream(None, 3), "encoder is a NoneType"),
+        (lambda x, e: sk.encode_group_max(x, 3, 7), "encoder is a int"),
+        (lambda x, e: sk.SparseEncoder(e.weight, 3), "encoder is a Tensor"),
+        (lambda x, e: pooled(None), "offsets=None are no integers"),
+        (lambda x, e: pooled(["a"]), r"offsets=\['a'\] are no integers"),
+        (lambda x, e: sk.encode_threshold(x, e, threshold="1"), "threshold='1' is no number"),
+        (lambda x, e: sk.pack_encoder(x, threshold=[[1], [2, 3]]), "is no number"),
+        (lambda x, e: sk.pack_encoder(x, input_scale="2"), "input_scale='2' must be a number"),
+        (
+            lambda x, e: sk.spherical_kmeans(sk.encode_threshold(x, e, threshold=0), np.int64(2)),
+            r"n_clusters is a numpy.int64; give int\(n_clusters\)",
+        ),
+    ],
+)
+def test_arguments_of_the_wrong_kind(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*integers(6, 9, 70))
+
+
+def test_numpy_numbers_that_are_taken():
+    x, encoder = integers(6, 9, 70)
+    W, limit = encoder.weight.t(), np.ones(70, dtype=np.float32)
+    plain = sk.pack_encoder(W, input_scale=np.float32(2), permute=True, seed=np.int64(3))
+    assert torch.equal(plain.weight, sk.pack_encoder(W, input_scale=2.0, permute=True, seed=3).weight)
+    want = sk.encode_threshold(x, encoder, threshold=1.0)
+    for given in (np.float32(1), limit, torch.ones(1).expand(70)):
+        assert torch.equal(sk.encode_threshold(x, encoder, threshold=given).indices, want.indices)

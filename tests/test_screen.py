@@ -270,6 +270,11 @@ def test_units_are_tried_before_they_are_trusted(monkeypatch):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
     assert not find()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    for rate in (1.2, 2.0):  # Intel's without AMX, and AMD's
+        monkeypatch.setattr(screen, "bfloat16_rate", lambda rate=rate: rate)
+        assert find() == (rate > 1.5)
+    monkeypatch.setattr(screen, "bfloat16_rate", lambda: 1 / 0)  # AMX needs no timing
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
     assert find()
     mm = torch.mm

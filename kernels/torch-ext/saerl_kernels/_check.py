@@ -7,7 +7,7 @@ from typing import NamedTuple, Optional, Sequence, Union
 import torch
 from torch import Tensor
 
-from .pack import PackedEncoder
+from .pack import PackedEncoder, number_or_tensor
 from .types import CSR, need_tensors
 
 
@@ -29,11 +29,25 @@ REDUCES = {
 }
 
 
+def need_encoder(encoder: object, name: str = "encoder") -> None:
+    # By what it offers, not by its class: another copy of this package makes such encoders too.
+    if not hasattr(encoder, "prepare") or not hasattr(encoder, "d_sae"):
+        raise ValueError(
+            f"{name} is a {type(encoder).__name__}; give what pack_encoder returns "
+            "(of a SparseEncoder: packed())"
+        )
+
+
+def check_count(count: int, name: str) -> None:
+    """``count`` is an int of 1 or more."""
+    if not isinstance(count, (bool, int)) and hasattr(count, "__index__"):
+        raise ValueError(f"{name} is a {type(count).__module__}.{type(count).__name__}; give int({name})")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name}={count!r} must be a positive integer")
+
+
 def check_k(k: int, limit: int, name: str = "d_sae") -> None:
-    if not isinstance(k, (bool, int)) and hasattr(k, "__index__"):
-        raise ValueError(f"k is a {type(k).__module__}.{type(k).__name__}; give int(k)")
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k={k!r} must be a positive integer")
+    check_count(k, "k")
     if k > limit:
         raise ValueError(f"k={k} is larger than {name}={limit}")
 
@@ -57,7 +71,10 @@ def check_offsets(x: Tensor, offsets: Union[Tensor, Sequence[int]]) -> Tensor:
     """``offsets`` as int64 [n_seq + 1] on the CPU: 0 first, n_tokens last, never falling."""
     if x.dim() != 2:
         raise ValueError(f"x must be [n_tokens, d_in], got shape {tuple(x.shape)}")
-    given = torch.as_tensor(offsets, device="cpu")
+    try:
+        given = torch.as_tensor(offsets, device="cpu")
+    except (RuntimeError, TypeError, ValueError) as err:
+        raise ValueError(f"offsets={offsets!r:.80} are no integers; give n_seq + 1, starting with 0") from err
     if given.dim() != 1 or given.numel() == 0 or not _is_integer(given.dtype):
         raise ValueError(
             f"offsets must hold n_seq + 1 integers, starting with 0; got {given.dtype} {list(given.shape)}"
@@ -149,7 +166,7 @@ def check_threshold(encoder: PackedEncoder, threshold: Union[Tensor, float, None
             raise ValueError("the encoder has no threshold; pass threshold= here or to pack_encoder")
         return encoder.threshold
     need_tensors(threshold=threshold if isinstance(threshold, Tensor) else None)
-    limit = torch.as_tensor(threshold, dtype=torch.float32, device=encoder.device).detach()
+    limit = number_or_tensor(threshold, encoder.device)
     if limit.dim() > 0 and limit.shape != (encoder.d_sae,):
         raise ValueError(f"threshold has shape {tuple(limit.shape)}, expected ({encoder.d_sae},)")
     return limit.expand(encoder.d_sae)

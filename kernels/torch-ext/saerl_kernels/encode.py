@@ -7,7 +7,7 @@ from typing import Any, Union
 from torch import Tensor
 
 from . import reference
-from ._check import check_finite, check_k, check_threshold
+from ._check import check_finite, check_k, check_threshold, need_encoder
 from .dispatch import implementation, resolve
 from .library import encode_rows, encode_rows_waiting, threshold_rows, waits
 from .pack import PackedEncoder
@@ -42,6 +42,7 @@ def encode_topk(
     Not differentiable. Under torch.compile it is one custom op (``library.py``). Raises ValueError for a
     shape, dtype, device or k that does not fit.
     """
+    need_encoder(encoder)
     check_k(k, encoder.d_sae)
     need_tensors(x=x)
     if check:
@@ -104,6 +105,7 @@ def encode_threshold(
     of entries depends on the data, so a GPU is waited for once per block of rows (2^26
     scores), to allocate them.
     """
+    need_encoder(encoder)
     limit: Any = check_threshold(encoder.natural() if threshold is None else encoder, threshold)
     if check:
         check_finite(x)

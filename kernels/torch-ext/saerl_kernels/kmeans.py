@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._check import check_rows
+from ._check import check_count, check_rows
 from .csr import l2_rows
 from .dispatch import kmeans_steps, resolve
 from .types import CSR
@@ -71,7 +71,7 @@ def kmeans_update(
     Raises ValueError for shapes, dtypes or devices that do not fit, and for what ``check`` finds.
     """
     check_rows(X, check)
-    _check_count(n_clusters)
+    check_count(n_clusters, "n_clusters")
     labels = _check_labels(X, labels, n_clusters, check)
     name = resolve(backend, X.device)
     if name == "reference":
@@ -122,7 +122,7 @@ def spherical_kmeans(
     Raises ValueError for what cannot be clustered, naming the value.
     """
     check_rows(X, check)
-    _check_count(n_clusters)
+    check_count(n_clusters, "n_clusters")
     if n_clusters > X.n_rows:
         raise ValueError(f"n_clusters={n_clusters} is larger than the number of rows, {X.n_rows}")
     if n_init < 1 or max_iter < 0 or not tol >= 0:
@@ -259,11 +259,6 @@ def _detached(X: CSR) -> CSR:
     """X without gradients or gaps between entries, as the kernels read it."""
     values = X.values.detach().contiguous()
     return CSR(X.indptr.contiguous(), X.indices.contiguous(), values, X.n_cols)
-
-
-def _check_count(n_clusters: int) -> None:
-    if isinstance(n_clusters, bool) or not isinstance(n_clusters, int) or n_clusters < 1:
-        raise ValueError(f"n_clusters={n_clusters!r} must be a positive integer")
 
 
 def _check_centroids(X: CSR, centroids: Tensor, check: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from ._check import check_indices, check_k
+from ._check import check_indices, check_k, need_encoder
 from .encode import encode_threshold, encode_topk
 from .pack import PackedEncoder
 from .types import CSR, TopK
@@ -52,6 +52,7 @@ class SparseEncoder(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        need_encoder(encoder)
         if output not in OUTPUTS:
             raise ValueError(f"output={output!r} is unknown; choose one of {', '.join(OUTPUTS)}")
         if k is None and (output == "topk" or encoder.threshold is None):

@@ -107,7 +107,7 @@ class PackedEncoder:
     def _permuted(self) -> PackedEncoder:
         if self.permute is not True or self.permutation is not None:
             return self
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(int(self.seed))
         order = torch.randperm(self.d_sae, generator=generator, device="cpu").to(self.device)
         return replace(
             self,
@@ -201,8 +201,8 @@ def pack_encoder(
     at_run_time = "none" if normalize_activations == "expected_average_only_in" else normalize_activations
     if permute not in (True, False):
         raise ValueError(f"permute={permute!r} is unknown; choose True or False")
-    if not 0 < abs(input_scale) < float("inf"):
-        raise ValueError(f"input_scale={input_scale} must be finite and not 0")
+    if not hasattr(input_scale, "__float__") or not 0 < abs(float(input_scale)) < float("inf"):
+        raise ValueError(f"input_scale={input_scale!r} must be a number, finite and not 0")
     dtype = (torch.float32 if W_enc.dtype == torch.float64 else W_enc.dtype) if dtype is None else dtype
     _check_dtype(dtype)
     device = W_enc.device
@@ -239,12 +239,20 @@ def pack_encoder(
     packed_threshold = None
     if threshold is not None:
         need_tensors(threshold=threshold if isinstance(threshold, Tensor) else None)
-        limit = torch.as_tensor(threshold, dtype=torch.float32, device=device).detach()
+        limit = number_or_tensor(threshold, device)
         if limit.dim() > 0:
             _check_shape("threshold", limit, (d_sae,))
         packed_threshold = limit.expand(d_sae).clone()
     packed = PackedEncoder(weight, bias.float(), packed_threshold, at_run_time, None, permute, seed)
     return packed._permuted()
+
+
+def number_or_tensor(threshold: Any, device: torch.device) -> Tensor:
+    """``threshold``, a number or an array, as float32; ValueError for anything else."""
+    try:
+        return torch.as_tensor(threshold, dtype=torch.float32, device=device).detach()
+    except (RuntimeError, TypeError, ValueError) as err:
+        raise ValueError(f"threshold={threshold!r:.80} is no number; give one, or [d_sae] of them") from err
 
 
 def written(*tensors: Optional[Tensor]) -> tuple:

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._check import REDUCES, check_finite, check_k, check_offsets, check_reduce, token_mask, token_weights
+from ._check import (
+    REDUCES,
+    check_finite,
+    check_k,
+    check_offsets,
+    check_reduce,
+    need_encoder,
+    token_mask,
+    token_weights,
+)
 from .dispatch import implementation, resolve
 from .encode import encode_threshold, encode_topk
 from .pack import PackedEncoder
@@ -61,6 +70,7 @@ def encode_pool(
     Raises ValueError for offsets that do not start with 0, end with n_tokens and never fall; for a mask or
     weights of another length or kind; for shapes, devices or a k that do not fit.
     """
+    need_encoder(encoder)
     if resolve(backend, encoder.device) == "reference" and not batch_invariant:
         if k is not None:
             check_k(k, encoder.d_sae)
@@ -101,6 +111,7 @@ class PoolStream:
         check: bool = False,
         batch_invariant: bool = False,
     ) -> None:
+        need_encoder(encoder)
         check_reduce(reduce)
         if k is not None:
             check_k(k, encoder.d_sae)

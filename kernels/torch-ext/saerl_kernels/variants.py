@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _torch
-from ._check import check_k
+from ._check import check_k, need_encoder
 from .dispatch import implementation, resolve
 from .encode import encode_topk
 from .library import ENCODER_SCHEMA, encode_fake, register
@@ -26,6 +26,7 @@ class _BothSigns(PackedEncoder):
 
 def pack_both_signs(encoder: PackedEncoder) -> PackedEncoder:
     """The encoder of ``encode_abs_topk``: every feature beside its negative, twice the memory."""
+    need_encoder(encoder)
     plain = encoder.natural()
     weight = torch.stack([plain.weight, -plain.weight], dim=1).reshape(-1, plain.d_in)
     bias = torch.stack([plain.bias, -plain.bias], dim=1).reshape(-1)
@@ -64,6 +65,7 @@ def encode_group_max(x: Tensor, encoder: PackedEncoder, k: int, *, backend: str 
     Returns values float32 [..., k] (0.0 for a group without a positive activation, at its first feature) and
     indices int32 [..., k], in the order of the groups; of equal values the lower feature. Ranked in float32.
     """
+    need_encoder(encoder)
     check_k(k, encoder.d_sae)
     if encoder.d_sae % k:
         raise ValueError(f"k={k} must divide d_sae={encoder.d_sae} into equal groups")
