@@ -107,7 +107,7 @@ def pooled(offsets):
         (lambda x, e: pooled(["a"]), r"offsets=\['a'\] are no integers"),
         (lambda x, e: sk.encode_threshold(x, e, threshold="1"), "threshold='1' is no number"),
         (lambda x, e: sk.pack_encoder(x, threshold=[[1], [2, 3]]), "is no number"),
-        (lambda x, e: sk.pack_encoder(x, input_scale="2"), "input_scale='2' must be a number"),
+        (lambda x, e: sk.pack_encoder(x, input_scale="2"), "input_scale='2' must be finite and not 0"),
         (
             lambda x, e: sk.spherical_kmeans(sk.encode_threshold(x, e, threshold=0), np.int64(2)),
             r"n_clusters is a numpy.int64; give int\(n_clusters\)",

@@ -202,7 +202,7 @@ def pack_encoder(
     if permute not in (True, False):
         raise ValueError(f"permute={permute!r} is unknown; choose True or False")
     if not hasattr(input_scale, "__float__") or not 0 < abs(float(input_scale)) < float("inf"):
-        raise ValueError(f"input_scale={input_scale!r} must be a number, finite and not 0")
+        raise ValueError(f"input_scale={input_scale!r} must be finite and not 0")
     dtype = (torch.float32 if W_enc.dtype == torch.float64 else W_enc.dtype) if dtype is None else dtype
     _check_dtype(dtype)
     device = W_enc.device

@@ -39,7 +39,7 @@ class Screen(NamedTuple):
 def bfloat16_rate() -> float:
     """How many times as fast as in float32 torch multiplies in bfloat16: the best of five turns of each.
 
-    On one thread and in its CPU time, of which others on the machine take nothing; 30 ms in all.
+    On one thread and in its CPU time, of which others on the machine take nothing.
     """
     times, threads = {}, torch.get_num_threads()
     torch.set_num_threads(1)

@@ -178,7 +178,8 @@ def _score_groups_kernel(
     place_at = place_ptr + rows.to(tl.int64)[:, None] * (T * G) + groups[None, :]
     if TREE:
         # As signed integers negative floats rank below 0, and so need no ReLU before the end; positive NaN
-        # ranks above infinity, and is rare enough for a branch of its own.
+        # ranks above infinity, and is rare enough for a branch of its own. Without the second maximum the
+        # compiler makes selects of that branch, which always run.
         bits = by_group(acc.to(tl.int32, bitcast=True), BM, BN, SIZE)
         most = tl.max(bits, axis=2)
         if tl.max(most) > INFINITY:
