@@ -82,7 +82,7 @@ test-verl: $(VENV)-verl/.installed ## plans in verl 0.9.1's own data loading, ba
 families: $(VENV)/.installed ## every family of language models in transformers, tiny and random: is it right here?
 	PYTHONPATH=. $(BIN)/python -m tests.families --out benchmarks/results/families.json
 
-faults: $(VENV)/.installed ## every command killed, starved of disk, raced and given damaged files; two hours on two cores
+faults: $(VENV)/.installed ## every command killed, starved of disk, raced and given damaged files; an hour or more on two cores
 	PYTHONPATH=. $(BIN)/python -m tests.faults --out benchmarks/results/faults.json
 
 lint: $(VENV)/.installed ## ruff, ruff format and mypy, changing nothing
