@@ -118,15 +118,30 @@ def test_an_export_that_was_killed_is_made_again(scored, tmp_path, to):
             export(run, out, to, reward=["exact"])
             os._exit(0)
         killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        if manifest.look(out, "export").entry is None:
-            export(run, out, to, reward=["exact"])
-        with pytest.raises(SaerlError, match="not an empty folder"):
-            export(run, out, to, reward=["exact"])
+        export(run, out, to, reward=["exact"])
+        times = [path.stat().st_mtime_ns for path in export(run, out, to, reward=["exact"])]
+        assert times == [path.stat().st_mtime_ns for path in export(run, out, to, reward=["exact"])]
+        with pytest.raises(SaerlError, match="holds an export of something else"):
+            export(run, out, "verl" if to == "trl" else "trl", reward=["exact"])
         assert sorted(path.name for path in out.iterdir() if path.name != ".saerl.lock") == wanted
         assert not manifest.look(out, "export").fault
         if not killed:
             break
     assert operation > 10 and not killed
+
+
+def test_an_export_beside_other_files_is_refused(scored, tmp_path):
+    run, plan = scored
+    plan("global")
+    out = tmp_path / "out"
+    export(run, out, "trl", reward=["exact"])
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(SaerlError, match="not an empty folder"):
+        export(run, out, "trl", reward=["exact"])
+    (out / "notes.txt").unlink()
+    plan("medium")  # whose order is another
+    with pytest.raises(SaerlError, match="holds an export of something else"):
+        export(run, out, "trl", reward=["exact"])
 
 
 def test_an_export_that_fails_leaves_nothing(scored, tmp_path, monkeypatch):

@@ -221,8 +221,14 @@ def test_convert_writes_what_saelens_loads(tmp_path: Path) -> None:
     sae = convert_sae(tmp_path / "raw.pt", tmp_path / "new", [*said, "model_name=m"])
     assert sae.layer == 4 and sae.cfg.model_name == "m" and not sae.cfg.apply_b_dec_to_input
     assert_equal(load_sae(tmp_path / "new"), sae_lens.SAE.load_from_disk(tmp_path / "new"))
-    with pytest.raises(SaerlError, match="exists and is not empty"):
+    at = (tmp_path / "new" / "cfg.json").stat().st_mtime_ns
+    convert_sae(tmp_path / "raw.pt", tmp_path / "new", [*said, "model_name=m"])  # done already
+    assert (tmp_path / "new" / "cfg.json").stat().st_mtime_ns == at
+    with pytest.raises(SaerlError, match="holds another SAE, converted before"):
         convert_sae(tmp_path / "raw.pt", tmp_path / "new", said)
+    (tmp_path / "new" / "notes.txt").write_text("mine")
+    with pytest.raises(SaerlError, match="exists and is not empty"):
+        convert_sae(tmp_path / "raw.pt", tmp_path / "new", [*said, "model_name=m"])
 
 
 @pytest.mark.parametrize(
@@ -275,8 +281,7 @@ def test_a_folder_that_a_killed_conversion_left_is_taken(tmp_path: Path) -> None
         assert any(to.iterdir())
         convert_sae(tmp_path / "from", to)
         load_sae(to)
-        with pytest.raises(SaerlError, match="not empty"):
-            convert_sae(tmp_path / "from", to)
+        convert_sae(tmp_path / "from", to)
         assert sorted(file.name for file in to.iterdir() if file.suffix == ".json") == [
             "cfg.json",
             "manifest.json",

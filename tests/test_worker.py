@@ -60,8 +60,9 @@ def crash() -> None:
 
 
 def hang(file: str) -> None:
-    """A process of its own, and then C code that lets no thread run and looks at no signals."""
-    Path(file).write_text(str(subprocess.Popen(["sleep", "100"]).pid))
+    """Processes of its own, and then C code that lets no thread run and looks at no signals."""
+    apart = [subprocess.Popen(["sleep", "100"], start_new_session=away).pid for away in (False, True)]
+    Path(file).write_text(" ".join(map(str, apart)) + "\n")
     9**9**9  # noqa: B018
 
 
@@ -77,8 +78,8 @@ def test_calls_and_their_ends(tmp_path) -> None:
 
     with pytest.raises(Late) as late:
         worker.call(f"{me}:hang", str(tmp_path / "pid"), seconds=0.5)
-    assert (__file__, hang.__code__.co_firstlineno + 3) in late.value.frames
-    assert gone(first, int((tmp_path / "pid").read_text()))
+    assert (__file__, hang.__code__.co_firstlineno + 4) in late.value.frames
+    assert gone(first, *map(int, (tmp_path / "pid").read_text().split()))
     again = worker.call(f"{me}:word", seconds=60)
     assert again[0] == "hello" and again[1] != first
     with pytest.raises(Died, match="ended its process with code 3"):
@@ -108,9 +109,9 @@ def test_the_child_dies_with_its_parent(tmp_path) -> None:
     )
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
-    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+    while not (tmp_path / "pid").is_file() or "\n" not in (tmp_path / "pid").read_text():
         time.sleep(0.02)
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    assert gone(pid, int((tmp_path / "pid").read_text()))
+    assert gone(pid, *map(int, (tmp_path / "pid").read_text().split()))

@@ -47,9 +47,10 @@ def export(
     """Write what ``to`` (one of CONSUMERS) reads into the new ``folder``; the files.
 
     ``run_dir``: where `saerl score` wrote; ``plan``: a plan.json, by default the one there. ``reward``: of
-    `write_parquet`, for verl. Raises SaerlError without scores, without a plan (parquet needs none), on an
-    adaptive plan for verl, on a plan that was made there from other scores, and on a folder that holds more
-    than what a killed export has left.
+    `write_parquet`, for verl. A folder that holds just this already, since an export was interrupted at its
+    end, say, stays. Raises SaerlError without scores, without a plan (parquet needs none), on an adaptive
+    plan for verl, on a plan that was made there from other scores, and on a folder that holds more than what
+    a killed export has left.
     """
     import pyarrow.parquet as pq
     from datasets import Dataset
@@ -70,6 +71,10 @@ def export(
     table = Dataset(pq.read_table(run_dir / "scores.parquet").replace_schema_metadata())
     if manifest.check(run_dir, "scores", "saerl score") != made:
         raise SaerlError(f"the scores in {run_dir} were made again while they were read; export again")
+    files_read = [run_dir / "scores.parquet"]
+    if found is not None:
+        files_read += [file for file in (path, path.with_suffix(".safetensors")) if file.is_file()]
+    inputs = {"to": to, "reward": list(reward), "files": [manifest.digest(file) for file in files_read]}
     data = {"prompts.parquet": table}
     if to == "trl" and found is not None:
         data = {"train.parquet": add_plan(table, found)}
@@ -79,6 +84,11 @@ def export(
         data["plan.parquet"] = add_plan(table.select_columns(["prompt_id"]), found)
     with lock(folder):
         _refuse_full(folder)  # once more: another may have written it
+        there = manifest.look(folder, "export")
+        if there.entry and not there.fault:
+            if there.entry.get("inputs") != inputs:
+                raise SaerlError(f"{folder} holds an export of something else; name a new folder")
+            return [folder / name for name in sorted(there.entry["files"])]
         try:
             manifest.begin(folder, "export")
             for name in FILES:
@@ -95,7 +105,7 @@ def export(
             names = list(data) or ["train.parquet"]
             write_text(folder / "README.md", _card(table, scores, found, to, names))
             files = [name for name in FILES if (folder / name).exists()]
-            manifest.record(folder, "export", files, {"inputs": {"scores": (made or {}).get("files")}})
+            manifest.record(folder, "export", files, {"inputs": inputs})
         except BaseException:  # half of an export looks like a whole one to who reads its Parquet files
             for name in (*FILES, manifest.FILE):
                 (folder / name).unlink(missing_ok=True)
@@ -108,8 +118,8 @@ def _refuse_full(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise SaerlError(f"{folder} is a file; name a new folder")
     clean(folder)
-    begun = manifest.look(folder, "export").partial
-    if not vacant(folder, FILES if begun else ()):
+    found = manifest.look(folder, "export")
+    if not vacant(folder, FILES if found.partial or (found.entry and not found.fault) else ()):
         raise SaerlError(f"{folder} exists and is not an empty folder; name a new one")
 
 

@@ -2,7 +2,8 @@
 
 The child is a clean interpreter, never a fork, since this process may have threads and a GPU. It leads a
 process group of its own, so that a Ctrl-C in the terminal does not reach it, and a shell that waits for this
-process's end, however sudden, kills the whole group: nothing that a call has started outlives the program.
+process's end, however sudden, kills the whole group, and on Linux also what has left it but still has the
+mark in its environment: nothing that a call has started outlives the program.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import pickle
 import re
+import secrets
 import select
 import signal
 import subprocess
@@ -33,7 +35,12 @@ _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from saerl_fast.rl.worker import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
 )
-_GUARD = 'read -r _; kill -s KILL -- "-$0"'  # its input ends with the process that holds the other end
+_MARK = "SAERL_WORKER"
+_GUARD = (  # its input ends with the process that holds the other end
+    'read -r _; kill -s KILL -- "-$0"; '
+    f'for found in $(grep -ls "{_MARK}=$1" /proc/[0-9]*/environ); do '
+    'pid="${found#/proc/}"; kill -s KILL "${pid%/environ}"; done'
+)
 _FRAME = re.compile(r'File "(.*)", line (\d+)')
 
 
@@ -103,10 +110,11 @@ class Worker:
         command = [sys.executable, "-u", "-c", _CHILD, json.dumps([*map(str, sys.path)]), *map(str, told)]
         apart: dict[str, Any] = {"stdin": subprocess.DEVNULL, "start_new_session": True}
         try:
-            environment = os.environ | self._environment
+            mark = secrets.token_hex(16)
+            environment = os.environ | self._environment | {_MARK: mark}
             self._process = subprocess.Popen(command, env=environment, pass_fds=told, **apart)
             apart |= {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            guard = subprocess.Popen(["/bin/sh", "-c", _GUARD, str(self._process.pid)], **apart)
+            guard = subprocess.Popen(["/bin/sh", "-c", _GUARD, str(self._process.pid), mark], **apart)
         except OSError as err:
             raise SaerlError(f"cannot start a process for rewards: {err.strerror or err}") from None
         theirs.close()

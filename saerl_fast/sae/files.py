@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saerl_fast.errors import SaerlError, named
 from saerl_fast.fileio import read_tensors
@@ -21,6 +22,9 @@ from saerl_fast.sae import formats, hub, saelens
 from saerl_fast.sae.formats import SAELENS_WEIGHTS
 from saerl_fast.sae.model import SAE
 from saerl_fast.sae.saelens import layer_of_hook
+
+if TYPE_CHECKING:
+    import torch
 
 _SAELENS_VERSION = "6.54.12"  # whose configuration layout save_sae writes
 USAGE = "sparsity.safetensors"  # SAELens' name
@@ -88,20 +92,27 @@ def convert_sae(source: str | Path, folder: str | Path, said: list[str] | tuple[
     """Write any SAE that `load_sae` reads as a SAELens folder, and return it.
 
     ``said``: ``name=value`` items for what its files leave open, such as ``k=50`` or
-    ``hook_name=blocks.12.hook_resid_post``; they win over the files. SaerlError on an unknown name, a wrong
-    value, and a folder that holds more than what a killed conversion has left.
+    ``hook_name=blocks.12.hook_resid_post``; they win over the files. A folder that holds just this already,
+    since a conversion was interrupted at its end, say, stays. SaerlError on an unknown name, a wrong value,
+    and a folder that holds more than what a killed conversion has left.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise SaerlError(f"{folder} is a file; name a new folder")
     with lock(folder):
         begun = manifest.look(folder, "sae")  # by a conversion that was killed
-        names = begun.entry["files"] if begun.entry and begun.partial else ()
-        if not vacant(folder, names):
+        names = begun.entry["files"] if begun.entry else ()
+        made = (begun.entry or {}).get("inputs", {}).get("converted") if not begun.fault else None
+        if not vacant(folder, names if begun.partial or made else ()):
             raise SaerlError(f"{folder} exists and is not empty; name a new folder")
         sae = load_sae(source, dict(_parsed(item) for item in said))
+        converted = _digest(sae)
+        if made == converted:
+            return sae
+        if made:
+            raise SaerlError(f"{folder} holds another SAE, converted before; name a new folder")
         try:
-            save_sae(sae, folder, made={"inputs": {"source": str(source)}})
+            save_sae(sae, folder, made={"inputs": {"source": str(source), "converted": converted}})
         except BaseException:  # the same command again would refuse what it has left
             entry = manifest.look(folder, "sae").entry
             for name in (*(entry["files"] if entry else ()), manifest.FILE):
@@ -136,7 +147,22 @@ def save_sae(
     ``train``: figures of its training, for train.json. ``made``: what a ``manifest.json`` is to say of the
     SAE beside the hashes of its files; without it there is none, and the files may be edited.
     """
-    folder = Path(folder)
+    from safetensors.torch import save_file
+
+    config, weights = _layout(sae)
+    texts = {"cfg.json": config} | ({} if train is None else {"train.json": train})
+    shown = {name: json.dumps(value, indent=1, allow_nan=False) + "\n" for name, value in texts.items()}
+    with manifest.publish(folder, "sae", made) as new:
+        save_file(weights, new(SAELENS_WEIGHTS))
+        if sae.usage:
+            save_file({name: part.cpu().contiguous() for name, part in sae.usage.items()}, new(USAGE))
+        for name, text in shown.items():
+            new(name).write_text(text)
+    return Path(folder)
+
+
+def _layout(sae: SAE) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """SAELens' configuration and weights."""
     architecture = "jumprelu" if sae.threshold is not None else sae.architecture
     weights = {name: getattr(sae, name).detach() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     if architecture == "jumprelu":
@@ -155,17 +181,15 @@ def save_sae(
     }
     if architecture == "topk":
         config |= {"k": sae.k, "rescale_acts_by_decoder_norm": sae.cfg.rescale_acts_by_decoder_norm}
-    from safetensors.torch import save_file
+    return config, {name: w.float().cpu().contiguous() for name, w in weights.items()}
 
-    texts = {"cfg.json": config} | ({} if train is None else {"train.json": train})
-    shown = {name: json.dumps(value, indent=1, allow_nan=False) + "\n" for name, value in texts.items()}
-    with manifest.publish(folder, "sae", made) as new:
-        save_file({name: w.float().cpu().contiguous() for name, w in weights.items()}, new(SAELENS_WEIGHTS))
-        if sae.usage:
-            save_file({name: part.cpu().contiguous() for name, part in sae.usage.items()}, new(USAGE))
-        for name, text in shown.items():
-            new(name).write_text(text)
-    return folder
+
+def _digest(sae: SAE) -> str:
+    """SHA-256 of all that `save_sae` writes of it, whatever the order of a file's tensors."""
+    config, weights = _layout(sae)
+    parts = weights | {f"usage/{name}": part.cpu().contiguous() for name, part in (sae.usage or {}).items()}
+    hashes = {name: sha256(part.numpy().tobytes()).hexdigest() for name, part in parts.items()}
+    return manifest.json_digest([config, hashes])
 
 
 def hook_name(sae: SAE) -> str | None:

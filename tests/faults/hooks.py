@@ -85,6 +85,27 @@ def unreadable_at(run_dir: Path, number: int) -> Callable[[], None]:
     )
 
 
+def at_each_sync(call: Callable[[int], None]) -> Callable[[], None]:
+    """Before the disk is asked to have written a file, ``call`` with the number of such requests, from 1."""
+
+    def install() -> None:
+        sync, seen = os.fsync, [0]
+
+        def counting(handle: int) -> None:
+            seen[0] += 1
+            call(seen[0])
+            sync(handle)
+
+        os.fsync = counting  # type: ignore[assignment]
+
+    return install
+
+
+def unsynced_at(number: int, code: int) -> Callable[[], None]:
+    """The error ``code`` where the disk is asked for the time of this number."""
+    return at_each_sync(lambda n: _refuse(code) if n == number else None)
+
+
 def signalled_at(run_dir: Path, sent: dict[int, list[int]]) -> Callable[[], None]:
     """The signals of each number before the operation of that number."""
     return each_operation(run_dir, lambda n: [os.kill(os.getpid(), one) for one in sent.get(n, [])] and None)

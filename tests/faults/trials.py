@@ -15,6 +15,7 @@ from itertools import combinations_with_replacement, product
 from pathlib import Path
 
 from tests.faults.hooks import (
+    at_each_sync,
     counted,
     each_operation,
     full_at,
@@ -23,6 +24,7 @@ from tests.faults.hooks import (
     refused_at,
     signalled_at,
     unreadable_at,
+    unsynced_at,
 )
 from tests.faults.workbench import (
     MORE,
@@ -196,6 +198,23 @@ class Bench:
 
                 said = f"{stage} {number} {name}{' once' * once}"
                 yield Trial("other errors of the disk", said, trial)
+
+            for number in range(1, self.syncs(stage) + 1):
+                name = ("EIO", "ENOSPC", "EDQUOT")[number % 3]
+
+                def unsynced(stage: str = stage, number: int = number, name: str = name) -> tuple[str, str]:
+                    folder = fresh(self.folders[stage])
+                    return self.failed(stage, folder, unsynced_at(number, getattr(errno, name)))
+
+                yield Trial("other errors of the disk", f"{stage} fsync {number} {name}", unsynced)
+
+    @cache  # noqa: B019
+    def syncs(self, stage: str) -> int:
+        """How often the stage asks the disk to have written a file."""
+        folder, to = fresh(self.folders[stage]), scratch("count")
+        handle = os.open(to, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        run(stage, folder, before=at_each_sync(lambda number: os.write(handle, b".") and None))
+        return to.stat().st_size
 
     def failed(self, stage: str, folder: Path, fault: Callable[[], None]) -> tuple[str, str]:
         """The command with a fault of the disk, then without."""
