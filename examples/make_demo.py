@@ -4,13 +4,14 @@
 
 Writes OUT/model/ (a 0.7 M parameter LlamaForCausalLM in bfloat16 with a 512-entry byte-level BPE
 tokenizer, ordinary transformers files), OUT/pool.jsonl (2,000 prompts, 28 % of them bad: the column
-`kind` says which, and the pipeline never reads it) and OUT/eval.jsonl (240 clean items; no
-problem is in both, not even in other words, while pretraining draws on all of them).
+`kind` says which, and the pipeline never reads it), OUT/hard.jsonl (the same with more problems beyond the
+model), OUT/eval.jsonl (240 clean items; no problem is in both, not even in other words, while pretraining
+draws on all of them) and OUT/sae/, which `saerl sae train --config examples/demo.yaml` makes.
 
 The model is pretrained from nothing on the kinds of text the pool is drawn from, briefly: first on right
 answers, then with a large share of near misses. It ends up knowing the formats, solving some levels,
 hesitating on others, and so leaves RL something to do, as a language model trained on the web does.
-The two .jsonl files are the same for a seed everywhere; the weights are, on one machine and version of
+The .jsonl files are the same for a seed everywhere; the weights are, on one machine and version of
 torch and with one thread count.
 """
 
@@ -20,6 +21,7 @@ import argparse
 import json
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from demo_pool import LEVELS, TASKS, make_eval, make_pool, pretraining_text
 
 TEMPLATE = "{prompt}\nA:"  # also data.template in demo.yaml
 VOCAB_SIZE = 512
+HARD = 0.75  # of hard.jsonl's problems, the share beyond the model; pool.jsonl's is make_pool's own
 CLEAN = 0.8  # the share of pretraining that sees right answers only ...
 NOISE = 0.45  # ... and the share of wrong answers in the rest
 
@@ -230,6 +233,22 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+def make_sae(out: Path, steps: int) -> None:
+    """OUT/sae, without a manifest, which would name this machine's folders."""
+    from saerl_fast.config import load_config
+    from saerl_fast.sae.files import load_sae, save_sae
+    from saerl_fast.stages.console import Echo
+    from saerl_fast.stages.pipeline import sae_stage
+
+    with tempfile.TemporaryDirectory() as folder:
+        places = [f"model.path={out / 'model'}", f"data.train={out / 'pool.jsonl'}", f"run_dir={folder}"]
+        config = Path(__file__).with_name("demo.yaml")
+        sae_stage(
+            load_config(config, [*places, f"data.eval={out / 'eval.jsonl'}", f"sae.steps={steps}"]), Echo()
+        )
+        save_sae(load_sae(Path(folder) / "sae"), out / "sae")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -241,6 +260,7 @@ def main() -> None:
     parser.add_argument(
         "--noise", type=float, default=NOISE, help="share of wrong answers late in pretraining"
     )
+    parser.add_argument("--sae-steps", type=int, default=400, help="steps of the SAE, by default demo.yaml's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -249,6 +269,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     held_out = make_eval(args.seed)
     write_jsonl(args.out / "pool.jsonl", make_pool(args.seed))
+    write_jsonl(args.out / "hard.jsonl", make_pool(args.seed, hard=HARD))
     write_jsonl(args.out / "eval.jsonl", held_out)
     tokenizer = make_tokenizer(args.seed)
     model = make_model(tokenizer, args.seed)
@@ -265,6 +286,7 @@ def main() -> None:
     )
     model.to(torch.bfloat16).save_pretrained(args.out / "model")
     tokenizer.save_pretrained(args.out / "model")
+    make_sae(args.out, args.sae_steps)
     print_table(held_out, pass_rates(model.float(), tokenizer, held_out))
     print(f"wrote {args.out}")
 

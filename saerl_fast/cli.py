@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import shlex
@@ -15,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from saerl_fast import __version__
-from saerl_fast.config import SCHEDULES, Config, describe, load_config
+from saerl_fast.config import SCHEDULES, Config, apply_overrides, describe, load_config
 from saerl_fast.errors import SaerlError, halved, named, no_memory, printable
 from saerl_fast.fileio import writing, written
 from saerl_fast.hub import at_home
@@ -153,7 +154,9 @@ def demo_config(args: argparse.Namespace) -> Config:
     places = {"model.path": "model", "data.train": "pool.jsonl", "data.eval": "eval.jsonl"}
     found = [f"{key}={(folder / name).as_posix()}" for key, name in places.items()]
     args.overrides = [*found, *args.overrides]
-    return read_config(args)
+    config = read_config(args)
+    own = [pool.replace("examples/demo/", f"{folder.as_posix()}/") for pool in config.compare.pools or ()]
+    return apply_overrides(config, [f"compare.pools={json.dumps(own)}"]) if own else config
 
 
 def run(args: argparse.Namespace) -> None:

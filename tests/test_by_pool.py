@@ -19,10 +19,11 @@ from tests.test_compare import recorded  # noqa: F401 a fixture
 from tests.test_report import record_run
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+ONE = ["compare.seeds=0", "compare.pools=", "compare.until=false"]  # no pools but those of a test
 
 
 def settings(root, *more):
-    return load_config(EXAMPLES / "demo.yaml", [f"run_dir={root}", "compare.seeds=0", *more])
+    return load_config(EXAMPLES / "demo.yaml", [f"run_dir={root}", *ONE, *more])
 
 
 def two(tmp_path, more=""):

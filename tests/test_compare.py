@@ -3,6 +3,7 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -108,8 +109,45 @@ def test_targets_that_end_a_run_are_known_beforehand(tmp_path):
         settings(tmp_path, "compare.until=true")
     config = settings(tmp_path, "compare.until=true", "compare.target_values=[0.3,0.39]")
     rise = [(10 * i, 0.1 * i) for i in range(8)]
-    assert [module._enough(config, rise[:count]) for count in range(8)] == [False] * 6 + [True] * 2
-    assert not module._enough(config, [(0, 0.9)])  # a step is taken at least
+    enough = partial(module._enough, config, config.compare.target_values)
+    assert [enough(rise[:count]) for count in range(8)] == [False] * 6 + [True] * 2
+    assert not enough([(0, 0.9)])  # a step is taken at least
+
+
+def test_pilots_fix_the_targets_of_other_seeds(tmp_path, recorded):
+    root = tmp_path / "r"
+    asked = ["compare.arms=vanilla,adaptive", "compare.seeds=4,7", "compare.smooth=1"]
+    config = settings(root, *asked, "compare.pilots=11,12", "compare.until=true")
+    compare(config, Echo(quiet=True))
+    assert [(arm, seed, name) for arm, _, seed, name, _ in recorded] == [
+        ("vanilla", 11, "vanilla.seed-11"),
+        ("vanilla", 12, "vanilla.seed-12"),
+        ("vanilla", 4, "vanilla"),
+        ("adaptive", 4, "adaptive"),
+        ("vanilla", 7, "vanilla.seed-7"),
+        ("adaptive", 7, "adaptive.seed-7"),
+    ]
+    assert (root / "pilot" / "vanilla.seed-12" / "metrics.jsonl").is_file()
+    kept = json.loads((root / "compare.json").read_text())
+    assert kept["target_values"] == [0.12, 0.16] and kept["pilots"] == [11, 12]  # of a gain of .2 from 0
+    text = (root / "report.md").read_text()
+    assert "| vanilla | 2 |" in text and "Targets come from 2 runs of the first arm with other seeds" in text
+    assert "pilot" not in text.replace("compare.pilots", "")
+    recorded.clear()
+    compare(config, Echo(quiet=True))  # all of it is there, and so are the targets
+    assert not recorded and json.loads((root / "compare.json").read_text()) == kept
+    given = settings(tmp_path / "b", *asked, "compare.pilots=11", "compare.target_values=[0.1]")
+    compare(given, Echo(quiet=True))
+    assert not (tmp_path / "b" / "pilot").exists() and len(recorded) == 4
+    with pytest.raises(SaerlError, match="compare.pilots and compare.seeds both have 4"):
+        compare(settings(root, *asked, "compare.pilots=4,5"), Echo(quiet=True))
+
+
+def test_pilots_that_gain_nothing_end_in_a_sentence(tmp_path, recorded, monkeypatch):
+    monkeypatch.setattr(module, "find_targets", lambda runs, settings: {})
+    with pytest.raises(SaerlError, match="the pilots of vanilla gain nothing"):
+        compare(settings(tmp_path, "compare.arms=vanilla", "compare.pilots=11"), Echo(quiet=True))
+    assert [seed for _, _, seed, *_ in recorded] == [11]
 
 
 def test_each_seed_may_have_an_sae_of_its_own(tmp_path, recorded, monkeypatch):

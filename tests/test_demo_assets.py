@@ -13,7 +13,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from saerl_fast.config import load_config
+from saerl_fast.config import apply_overrides, load_config
+from saerl_fast.sae.files import load_sae
+from saerl_fast.stages.arms import parse_pool
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -145,11 +147,12 @@ def test_config(monkeypatch: pytest.MonkeyPatch, make_demo: ModuleType) -> None:
     assert Path(cfg.model.path, "config.json").is_file()
     assert Path(cfg.data.train).is_file() and Path(str(cfg.data.eval)).is_file()
     assert cfg.data.template == make_demo.TEMPLATE
-    assert cfg.train.eval.mode == "prob" and cfg.compare.arms == [
-        "vanilla",
-        "filtered:plan.schedule=vanilla;plan.filter=true",
-        "adaptive",
-    ]
+    assert cfg.train.eval.mode == "prob" and cfg.compare.arms == ["vanilla", "adaptive"]
+    for text in cfg.compare.pools:
+        pool = apply_overrides(cfg, [*parse_pool(text)[1], "compare.pools="])
+        assert Path(pool.data.train).is_file()
+        sae = load_sae(str(pool.sae.path))
+        assert (sae.d_sae, sae.k, sae.layer) == (cfg.sae.d_sae, cfg.sae.k, cfg.sae.layer)
 
 
 def test_make_demo_runs_from_scratch(
@@ -158,10 +161,13 @@ def test_make_demo_runs_from_scratch(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.setattr(sys, "argv", ["make_demo.py", "--out", str(tmp_path), "--steps", "3", "--batch", "4"])
+    sys.argv += ["--sae-steps", "3"]
     make_demo.main()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     shipped = AutoTokenizer.from_pretrained(DEMO / "model")
     assert tokenizer.get_vocab() == shipped.get_vocab()
     assert model.dtype == torch.bfloat16 and len(tokenizer) == model.config.vocab_size
-    assert (tmp_path / "pool.jsonl").read_bytes() == (DEMO / "pool.jsonl").read_bytes()
+    for name in ("pool.jsonl", "hard.jsonl", "eval.jsonl"):
+        assert (tmp_path / name).read_bytes() == (DEMO / name).read_bytes()
+    assert load_sae(tmp_path / "sae").d_in == model.config.hidden_size

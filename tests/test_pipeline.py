@@ -26,6 +26,7 @@ SMALL = """
     difficulty.n_labels=32 difficulty.rollouts=2 diversity.n_clusters=4 diversity.null_rounds=1
     plan.adaptive.svd=8 train.steps=2 train.rollout.prompts_per_step=4 train.rollout.group_size=4
     train.eval.every=1 train.save_every=1 train.warmup.steps=0 compare.arms=vanilla,adaptive compare.seeds=0
+    compare.pools= compare.until=false
 """.split()  # noqa: SIM905 - read as it would be typed
 
 

@@ -101,6 +101,14 @@ def test_curves_are_means_over_seeds_and_count_rollouts(tmp_path, drawn):
     np.testing.assert_allclose(drawn[0].axes[1].lines[0].get_xdata(), [0, 320, 640])
 
 
+def test_the_mean_ends_with_the_first_run_that_ends(tmp_path, drawn):
+    long, short = make_run("a", 0), make_run("a", 1, lift=0.2)
+    del short.eval_steps[-1], short.accuracy[-1]
+    plots.learning_curves([long, short], {}, tmp_path / "figure.png")
+    mean = next(line for line in drawn[0].axes[0].lines if line.get_label() == "a (mean of 2)")
+    np.testing.assert_allclose(mean.get_ydata(), [0.1, 0.35])
+
+
 def test_an_arm_that_has_only_its_first_evaluation_is_drawn_beside_one_that_trains(tmp_path):
     begun = RunRecord("adaptive", 0, None, {})
     begun.add(parse(json.dumps({"step": 0, "kind": "eval", "accuracy": 0.1}).encode()))

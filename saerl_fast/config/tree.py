@@ -397,19 +397,30 @@ class CompareConfig(Section):
     targets: list[float] = setting(
         [0.6, 0.8], "shares of the first arm's gain", above=0, at_most=1, filled=True, distinct=True
     )
+    pilots: list[int] = setting(
+        [],
+        "seeds of the first arm that are run before, and whose gain `targets` are of",
+        **SEED,
+        distinct=True,
+    )
     target_values: list[float] | None = setting(
-        None, "accuracies registered beforehand; replace `targets`", filled=True, distinct=True
+        None, "accuracies registered beforehand; replace `targets` and `pilots`", filled=True, distinct=True
     )
     smooth: int = setting(3, "evaluations in the mean that is tested against a target", at_least=1)
-    until: bool = setting(False, "end runs that are past all `target_values`; false: each takes all steps")
+    until: bool = setting(
+        False, "end runs that are past all targets known before; false: each takes all steps"
+    )
     vary_sae: bool = setting(
         False,
         "every seed but the first has an SAE of its own, and scores, in run_dir/draws; one for all is luck",
     )
 
     def conflict(self) -> str | None:
-        if self.until and not self.target_values and not self.pools:  # which may have their own
-            return "compare.until needs targets that are known beforehand; set compare.target_values"
+        if self.until and not self.target_values and not self.pilots and not self.pools:  # with their own
+            return (
+                "compare.until needs targets that are known beforehand; set compare.target_values, or "
+                "compare.pilots"
+            )
         return None
 
 

@@ -93,17 +93,19 @@ def learning_curves(runs: list[RunRecord], targets: dict[str, float], path: Path
                 axes[0].plot(steps, values, color=shade, lw=0.8, alpha=0.4 if len(mine) > 1 else 0)
                 at = run.spent("rollouts", steps)
                 axes[1].plot(at, values, color=shade, lw=1.6, alpha=0.9 if len(mine) == 1 else 0.5)
-            curves = [_curve(run) for run in mine]
-            if mine and all(np.array_equal(steps, curves[0][0]) for steps, _ in curves):
-                mean = np.mean([values for _, values in curves], axis=0)
+            if mine:  # up to where the first of them ends
+                curves = [dict(zip(*_curve(run), strict=True)) for run in mine]
+                shared = sorted(set(curves[0]).intersection(*curves))
+                mean = [np.mean([curve[step] for curve in curves]) for step in shared]
                 label = _cut(arm) if len(mine) == 1 else f"{_cut(arm)} (mean of {len(mine)})"
-                axes[0].plot(curves[0][0], mean, color=shade, lw=2.2, label=label)
+                axes[0].plot(shared, mean, color=shade, lw=2.2, label=label)
         for name, value in targets.items():
             axes[0].axhline(value, color="#999999", lw=0.8, ls="--")
             axes[0].annotate(_cut(name), (0, value), fontsize=8, color="#777777", va="bottom")
         axes[0].set(xlabel="GRPO steps", ylabel=accuracy_label(runs))
         axes[1].set(xlabel="rollouts spent")
-        axes[0].legend(frameon=False)
+        if axes[0].get_legend_handles_labels()[0]:
+            axes[0].legend(frameon=False)
 
     return _figure(path, (10, 3.8), draw, columns=2)
 

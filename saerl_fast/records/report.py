@@ -131,6 +131,8 @@ def main_table(runs: list[RunRecord], targets: dict[str, float], settings: Compa
     basis = (
         "were registered before the run" if settings.target_values else "come from the first arm's own curve"
     )
+    if settings.target_values and settings.pilots:
+        basis = f"come from {len(settings.pilots)} runs of the first arm with other seeds (compare.pilots)"
     notes = [_mode_note(runs)]
     if targets:
         window = f"{settings.smooth} evaluations"

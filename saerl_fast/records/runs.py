@@ -34,6 +34,7 @@ SUMMARY = {"merged?": MERGED, "accuracy?": _NUMBER, "damage?": [str], "warnings?
 COMPARED = {"arms?": [str], "seeds?": [int], "notes?": list}
 COMPARED |= {
     "targets?": [float],
+    "pilots?": [int],
     "target_values?": (None, [float]),
     "smooth?": int,
     "vary_sae?": bool,
@@ -52,6 +53,7 @@ FORMS: dict[str, tuple[str, Any]] = {  # name -> the command that writes it, and
     "train.json": ("saerl sae train", {}),
     LOGS: ("saerl train", WRITTEN),
 }
+PILOT = "pilot"  # the folder of a comparison's pilots, which are no part of it
 MOST_STEPS = 10**6  # of which lost evaluations are told
 SAERL_PHASES = ("capture", "encode", "plan")  # what this project adds to a vanilla step
 
@@ -257,7 +259,8 @@ def _ranges(gaps: list[tuple[int, int]]) -> str:
 
 def find_runs(root: str | Path) -> list[Path]:
     """The folders below ``root``, and ``root`` itself, that hold a run: metrics.jsonl, or run.json and what a
-    run writes later. Links are followed; a folder that is reached twice is listed once, not as a link."""
+    run writes later. Links are followed; a folder that is reached twice is listed once, not as a link. A
+    comparison's pilots are passed over."""
     found, seen, links = [], set(), [Path(root)]
     while links:
         for at, folders, files in os.walk(links.pop(0), onerror=_unreadable):
@@ -266,6 +269,8 @@ def find_runs(root: str | Path) -> list[Path]:
                 folders.clear()
                 continue
             seen.add(real)
+            if PILOT in folders and "compare.json" in files:
+                folders.remove(PILOT)
             if "metrics.jsonl" in files or ("run.json" in files and {LOGS, "summary.json"} & set(files)):
                 found.append(Path(at))
             links += [path for name in sorted(folders) if (path := Path(at, name)).is_symlink()]

@@ -10,6 +10,7 @@ from saerl_fast.plan.static import get_schedule
 from saerl_fast.stages.fingerprint import flat
 from saerl_fast.stages.preflight import unfiltered
 
+TAKEN = ("sae", "draws", "pilot")  # folders beside those of arms and pools
 OF_POOL = (
     "data.",
     "sae.",
@@ -19,6 +20,7 @@ OF_POOL = (
     "diversity.",
     "train.reward",
     "compare.target",
+    "compare.pilots",
 )
 
 
@@ -65,15 +67,16 @@ def parse_pool(text: str) -> tuple[str, list[str]]:
         if not item.startswith(OF_POOL):
             raise SaerlError(
                 f"pool {name} sets {item!r}; a pool may set data.*, sae.*, score.*, quality.*, difficulty.*, "
-                "diversity.*, train.reward and compare.target_values only"
+                "diversity.*, train.reward, compare.target_values and compare.pilots only"
             )
     return name, [f"data.train={source}", *filter(None, rest)]
 
 
 def _check_folder(what: str, name: str) -> None:
-    if not name.replace("-", "_").isidentifier() or name == "sae":
+    if not name.replace("-", "_").isidentifier() or name in TAKEN:
         raise SaerlError(
-            f"{what} name {name!r} must be letters, digits, '-' or '_', and not 'sae'; it becomes a folder"
+            f"{what} name {name!r} must be letters, digits, '-' or '_', and none of {', '.join(TAKEN)}; it "
+            "becomes a folder"
         )
 
 

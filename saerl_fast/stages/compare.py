@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 from saerl_fast.config import Config, apply_overrides, to_dict
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json, write_json
+from saerl_fast.records.compared import find_targets
 from saerl_fast.records.lock import Held, holder, lock
 from saerl_fast.records.report import write_report
-from saerl_fast.records.runs import open_run, read_object
+from saerl_fast.records.runs import PILOT, open_run, read_object
 from saerl_fast.records.stats import past
 from saerl_fast.rl.lora import check_targets
 from saerl_fast.sae.files import check_source
@@ -42,11 +43,14 @@ from saerl_fast.stages.pipeline import find_scores, make_plan, open_session
 from saerl_fast.stages.preflight import UNRECORDED, check_functions, check_packages
 from saerl_fast.stages.train import train_stage
 
+Job = tuple[str, Config, Path]  # arm, its config, its folder
+
 
 class Jobs(NamedTuple):
     """What a comparison will run, after what can be checked without the model."""
 
-    runs: list[tuple[str, Config, Path]]  # arm, its config, its folder
+    runs: list[Job]
+    pilots: list[Job]
     first: list[Config]  # of each arm, with the first seed
     notes: list[str]
 
@@ -55,7 +59,8 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
     """Run every arm with every seed and write the report; finished runs are kept, broken ones resumed.
 
     The first seed's runs are in ``<run_dir>/<arm>``, the others' in ``<run_dir>/<arm>.seed-<seed>``; with
-    ``compare.vary_sae`` the others' SAEs and scores are in ``<run_dir>/draws/seed-<seed>``. With
+    ``compare.vary_sae`` the others' SAEs and scores are in ``<run_dir>/draws/seed-<seed>``; runs of
+    ``compare.pilots``, which fix the targets, are in ``<run_dir>/pilot`` and count for nothing else. With
     ``compare.pools`` all that, report included, is in ``<run_dir>/<pool>``, and ``run_dir`` has the report of
     all pools. ``redo`` makes again what was made with other settings. In what an arm differs from the first
     beyond what it names is said aloud, and in the report. Several processes may run the same comparison: each
@@ -134,31 +139,54 @@ def _jobs(config: Config, redo: bool) -> Jobs:
                 try_reward(mine)
             folder = name if seed == seeds[0] else f"{name}.seed-{seed}"
             runs.append((name, mine, root / folder))
-    for _, mine, out in runs:  # all of them before the first one runs
+    pilots: list[Job] = []
+    if both := sorted({*seeds} & {*config.compare.pilots}):
+        raise SaerlError(f"compare.pilots and compare.seeds both have {both[0]}; targets need other seeds")
+    if not config.compare.target_values:
+        name, overrides = arms[0]
+        for seed in config.compare.pilots:
+            mine = apply_overrides(config, [*overrides, f"train.seed={seed}"])
+            pilots.append((name, mine, root / PILOT / f"{name}.seed-{seed}"))
+    for _, mine, out in (*pilots, *runs):  # all of them before the first one runs
         _state(mine, out, redo)
     first = [mine for _, mine, _ in runs[: len(arms)]]
     notes = []
     for (name, overrides), mine in zip(arms, first, strict=True):
         if more := confounded(first[0], mine, overrides):
             notes.append(note(names[0], name, more))
-    return Jobs(runs, first, notes)
+    return Jobs(runs, pilots, first, notes)
 
 
 def _compare(config: Config, planned: Jobs, echo: Echo, redo: bool) -> list[Path]:
     """The runs of one pool that are missing, and the report of all."""
-    jobs, first, notes = planned
+    jobs, pilots, first, notes = planned
     root = Path(config.run_dir)
     for line in notes:
         echo.result(line)
     with lock(root, wait=echo.result):
         record = to_dict(config.compare) | {"notes": notes}
         refuse_beside(root, record)
-        due = {name for name, mine, out in jobs if not _state(mine, out, redo)[1] or _short(mine, out)}
+        ended = {out: _state(mine, out, redo)[1] for _, mine, out in (*pilots, *jobs)}
+        if pilots and all(ended[out] for _, _, out in pilots):
+            record["target_values"] = _targets(pilots, config)
+        known = record["target_values"]
+        due = {name for name, mine, out in pilots if not ended[out]}
+        due |= {name for name, mine, out in jobs if not ended[out] or _short(mine, out, known)}
         arms = [mine for (name, _, _), mine in zip(jobs, first, strict=False) if name in due]
         if redo and any(map(needs_scores, arms)):
             set_aside(config, echo)
         session = _check_plans(arms, echo) if arms else None
         write_json(root / "compare.json", record)
+    for name, mine, out in pilots:
+        echo(f"pilot of {name}, seed {mine.train.seed}")
+        with lock(out, wait=echo.result):
+            session = _run(name, mine, out, None, echo, redo, session)
+    if pilots:
+        known = record["target_values"] = _targets(pilots, config)
+        shown = ", ".join(f"{value:g}" for value in known)
+        echo.result(f"targets by the gain of {pilots[0][0]} in {len(pilots)} pilots: {shown}")
+        with lock(root, wait=echo.result):
+            write_json(root / "compare.json", record)
     bar = echo.bar("runs", "run")
     bar(0, len(jobs))
     done, todo, held = 0, list(enumerate(jobs, 1)), dict[int, str]()
@@ -168,18 +196,7 @@ def _compare(config: Config, planned: Jobs, echo: Echo, redo: bool) -> list[Path
             echo(f"[{i}/{len(jobs)}] {name}, seed {mine.train.seed}")
             try:
                 with lock(out):
-                    started, ended = _state(mine, out, redo)
-                    if ended and not _short(mine, out):
-                        echo(f"{out} is finished already; kept")
-                    else:
-                        enough = partial(_enough, mine) if mine.compare.until else None
-                        how: dict[str, Any] = {
-                            "resume": started,
-                            "redo": redo and not ended,
-                            "enough": enough,
-                        }
-                        train_stage(mine, echo, out=out, arm=name, session=session, **how)
-                        session = None  # it has been trained
+                    session = _run(name, mine, out, known, echo, redo, session)
             except Held as err:
                 if err.folder != out:
                     raise
@@ -198,29 +215,65 @@ def _compare(config: Config, planned: Jobs, echo: Echo, redo: bool) -> list[Path
     return paths
 
 
-def _enough(config: Config, curve: Sequence[tuple[int, float]]) -> bool:
+def _run(
+    name: str,
+    config: Config,
+    out: Path,
+    targets: list[float] | None,
+    echo: Echo,
+    redo: bool,
+    session: Session | None,
+) -> Session | None:
+    """The run in ``out``, which this process holds, unless it is finished; the session if still unused."""
+    started, ended = _state(config, out, redo)
+    if ended and not _short(config, out, targets):
+        echo(f"{out} is finished already; kept")
+        return session
+    enough = partial(_enough, config, targets) if config.compare.until and targets else None
+    how: dict[str, Any] = {"resume": started, "redo": redo and not ended, "enough": enough}
+    train_stage(config, echo, out=out, arm=name, session=session, **how)
+    return None  # it has been trained
+
+
+def _targets(pilots: list[Job], config: Config) -> list[float]:
+    """Accuracies at the shares ``compare.targets`` of what the pilots gained, to three decimals."""
+    runs = [open_run(out) for _, _, out in pilots]
+    for run in runs:
+        run.read(whole=True)
+    found = find_targets(runs, config.compare)
+    if not found:
+        raise SaerlError(
+            f"the pilots of {pilots[0][0]} gain nothing, so there is no target; raise train.steps, or give "
+            "compare.target_values"
+        )
+    return [round(value, 3) for value in found.values()]
+
+
+def _enough(config: Config, targets: Sequence[float], curve: Sequence[tuple[int, float]]) -> bool:
     """Whether a run with these steps and accuracies is past all targets."""
     if not curve or not curve[-1][0]:  # a run takes one step at least
         return False
-    settings, (steps, values) = config.compare, zip(*curve, strict=True)
-    return all(past(steps, values, target, settings.smooth) for target in settings.target_values or ())
+    steps, values = zip(*curve, strict=True)
+    return all(past(steps, values, target, config.compare.smooth) for target in targets)
 
 
-def _short(config: Config, out: Path) -> bool:
+def _short(config: Config, out: Path, targets: Sequence[float] | None) -> bool:
     """Whether the finished run in ``out`` was ended early, by targets that no longer say so."""
     run = open_run(out)
     if run.summary.get("steps", config.train.steps) >= config.train.steps:
         return False
     run.read(whole=True)
-    return not (
-        config.compare.until and _enough(config, list(zip(run.eval_steps, run.accuracy, strict=True)))
-    )
+    curve = list(zip(run.eval_steps, run.accuracy, strict=True))
+    return not (config.compare.until and targets and _enough(config, targets, curve))
 
 
 def refuse_beside(root: Path, record: dict[str, Any]) -> None:
     """SaerlError when another comparison than ``record`` is being made in ``root``."""
     file = root / "compare.json"
-    if file.is_file() and read_json(file, "saerl compare") != json.loads(json.dumps(record)):
+    kept = read_json(file, "saerl compare") if file.is_file() else None
+    if kept is not None and record.get("pilots"):  # by which they are found
+        kept["target_values"] = record["target_values"]
+    if kept is not None and kept != json.loads(json.dumps(record)):
         for out in sorted(path for path in root.iterdir() if path.is_dir()):
             if who := holder(out):
                 raise Held(out, f"{who}, of another comparison")

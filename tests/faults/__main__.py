@@ -1,4 +1,4 @@
-"""``python -m tests.faults [--share N] [--kinds a,b] [--jobs J] [--out FILE]``: every trial, then the table.
+"""``python -m tests.faults [--share N] [--kinds a,b] [--of TEXT] [--jobs J] [--out FILE]``: trials and table.
 
 An interrupted round goes on where it stopped, as long as the code is the same. Exit code 1 when anything went
 wrong in silence, ended in a traceback, hung, or left a folder that no command takes.
@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     asked.add_argument("--share", type=int, default=1, metavar="N", help="only every N-th trial of each kind")
     asked.add_argument("--kinds", default="", metavar="A,B", help="only kinds that begin with one of these")
+    asked.add_argument("--of", default="", metavar="TEXT", help="only trials whose name has this in it")
     asked.add_argument("--jobs", type=int, default=2)
     asked.add_argument("--out", type=Path, help="write the table as JSON")
     asked.add_argument("--home", type=Path, default=ROOT / "build" / "faults")
@@ -33,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     home.mkdir(parents=True, exist_ok=True)
     os.environ["FAULTS_WORK"] = str(_empty(home / "work"))
     warm_up()
-    trials = chosen(list(Bench(templates(home / "templates")).all()), args.kinds, args.share)
+    every = [trial for trial in Bench(templates(home / "templates")).all() if args.of in trial.name]
+    trials = chosen(every, args.kinds, args.share)
     done = {result["trial"]: result for file in home.glob("results-*.jsonl") for result in _lines(file)}
     todo = [trial for trial in trials if _name(trial) not in done]
     print(f"{len(trials)} trials, {len(trials) - len(todo)} of them done before", flush=True)

@@ -56,7 +56,7 @@ ERRORS = (
     "EBUSY",
     "EINTR",
 )  # of disks
-TRAINING = {"train", "train --overwrite", "compare", "demo"}
+TRAINING = {"train", "train --overwrite", "compare", "compare --pools", "demo"}
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,12 @@ SMALL = [
     "data.eval_limit=16",
     "compare.arms=[vanilla,adaptive]",
     "compare.seeds=[0]",
+    "compare.pools=",
     "compare.target_values=null",
+    "compare.until=false",
 ]
+# The pools of `compare --pools`, which needs no SAE for one arm.
+POOLS = ["compare.pools=[a={0};data.limit=60,b={0};data.limit=40]", "compare.arms=[vanilla]"]
 RUNS = tuple(f"{arm}/{what}" for arm in ("vanilla", "adaptive") for what in ("*.jsonl", "plan.*", "model/*"))
 STAGES = {  # what each command adds to a folder in which those before it have run
     "sae train": ("sae/*.safetensors", "sae/cfg.json"),
@@ -56,6 +60,7 @@ MORE = {  # what other commands write, and the stage whose folder they begin in
     "sae train --from": ("sae train", ("sae/*.safetensors", "sae/cfg.json")),
     "train --overwrite": ("compare", ("adaptive/*.jsonl", "adaptive/plan.*", "adaptive/model/*")),
     "demo": ("sae train", ("scores.parquet", "plan.json", *RUNS)),
+    "compare --pools": ("sae train", ("report.md", "[ab]/report.md", "[ab]/vanilla/*.jsonl")),
     "watch": ("report", ("live.png",)),
     "export": ("train", ("exported/*.parquet", "exported/plan.*")),
 }
@@ -127,7 +132,11 @@ def command(name: str, run_dir: Path, *settings: str) -> list[str]:
     if "from" in flags:
         flags.remove("from")
         config.append(f"sae.init={os.environ['FAULTS_SAE']}")
-    return [*head.split(), *(f"--{flag}" for flag in flags), *config, f"run_dir={run_dir}", *SMALL, *settings]
+    small = SMALL
+    if "pools" in flags:
+        flags.remove("pools")
+        small = [*SMALL, *(text.format(ROOT / "examples" / "demo" / "pool.jsonl") for text in POOLS)]
+    return [*head.split(), *(f"--{flag}" for flag in flags), *config, f"run_dir={run_dir}", *small, *settings]
 
 
 def scratch(kind: str) -> Path:
