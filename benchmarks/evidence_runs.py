@@ -58,6 +58,7 @@ ARMS = {
     "greso": Arm("x:plan.schedule=greso;train.dynamic_sampling=3"),
     "dapo": Arm("x:plan.schedule=vanilla;train.dynamic_sampling=3"),
     "speed": Arm("x:plan.schedule=vanilla;train.rollout.screen=4;train.dynamic_sampling=3"),
+    "oracle": Arm("oracle"),
     "twice": Arm("x:plan.schedule=vanilla;train.rollout.prompts_per_step=32"),
     "filtered": Arm("x:plan.schedule=vanilla;plan.filter=true"),
     "literal": Arm("literal"),

@@ -105,9 +105,28 @@ def test_they_learn_on_a_pool_whose_pass_rates_stay():
     truth = np.where(np.arange(200) < 40, 0.5, 0.0)
     for schedule in RIVALS:
         plan, rng, found = make(schedule), np.random.default_rng(2), []
-        for _ in range(150):
+        for step in range(150):
+            if plan.asks and step > 10:
+                plan.know(truth)
             batch = plan.next_batch()
             passed = rng.binomial(8, truth[rows(batch)])
             found.append(((passed > 0) & (passed < 8)).mean())
             plan.observe(batch, passed / 8)
         assert np.mean(found[-30:]) > np.mean(found[:10]) + 0.1
+
+
+def test_an_oracle_takes_what_most_likely_carries_a_gradient():
+    plan = make("oracle")
+    assert "an oracle is for measuring" in " ".join(plan.notes)
+    rates = np.full(200, 0.999)
+    rates[50:74] = np.linspace(0.3, 0.7, 24)
+    plan.know(rates)
+    taken = np.concatenate([rows(plan.next_batch()) for _ in range(3)])
+    assert sorted(taken.tolist()) == list(range(50, 74))  # each once: the cooldown
+    assert plan.metrics()["worth"] > 0.9
+    twin = make("oracle")
+    twin.load_state_dict(plan.state_dict())
+    assert [twin.next_batch() for _ in range(3)] == [plan.next_batch() for _ in range(3)]
+    for wrong in (rates[:-1], rates + 1, np.full(200, np.nan)):
+        with pytest.raises(SaerlError, match="must be told one pass rate"):
+            plan.know(wrong)

@@ -12,14 +12,17 @@ from saerl_fast.config import (
     PlanConfig,
 )
 from saerl_fast.errors import SaerlError
+from saerl_fast.plan.rivals import RIVALS
 from saerl_fast.plan.static import StaticPlan
 from saerl_fast.records.log import read_jsonl, read_metrics
 from saerl_fast.rl import update as module
 from saerl_fast.rl.checkpoint import model_tensors
+from saerl_fast.rl.evaluate import answer_probabilities
 from saerl_fast.rl.trainer import train
 from tests.tiny_lm import session_of, tiny_model
 from tests.training import (
     PHASES,
+    TOKENIZER,
     Features,
     WatchfulPlan,
     assert_same_run,
@@ -233,6 +236,29 @@ def test_a_pool_smaller_than_a_batch(tmp_path: Path) -> None:
 def test_a_plan_of_another_pool(tmp_path: Path) -> None:
     with pytest.raises(SaerlError, match="'p30'"):
         run(tmp_path / "out", small(), plan=WatchfulPlan(sums(5, 30)))
+
+
+def test_an_oracle_is_told_what_the_model_knows_before_each_step(tmp_path: Path, monkeypatch) -> None:
+    def exact(prompts, completions, answer, **columns):
+        return [float(text.startswith(a)) for text, a in zip(completions, answer, strict=True)]
+
+    def plan():
+        ids = sums(10).column("prompt_id")
+        return RIVALS["oracle"](ids, PlanConfig(), batch_size=4, total_steps=6, seed=0, group_size=4)
+
+    told, know = [], RIVALS["oracle"].know
+    monkeypatch.setattr(RIVALS["oracle"], "know", lambda self, rates: (told.append(rates), know(self, rates)))
+    straight, whole, _ = run(tmp_path / "one", small(), plan=plan(), reward=exact)
+    start = answer_probabilities(
+        tiny_model(), TOKENIZER, session_of(tiny_model(), sums(10), sums(3, 10)).train
+    )
+    np.testing.assert_allclose(told[0], start, rtol=1e-6)
+    assert len(told) == 6 and not np.allclose(told[0], told[-1])
+    with pytest.raises(SaerlError, match="Die"):
+        run(tmp_path / "two", small(), plan=plan(), reward=dying_reward(5, exact))
+    resumed, _, _ = run(tmp_path / "two", small(), plan=plan(), reward=exact, resume=True)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert same_weights(straight, resumed) and whole.metrics()["worth"] >= 0
 
 
 def test_a_reward_that_hangs_ends_the_run_with_a_sentence(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def dying_reward(after: int, living=vowels):
         calls.append(1)
         if len(calls) > after:
             raise Die  # becomes a SaerlError, as for any reward that raises
-        return living(prompts, completions)
+        return living(prompts, completions, **columns)
 
     return reward
 

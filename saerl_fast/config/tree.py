@@ -18,7 +18,7 @@ Kind = Literal[Stored, "text", "tfidf", "length", "answer_text", "random", "none
 FEATURES = "what the ridge reads; each kind weighs what the labels say for it"
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 LOSSES = ("dapo", "grpo", "dr_grpo", "gspo", "cispo")
-LEARNING = ("mopps", "bots", "greso", "adaptive")  # from the pass rates of whole groups
+LEARNING = ("mopps", "bots", "greso", "oracle", "adaptive")  # from the pass rates of whole groups
 SCHEDULES = ("vanilla", "literal", "global", "medium", *LEARNING)
 SCREENED = (
     "train.rollout.screen={} ends groups early, and plan.schedule={} learns from the pass rates of whole "

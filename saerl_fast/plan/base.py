@@ -55,12 +55,14 @@ class Plan(ABC):
     ``table``, the per-prompt score columns (float32 or int32 [n], rows as in ``prompt_ids``);
     ``dropped_table``, the same columns of the dropped ids; ``wants_features``, whether ``observe``
     uses features captured during rollouts (if not, capturing them for the plan is wasted); ``learns``,
-    whether the order depends on what ``observe`` is told.
+    whether the order depends on what ``observe`` is told; ``asks``, whether `know` is to be told what no
+    order can know.
     """
 
     schedule: str
     wants_features: bool = False
     learns: bool = False
+    asks: bool = False
 
     def __init__(
         self,
@@ -110,6 +112,10 @@ class Plan(ABC):
         Raises SaerlError on an unknown id, another length or a value outside [0, 1].
         """
         self._check(prompt_ids, pass_rates)
+
+    def know(self, pass_rates: Any) -> None:
+        """Before a step: the pass rate of each of ``prompt_ids`` under the model as it is, [n]."""
+        raise NotImplementedError  # who asks for it defines it
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Published orders that learn from the rollouts of each prompt alone, to compare with: they read no features.
+"""Orders to compare with, which read no features: published ones that learn from the rollouts of each prompt
+alone, and an oracle.
 
 ``mopps``: Qu et al., Can prompt difficulty be online predicted for accelerating RL finetuning of reasoning
 models? (arXiv 2507.04632; thu-rllab/MoPPS). A prompt has Beta(a, b), at first Beta(1, 1). Of candidates,
@@ -14,6 +15,11 @@ in random order, where a prompt whose last z groups all carried no gradient is s
 p^z. There is a p for prompts that all passed (easy) and one for those that all failed (hard). After a batch a
 p falls by 1 % if more than a share of its groups, 1/12 easy and 1/6 hard, were such, and else rises by it. It
 is meant for ``train.dynamic_sampling``, which fills batches up.
+
+``oracle``: no order to train with but a bound for them. Before each step it is told every prompt's pass rate
+p, the probability of the reference answer by a forward pass over the whole pool, and takes the prompts whose
+group of G rollouts most likely carries a gradient, 1 - p^G - (1 - p)^G, with the noise and the cooldown of
+``plan.adaptive``. Where an answer can be said in several ways p is less than the pass rate.
 
 The constants are those of the papers or of their code where they name them. ``FADES`` and ``CANDIDATES`` of
 MoPPS are set in scripts that were not seen: they are this project's choice.
@@ -169,4 +175,41 @@ class Greso(Rival):
         return {"tried_easy": float(self.tried[EASY]), "tried_hard": float(self.tried[HARD])}
 
 
-RIVALS: dict[str, type[Rival]] = {kind.schedule: kind for kind in (Mopps, Posterior, Greso)}
+class Oracle(Rival):
+    """``oracle``: ``rates`` float64 [n], 1/2 before `know`; ``last`` float64 [n], each one's last step."""
+
+    schedule = "oracle"
+    arrays = ("rates", "last")
+    asks = True
+
+    def __init__(self, prompt_ids: Sequence[str], cfg: PlanConfig, **kwargs: Any) -> None:
+        super().__init__(prompt_ids, cfg, **kwargs)
+        n_rows = len(self.prompt_ids)
+        self.rates, self.last = np.full(n_rows, 0.5), np.full(n_rows, -1e9)
+        self._worth = 0.0
+        self.note(
+            "an oracle is for measuring: `saerl train` tells it pass rates by a forward pass over the pool "
+            "before each step; where nobody does it draws at random"
+        )
+
+    def know(self, pass_rates: Any) -> None:
+        rates = np.asarray(pass_rates, dtype=np.float64)
+        if rates.shape != self.rates.shape or not ((rates >= 0) & (rates <= 1)).all():
+            raise SaerlError("the oracle must be told one pass rate in [0, 1] for each of its prompts")
+        self.rates = rates
+
+    def next_batch(self) -> list[str]:
+        settings = self.cfg.adaptive
+        worth = 1 - self.rates**self.group_size - (1 - self.rates) ** self.group_size
+        drawn = worth + settings.noise * self._rng(self.step, 0).gumbel(size=len(worth))
+        rests = self.step - self.last <= settings.cooldown
+        rows = np.lexsort((-drawn, rests))[: self.batch_size]  # those that rest are a last resort
+        self.last[rows] = self.step
+        self._worth = float(worth[rows].mean())
+        return self._named(rows)
+
+    def metrics(self) -> dict[str, float]:
+        return {"worth": self._worth}
+
+
+RIVALS: dict[str, type[Rival]] = {kind.schedule: kind for kind in (Mopps, Posterior, Greso, Oracle)}

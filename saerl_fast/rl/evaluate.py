@@ -205,3 +205,11 @@ def answer_probabilities(
         found.index_add_(0, owner, logprobs.double())
     model.train(was_training)
     return found.exp().cpu().numpy()
+
+
+def current_rates(model: Any, tokenizer: Any, pool: Prompts, train: TrainConfig) -> np.ndarray:
+    """`answer_probabilities` at the temperature of rollouts, for an oracle; the same in all processes."""
+    check_answers(pool.column("answer"), "plan.schedule=oracle")
+    how = train.rollout.temperature, train.micro_tokens
+    found = distributed.gather(lambda: answer_probabilities(model, tokenizer, pool, *how))
+    return np.clip(found[0], 0.0, 1.0)

@@ -46,7 +46,7 @@ from saerl_fast.rl import checkpoint as ckpt
 from saerl_fast.rl import distributed, lora, seeds
 from saerl_fast.rl.clock import Clock
 from saerl_fast.rl.draws import draw
-from saerl_fast.rl.evaluate import evaluate, known_mean, pass_rates
+from saerl_fast.rl.evaluate import current_rates, evaluate, known_mean, pass_rates
 from saerl_fast.rl.finish import finish
 from saerl_fast.rl.health import Health
 from saerl_fast.rl.interrupt import Stopped, graceful_interrupt
@@ -328,6 +328,10 @@ class Run:
         self.rescue.keep(step - 1)
         self._seed_globals(step)
         self.state.global_step = step - 1  # steps made, as transformers counts them
+        if self.plan.asks:
+            with clock("plan"):
+                pool = self.pool.select([self.row.get(name) or 0 for name in self.plan.prompt_ids])
+                self.plan.know(current_rates(self.model, self.tokenizer, pool, cfg))
         wanted, number = cfg.rollout.prompts_per_step, 1
         draws = draw(self, step, 0, clock)
         while number <= cfg.dynamic_sampling and sum(int(d.used.sum()) for d in draws) < wanted:
