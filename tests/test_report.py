@@ -417,9 +417,12 @@ def test_what_a_killed_report_left_goes_with_the_next_one(comparison):
     assert alive.exists() and not any(file.exists() for file in dead)
 
 
-def test_the_committed_report_is_drawn_again_byte_for_byte(tmp_path):
+def test_the_committed_reports_are_drawn_again_byte_for_byte(tmp_path):
     demo = Path(__file__).parents[1] / "benchmarks" / "results" / "demo"
     shutil.copytree(demo, tmp_path / "demo")
-    (tmp_path / "demo" / "report.md").unlink()
-    write_report(tmp_path / "demo")
-    assert (tmp_path / "demo" / "report.md").read_bytes() == (demo / "report.md").read_bytes()
+    reports = [path.relative_to(demo) for path in sorted(demo.rglob("report.md"))]
+    assert len(reports) == 3  # of each pool and of both
+    for name in reports:
+        (tmp_path / "demo" / name).unlink()
+        write_report((tmp_path / "demo" / name).parent)
+        assert (tmp_path / "demo" / name).read_bytes() == (demo / name).read_bytes()

@@ -14,6 +14,7 @@ from saerl_fast.records.compared import (
     PAIRED,
     PAIRED_NOTE,
     Line,
+    ended_early,
     find_targets,
     paired_cells,
     paired_lines,
@@ -39,6 +40,7 @@ def write_pools(root: Path, pools: Sequence[str], echo: Callable[[str], None]) -
     """
     lines: list[tuple[str, Line]] = []
     rows, open_, said = list[list[str]](), list[list[str]](), list[str]()
+    every = list[RunRecord]()
     share: dict[tuple[str, str], float] = {}
     for pool in pools:
         there = (root / pool).is_dir() and find_runs(root / pool)
@@ -46,6 +48,7 @@ def write_pools(root: Path, pools: Sequence[str], echo: Callable[[str], None]) -
         if not runs:
             said.append(f"pool {pool} has no run yet")
             continue
+        every += runs
         settings = settings_of(root / pool)
         targets = find_targets(runs, settings)
         arms = {arm: [run for run in runs if run.arm == arm] for arm in dict.fromkeys(r.arm for r in runs)}
@@ -80,6 +83,7 @@ def write_pools(root: Path, pools: Sequence[str], echo: Callable[[str], None]) -
     result: Table = ("Result by pool", header, body, f"{verdict} {PAIRED_NOTE}".strip())
     named = ["pool", "arm", "seeds", "accuracy before", "after", "mean over run", "groups with a gradient"]
     note = "Each pool has a report of its own, in its folder, with costs, budgets, curves and signals."
+    note = f"{ended_early(every)} {note}".strip()
     tables: list[Table] = [
         ("Damaged or left out", ["mind"], [[line] for line in said], ""),
         result,

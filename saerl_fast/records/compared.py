@@ -76,6 +76,15 @@ def find_targets(runs: Sequence[RunRecord], settings: CompareConfig) -> dict[str
     return {f"{100 * share:g}% of {runs[0].arm}'s gain": start + share * gain for share in settings.targets}
 
 
+def ended_early(runs: Sequence[RunRecord]) -> str:
+    """What a table of accuracies says of runs that ``compare.until`` ended; "" without any."""
+    count = sum(run.steps is not None and 0 < run.summary.get("steps", run.steps) < run.steps for run in runs)
+    told = (
+        "were ended past the last target (compare.until): after, mean, groups and rollouts are of the steps"
+    )
+    return f"{count} runs {told} they took." if count else ""
+
+
 def cost(run: RunRecord, target: float, window: int, unit: str = "steps") -> float | None:
     """What the run had spent when its smoothed curve reached ``target``; None when it never did."""
     hit = steps_to_target(run.eval_steps, run.accuracy, target, window)

@@ -137,14 +137,8 @@ def main_table(runs: list[RunRecord], targets: dict[str, float], settings: Compa
     if targets:
         window = f"{settings.smooth} evaluations"
         notes.append(f"Targets {basis}; curves are averaged over {window} around each.")
-    stopped = sum(
-        run.steps is not None and 0 < run.summary.get("steps", run.steps) < run.steps for run in runs
-    )
-    if stopped:
-        notes.append(
-            f"{stopped} runs were ended past the last target (compare.until): after, mean, groups and "
-            "rollouts are of the steps they took."
-        )
+    if early := compared.ended_early(runs):
+        notes.append(early)
     return ("Result", header, rows, " ".join(note for note in notes if note))
 
 
