@@ -10,6 +10,7 @@ import pytest
 from benchmarks.run_all import heed_interrupts
 from saerl_fast import cli
 from saerl_fast.fileio import write_json
+from saerl_fast.stages.arms import parse_pool
 
 
 def code_and_error(argv, capsys):
@@ -114,6 +115,16 @@ def test_later_settings_win_and_may_stand_anywhere():
     args.overrides += extra
     config = cli.read_config(args)
     assert (config.seed, config.model.path, args.resume) == (2, "m", True)
+
+
+def test_the_demos_pools_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = cli.demo_config(cli.parser().parse_args(["demo"]))
+    assert [parse_pool(text)[0] for text in config.compare.pools] == ["demo", "hard"]
+    for text in config.compare.pools:
+        named = dict(item.split("=", 1) for item in parse_pool(text)[1])
+        assert Path(named["data.train"]).is_file() and Path(named["sae.path"]).is_dir()
+    assert cli.demo_config(cli.parser().parse_args(["demo", "compare.pools="])).compare.pools == []
 
 
 def test_sae_convert_and_info(tmp_path, capsys):
