@@ -256,6 +256,7 @@ def warm_up() -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    import saerl_fast.__main__
     import saerl_fast.integrations.export
     import saerl_fast.integrations.share
     import saerl_fast.records.page
