@@ -13,6 +13,7 @@ LAW = {
     "adaptive": "default (SAE)",
     "none": "without features",
     "answer": "log-probability of the answer",
+    "oracle": "oracle of pass rates",
 }
 Lines = list[dict[str, Any]]
 OTHERS = {
@@ -28,8 +29,11 @@ OTHERS = {
     "noquota": "no quota",
     "filtered": "the filter alone",
     "mopps": "MoPPS",
+    "global_prompt": "easy to hard, prompt alone",
+    "medium_prompt": "the predicted middle, prompt alone",
     "literal_prompt": "the paper's recipe, prompt alone",
     "literal": "the paper's recipe, answer read",
+    "oracle": "an oracle of pass rates",
 }
 
 
