@@ -155,7 +155,9 @@ def demo_config(args: argparse.Namespace) -> Config:
     found = [f"{key}={(folder / name).as_posix()}" for key, name in places.items()]
     args.overrides = [*found, *args.overrides]
     config = read_config(args)
-    own = [pool.replace("examples/demo/", f"{folder.as_posix()}/") for pool in config.compare.pools or ()]
+    if any(item.startswith("compare.pools") for item in args.overrides):
+        return config
+    own = [pool.replace("=examples/demo/", f"={folder.as_posix()}/") for pool in config.compare.pools]
     return apply_overrides(config, [f"compare.pools={json.dumps(own)}"]) if own else config
 
 
@@ -226,6 +228,7 @@ def run(args: argparse.Namespace) -> None:
             with_report=True,
         )
     elif args.command == "demo":
+        compare.refuse_other_kind(config)
         if not config.compare.pools:  # each of which has its own
             pipeline.plan_stage(config, echo, redo=args.redo)  # with the SAE and the scores that it reads
         compare.compare(config, echo, redo=args.redo)

@@ -16,6 +16,7 @@ from saerl_fast.stages import compare as module
 from saerl_fast.stages.compare import compare, parse_arm
 from saerl_fast.stages.console import Echo
 from tests.test_lock import fork, status
+from tests.test_report import record_run
 
 POOL = Path(__file__).parents[1] / "examples" / "demo" / "pool.jsonl"
 
@@ -120,8 +121,8 @@ def test_pilots_fix_the_targets_of_other_seeds(tmp_path, recorded):
     config = settings(root, *asked, "compare.pilots=11,12", "compare.until=true")
     compare(config, Echo(quiet=True))
     assert [(arm, seed, name) for arm, _, seed, name, _ in recorded] == [
-        ("vanilla", 11, "vanilla.seed-11"),
-        ("vanilla", 12, "vanilla.seed-12"),
+        ("vanilla-pilot", 11, "vanilla.seed-11"),
+        ("vanilla-pilot", 12, "vanilla.seed-12"),
         ("vanilla", 4, "vanilla"),
         ("adaptive", 4, "adaptive"),
         ("vanilla", 7, "vanilla.seed-7"),
@@ -139,13 +140,72 @@ def test_pilots_fix_the_targets_of_other_seeds(tmp_path, recorded):
     given = settings(tmp_path / "b", *asked, "compare.pilots=11", "compare.target_values=[0.1]")
     compare(given, Echo(quiet=True))
     assert not (tmp_path / "b" / "pilot").exists() and len(recorded) == 4
+    told = (tmp_path / "b" / "report.md").read_text()
+    assert "so compare.pilots are not run" in told and "were registered before the run" in told
     with pytest.raises(SaerlError, match="compare.pilots and compare.seeds both have 4"):
         compare(settings(root, *asked, "compare.pilots=4,5"), Echo(quiet=True))
 
 
+def test_rows_lost_from_a_pilot_do_not_move_the_targets(tmp_path, recorded):
+    config = settings(tmp_path, "compare.arms=vanilla", "compare.pilots=11")
+    compare(config, Echo(quiet=True))
+    kept = (tmp_path / "compare.json").read_text()
+    rows = tmp_path / "pilot" / "vanilla.seed-11" / "metrics.jsonl"
+    manifest.forget(rows.parent, "result")  # its hash would tell, too
+    text = rows.read_text()
+    rows.write_text(text + text.splitlines()[1] + "\n")
+    with pytest.raises(
+        SaerlError, match="vanilla.seed-11: .* remove that folder, and the pilot is run again"
+    ):
+        module._targets([("vanilla-pilot", config, rows.parent)], config)
+    assert (tmp_path / "compare.json").read_text() == kept
+
+
+@pytest.mark.parametrize(
+    ("end", "targets"),
+    [(0.4, [0.28, 0.34]), (0.1021, [0.10126, 0.10168]), (0.1 + 1e-9, [0.1000000006, 0.1000000008])],
+)
+def test_targets_are_told_as_finely_as_the_gain_asks(tmp_path, end, targets):
+    runs = []
+    for seed in (1, 2):
+        out = tmp_path / f"vanilla.seed-{seed}"
+        record_run(out, "vanilla", seed, [0.1, end])
+        runs.append(("vanilla-pilot", settings(tmp_path), out))
+    assert module._targets(runs, settings(tmp_path, "compare.smooth=1")) == pytest.approx(targets, abs=1e-12)
+
+
+def test_a_damaged_record_of_the_comparison_is_written_anew(tmp_path, recorded):
+    config = settings(tmp_path, "compare.arms=vanilla")
+    compare(config, Echo(quiet=True))
+    kept = (tmp_path / "compare.json").read_text()
+    for damage in (kept[:20], "", '{"pools": 3}', "[]"):
+        (tmp_path / "compare.json").write_text(damage)
+        compare(config, Echo(quiet=True))
+        assert (tmp_path / "compare.json").read_text() == kept
+    assert len(recorded) == 1
+
+
+def test_pilots_hold_off_another_comparison(tmp_path, recorded):
+    config = settings(tmp_path, "compare.arms=vanilla", "compare.pilots=11")
+    compare(config, Echo(quiet=True))
+    with lock(tmp_path / "pilot" / "vanilla.seed-11"), ThreadPoolExecutor(1) as pool:
+        other = settings(tmp_path, "compare.arms=vanilla,global", "compare.pilots=11")
+        with pytest.raises(SaerlError, match="of another comparison"):
+            pool.submit(compare, other, Echo(quiet=True)).result()
+
+
+def test_an_oracle_without_answers_is_refused_before_anything_is_made(tmp_path):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(30)))
+    given = ["compare.arms=vanilla,oracle", f"data.train={tmp_path / 'p.jsonl'}", "data.answer_column=null"]
+    reward = ["train.reward=examples.own_reward:close_enough", "train.eval.mode=sample", "data.eval_size=4"]
+    with pytest.raises(SaerlError, match="plan.schedule=oracle"):
+        compare(load_config(None, [f"run_dir={tmp_path / 'r'}", *given, *reward]), Echo(quiet=True))
+    assert not (tmp_path / "r").exists()
+
+
 def test_pilots_that_gain_nothing_end_in_a_sentence(tmp_path, recorded, monkeypatch):
     monkeypatch.setattr(module, "find_targets", lambda runs, settings: {})
-    with pytest.raises(SaerlError, match="the pilots of vanilla gain nothing"):
+    with pytest.raises(SaerlError, match="the pilots gain nothing"):
         compare(settings(tmp_path, "compare.arms=vanilla", "compare.pilots=11"), Echo(quiet=True))
     assert [seed for _, _, seed, *_ in recorded] == [11]
 

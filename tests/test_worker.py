@@ -55,6 +55,13 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
+def leave_a_child(code: int) -> None:
+    """It holds all that this process has open."""
+    if not os.fork():
+        time.sleep(60)
+    os._exit(code)
+
+
 def crash() -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
@@ -84,6 +91,8 @@ def test_calls_and_their_ends(tmp_path) -> None:
     assert again[0] == "hello" and again[1] != first
     with pytest.raises(Died, match="ended its process with code 3"):
         worker.call(f"{me}:leave", 3, seconds=60)
+    with pytest.raises(Died, match="ended its process with code 4"):
+        worker.call(f"{me}:leave_a_child", 4, seconds=60)
     with pytest.raises(Died, match="crashed with SIGSEGV"):
         worker.call(f"{me}:crash", seconds=60)
     last = worker.call(f"{me}:word", seconds=60)[1]

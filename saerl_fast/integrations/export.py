@@ -21,6 +21,7 @@ from saerl_fast.fileio import atomic_path, write_text
 from saerl_fast.integrations.columns import add_plan
 from saerl_fast.integrations.verl import write_parquet
 from saerl_fast.plan import Plan, load_plan, save_plan
+from saerl_fast.plan.sampler import TOLD
 from saerl_fast.plan.static import StaticPlan
 from saerl_fast.prompts.pool import Pool
 from saerl_fast.records import manifest
@@ -66,6 +67,8 @@ def export(
     scores = Scores.load(run_dir)
     path = Path(plan) if plan is not None else run_dir / "plan.json"
     found = load_plan(path) if plan is not None or to != "parquet" or path.exists() else None
+    if found is not None and found.asks:
+        raise SaerlError(TOLD.format(found.schedule))
     if found is not None and plan is None:
         _check_origin(run_dir, made)
     table = Dataset(pq.read_table(run_dir / "scores.parquet").replace_schema_metadata())

@@ -30,7 +30,7 @@ from typing import Any
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import atomic_path
 from saerl_fast.plan.base import Plan
-from saerl_fast.plan.sampler import dataset_rows
+from saerl_fast.plan.sampler import TOLD, dataset_rows
 from saerl_fast.plan.static import StaticPlan
 from saerl_fast.prompts.pool import Pool
 from saerl_fast.rl.rewards import Reward, get_reward, score_rewards
@@ -78,6 +78,8 @@ def write_parquet(plan: Plan, pool: Pool, path: str | Path, *, reward: str | Seq
 
 def planned_batches(plan: Plan) -> list[list[str]]:
     """The ``plan.total_steps`` batches of ids from where ``plan`` stands; SaerlError when it is adaptive."""
+    if plan.asks:
+        raise SaerlError(TOLD.format(plan.schedule))
     if not isinstance(plan, StaticPlan):
         raise SaerlError(
             f"schedule {plan.schedule!r} chooses by pass rates, which a file cannot; "

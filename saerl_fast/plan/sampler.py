@@ -15,10 +15,14 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.plan.base import Plan
 from saerl_fast.records.packed import Rows
 
+TOLD = "plan.schedule={} is told pass rates by `saerl train` alone; choose another schedule here"
+
 
 def dataset_rows(plan: Plan, ids: Sequence[str]) -> Rows:
     """The dataset row of every prompt id, which may be numbers there; SaerlError when the plan has prompts
-    that ``ids`` lacks, or an id occurs twice."""
+    that ``ids`` lacks, or an id occurs twice, and for an oracle, which nobody but `saerl train` tells."""
+    if plan.asks:
+        raise SaerlError(TOLD.format(plan.schedule))
     if len(ids) and not isinstance(ids[0], str):
         ids = [str(name) for name in ids]
     rows = Rows(ids)

@@ -13,6 +13,7 @@ from saerl_fast.records.lock import NAME, clean
 from saerl_fast.records.log import format_row
 from saerl_fast.records.plots import live
 from saerl_fast.records.runs import (
+    PILOT,
     RunRecord,
     find_runs,
     listed,
@@ -28,7 +29,7 @@ BEGINNINGS = (
     "labels.json",
     "scores.json",
     "compare.json",
-    "sae",
+    "sae/manifest.json",
     "features.partial-*",
     NAME,
 )
@@ -95,7 +96,9 @@ def watch(root: str | Path, echo: Callable[[str], None], *, every: float = 5.0) 
                 echo(f"ended; {figure} holds the curves" if figure.exists() else "ended; there is no curve")
                 return figure
         elif not waiting:
-            echo(f"waiting for {root}/metrics.jsonl")
+            pilots = (root / PILOT).is_dir() and find_runs(root / PILOT)
+            more = f"; its pilots are in {root / PILOT}, which can be watched" if pilots else ""
+            echo(f"waiting for {root}/metrics.jsonl{more}")
             waiting = True
         time.sleep(every)
 

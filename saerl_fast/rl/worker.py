@@ -3,7 +3,7 @@
 The child is a clean interpreter, never a fork, since this process may have threads and a GPU. It leads a
 process group of its own, so that a Ctrl-C in the terminal does not reach it, and a shell that waits for this
 process's end, however sudden, kills the whole group, and on Linux also what has left it but still has the
-mark in its environment: nothing that a call has started outlives the program.
+mark in its environment: nothing that a call has started outlives the program, but for what hides from both.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
@@ -31,6 +32,7 @@ from typing import Any
 from saerl_fast.errors import SaerlError, first_line
 
 PATIENCE = 600.0  # seconds for the child's imports
+LOOK = 0.2  # seconds between looks at whether the child is there
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from saerl_fast.rl.worker import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
@@ -129,12 +131,17 @@ class Worker:
 
     def _receive(self, seconds: float) -> Any:
         try:
-            if not self._link.poll(seconds):
+            end = time.monotonic() + seconds
+            while not self._link.poll(max(0.0, min(LOOK, end - time.monotonic()))):
+                if self._process.poll() is not None and not self._link.poll():
+                    raise self._death()  # what it has started may hold its end of the link
+                if time.monotonic() < end:
+                    continue
                 frames = self._frames()
                 self._restart()
                 raise Late(frames)
             ok, answer = pickle.loads(self._link.recv_bytes())
-        except Late:
+        except (Late, Died):
             raise
         except (EOFError, OSError):
             raise self._death() from None

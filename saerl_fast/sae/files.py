@@ -104,7 +104,7 @@ def convert_sae(source: str | Path, folder: str | Path, said: list[str] | tuple[
         names = begun.entry["files"] if begun.entry else ()
         made = (begun.entry or {}).get("inputs", {}).get("converted") if not begun.fault else None
         if not vacant(folder, names if begun.partial or made else ()):
-            raise SaerlError(f"{folder} exists and is not empty; name a new folder")
+            raise SaerlError(f"{folder} exists and is not empty; name a new folder, or remove it")
         sae = load_sae(source, dict(_parsed(item) for item in said))
         converted = _digest(sae)
         if made == converted:

@@ -8,16 +8,20 @@ apart only by an arm such as ``filtered:plan.schedule=vanilla;plan.filter=true``
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from saerl_fast.config import Config, apply_overrides, to_dict
-from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import read_json, write_json
+from saerl_fast.errors import SaerlError, Unreadable
+from saerl_fast.fileio import write_json
 from saerl_fast.records.compared import find_targets
 from saerl_fast.records.lock import Held, holder, lock
 from saerl_fast.records.report import write_report
@@ -70,12 +74,8 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
     files, packages and functions are checked first, then, with a pool's model and scores at hand, the plan of
     every arm.
     """
-    root, before = Path(config.run_dir), read_object(Path(config.run_dir) / "compare.json")
-    if before and bool(before.get("pools")) != bool(config.compare.pools):
-        raise SaerlError(
-            f"{root} holds a comparison with{'' if before.get('pools') else 'out'} compare.pools; choose "
-            "another run_dir"
-        )
+    root = Path(config.run_dir)
+    refuse_other_kind(config)
     if not config.compare.pools:
         return _compare(config, _jobs(config, redo), echo, redo)
     pools = [parse_pool(text) for text in config.compare.pools]
@@ -97,9 +97,10 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
     root.mkdir(parents=True, exist_ok=True)
     with lock(root, wait=echo.result):
         write_json(root / "compare.json", to_dict(config.compare) | {"pools": names})
-    for name, mine in each.items():
+    for name, overrides in pools:
         echo.result(f"pool {name}")
-        _compare(mine, planned[name], echo, redo)
+        with _naming(name, [*overrides, f"run_dir={root / name}"]):
+            _compare(each[name], planned[name], echo, redo)
     with lock(root, wait=echo.result):  # other processes may hold all runs, and have begun none
         paths = write_report(root, echo=echo.result) if any(root.rglob("metrics.jsonl")) else []
     for path in paths:
@@ -107,13 +108,38 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
     return paths
 
 
+def refuse_other_kind(config: Config) -> None:
+    """SaerlError where run_dir has a comparison with pools and ``config`` none, or the other way round."""
+    before = _recorded(Path(config.run_dir))
+    if before and bool(before.get("pools")) != bool(config.compare.pools):
+        raise SaerlError(
+            f"{config.run_dir} holds a comparison with{'' if before.get('pools') else 'out'} compare.pools; "
+            "choose another run_dir"
+        )
+
+
+def _recorded(root: Path) -> dict[str, Any]:
+    """compare.json, {} where it is damaged: it is written anew."""
+    try:
+        return read_object(root / "compare.json")
+    except Unreadable:
+        raise
+    except SaerlError:
+        return {}
+
+
 @contextmanager
-def _naming(pool: str) -> Iterator[None]:
-    """Errors begin with the pool's name."""
+def _naming(pool: str, settings: Sequence[str] = ()) -> Iterator[None]:
+    """Errors begin with the pool's name; one that names `saerl score` says where, and with which settings."""
     try:
         yield
     except SaerlError as err:
-        raise SaerlError(f"pool {pool}: {err}") from err
+        if type(err) not in (SaerlError, Unreadable):
+            raise
+        said = str(err)
+        if settings and "`saerl score`" in said:
+            said += f" (of this pool, with the settings of the comparison and {' '.join(settings)})"
+        raise type(err)(f"pool {pool}: {said}") from err
 
 
 def _jobs(config: Config, redo: bool) -> Jobs:
@@ -142,15 +168,19 @@ def _jobs(config: Config, redo: bool) -> Jobs:
     pilots: list[Job] = []
     if both := sorted({*seeds} & {*config.compare.pilots}):
         raise SaerlError(f"compare.pilots and compare.seeds both have {both[0]}; targets need other seeds")
-    if not config.compare.target_values:
+    if config.compare.pilots and not config.compare.target_values:
+        if not config.train.eval.every:
+            raise SaerlError("compare.pilots are measured by their evaluations; set train.eval.every")
         name, overrides = arms[0]
         for seed in config.compare.pilots:
             mine = apply_overrides(config, [*overrides, f"train.seed={seed}"])
-            pilots.append((name, mine, root / PILOT / f"{name}.seed-{seed}"))
+            pilots.append((f"{name}-pilot", mine, root / PILOT / f"{name}.seed-{seed}"))
     for _, mine, out in (*pilots, *runs):  # all of them before the first one runs
         _state(mine, out, redo)
     first = [mine for _, mine, _ in runs[: len(arms)]]
-    notes = []
+    notes = ["compare.target_values are given, so compare.pilots are not run"] * bool(
+        config.compare.pilots and config.compare.target_values
+    )
     for (name, overrides), mine in zip(arms, first, strict=True):
         if more := confounded(first[0], mine, overrides):
             notes.append(note(names[0], name, more))
@@ -165,12 +195,13 @@ def _compare(config: Config, planned: Jobs, echo: Echo, redo: bool) -> list[Path
         echo.result(line)
     with lock(root, wait=echo.result):
         record = to_dict(config.compare) | {"notes": notes}
+        record["pilots"] = config.compare.pilots if pilots else []
         refuse_beside(root, record)
         ended = {out: _state(mine, out, redo)[1] for _, mine, out in (*pilots, *jobs)}
         if pilots and all(ended[out] for _, _, out in pilots):
             record["target_values"] = _targets(pilots, config)
         known = record["target_values"]
-        due = {name for name, mine, out in pilots if not ended[out]}
+        due = {jobs[0][0] for _, _, out in pilots if not ended[out]}
         due |= {name for name, mine, out in jobs if not ended[out] or _short(mine, out, known)}
         arms = [mine for (name, _, _), mine in zip(jobs, first, strict=False) if name in due]
         if redo and any(map(needs_scores, arms)):
@@ -178,14 +209,15 @@ def _compare(config: Config, planned: Jobs, echo: Echo, redo: bool) -> list[Path
         session = _check_plans(arms, echo) if arms else None
         write_json(root / "compare.json", record)
     for name, mine, out in pilots:
-        echo(f"pilot of {name}, seed {mine.train.seed}")
+        echo(f"{name}, seed {mine.train.seed}")
         with lock(out, wait=echo.result):
             session = _run(name, mine, out, None, echo, redo, session)
     if pilots:
         known = record["target_values"] = _targets(pilots, config)
         shown = ", ".join(f"{value:g}" for value in known)
-        echo.result(f"targets by the gain of {pilots[0][0]} in {len(pilots)} pilots: {shown}")
+        echo.result(f"targets by the gain of {jobs[0][0]} in {len(pilots)} pilots: {shown}")
         with lock(root, wait=echo.result):
+            refuse_beside(root, record)
             write_json(root / "compare.json", record)
     bar = echo.bar("runs", "run")
     bar(0, len(jobs))
@@ -236,17 +268,24 @@ def _run(
 
 
 def _targets(pilots: list[Job], config: Config) -> list[float]:
-    """Accuracies at the shares ``compare.targets`` of what the pilots gained, to three decimals."""
+    """Accuracies at the shares ``compare.targets`` of what the pilots gained, to three decimals or as many as
+    a hundredth of the least distance between them takes. SaerlError where they gained nothing, or where rows
+    of one are lost."""
     runs = [open_run(out) for _, _, out in pilots]
     for run in runs:
         run.read(whole=True)
+        if lost := run.holes():
+            raise SaerlError(f"{run.folder}: {lost[0]}; remove that folder, and the pilot is run again")
     found = find_targets(runs, config.compare)
     if not found:
         raise SaerlError(
-            f"the pilots of {pilots[0][0]} gain nothing, so there is no target; raise train.steps, or give "
-            "compare.target_values"
+            "the pilots gain nothing, so there is no target; raise train.steps, or give compare.target_values"
         )
-    return [round(value, 3) for value in found.values()]
+    start = float(np.mean([run.accuracy[0] for run in runs]))
+    ascending = sorted([start, *found.values()])
+    least = min(b - a for a, b in itertools.pairwise(ascending))
+    digits = max(3, math.ceil(2 - math.log10(max(least, 1e-12))))
+    return [round(value, digits) for value in found.values()]
 
 
 def _enough(config: Config, targets: Sequence[float], curve: Sequence[tuple[int, float]]) -> bool:
@@ -269,12 +308,11 @@ def _short(config: Config, out: Path, targets: Sequence[float] | None) -> bool:
 
 def refuse_beside(root: Path, record: dict[str, Any]) -> None:
     """SaerlError when another comparison than ``record`` is being made in ``root``."""
-    file = root / "compare.json"
-    kept = read_json(file, "saerl compare") if file.is_file() else None
-    if kept is not None and record.get("pilots"):  # by which they are found
+    kept = _recorded(root)
+    if kept and record.get("pilots"):  # by which they are found
         kept["target_values"] = record["target_values"]
-    if kept is not None and kept != json.loads(json.dumps(record)):
-        for out in sorted(path for path in root.iterdir() if path.is_dir()):
+    if (root / "compare.json").is_file() and kept != json.loads(json.dumps(record)):
+        for out in sorted(path for path in (*root.iterdir(), *root.glob(f"{PILOT}/*")) if path.is_dir()):
             if who := holder(out):
                 raise Held(out, f"{who}, of another comparison")
 

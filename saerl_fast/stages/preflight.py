@@ -103,7 +103,7 @@ def check_functions(config: Config, *, planned: bool = False) -> None:
     from saerl_fast.plan.static import get_schedule
     from saerl_fast.rl.engine import get_engine
     from saerl_fast.rl.loss import get_loss
-    from saerl_fast.rl.rewards import get_reward
+    from saerl_fast.rl.rewards import check_answers, get_reward
 
     get_loss(config.train.loss.kind)
     if config.train.rollout.engine != "transformers":
@@ -126,6 +126,8 @@ def check_functions(config: Config, *, planned: bool = False) -> None:
             f"plan.filter=true needs quality scores, but {why}; name a column with labels in "
             "quality.label_column, or set plan.filter=false"
         )
+    if config.plan.schedule == "oracle":
+        check_answers(load_pools(config)[0].column("answer"), "plan.schedule=oracle")
     for name in config.plan.adaptive.columns:
         columns = load_pools(config)[0].columns
         if not name.startswith("saerl_") and layouts.column(columns, name) is None:  # which scoring adds
