@@ -29,7 +29,6 @@ BEGINNINGS = (
     "labels.json",
     "scores.json",
     "compare.json",
-    "sae/manifest.json",
     "features.partial-*",
     NAME,
 )
@@ -53,7 +52,8 @@ def watch(root: str | Path, echo: Callable[[str], None], *, every: float = 5.0) 
         raise SaerlError(f"{root} is a file; pass the folder of a run")
     if not root.is_dir():
         raise SaerlError(no_folder(root))
-    if any(root.iterdir()) and not any(any(root.rglob(name)) for name in BEGINNINGS):
+    begun = (root / "sae").is_dir() or any(any(root.rglob(name)) for name in BEGINNINGS)
+    if any(root.iterdir()) and not begun:
         raise SaerlError(f"{root} holds no run; pass the run_dir of one")
     if pools := read_object(root / "compare.json").get("pools"):
         raise SaerlError(
