@@ -51,7 +51,7 @@ def test_shapes_and_dtypes(backend):
 
 def test_sort_kernel_order():
     """The ordering that runs on a GPU; elsewhere tests take the interpreter's cheaper one."""
-    from saerl_kernels._triton.select import _order_kernel
+    from saerl_kernels._triton.finish import _finish_kernel
 
     if torch.cuda.is_available():
         pytest.skip("covered by every other test on a GPU")
@@ -60,11 +60,12 @@ def test_sort_kernel_order():
     values, indices = torch.zeros(2, 10, dtype=torch.int32), torch.zeros(2, 10, dtype=torch.int32)
     numbers = torch.zeros(1, dtype=torch.int32)
     options = {"ROWS": 2, "KP": 16, "SIGNED": False, "PERMUTED": False, "COUNT": False}
-    _order_kernel[(1,)](keys, counts, numbers, values, indices, 2, 10, 10, **options)
+    _finish_kernel[(1,)](keys.clone(), counts, numbers, values, indices, 2, 10, 10, **options)
     for row, count in enumerate(counts.tolist()):
         want = keys[row, :count].sort(descending=True).values
         assert torch.equal(values[row, :count], (want >> 32).int())
         assert torch.equal(indices[row, :count], (0x7FFFFFFF - (want & 0x7FFFFFFF)).int())
+    assert values[1, 6:].tolist() == [0] * 4 and indices[1, 6:].tolist() == [0, 1, 2, 3]
 
 
 @given(st.integers(1, 80), st.integers(1, 5), st.integers(0, 999), st.floats(0.1, 1e30))

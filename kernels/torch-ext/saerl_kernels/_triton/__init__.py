@@ -18,10 +18,11 @@ from .above import encode_threshold, score_survivors
 from .chunked import launch_chunked
 from .codes import _decode_kernel
 from .device import on_device, tried
+from .finish import _finish_kernel
 from .grads import value_grads, weight_grads
 from .groups import _reopen_kernel, _score_groups_kernel
 from .pool import pool_codes
-from .select import _order_kernel, _pad_kernel, _select_kernel
+from .select import _select_kernel
 from .tune import Plan, chunked_plan, groups_plan, plan_encode
 
 __all__ = [
@@ -108,7 +109,8 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
             num_warps=plan.warps,
             num_stages=plan.stages,
         )
-        keys, counts, opened = _select(bits, place, encoder, n, k, plan, "groups")
+        done = kept.values[start : start + n].view(torch.int32), kept.indices[start : start + n]
+        keys, counts, opened = _select(bits, place, encoder, n, k, plan, "groups", done)
         _reopen_kernel[(n,)](
             part,
             encoder.weight,
@@ -119,6 +121,7 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
             keys,
             counts,
             opened,
+            *done,
             encoder.d_sae,
             n_groups,
             k,
@@ -131,9 +134,9 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
             BG=512,
             PERMUTED=encoder.permutation is not None,
             UPCAST=interpreting(),
+            COUNT=interpreting(),
             num_warps=4,
         )
-        _finish(keys, counts, kept, start, n, k)
     return kept
 
 
@@ -145,13 +148,21 @@ def topk(scores: Tensor, k: int) -> TopK:
     scores = scores.float().contiguous()
     n = scores.shape[0]
     kept = TopK.empty((n, k), scores.device)
-    keys, counts, _ = _select(scores, scores, None, n, k, Plan("signed", 1), "signed")
+    done = kept.values.view(torch.int32), kept.indices
+    keys, counts, _ = _select(scores, scores, None, n, k, Plan("signed", 1), "signed", done)
     _finish(keys, counts, kept, 0, n, k, signed=True)
     return kept
 
 
 def _select(
-    source: Tensor, place: Tensor, encoder: Optional[PackedEncoder], n: int, k: int, plan: Plan, mode: str
+    source: Tensor,
+    place: Tensor,
+    encoder: Optional[PackedEncoder],
+    n: int,
+    k: int,
+    plan: Plan,
+    mode: str,
+    done: Tuple[Tensor, Tensor],
 ) -> Tuple[Tensor, Tensor, Tensor]:
     device = source.device
     keys = torch.empty((n, k), dtype=torch.int64, device=device)
@@ -168,6 +179,7 @@ def _select(
         keys,
         counts,
         opened,
+        *done,
         n,
         width,
         source.stride(0),
@@ -184,6 +196,7 @@ def _select(
         KP=_width(k),
         MODE=mode,
         PERMUTED=encoder is not None and encoder.permutation is not None,
+        COUNT=interpreting(),
         num_warps=min(16, warps),
     )
     return keys, counts, opened
@@ -199,26 +212,23 @@ def _finish(
     signed: bool = False,
     numbers: Optional[Tensor] = None,
 ) -> None:
-    values, indices = kept.values[start : start + n].view(torch.int32), kept.indices[start : start + n]
-    rows = _rows(n, _width(k) ** 2 if interpreting() else _width(k))
-    grid = (triton.cdiv(n, rows),)
-    shape = {"ROWS": rows, "KP": _width(k), "SIGNED": signed, "PERMUTED": numbers is not None}
-    columns = counts if numbers is None else numbers
-    _order_kernel[grid](
+    rows = _rows(n, _width(k) ** 2 if interpreting() else 4 * _width(k))  # more rows take 228 registers
+    _finish_kernel[(triton.cdiv(n, rows),)](
         keys,
         counts,
-        columns,
-        values,
-        indices,
+        counts if numbers is None else numbers,
+        kept.values[start : start + n].view(torch.int32),
+        kept.indices[start : start + n],
         n,
         k,
         keys.stride(0),
-        **shape,
-        COUNT=interpreting() and k <= 1024,
+        ROWS=rows,
+        KP=_width(k),
+        SIGNED=signed,
+        PERMUTED=numbers is not None,
+        COUNT=interpreting(),
         num_warps=4,
     )
-    if not signed:
-        _pad_kernel[(n,)](counts, values, indices, k, KP=_width(k), num_warps=1)
 
 
 def _rows(n: int, width: int) -> int:

@@ -1,13 +1,11 @@
-"""Selection: the k largest of a row's candidates, then their order and the padding.
-
-A key is value bits << 32 | (2^31 - 1 - feature): larger is better, equal values put the lower feature first.
-"""
+"""Selection: the k largest of a row's candidates, and the result where no group may hide a better one."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from .finish import finish
 from .groups import group_column
 
 
@@ -54,9 +52,11 @@ def _select_kernel(
     source_ptr,  # groups: int32 [N, T + 1, G] of _score_groups_kernel; otherwise float32 [N, M]
     place_ptr,  # groups: int8 [N, T, G]
     number_ptr,  # int32 [F]
-    keys_ptr,  # int64 [N, K]
+    keys_ptr,  # int64 [N, K]: those of rows in which a group may hide a winner
     count_ptr,  # int32 [N]
-    open_ptr,  # int32 [N]: groups that may hide a winner: -1 takes the place of their bounds
+    open_ptr,  # int32 [N]: how many groups may: -1 takes the place of their bounds
+    values_ptr,  # groups: int32 [N, K] view of the float32 result, of the other rows
+    indices_ptr,  # groups: int32 [N, K]
     N,
     M,  # candidates a row
     STRIDE,  # from row to row of source
@@ -73,6 +73,7 @@ def _select_kernel(
     KP: tl.constexpr,
     MODE: tl.constexpr,
     PERMUTED: tl.constexpr,
+    COUNT: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < N
@@ -165,14 +166,6 @@ def _select_kernel(
         written += tl.sum(chosen.to(tl.int32), axis=1)
     tl.store(count_ptr + rows, written, mask=live)
     if MODE == "groups":
-        tl.debug_barrier()  # other threads of this program wrote some of the keys
-        slot = tl.arange(0, KP)[None, :]
-        mask = (slot < written[:, None]) & live[:, None]
-        key = tl.load(keys_at + slot, mask=mask, other=0)
-        candidate = 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
-        feature = _feature(number_ptr, place, candidate, mask, G, T, SIZE, MODE, PERMUTED)
-        tl.store(keys_at + slot, ((key >> 32) << 32) | (0x7FFFFFFF - feature).to(tl.int64), mask=mask)
-
         # Certificate: a group can hide a winner only if its bound is above the k-th value, or equals it while
         # a lower feature may be hidden. Columns ascend in a group, and of equal activations the first are
         # kept: behind a kept one that equals the bound, only higher features hide.
@@ -195,60 +188,15 @@ def _select_kernel(
             hiding += tl.sum(hides.to(tl.int32), axis=1)
         tl.store(open_ptr + rows, hiding, mask=live)
 
-
-@triton.jit
-def _order_kernel(
-    keys_ptr,  # int64 [N, STRIDE], of which the first `count` are ordered
-    count_ptr,  # int32 [N]
-    number_ptr,  # int32 [F]: original feature of a packed column (read when PERMUTED)
-    values_ptr,  # int32 [N, K] view of the float32 result
-    indices_ptr,  # int32 [N, K]
-    N,
-    K,
-    STRIDE,
-    ROWS: tl.constexpr,
-    KP: tl.constexpr,
-    SIGNED: tl.constexpr,
-    PERMUTED: tl.constexpr,  # the keys hold packed columns
-    COUNT: tl.constexpr,
-):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    count = tl.load(count_ptr + rows, mask=rows < N, other=0)[:, None]
-    slot = tl.arange(0, KP)[None, :]
-    wide = rows.to(tl.int64)[:, None]
-    lowest = tl.full((ROWS, KP), -0x8000000000000000, tl.int64)
-    keys = tl.load(keys_ptr + wide * STRIDE + slot, mask=slot < count, other=0)
-    if PERMUTED:
-        column = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
-        number = tl.load(number_ptr + column, mask=slot < count, other=0)
-        keys = ((keys >> 32) << 32) | (0x7FFFFFFF - number).to(tl.int64)
-    keys = tl.where(slot < count, keys, lowest)
-    if COUNT:  # the interpreter's sort takes seconds; there each key goes where its number of betters says
-        slot = tl.sum((keys[:, None, :] > keys[:, :, None]).to(tl.int32), axis=2)
-    else:
-        keys = tl.sort(keys, descending=True)
-    rank = (keys >> 32).to(tl.int32)
-    if SIGNED:
-        rank = rank ^ ((rank >> 31) & 0x7FFFFFFF)
-    feature = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
-    real = keys > lowest
-    tl.store(values_ptr + wide * K + slot, rank, mask=real)
-    tl.store(indices_ptr + wide * K + slot, feature, mask=real)
-
-
-@triton.jit
-def _pad_kernel(count_ptr, values_ptr, indices_ptr, K, KP: tl.constexpr):
-    # count int32 [N], values int32 (float32 bits) and indices int32 [N, K], filled up to count
-    row = tl.program_id(0).to(tl.int64)
-    count = tl.load(count_ptr + row)
-    if count == K:
-        return
-    # Fewer than K of the features 0 .. K-1 are taken; the lowest free ones pad the row.
-    slot = tl.arange(0, KP)
-    feature = tl.load(indices_ptr + row * K + slot, mask=slot < count, other=KP)
-    taken = tl.histogram(tl.minimum(feature, KP), 2 * KP)
-    taken = tl.sum(tl.where(tl.arange(0, 2)[:, None] == 0, tl.reshape(taken, (2, KP)), 0), axis=0)
-    free = (taken == 0) & (slot < K)
-    at = count + tl.cumsum(free.to(tl.int32), 0) - 1
-    tl.store(values_ptr + row * K + at, tl.zeros((KP,), tl.int32), mask=free & (at < K))
-    tl.store(indices_ptr + row * K + at, slot, mask=free & (at < K))
+        tl.debug_barrier()  # other threads of this program wrote some of the keys
+        slot = tl.arange(0, KP)[None, :]
+        mask = (slot < written[:, None]) & live[:, None]
+        key = tl.load(keys_at + slot, mask=mask, other=0)
+        candidate = 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
+        feature = _feature(number_ptr, place, candidate, mask, G, T, SIZE, MODE, PERMUTED)
+        key = ((key >> 32) << 32) | (0x7FFFFFFF - feature).to(tl.int64)
+        opened = (hiding > 0)[:, None]
+        tl.store(keys_at + slot, key, mask=mask & opened)
+        done = live[:, None] & (opened == 0)
+        wide = rows.to(tl.int64)[:, None]
+        finish(key, written, wide, done, keys_at, values_ptr, indices_ptr, K, ROWS, KP, False, COUNT)
