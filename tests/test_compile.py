@@ -29,8 +29,7 @@ arch = int(sys.argv[1])
 GROUPS = dict(x_ptr="*bf16", w_ptr="*bf16", bias_ptr="*fp32", bits_ptr="*i32", place_ptr="*i8")
 KEYS = dict(keys_ptr="*i64", count_ptr="*i32", open_ptr="*i32", values_ptr="*i32", indices_ptr="*i32")
 F32 = dict(GROUPS, x_ptr="*fp32", w_ptr="*fp32")
-SELECT = dict(source_ptr="*i32", place_ptr="*i8", number_ptr="*i32", **KEYS)
-SIGNED = dict(SELECT, source_ptr="*fp32")
+SELECT = dict(bits_ptr="*i32", place_ptr="*i8", number_ptr="*i32", **KEYS)
 
 
 def jobs():
@@ -61,14 +60,18 @@ def jobs():
     again = dict(again, D=2304, T=3, SIZE=32, KP=512, PERMUTED=False)
     yield "reopen k=512", groups._reopen_kernel, dict(GROUPS, number_ptr="*i32", **KEYS), again, 4, 3
     pick = dict(T=2, SIZE=size, ROWS=1, BLOCK=2048, TILES=1, STEP=1024, STEPS=2, GROUPS=512, KP=64)
-    pick.update(MODE="groups", PERMUTED=False, COUNT=False)
+    pick.update(PERMUTED=False, COUNT=False)
     yield "select groups", select._select_kernel, SELECT, pick, 2, 3
     pick.update(BLOCK=8192, STEPS=6, KP=512, PERMUTED=True)
     yield "select permuted", select._select_kernel, SELECT, pick, 8, 3
     pick.update(TILES=6, STEPS=48)
     yield "select tiles", select._select_kernel, SELECT, pick, 8, 3
-    pick.update(TILES=8, STEPS=64, MODE="signed", PERMUTED=False)
-    yield "select signed", select._select_kernel, SIGNED, pick, 16, 3
+    rows = dict(score_ptr="*fp32", keys_ptr="*i64", values_ptr="*i32", indices_ptr="*i32")
+    for k, width in ((64, 65536), (512, 65536), (1024, 65536), (32, 200)):
+        block = min(512, triton.next_power_of_2(width))
+        room = min(chunked.slots(k, block), triton.next_power_of_2(width))
+        shape = dict(ROWS=max(1, 1024 // room), BLOCK=block, SLOTS=room, KP=k, COUNT=False)
+        yield f"topk {k} of {width}", chunked._topk_kernel, rows, shape, 4, 3
     pointers = dict(score_ptr="*fp32", bias_ptr="*fp32", number_ptr="*i32", keys_ptr="*i64", count_ptr="*i32")
     pointers.update(limit_ptr="*i32", last_ptr="*i32")
     for k in (32, 512):
@@ -77,7 +80,7 @@ def jobs():
         yield f"gate {k}", chunked._gate_kernel, pointers, gate, plan.warps, 3
     out = dict(keys_ptr="*i64", count_ptr="*i32", number_ptr="*i32", values_ptr="*i32", indices_ptr="*i32")
     for KP in (32, 64, 512):
-        end = dict(ROWS=512 // KP, KP=KP, SIGNED=False, PERMUTED=KP == 64, COUNT=False)
+        end = dict(ROWS=512 // KP, KP=KP, PERMUTED=KP == 64, COUNT=False)
         yield f"finish {KP}", finish._finish_kernel, out, end, 4, 3
     rows = dict(scores_ptr="*fp32", limit_ptr="*fp32", count_ptr="*i32")
     yield "count above", codes._count_above_kernel, rows, dict(BLOCK=4096, TILES=16), 4, 3
@@ -116,7 +119,8 @@ def jobs():
 def build(fn, pointers, constants, warps, stages):
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in fn.arg_names}
     at = {n: (fn.arg_names.index(n),) for n in fn.arg_names}
-    aligned = {at[n]: [["tt.divisibility", 16]] for n in pointers}
+    names = [*pointers, "G"] if fn is select._select_kernel else pointers  # as the JIT finds it at most sizes
+    aligned = {at[n]: [["tt.divisibility", 16]] for n in names}
     source = ASTSource(
         fn=fn, signature=signature, constexprs={at[n]: v for n, v in constants.items()}, attrs=aligned
     )

@@ -15,7 +15,7 @@ from ..library import LARGEST_K
 from ..pack import PackedEncoder
 from ..types import TopK
 from .above import encode_threshold, score_survivors
-from .chunked import launch_chunked
+from .chunked import _topk_kernel, launch_chunked, slots
 from .codes import _decode_kernel
 from .device import on_device, tried
 from .finish import _finish_kernel
@@ -41,6 +41,7 @@ __all__ = [
 SCRATCH = 1 << 28  # bytes of group maxima held at once
 TILE = 8192  # candidates a program ranks in registers
 WARP = 1024  # of them in a warp
+GATED = 512  # scores of a row that topk looks at together
 STEP = 1024  # candidates looked at together when writing: more is kept for each
 
 
@@ -76,7 +77,7 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
     kept = TopK.empty((x.shape[0], k), x.device)
     if plan.algorithm == "chunked":
         for start, keys, counts in launch_chunked(x, encoder, _numbers(encoder), k, plan):
-            _finish(keys, counts, kept, start, keys.shape[0], k, numbers=encoder.permutation)
+            _finish(keys, counts, kept, start, keys.shape[0], k, encoder.permutation)
         return kept
     n_groups = triton.cdiv(encoder.d_sae, 4 * plan.size) * 4
     rows = max(plan.BM, SCRATCH // ((5 * plan.T + 4) * n_groups) // plan.BM * plan.BM)
@@ -110,7 +111,7 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
             num_stages=plan.stages,
         )
         done = kept.values[start : start + n].view(torch.int32), kept.indices[start : start + n]
-        keys, counts, opened = _select(bits, place, encoder, n, k, plan, "groups", done)
+        keys, counts, opened = _select(bits, place, encoder, n, k, plan, done)
         _reopen_kernel[(n,)](
             part,
             encoder.weight,
@@ -142,48 +143,64 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
 
 @on_device
 def topk(scores: Tensor, k: int) -> TopK:
-    """``scores`` [n, F]: see the public op."""
+    """``scores`` [n, F]: see the public op. They are read once."""
     if k > LARGEST_K:
         return _torch.topk(scores, k)
     scores = scores.float().contiguous()
-    n = scores.shape[0]
+    n, width = scores.shape
     kept = TopK.empty((n, k), scores.device)
-    done = kept.values.view(torch.int32), kept.indices
-    keys, counts, _ = _select(scores, scores, None, n, k, Plan("signed", 1), "signed", done)
-    _finish(keys, counts, kept, 0, n, k, signed=True)
+    block = min(GATED, triton.next_power_of_2(width))
+    room = min(slots(k, block), triton.next_power_of_2(width))
+    many = min(n, max(1, SCRATCH // (8 * room)))
+    keys = torch.empty((many, room), dtype=torch.int64, device=scores.device)
+    rows = _rows(many, max(2 * room, _width(k) ** 2 if interpreting() else 0))
+    for start in range(0, n, many):
+        part = slice(start, min(n, start + many))
+        _topk_kernel[(triton.cdiv(part.stop - start, rows),)](
+            scores[part],
+            keys,
+            kept.values[part].view(torch.int32),
+            kept.indices[part],
+            part.stop - start,
+            width,
+            k,
+            ROWS=rows,
+            BLOCK=block,
+            SLOTS=room,
+            KP=_width(k),
+            COUNT=interpreting(),
+            num_warps=4,
+        )
     return kept
 
 
 def _select(
-    source: Tensor,
+    bits: Tensor,
     place: Tensor,
-    encoder: Optional[PackedEncoder],
+    encoder: PackedEncoder,
     n: int,
     k: int,
     plan: Plan,
-    mode: str,
     done: Tuple[Tensor, Tensor],
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    device = source.device
-    keys = torch.empty((n, k), dtype=torch.int64, device=device)
-    counts, opened = torch.empty((2, n), dtype=torch.int32, device=device)
-    width = place[0].numel()
+    keys = torch.empty((n, k), dtype=torch.int64, device=bits.device)
+    counts, opened = torch.empty((2, n), dtype=torch.int32, device=bits.device)
+    n_groups = bits.shape[-1]
+    width = plan.T * n_groups
     block = min(TILE, triton.next_power_of_2(width))
     rows = _rows(n, 2 * block)
     step = block if interpreting() else min(block, max(32, STEP // rows))
-    warps = max(4, rows * block // 512) if mode == "signed" or rows > 1 else max(1, block // WARP)
+    warps = max(4, rows * block // 512) if rows > 1 else max(1, block // WARP)
     _select_kernel[(triton.cdiv(n, rows),)](
-        source,
+        bits,
         place,
-        counts if encoder is None else _numbers(encoder),
+        _numbers(encoder),
         keys,
         counts,
         opened,
         *done,
         n,
-        width,
-        source.stride(0),
-        source.shape[-1],
+        n_groups,
         k,
         T=plan.T,
         SIZE=plan.size,
@@ -192,10 +209,9 @@ def _select(
         TILES=triton.cdiv(width, block),
         STEP=step,
         STEPS=triton.cdiv(width, step),
-        GROUPS=min(max(32, step // 2), triton.next_power_of_2(source.shape[-1])),
+        GROUPS=min(max(32, step // 2), triton.next_power_of_2(n_groups)),
         KP=_width(k),
-        MODE=mode,
-        PERMUTED=encoder is not None and encoder.permutation is not None,
+        PERMUTED=encoder.permutation is not None,
         COUNT=interpreting(),
         num_warps=min(16, warps),
     )
@@ -209,8 +225,7 @@ def _finish(
     start: int,
     n: int,
     k: int,
-    signed: bool = False,
-    numbers: Optional[Tensor] = None,
+    numbers: Optional[Tensor],
 ) -> None:
     rows = _rows(n, _width(k) ** 2 if interpreting() else 4 * _width(k))  # more rows take 228 registers
     _finish_kernel[(triton.cdiv(n, rows),)](
@@ -224,7 +239,6 @@ def _finish(
         keys.stride(0),
         ROWS=rows,
         KP=_width(k),
-        SIGNED=signed,
         PERMUTED=numbers is not None,
         COUNT=interpreting(),
         num_warps=4,

@@ -68,7 +68,6 @@ def _finish_kernel(
     STRIDE,
     ROWS: tl.constexpr,
     KP: tl.constexpr,
-    SIGNED: tl.constexpr,
     PERMUTED: tl.constexpr,  # the keys hold packed columns
     COUNT: tl.constexpr,
 ):
@@ -83,4 +82,4 @@ def _finish_kernel(
         number = tl.load(number_ptr + column, mask=mask, other=0)
         keys = ((keys >> 32) << 32) | (0x7FFFFFFF - number).to(tl.int64)
     scratch = keys_ptr + rows * STRIDE
-    finish(keys, count, rows, rows < N, scratch, values_ptr, indices_ptr, K, ROWS, KP, SIGNED, COUNT)
+    finish(keys, count, rows, rows < N, scratch, values_ptr, indices_ptr, K, ROWS, KP, False, COUNT)
