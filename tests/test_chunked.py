@@ -145,7 +145,7 @@ def test_buffers_never_overflow(ascending, tight):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_scores_are_not_rounded_to_the_weights_dtype(dtype, device):
     x, weight = torch.randn(5, 64).to(device, dtype), torch.randn(33, 64).to(device, dtype)
-    got = chunked.product(x, weight, torch.empty(200, device=device))
+    got = chunked.product(x, weight.t(), torch.empty((5, 33), device=device))
     assert got.dtype == torch.float32 and got.shape == (5, 33)
     torch.testing.assert_close(got.double(), x.double() @ weight.double().t(), rtol=1e-5, atol=1e-4)
 

@@ -17,7 +17,7 @@ from ..types import TopK
 from .above import encode_threshold, score_survivors
 from .chunked import _topk_kernel, launch_chunked, slots
 from .codes import _decode_kernel
-from .device import on_device, tried
+from .device import cdiv, next_power_of_2, on_device, tried
 from .finish import _finish_kernel
 from .grads import value_grads, weight_grads
 from .groups import _reopen_kernel, _score_groups_kernel
@@ -149,14 +149,14 @@ def topk(scores: Tensor, k: int) -> TopK:
     scores = scores.float().contiguous()
     n, width = scores.shape
     kept = TopK.empty((n, k), scores.device)
-    block = min(GATED, triton.next_power_of_2(width))
-    room = min(slots(k, block), triton.next_power_of_2(width))
+    block = min(GATED, next_power_of_2(width))
+    room = min(slots(k, block), next_power_of_2(width))
     many = min(n, max(1, SCRATCH // (8 * room)))
     keys = torch.empty((many, room), dtype=torch.int64, device=scores.device)
     rows = _rows(many, max(2 * room, _width(k) ** 2 if interpreting() else 0))
     for start in range(0, n, many):
         part = slice(start, min(n, start + many))
-        _topk_kernel[(triton.cdiv(part.stop - start, rows),)](
+        _topk_kernel[(cdiv(part.stop - start, rows),)](
             scores[part],
             keys,
             kept.values[part].view(torch.int32),
@@ -187,11 +187,11 @@ def _select(
     counts, opened = torch.empty((2, n), dtype=torch.int32, device=bits.device)
     n_groups = bits.shape[-1]
     width = plan.T * n_groups
-    block = min(TILE, triton.next_power_of_2(width))
+    block = min(TILE, next_power_of_2(width))
     rows = _rows(n, 2 * block)
     step = block if interpreting() else min(block, max(32, STEP // rows))
     warps = max(4, rows * block // 512) if rows > 1 else max(1, block // WARP)
-    _select_kernel[(triton.cdiv(n, rows),)](
+    _select_kernel[(cdiv(n, rows),)](
         bits,
         place,
         _numbers(encoder),
@@ -206,10 +206,10 @@ def _select(
         SIZE=plan.size,
         ROWS=rows,
         BLOCK=block,
-        TILES=triton.cdiv(width, block),
+        TILES=cdiv(width, block),
         STEP=step,
-        STEPS=triton.cdiv(width, step),
-        GROUPS=min(max(32, step // 2), triton.next_power_of_2(n_groups)),
+        STEPS=cdiv(width, step),
+        GROUPS=min(max(32, step // 2), next_power_of_2(n_groups)),
         KP=_width(k),
         PERMUTED=encoder.permutation is not None,
         COUNT=interpreting(),
@@ -228,7 +228,7 @@ def _finish(
     numbers: Optional[Tensor],
 ) -> None:
     rows = _rows(n, _width(k) ** 2 if interpreting() else 4 * _width(k))  # more rows take 228 registers
-    _finish_kernel[(triton.cdiv(n, rows),)](
+    _finish_kernel[(cdiv(n, rows),)](
         keys,
         counts,
         counts if numbers is None else numbers,
@@ -248,11 +248,11 @@ def _finish(
 def _rows(n: int, width: int) -> int:
     """Rows a program takes: enough to fill it on a GPU, many in the interpreter, which counts operations."""
     entries = 1 << 17 if interpreting() else 2048
-    return max(1, min(triton.next_power_of_2(n), entries // width))
+    return max(1, min(next_power_of_2(n), entries // width))
 
 
 def _width(k: int) -> int:
-    return max(32, triton.next_power_of_2(k))
+    return max(32, next_power_of_2(k))
 
 
 def _numbers(encoder: PackedEncoder) -> Tensor:
@@ -278,10 +278,10 @@ def _decode(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor, n: i
     wide, wide_tl = _wide(W_dec)
     out = torch.empty((n, d_in), dtype=wide, device=values.device)
     if out.numel():
-        block = min(1024, triton.next_power_of_2(d_in))
+        block = min(1024, next_power_of_2(d_in))
         parts = (values.contiguous(), indices.contiguous(), indptr.contiguous(), W_dec.contiguous())
         sizes = (values.numel(), k, d_sae, d_in)
-        grid = (n, triton.cdiv(d_in, block))
+        grid = (n, cdiv(d_in, block))
         _decode_kernel[grid](*parts, out, *sizes, BE=4, BD=block, WIDE=wide_tl)
     return out
 

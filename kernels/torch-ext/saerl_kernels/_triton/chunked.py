@@ -18,13 +18,14 @@ from torch import Tensor
 from .._torch import widening_mm
 from ..dispatch import interpreting
 from ..pack import PackedEncoder
+from .device import cdiv, next_power_of_2
 from .finish import finish
 from .tune import Plan
 
 
 def slots(k: int, block: int) -> int:
     """Keys a row's buffer holds: K that stay, a block that comes, and K more so that reducing is rare."""
-    return triton.next_power_of_2(2 * k + block)
+    return next_power_of_2(2 * k + block)
 
 
 def launch_chunked(
@@ -36,50 +37,46 @@ def launch_chunked(
     packed columns for features. The memory is used again for the next block.
     """
     rows, columns = min(plan.BM, x.shape[0]), min(plan.BN, encoder.d_sae)
-    block = min(plan.BK, triton.next_power_of_2(columns))
+    block = min(plan.BK, next_power_of_2(columns))
     room = slots(k, block)
-    height = max(1, min(triton.next_power_of_2(rows), (1 << 17) // room)) if interpreting() else 1
+    height = max(1, min(next_power_of_2(rows), (1 << 17) // room)) if interpreting() else 1
     scratch = torch.empty(rows * columns, dtype=torch.float32, device=x.device)
     keys = torch.empty((rows, room), dtype=torch.int64, device=x.device)
+    weights = encoder.weight.t().split(columns, 1)
+    options = {
+        "ROWS": height,
+        "BLOCK": block,
+        "TILES": cdiv(columns, block),
+        "SLOTS": room,
+        "PERMUTED": encoder.permutation is not None,
+        "num_warps": plan.warps,
+    }
+    # The host's time for a chunk counts in every batch: what can be made before the loop is.
     for start in range(0, x.shape[0], rows):
         part = x[start : start + rows]
-        n = part.shape[0]
-        state = torch.zeros((3, n), dtype=torch.int32, device=x.device)
-        for first in range(0, encoder.d_sae, columns):
-            weight = encoder.weight[first : first + columns]
-            scores = product(part, weight, scratch)
-            _gate_kernel[(triton.cdiv(n, height),)](
-                scores,
-                encoder.bias,
-                numbers,
-                keys,
-                *state,
-                n,
-                encoder.d_sae,
-                first,
-                weight.shape[0],
-                scores.stride(0),
-                k,
-                k if first + columns >= encoder.d_sae else room - block,
-                ROWS=height,
-                BLOCK=block,
-                TILES=triton.cdiv(columns, block),
-                SLOTS=room,
-                PERMUTED=encoder.permutation is not None,
-                num_warps=plan.warps,
-            )
-        yield start, keys[:n], state[0]
+        n, d_sae = part.shape[0], encoder.d_sae
+        counts, limits, lasts = torch.zeros((3, n), dtype=torch.int32, device=x.device)
+        sizes = {columns, weights[-1].shape[1]}
+        blocks = {width: scratch[: n * width].view(n, width) for width in sizes}
+        gate = _gate_kernel[(cdiv(n, height),)]
+        tensors = encoder.bias, numbers, keys, counts, limits, lasts
+        first = 0
+        for weight in weights:
+            width = weight.shape[1]
+            scores = product(part, weight, blocks[width])
+            left = k if first + width == d_sae else room - block
+            gate(scores, *tensors, n, d_sae, first, width, width, k, left, **options)
+            first += width
+        yield start, keys[:n], counts
 
 
-def product(x: Tensor, weight: Tensor, scratch: Tensor) -> Tensor:
-    """``x @ weight.T`` as float32 [n, columns] in the first entries of the flat ``scratch``."""
-    n, columns = x.shape[0], weight.shape[0]
-    out = scratch[: n * columns].view(n, columns)
+def product(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """``x @ weight``, weight [d_in, columns], into ``out`` float32 [n, columns]."""
     if x.dtype == torch.float32:
-        return torch.mm(x, weight.t(), out=out)
+        return torch.mm(x, weight, out=out)
     if widening_mm(x.device):
-        return torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
-    return torch.mm(x.float(), weight.float().t(), out=out)  # a 16-bit result would be ranked rounded
+        return torch.mm(x, weight, out_dtype=torch.float32, out=out)
+    return torch.mm(x.float(), weight.float(), out=out)  # a 16-bit result would be ranked rounded
 
 
 @triton.jit
