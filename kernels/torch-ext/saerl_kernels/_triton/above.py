@@ -29,28 +29,26 @@ SCORES = 1 << 26  # float32 places of one block of rows
 @on_device
 def encode_threshold(x: Tensor, encoder: PackedEncoder, threshold: Tensor) -> CSR:
     """``x`` [n, d_in] prepared; ``threshold`` float32 [d_sae] in the original numbering."""
-    encoder = encoder.natural()
-    limit = threshold.clamp(min=0.0).contiguous()
-    parts = _above(x, encoder, limit)
-    return CSR.concat(above_in_blocks(x, encoder, limit) if parts is None else parts)
+    return _above(x, encoder.natural(), threshold.clamp(min=0.0).contiguous())
 
 
 @on_device
-def score_survivors(x: Tensor, encoder: PackedEncoder, edge: int) -> Optional[Tuple[Tensor, Tensor]]:
-    """``_batch.gather_survivors`` of the scores of ``x`` [n, d_in]; None where no plan launches."""
+def score_survivors(x: Tensor, encoder: PackedEncoder, edge: int) -> Tuple[Tensor, Tensor]:
+    """``_batch.gather_survivors`` of the scores of ``x`` [n, d_in]; ``encoder`` in natural order."""
     edges = torch.full((encoder.d_sae,), edge - 1, dtype=torch.int32, device=x.device)
-    parts = _above(x, encoder, edges.view(torch.float32))
-    if parts is None:
-        return None
-    found = CSR.concat(parts)
+    found = _above(x, encoder, edges.view(torch.float32))
     return found.row_ids() * encoder.d_sae + found.indices, found.values.view(torch.int32)
 
 
-def _above(x: Tensor, encoder: PackedEncoder, limit: Tensor) -> Optional[List[CSR]]:
-    """The scores above ``limit``, a CSR for each block of rows; None where no plan launches."""
+def _above(x: Tensor, encoder: PackedEncoder, limit: Tensor) -> CSR:
+    """The scores above ``limit``: in one kernel with the product, or of torch's where no plan launches."""
     plan = plan_above(encoder)
-    if plan is None:
-        return None
+    parts = None if plan is None else fused(x, encoder, limit, plan)
+    return CSR.concat(above_in_blocks(x, encoder, limit) if parts is None else parts)
+
+
+def fused(x: Tensor, encoder: PackedEncoder, limit: Tensor, plan: Plan) -> Optional[List[CSR]]:
+    """The scores above ``limit``, a CSR for each block of rows; None where ``plan`` does not launch."""
     rows = rows_at_once(x.shape[0], encoder.d_sae, plan)
     places = torch.empty(rows * encoder.d_sae, dtype=torch.float32, device=x.device)
     parts = []

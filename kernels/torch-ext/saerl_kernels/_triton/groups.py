@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .finish import finish
+
 INFINITY = tl.constexpr(0x7F800000)  # as bits; positive NaN lies above
 
 
@@ -221,6 +223,8 @@ def _reopen_kernel(
     keys_ptr,  # int64 [N, K]
     count_ptr,  # int32 [N]: valid keys
     open_ptr,  # int32 [N]: how many groups may hide one
+    values_ptr,  # int32 [N, K] view of the float32 result, of the rows with such groups
+    indices_ptr,  # int32 [N, K]
     F,
     G,
     K,
@@ -233,6 +237,7 @@ def _reopen_kernel(
     BG: tl.constexpr,
     PERMUTED: tl.constexpr,
     UPCAST: tl.constexpr,
+    COUNT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     n_open = tl.load(open_ptr + row)
@@ -290,5 +295,6 @@ def _reopen_kernel(
                 best = tl.max(fresh)
                 worst = tl.min(tl.where(slot < count, keys, 0x7FFFFFFFFFFFFFFF))
         first += BG
-    tl.store(keys_ptr + row * K + slot, keys, mask=slot < count)
-    tl.store(count_ptr + row, count)
+    keys, count = keys[None, :], count + tl.zeros((1,), tl.int32)
+    wide = row + tl.zeros((1, 1), tl.int64)
+    finish(keys, count, wide, wide >= 0, keys_ptr + wide * K, values_ptr, indices_ptr, K, 1, KP, False, COUNT)
