@@ -172,6 +172,7 @@ def _select(
         width,
         source.stride(0),
         source.shape[-1],
+        0 if encoder is None else encoder.d_sae,
         k,
         T=plan.T,
         SIZE=plan.size,

@@ -31,6 +31,7 @@ def _feature(
     at,
     mask,
     G,
+    F,
     T: tl.constexpr,
     SIZE: tl.constexpr,
     MODE: tl.constexpr,
@@ -41,7 +42,7 @@ def _feature(
         group = at
         for _ in tl.static_range(T - 1):
             group = tl.where(group >= G, group - G, group)
-        column = group_column(group, tl.load(place + at, mask=mask, other=0).to(tl.int32), G, SIZE)
+        column = group_column(group, tl.load(place + at, mask=mask, other=0).to(tl.int32), G, F, SIZE)
     else:
         column = at
     if PERMUTED:
@@ -61,6 +62,7 @@ def _select_kernel(
     M,  # candidates a row
     STRIDE,  # from row to row of source
     G,
+    F,
     K,
     T: tl.constexpr,
     SIZE: tl.constexpr,
@@ -140,7 +142,7 @@ def _select_kernel(
                 at = tile * STEP + near
                 mask = (at < M) & crowded[:, None]
                 tied = (_load_bits(source, at, mask, MODE) == limit[:, None]) & mask
-                feature = _feature(number_ptr, place, at, tied, G, T, SIZE, MODE, PERMUTED)
+                feature = _feature(number_ptr, place, at, tied, G, F, T, SIZE, MODE, PERMUTED)
                 within += tl.sum((tied & (feature <= cut[:, None])).to(tl.int32), axis=1)
             low_f = tl.where(within >= room, low_f, cut)
             high_f = tl.where(within >= room, cut, high_f)
@@ -157,7 +159,7 @@ def _select_kernel(
             chosen = chosen & (here > 0)
         if tl.max(crowded.to(tl.int32)) > 0:
             tied = chosen & (here == limit[:, None])
-            feature = _feature(number_ptr, place, at, tied, G, T, SIZE, MODE, PERMUTED)
+            feature = _feature(number_ptr, place, at, tied, G, F, T, SIZE, MODE, PERMUTED)
             chosen = chosen & ((tied & (feature > last[:, None])) == 0)
         slot = written[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
         key = (here.to(tl.int64) << 32) | (0x7FFFFFFF - at).to(tl.int64)
@@ -170,7 +172,7 @@ def _select_kernel(
         mask = (slot < written[:, None]) & live[:, None]
         key = tl.load(keys_at + slot, mask=mask, other=0)
         candidate = 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
-        feature = _feature(number_ptr, place, candidate, mask, G, T, SIZE, MODE, PERMUTED)
+        feature = _feature(number_ptr, place, candidate, mask, G, F, T, SIZE, MODE, PERMUTED)
         tl.store(keys_at + slot, ((key >> 32) << 32) | (0x7FFFFFFF - feature).to(tl.int64), mask=mask)
 
         # Certificate: a group can hide a winner only if its bound is above the k-th value, or equals it while
@@ -189,7 +191,7 @@ def _select_kernel(
                 if not PERMUTED:
                     last_kept = (T - 1) * G + group
                     behind = even & (_load_bits(source, last_kept, even, MODE) == bound)
-                    column = _feature(number_ptr, place, last_kept, behind, G, T, SIZE, MODE, PERMUTED)
+                    column = _feature(number_ptr, place, last_kept, behind, G, F, T, SIZE, MODE, PERMUTED)
                     hides = hides & ((behind & (column >= last[:, None])) == 0)
             tl.store(source + T * G + group, hides.to(tl.int32) * -1, mask=hides)
             hiding += tl.sum(hides.to(tl.int32), axis=1)
