@@ -81,9 +81,11 @@ def launchers():
     half, whole = torch.bfloat16, torch.float32
     big, odd, wide = encoder(256, 4096, half), encoder(100, 1000, half, False), encoder(256, 4096, whole)
     rows = {e: torch.zeros(96, e.d_in, dtype=e.dtype) for e in (big, odd, wide)}
-    plan = tune.gpu_plan(16, (2, tune.sizes(16, ARCH)[0]), ARCH)
+    plan = tune.with_loop(tune.gpu_plan(16, (2, tune.sizes(16, ARCH)[0]), ARCH), "plain")
     chunked = tune.chunked_plan(96, 4096)
     yield "groups", lambda: launch.encode_topk(rows[big], big, 32, plan)
+    for loop in tune.loops(2, ARCH)[:-1]:
+        yield loop, lambda loop=loop: launch.encode_topk(rows[big], big, 32, tune.with_loop(plan, loop))
     yield (
         "groups, k 1, 1 row, odd",
         lambda: launch.encode_topk(rows[odd][:1], odd, 1, plan._replace(T=3, size=32)),
