@@ -42,7 +42,7 @@ def launchers() -> dict[str, Callable[[], None]]:
     def looped(loop: str) -> None:
         plan = tune.groups_plan(encoders["bfloat16"], k)
         major, minor = torch.cuda.get_device_capability() if gpu else (9, 0)
-        if plan is not None and loop in tune.loops(plan.T, 10 * major + minor):
+        if plan and loop in tune.loops(plan.T, 10 * major + minor):
             encode("bfloat16", tune.with_loop(plan, loop))
 
     def gradients() -> None:
@@ -93,7 +93,7 @@ def launchers() -> dict[str, Callable[[], None]]:
     return {
         "encode_topk default": lambda: encode("bfloat16", None),
         "encode_topk plain loop": lambda: looped("plain"),
-        "encode_topk persistent loop": lambda: looped("persistent"),
+        "encode_topk fused loop": lambda: looped("fused"),
         "encode_topk specialised loop": lambda: looped("specialised"),
         "encode_topk chunked": lambda: encode("bfloat16", chunked),
         "encode_topk float32": lambda: encode("float32", None),

@@ -42,7 +42,8 @@ def jobs():
             tile.update(TREE=plan.tree, UPCAST=False)
             fn = groups._score_groups_kernel
             if loop != "plain":
-                fn, tile["SPECIAL"] = persistent._score_tiles_kernel, loop == "specialised"
+                fn = persistent._score_tiles_kernel
+                tile.update(FUSED=loop == "fused", SPECIAL=loop == "specialised")
             yield f"score bf16 {loop} {kept} D={D}", fn, GROUPS, tile, plan.warps, plan.stages
     fused = dict({k: v for k, v in GROUPS.items() if k in ("x_ptr", "w_ptr", "bias_ptr")}, limit_ptr="*fp32")
     fused.update(places_ptr="*fp32", words_ptr="*i32")

@@ -22,7 +22,7 @@ from tests.encoders import assert_equal, float64_topk, integers
 pytestmark = pytest.mark.gpu
 PLANS = [
     Plan("groups", 3, BM=64, BN=128, BK=32, warps=4, tree=False),
-    Plan("groups", 1, BM=64, BN=128, BK=32, warps=4, tree=False, loop="persistent"),
+    Plan("groups", 1, BM=64, BN=128, BK=32, warps=4, tree=False, loop="nested"),
     Plan("chunked", BM=64, BN=512, BK=256, warps=4),
 ]
 

@@ -55,14 +55,14 @@ def test_the_loops_write_the_same(monkeypatch, n, d_in, d_sae, T, size, BN):
     monkeypatch.setattr(persistent, "_score_groups_kernel", None)
     for programs in (2, 5):
         monkeypatch.setattr(persistent, "processors", lambda device, programs=programs: programs)
-        for loop in ("persistent", "specialised"):
+        for loop in ("nested", "fused"):
             bits, place = scored(x, encoder, tile(loop, T, size, BN))
             assert torch.equal(bits, want[0]) and torch.equal(place, want[1])
 
 
 @pytest.mark.parametrize("tree", [True, False], ids=["tree", "reductions"])
 @pytest.mark.parametrize("case", ["ties", "nan", "zeros", "one group", "negative", "permuted"])
-def test_encoding_by_the_persistent_loop(no_plain_loop, case, tree):
+def test_encoding_by_the_fused_loop(no_plain_loop, case, tree):
     """Whatever is hidden, re-opening finds it."""
     x, encoder = integers(9, 12, 500, low=-90 if case == "negative" else -9, permute=case == "permuted")
     if case == "ties":
@@ -75,7 +75,7 @@ def test_encoding_by_the_persistent_loop(no_plain_loop, case, tree):
         x[:] = 0.0
     elif case == "one group":
         encoder.bias[4:250:4] += 200.0
-    got = triton_backend.encode_topk(x, encoder, 20, tile("persistent", 1, tree=tree))
+    got = triton_backend.encode_topk(x, encoder, 20, tile("fused", 1, tree=tree))
     assert_equal(got, sk.reference.encode_topk(x, encoder, 20))
 
 
@@ -85,7 +85,7 @@ def test_what_descriptors_cannot_hold_takes_the_plain_loop(monkeypatch):
     for d_in, d_sae, rows in ((7, 500, None), (12, 500, unaligned), (12, 40, None)):
         x, encoder = integers(7, d_in, d_sae)
         x = x if rows is None else rows.copy_(x)
-        got = triton_backend.encode_topk(x, encoder, 9, tile("persistent"))
+        got = triton_backend.encode_topk(x, encoder, 9, tile("fused"))
         assert_equal(got, sk.reference.encode_topk(x, encoder, 9))
 
 
@@ -106,7 +106,7 @@ def test_an_allocator_that_was_set_stays(monkeypatch):
     before = _allocation._allocator.get()
     triton.set_allocator(mine)
     try:
-        scored(*integers(3, 8, 300), tile("persistent"))
+        scored(*integers(3, 8, 300), tile("fused"))
         assert seen == [persistent._allocate] and _allocation._allocator.get() is mine
     finally:
         triton.set_allocator(before)
@@ -142,12 +142,10 @@ def test_a_loop_that_does_not_compile_is_replaced_and_said_once(monkeypatch):
 
 def test_loops_by_architecture(monkeypatch):
     monkeypatch.setattr(tune, "TRITON", (3, 7))
-    assert [tune.loops(2, arch)[0] for arch in (80, 89, 90, 100, 120)] == ["plain"] * 2 + [
-        "persistent"
-    ] * 2 + ["plain"]
-    assert "specialised" in tune.loops(2, 90) and "specialised" not in tune.loops(2, 100)
-    assert tune.loops(3, 90) == ("plain",)  # its epilogue would spill
-    assert {plan.loop for plan in tune.candidates(65536, 64, 90)} == {"plain", "persistent", "specialised"}
+    first = {arch: tune.gpu_plan(16, (2, 32), arch).loop for arch in (80, 89, 90, 100, 120)}
+    assert first == {80: "plain", 89: "plain", 90: "fused", 100: "nested", 120: "plain"}
+    assert tune.gpu_plan(16, (3, 32), 90).loop == "plain"  # more would be kept than registers hold
+    assert {plan.loop for plan in tune.candidates(65536, 64, 90)} == {"plain", "fused", "specialised"}
     assert tune.above_plan(90).loop == "plain" and tune.above_plan(90).stages == 3
     monkeypatch.setattr(tune, "TRITON", (3, 6))
     assert tune.gpu_plan(16, (2, 64), 90) == Plan("groups", 2, 64)

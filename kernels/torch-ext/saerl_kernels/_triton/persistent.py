@@ -1,8 +1,7 @@
-"""Launching the scoring pass, and its persistent loop: a program a multiprocessor takes tile after tile.
+"""Launching the scoring pass, and its persistent loops: a program a multiprocessor takes tile after tile.
 
-It loads by tensor descriptors. One box holds all that a tile needs of the weight for a step, as positions lie
-a fixed number of rows apart (``group_column``). With SPECIAL the compiler makes one warp group load and two
-multiply, half of the tile's rows each. A score is summed in the same order as in the plain loop.
+They load by tensor descriptors. One box holds all that a tile needs of the weight for a step, as positions
+lie a fixed number of rows apart (``group_column``). A score is summed in the same order as in the plain loop.
 """
 
 from __future__ import annotations
@@ -20,6 +19,24 @@ from ..dispatch import interpreting
 from ..pack import PackedEncoder
 from .groups import _score_groups_kernel, first_part, keep_top, part_of, tile_at, tile_columns, upper_half
 from .tune import Plan, with_loop
+
+
+@triton.jit
+def _bias_tile(bias_ptr, first, end, G, F, SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """What the sums of a tile's scores start with; -inf where there is no feature."""
+    cols = tile_columns(first, end, G, F, SIZE, BN)
+    bias = tl.load(bias_ptr + cols, mask=cols < F, other=float("-inf"))
+    return tl.broadcast_to(bias[None, :], (BM, BN))
+
+
+@triton.jit
+def _add_step(acc, x_rows, w_rows, row, chunk, d, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr):
+    x = x_rows.load([row, d])
+    w = tl.reshape(w_rows.load([chunk, 0, 0, 0, d]), (BN, BK))
+    if UPCAST:  # the interpreter's bfloat16 dot is wrong
+        x = x.to(tl.float32)
+        w = w.to(tl.float32)
+    return tl.dot(x, w.T, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -42,6 +59,7 @@ def _score_tiles_kernel(
     BAND: tl.constexpr,
     TREE: tl.constexpr,
     UPCAST: tl.constexpr,
+    FUSED: tl.constexpr,
     SPECIAL: tl.constexpr,
 ):
     COUNT: tl.constexpr = BN // SIZE
@@ -60,20 +78,38 @@ def _score_tiles_kernel(
         [COUNT // 4, SIZE // 2, 4, 2, BK],
     )
     n_cols = tl.cdiv(near, COUNT)
-    for tile in tl.range(program, tl.cdiv(N, BM) * n_cols, programs, warp_specialize=SPECIAL):
-        row_block, col_block = tile_at(tile, N, n_cols, BM, BAND)
-        group = first + col_block * COUNT
-        cols = tile_columns(group, after, G, F, SIZE, BN)
-        bias = tl.load(bias_ptr + cols, mask=cols < F, other=float("-inf"))
-        acc = tl.broadcast_to(bias[None, :], (BM, BN))
-        for d in range(0, D, BK):
-            x = x_rows.load([row_block * BM, d])
-            w = tl.reshape(w_rows.load([col_block * (COUNT // 4), 0, 0, 0, d]), (BN, BK))
-            if UPCAST:  # the interpreter's bfloat16 dot is wrong
-                x = x.to(tl.float32)
-                w = w.to(tl.float32)
-            acc = tl.dot(x, w.T, acc, input_precision="ieee")
-        keep_top(acc, row_block, group, after, bits_ptr, place_ptr, N, G, HIGH, T, SIZE, BM, BN, TREE)
+    n_tiles = tl.cdiv(N, BM) * n_cols
+    if FUSED:
+        # One loop over the steps of all tiles: the next tile's first loads run under the epilogue. The tile
+        # that is loaded and the one that is multiplied are counted apart, else no load runs ahead.
+        STEPS: tl.constexpr = (D + BK - 1) // BK
+        row_block, col_block = tile_at(tl.minimum(program, n_tiles - 1), N, n_cols, BM, BAND)
+        acc = _bias_tile(bias_ptr, first + col_block * COUNT, after, G, F, SIZE, BM, BN)
+        row, chunk, step = 0, 0, -1
+        load, tile = program, program
+        for _ in range(0, tl.cdiv(n_tiles - program, programs) * STEPS):
+            step = tl.where(step == STEPS - 1, 0, step + 1)
+            if step == 0:
+                row_block, col_block = tile_at(load, N, n_cols, BM, BAND)
+                row, chunk = row_block * BM, col_block * (COUNT // 4)
+                load += programs
+            acc = _add_step(acc, x_rows, w_rows, row, chunk, step * BK, BN, BK, UPCAST)
+            if step == STEPS - 1:
+                row_block, col_block = tile_at(tile, N, n_cols, BM, BAND)
+                group = first + col_block * COUNT
+                keep_top(acc, row_block, group, after, bits_ptr, place_ptr, N, G, HIGH, T, SIZE, BM, BN, TREE)
+                tile += programs
+                row_block, col_block = tile_at(tl.minimum(tile, n_tiles - 1), N, n_cols, BM, BAND)
+                acc = _bias_tile(bias_ptr, first + col_block * COUNT, after, G, F, SIZE, BM, BN)
+    else:  # with SPECIAL one warp group loads, two multiply and keep, half of the rows each
+        for tile in tl.range(program, n_tiles, programs, warp_specialize=SPECIAL):
+            row_block, col_block = tile_at(tile, N, n_cols, BM, BAND)
+            group = first + col_block * COUNT
+            row, chunk = row_block * BM, col_block * (COUNT // 4)
+            acc = _bias_tile(bias_ptr, group, after, G, F, SIZE, BM, BN)
+            for d in range(0, D, BK):
+                acc = _add_step(acc, x_rows, w_rows, row, chunk, d, BN, BK, UPCAST)
+            keep_top(acc, row_block, group, after, bits_ptr, place_ptr, N, G, HIGH, T, SIZE, BM, BN, TREE)
 
 
 def score_groups(x: Tensor, encoder: PackedEncoder, bits: Tensor, place: Tensor, plan: Plan) -> None:
@@ -95,7 +131,7 @@ def score_groups(x: Tensor, encoder: PackedEncoder, bits: Tensor, place: Tensor,
         return
     tiles = rows * sum(triton.cdiv(part, plan.BN // plan.size) for part in parts(n_groups))
     grid = (min(tiles, processors(x.device)),)
-    options["SPECIAL"] = plan.loop == "specialised"
+    options["FUSED"], options["SPECIAL"] = plan.loop == "fused", plan.loop == "specialised"
     contextvars.copy_context().run(_with_allocator, _score_tiles_kernel[grid], *args, **options)
 
 

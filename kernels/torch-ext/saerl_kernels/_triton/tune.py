@@ -31,10 +31,10 @@ class Plan(NamedTuple):
     warps: int = 8
     stages: int = 3
     tree: bool = True  # how a group's largest are found: a merging tree in registers, or reductions
-    loop: str = "plain"  # groups: a program a tile; "persistent" or "specialised": see persistent.py
+    loop: str = "plain"  # groups: a program a tile; "nested", "fused", "specialised": see persistent.py
 
 
-LOOPS = {"plain": (8, 3), "persistent": (8, 4), "specialised": (4, 4)}  # warps and stages
+LOOPS = {"plain": (8, 3), "nested": (8, 4), "fused": (8, 4), "specialised": (4, 4)}  # warps and stages
 
 
 def with_loop(plan: Plan, loop: str) -> Plan:
@@ -136,7 +136,7 @@ def loops(T: int, arch: int) -> Tuple[str, ...]:
     """
     if T > 2 or not 90 <= arch < 120 or TRITON < (3, 7):
         return ("plain",)
-    return ("persistent", "specialised", "plain") if arch < 100 else ("persistent", "plain")
+    return ("fused", "specialised", "plain") if arch < 100 else ("nested", "plain")
 
 
 def chunked_plan(n: int, d_sae: int) -> Plan:
