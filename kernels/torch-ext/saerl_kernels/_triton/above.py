@@ -161,7 +161,7 @@ def _score_above_kernel(
     limit = tl.load(limit_ptr + cols, mask=cols < F, other=float("inf"))
     above = (acc > limit[None, :]) & (cols < F)[None, :]  # never of NaN
     # Offsets inside a tile fit 32 bits: 64-bit ones would not fit registers beside the accumulator.
-    top, left = row_block * BM, col_block * BN
+    top, left = tl.min(rows), col_block * BN  # of row_block alone more would go to the stack on sm_100
     near = (rows - top)[:, None] * F + (cols - left)[None, :]
     tl.store(places_ptr + (top.to(tl.int64) * F + left) + near, acc, mask=above & (rows < N)[:, None])
     bits = by_group(above.to(tl.int32), BM, BN, 32) << tl.arange(0, 32)[None, None, :]
