@@ -194,7 +194,7 @@ def test_reopened_groups_beyond_two_to_the_31(tmp_path):
     groups = d_sae // 32
     bits = torch.zeros((1, 2, groups), dtype=torch.int32)
     place = torch.zeros((1, 1, groups), dtype=torch.int8)
-    last = (groups - 1 - 31 * (groups // 32)) % groups  # the group of the last feature, at its last position
+    last = groups - 1  # the group of the last feature, at its last position
     bits[0, 1, last] = -1
     kept = torch.tensor([3.0]).view(torch.int32)
     keys = torch.zeros((1, k), dtype=torch.int64)

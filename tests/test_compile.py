@@ -22,7 +22,8 @@ import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from saerl_kernels._triton import above, chunked, codes, finish, grads, groups, kmeans, pool, select, tune
+from saerl_kernels._triton import above, chunked, codes, finish, grads, groups, kmeans, persistent, pool
+from saerl_kernels._triton import select, tune
 
 sys.setrecursionlimit(10_000)
 arch = int(sys.argv[1])
@@ -34,11 +35,16 @@ SELECT = dict(bits_ptr="*i32", place_ptr="*i8", number_ptr="*i32", **KEYS)
 
 def jobs():
     size = tune.sizes(16, arch)[0]
-    for kept, D in (((2, size), 2048), ((3, size), 2304), ((3, 32), 2048), ((1, size), 100)):
-        plan = tune.gpu_plan(16, kept, arch)
-        tile = dict(D=D, T=plan.T, SIZE=plan.size, BM=plan.BM, BN=plan.BN, BK=plan.BK, BAND=plan.BAND)
-        tile.update(TREE=plan.tree, UPCAST=False)
-        yield f"score bf16 {kept} D={D}", groups._score_groups_kernel, GROUPS, tile, plan.warps, plan.stages
+    for kept, D in (((2, size), 2048), ((3, size), 2304), ((3, 32), 2048), ((1, size), 104)):
+        for loop in tune.loops(kept[0], arch):
+            plan = tune.with_loop(tune.gpu_plan(16, kept, arch), loop)
+            tile = dict(D=D, T=plan.T, SIZE=plan.size, BM=plan.BM, BN=plan.BN, BK=plan.BK, BAND=plan.BAND)
+            tile.update(TREE=plan.tree, UPCAST=False)
+            fn = groups._score_groups_kernel
+            if loop != "plain":
+                fn = persistent._score_tiles_kernel
+                tile.update(FUSED=loop == "fused", SPECIAL=loop == "specialised")
+            yield f"score bf16 {loop} {kept} D={D}", fn, GROUPS, tile, plan.warps, plan.stages
     fused = dict({k: v for k, v in GROUPS.items() if k in ("x_ptr", "w_ptr", "bias_ptr")}, limit_ptr="*fp32")
     fused.update(places_ptr="*fp32", words_ptr="*i32")
     for D in (2048, 100):
@@ -149,6 +155,8 @@ for name, fn, pointers, constants, warps, stages in jobs():
         "shared": kernel.metadata.shared,
         "wgmma": "wgmma" in kernel.asm["ptx"],
         "tcgen05": "tcgen05" in kernel.asm["ptx"],
+        "tma": "cp.async.bulk.tensor" in kernel.asm["ptx"],
+        "warps": kernel.metadata.num_warps,
         "usage": usage(kernel.asm["cubin"]),
     }
 json.dump(report, sys.stdout)
@@ -200,3 +208,15 @@ def test_tensor_cores(compiled):
             assert report[name]["wgmma"], name
         if arch == 100:
             assert report[name]["tcgen05"], name
+
+
+def test_loops(compiled):
+    """Loops that load by descriptors do, and warps are specialised where it says so: 4 load, 8 multiply."""
+    from saerl_kernels._triton import tune
+
+    arch, report = compiled
+    loops = {name.split()[2]: found for name, found in report.items() if name.startswith("score bf16 ")}
+    loops.pop("above")
+    assert set(loops) == set(tune.loops(2, arch)) | {"plain"}
+    assert all(found["tma"] == (loop != "plain") for loop, found in loops.items())
+    assert loops.get("specialised", {"warps": 12})["warps"] == 12

@@ -20,10 +20,11 @@ from .codes import _decode_kernel
 from .device import cdiv, next_power_of_2, on_device, tried
 from .finish import _finish_kernel
 from .grads import value_grads, weight_grads
-from .groups import _reopen_kernel, _score_groups_kernel
+from .groups import _reopen_kernel
+from .persistent import score_groups
 from .pool import pool_codes
 from .select import _select_kernel
-from .tune import Plan, chunked_plan, groups_plan, plan_encode
+from .tune import Plan, chunked_plan, groups_plan, plan_encode, with_loop
 
 __all__ = [
     "decode_csr",
@@ -49,14 +50,15 @@ STEP = 1024  # candidates looked at together when writing: more is kept for each
 def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, plan: Optional[Plan] = None) -> TopK:
     """``x`` [n, d_in] as ``PackedEncoder.prepare`` returns it; ``plan`` overrides the table's choice.
 
-    Where the table's plan does not launch on this GPU or Triton, the chunked one runs, and where that does
-    not, torch; a warning says so once. A plan that was given raises.
+    Where the table's plan does not launch on this GPU or Triton, it runs with the plain loop, where that does
+    not, the chunked one, and then torch; a warning says so once. A plan that was given raises.
     """
     if k > LARGEST_K:
         return _torch.encode_topk(x, encoder, k)
     if plan is not None:
         return _run(x, encoder, k, plan)
-    for plan in (plan_encode(x.shape[0], encoder, k), chunked_plan(x.shape[0], encoder.d_sae)):
+    chosen = plan_encode(x.shape[0], encoder, k)
+    for plan in dict.fromkeys((chosen, with_loop(chosen, "plain"), chunked_plan(x.shape[0], encoder.d_sae))):
         kept = tried((x.device, x.dtype, encoder.d_in, k, plan), plan, _run, x, encoder, k, plan)
         if kept is not None:
             return kept
@@ -70,7 +72,7 @@ def encode_topk_invariant(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
         raise ValueError(f"k={k} is above {LARGEST_K}, where no kernel is batch-invariant; use a smaller k")
     plan = groups_plan(encoder, k, least=(3, 32))
     assert plan is not None
-    return _run(x, encoder, k, plan)
+    return _run(x, encoder, k, with_loop(plan, "plain"))
 
 
 def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
@@ -87,29 +89,7 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
     for start in range(0, x.shape[0], rows):
         part = x[start : start + rows]
         n = part.shape[0]
-        grid = (triton.cdiv(n, plan.BM) * triton.cdiv(n_groups, plan.BN // plan.size),)
-        _score_groups_kernel[grid](
-            part,
-            encoder.weight,
-            encoder.bias,
-            bits,
-            place,
-            n,
-            encoder.d_sae,
-            n_groups,
-            -plan.size,
-            D=encoder.d_in,
-            T=plan.T,
-            SIZE=plan.size,
-            BM=plan.BM,
-            BN=plan.BN,
-            BK=plan.BK,
-            BAND=plan.BAND,
-            TREE=plan.tree,
-            UPCAST=interpreting(),
-            num_warps=plan.warps,
-            num_stages=plan.stages,
-        )
+        score_groups(part, encoder, bits, place, plan)
         done = kept.values[start : start + n].view(torch.int32), kept.indices[start : start + n]
         keys, counts, opened = _select(bits, place, encoder, n, k, plan, done)
         _reopen_kernel[(n,)](
@@ -201,6 +181,7 @@ def _select(
         *done,
         n,
         n_groups,
+        encoder.d_sae,
         k,
         T=plan.T,
         SIZE=plan.size,

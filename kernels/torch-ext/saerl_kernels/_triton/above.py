@@ -152,11 +152,14 @@ def _score_above_kernel(
     BAND: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    acc, rows, cols, col_block = tile_scores(x_ptr, w_ptr, bias_ptr, N, F, G, D, 0, BM, BN, BK, BAND, UPCAST)
+    acc, cols, row_block, col_block = tile_scores(
+        x_ptr, w_ptr, bias_ptr, N, F, G, D, 0, BM, BN, BK, BAND, UPCAST
+    )
+    rows = row_block * BM + tl.arange(0, BM)
     limit = tl.load(limit_ptr + cols, mask=cols < F, other=float("inf"))
     above = (acc > limit[None, :]) & (cols < F)[None, :]  # never of NaN
     # Offsets inside a tile fit 32 bits: 64-bit ones would not fit registers beside the accumulator.
-    top, left = tl.min(rows), col_block * BN
+    top, left = tl.min(rows), col_block * BN  # of row_block alone more would go to the stack on sm_100
     near = (rows - top)[:, None] * F + (cols - left)[None, :]
     tl.store(places_ptr + (top.to(tl.int64) * F + left) + near, acc, mask=above & (rows < N)[:, None])
     bits = by_group(above.to(tl.int32), BM, BN, 32) << tl.arange(0, 32)[None, None, :]
@@ -199,7 +202,7 @@ def _place_bits_kernel(
         column = tile * BLOCK + tl.arange(0, BLOCK)
         group = column // 128 * 4 + column % 8 // 2  # as by_group puts them together
         word = tl.load(words_ptr + row * G + group, mask=column < F, other=0)
-        hit = (word >> (column % 128 // 8 * 2 + column % 2)) & 1
+        hit = (word >> (column % 2 * 16 + column % 128 // 8)) & 1
         found = tl.sum(hit)
         if found > 0:
             slot = start + tl.cumsum(hit, 0) - 1

@@ -38,7 +38,9 @@ def tried(key: Tuple, plan: Any, call: Callable[..., Any], *args: Any) -> Any:
         return None
     try:
         return call(*args)
-    except LAUNCH_ERRORS as err:
+    except Exception as err:
+        if not isinstance(err, LAUNCH_ERRORS) and "PassManager::run failed" not in str(err):
+            raise
         _refused.add(key)
         name = f"{type(err).__name__}: {err}".partition("\n")[0][:200]
         warnings.warn(f"{plan} does not launch ({name}); a slower one runs", stacklevel=3)

@@ -16,6 +16,7 @@ def _feature(
     at,
     mask,
     G,
+    F,
     T: tl.constexpr,
     SIZE: tl.constexpr,
     PERMUTED: tl.constexpr,
@@ -24,7 +25,7 @@ def _feature(
     group = at
     for _ in tl.static_range(T - 1):
         group = tl.where(group >= G, group - G, group)
-    column = group_column(group, tl.load(place + at, mask=mask, other=0).to(tl.int32), G, SIZE)
+    column = group_column(group, tl.load(place + at, mask=mask, other=0).to(tl.int32), G, F, SIZE)
     if PERMUTED:
         column = tl.load(number_ptr + column, mask=mask, other=0)
     return column
@@ -42,6 +43,7 @@ def _select_kernel(
     indices_ptr,  # int32 [N, K]
     N,
     G,
+    F,
     K,
     T: tl.constexpr,
     SIZE: tl.constexpr,
@@ -117,7 +119,7 @@ def _select_kernel(
                 at = tile * STEP + near
                 mask = (at < M) & crowded[:, None]
                 tied = (tl.load(source + at, mask=mask, other=-1) == limit[:, None]) & mask
-                feature = _feature(number_ptr, place, at, tied, G, T, SIZE, PERMUTED)
+                feature = _feature(number_ptr, place, at, tied, G, F, T, SIZE, PERMUTED)
                 within += tl.sum((tied & (feature <= cut[:, None])).to(tl.int32), axis=1)
             low_f = tl.where(within >= room, low_f, cut)
             high_f = tl.where(within >= room, cut, high_f)
@@ -132,7 +134,7 @@ def _select_kernel(
         chosen = (here >= limit[:, None]) & (here > 0) & mask
         if tl.max(crowded.to(tl.int32)) > 0:
             tied = chosen & (here == limit[:, None])
-            feature = _feature(number_ptr, place, at, tied, G, T, SIZE, PERMUTED)
+            feature = _feature(number_ptr, place, at, tied, G, F, T, SIZE, PERMUTED)
             chosen = chosen & ((tied & (feature > last[:, None])) == 0)
         slot = written[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
         key = (here.to(tl.int64) << 32) | (0x7FFFFFFF - at).to(tl.int64)
@@ -155,7 +157,7 @@ def _select_kernel(
             if not PERMUTED:
                 last_kept = (T - 1) * G + group
                 behind = even & (tl.load(source + last_kept, mask=even, other=-1) == bound)
-                column = _feature(number_ptr, place, last_kept, behind, G, T, SIZE, PERMUTED)
+                column = _feature(number_ptr, place, last_kept, behind, G, F, T, SIZE, PERMUTED)
                 hides = hides & ((behind & (column >= last[:, None])) == 0)
         tl.store(source + T * G + group, hides.to(tl.int32) * -1, mask=hides)
         hiding += tl.sum(hides.to(tl.int32), axis=1)
@@ -166,7 +168,7 @@ def _select_kernel(
     mask = (slot < written[:, None]) & live[:, None]
     key = tl.load(keys_at + slot, mask=mask, other=0)
     candidate = 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
-    feature = _feature(number_ptr, place, candidate, mask, G, T, SIZE, PERMUTED)
+    feature = _feature(number_ptr, place, candidate, mask, G, F, T, SIZE, PERMUTED)
     key = ((key >> 32) << 32) | (0x7FFFFFFF - feature).to(tl.int64)
     opened = (hiding > 0)[:, None]
     tl.store(keys_at + slot, key, mask=mask & opened)

@@ -9,10 +9,12 @@ import os
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
+import triton
 
 from ..dispatch import interpreting
 from ..pack import PackedEncoder
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 TABLE = os.path.join(os.path.dirname(__file__), "tuned.json")
 
 
@@ -29,6 +31,18 @@ class Plan(NamedTuple):
     warps: int = 8
     stages: int = 3
     tree: bool = True  # how a group's largest are found: a merging tree in registers, or reductions
+    loop: str = "plain"  # groups: a program a tile; "nested", "fused", "specialised": see persistent.py
+
+
+LOOPS = {"plain": (8, 3), "nested": (8, 4), "fused": (8, 4), "specialised": (4, 4)}  # warps and stages
+
+
+def with_loop(plan: Plan, loop: str) -> Plan:
+    """``plan`` of a tile of 128 x 256 with the warps and stages of ``loop``."""
+    if loop == plan.loop:
+        return plan
+    warps, stages = LOOPS[loop]
+    return plan._replace(loop=loop, warps=warps, stages=stages)
 
 
 def reopened(d_sae: int, k: int, T: int, size: int) -> float:
@@ -88,7 +102,7 @@ def plan_above(encoder: PackedEncoder) -> Optional[Plan]:
 
 
 def above_plan(arch: int) -> Plan:
-    return gpu_plan(16, (2, 32), arch)._replace(algorithm="above", BN=128)
+    return with_loop(gpu_plan(16, (2, 32), arch), "plain")._replace(algorithm="above", BN=128)
 
 
 def fewest_kept(d_sae: int, k: int, of: Tuple[int, ...]) -> Optional[Tuple[int, int]]:
@@ -111,7 +125,18 @@ def gpu_plan(bits: int, kept: Tuple[int, int], arch: int) -> Plan:
         return Plan("groups", *kept, BM=64, BN=128, BK=32, warps=8, stages=2, tree=False)
     if not 90 <= arch < 120:  # sm_120 has no matrix instructions of a warp group either, and 99 KB as sm_89
         return Plan("groups", *kept, BM=128, BN=128, BK=32, warps=8, stages=4, tree=False)
-    return Plan("groups", *kept)
+    return with_loop(Plan("groups", *kept), loops(kept[0], arch)[0])
+
+
+def loops(T: int, arch: int) -> Tuple[str, ...]:
+    """The loops that compile without spills on compute capability ``arch``, the default first.
+
+    "specialised" becomes the default where a tuning run has found it the fastest: what the compiler makes of
+    it has barriers of its own, which only a GPU can show to be right.
+    """
+    if T > 2 or not 90 <= arch < 120 or TRITON < (3, 7):
+        return ("plain",)
+    return ("fused", "specialised", "plain") if arch < 100 else ("nested", "plain")
 
 
 def chunked_plan(n: int, d_sae: int) -> Plan:
@@ -132,9 +157,8 @@ def candidates(d_sae: int, k: int, arch: int) -> List[Plan]:
         if not 90 <= arch < 120:
             plans += [gpu_plan(16, kept, arch), gpu_plan(16, kept, arch)._replace(stages=3)]
             continue
-        for BM, BN, warps, stages in ((128, 256, 8, 3), (128, 256, 8, 4), (128, 128, 8, 3), (128, 128, 4, 4)):
-            if 4 * kept[1] <= BN:
-                plans.append(Plan("groups", *kept, BM=BM, BN=BN, warps=warps, stages=stages))
+        plans += [with_loop(Plan("groups", *kept), loop) for loop in loops(kept[0], arch)]
+        plans.append(Plan("groups", *kept, stages=4))
     return plans
 
 
