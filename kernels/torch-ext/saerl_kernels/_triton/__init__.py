@@ -21,6 +21,7 @@ from .device import on_device, tried
 from .grads import value_grads, weight_grads
 from .groups import _reopen_kernel, _score_groups_kernel
 from .pool import pool_codes
+from .screen import halve, launch_rescore, screen_of
 from .select import _order_kernel, _pad_kernel, _select_kernel
 from .tune import Plan, chunked_plan, groups_plan, plan_encode
 
@@ -77,6 +78,8 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
         for start, keys, counts in launch_chunked(x, encoder, _numbers(encoder), k, plan):
             _finish(keys, counts, kept, start, keys.shape[0], k, numbers=encoder.permutation)
         return kept
+    screened = plan.algorithm == "screen"
+    scored, left = screen_of(encoder) if screened else encoder, []
     n_groups = triton.cdiv(encoder.d_sae, 4 * plan.size) * 4
     rows = max(plan.BM, SCRATCH // ((5 * plan.T + 4) * n_groups) // plan.BM * plan.BM)
     rows = min(rows, x.shape[0])
@@ -87,16 +90,16 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
         n = part.shape[0]
         grid = (triton.cdiv(n, plan.BM) * triton.cdiv(n_groups, plan.BN // plan.size),)
         _score_groups_kernel[grid](
-            part,
-            encoder.weight,
-            encoder.bias,
+            halve(part) if screened else part,
+            scored.weight,
+            scored.bias,
             bits,
             place,
             n,
             encoder.d_sae,
             n_groups,
             -plan.size,
-            D=encoder.d_in,
+            D=scored.d_in,
             T=plan.T,
             SIZE=plan.size,
             BM=plan.BM,
@@ -108,7 +111,13 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
             num_warps=plan.warps,
             num_stages=plan.stages,
         )
-        keys, counts, opened = _select(bits, place, encoder, n, k, plan, "groups")
+        keys, counts, opened = _select(bits, place, scored, n, k, plan, "groups")
+        if screened:
+            given = (part, encoder, _numbers(encoder), bits, place, keys, counts)
+            keys, opened = launch_rescore(*given, k, plan)
+            left.append(opened)
+            _finish(keys, counts, kept, start, n, k, numbers=encoder.permutation)
+            continue
         _reopen_kernel[(n,)](
             part,
             encoder.weight,
@@ -134,6 +143,10 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
             num_warps=4,
         )
         _finish(keys, counts, kept, start, n, k)
+    rest = torch.cat(left).nonzero().squeeze(-1) if screened else ()  # waits for the device
+    if len(rest):
+        whole = _run(x[rest], encoder, k, chunked_plan(len(rest), encoder.d_sae))
+        kept.values[rest], kept.indices[rest] = whole
     return kept
 
 
