@@ -98,6 +98,24 @@ def test_float32_result_to_the_bit(permute):
         assert_equal(got, float32_topk(x, encoder, k))
 
 
+@CPU_ONLY
+@pytest.mark.parametrize("permute", [False, True], ids=["natural", "permuted"])
+def test_winners_are_not_those_with_the_largest_bounds(permute):
+    """Forty features closer to each other than bfloat16 can tell: float32 scores decide, not bounds."""
+    g = torch.Generator().manual_seed(3)
+    x, W = torch.randn(1, 128, generator=g), -torch.ones(128, 1000)
+    W[:, torch.randperm(1000, generator=g)[:40]] = x.t() * (1 + torch.randn(128, 40, generator=g) / 3000)
+    encoder = sk.pack_encoder(W, permute=permute)
+    bounds = screen.screen_of(encoder)
+    upper = (screen.halve(x).float() @ bounds.weight.float().t())[0]
+    want = float32_topk(x, encoder, 20)
+    natural = upper if encoder.permutation is None else upper[torch.argsort(encoder.permutation)]
+    assert len(set(natural.topk(20).indices.tolist()) & set(want.indices[0].tolist())) < 19
+    got, left = encode(x, encoder, 20, small(3))
+    assert not left.any()
+    assert_equal(got, want)
+
+
 LEFT = (  # more than 512 of the 1200 features may win, in single groups or for want of a usable margin
     "cancelling",
     "copies a bit apart",
