@@ -117,7 +117,8 @@ def launch_rescore(
     n, room, width = x.shape[0], slots(k), bits[0].numel()
     keys = torch.empty((n, room), dtype=torch.int64, device=x.device)
     left = torch.empty(n, dtype=torch.int32, device=x.device)
-    scanned = min(2048, triton.next_power_of_2(width))
+    warps = 4 if room <= 1024 else 8
+    scanned = min(128 * warps, triton.next_power_of_2(width))
     _rescore_kernel[(n,)](
         x,
         encoder.weight,
@@ -143,7 +144,7 @@ def launch_rescore(
         BG=scanned,
         TILES=triton.cdiv(width, scanned),
         PERMUTED=encoder.permutation is not None,
-        num_warps=4 if room <= 1024 else 8,
+        num_warps=warps,
         maxnreg=128,  # left to itself the compiler takes 96 and puts 8 bytes on the stack
     )
     return keys, left
