@@ -90,6 +90,10 @@ def launchers() -> dict[str, Callable[[], None]]:
         same(sk.topk(scores.to(DEVICE), k, backend="triton"), sk.reference.topk(scores, k))
 
     chunked = tune.chunked_plan(n, d_sae) if gpu else tune.Plan("chunked", BM=4, BN=256, BK=128, warps=4)
+    screen = tune.Plan("screen", BM=16, BN=128, BK=32, warps=4)
+    if gpu:
+        major, minor = torch.cuda.get_device_capability(DEVICE)
+        screen = tune.gpu_plan(16, (2, 32), major * 10 + minor)._replace(algorithm="screen")
     return {
         "encode_topk default": lambda: encode("bfloat16", None),
         "encode_topk plain loop": lambda: looped("plain"),
@@ -97,6 +101,7 @@ def launchers() -> dict[str, Callable[[], None]]:
         "encode_topk specialised loop": lambda: looped("specialised"),
         "encode_topk chunked": lambda: encode("bfloat16", chunked),
         "encode_topk float32": lambda: encode("float32", None),
+        "encode_topk screen": lambda: encode("float32", screen),
         "encode_topk above 1024": lambda: encode("float32", None, min(1100, d_sae)),
         "encode_threshold": thresholds,
         "topk": ranked,

@@ -66,7 +66,7 @@ def jobs():
     again = dict(again, D=2304, T=3, SIZE=32, KP=512, PERMUTED=False)
     yield "reopen k=512", groups._reopen_kernel, dict(GROUPS, number_ptr="*i32", **KEYS), again, 4, 3
     pick = dict(T=2, SIZE=size, ROWS=1, BLOCK=2048, TILES=1, STEP=1024, STEPS=2, GROUPS=512, KP=64)
-    pick.update(PERMUTED=False, COUNT=False)
+    pick.update(PERMUTED=False, FINISH=True, COUNT=False)
     yield "select groups", select._select_kernel, SELECT, pick, 2, 3
     pick.update(BLOCK=8192, STEPS=6, KP=512, PERMUTED=True)
     yield "select permuted", select._select_kernel, SELECT, pick, 8, 3

@@ -117,6 +117,27 @@ def test_every_candidate_of_the_tuner(k):
     assert ran >= 3
 
 
+def test_float32_screen_at_a_real_size(monkeypatch):
+    """The tensor cores' own rounding: screened values are float32's, and hardly a row is left over."""
+    x, W = torch.randn(1000, 2048, device="cuda"), torch.randn(2048, 32768, device="cuda") / 45
+    encoder = sk.pack_encoder(W, torch.randn(32768, device="cuda") / 10)
+    major, minor = torch.cuda.get_device_capability()
+    plan = gpu_plan(16, (2, 32), major * 10 + minor)._replace(algorithm="screen")
+    whole = []
+    launch = triton_backend.launch_chunked
+    monkeypatch.setattr(
+        triton_backend, "launch_chunked", lambda x, *args: whole.append(len(x)) or launch(x, *args)
+    )
+    got = triton_backend.encode_topk(x, encoder, 64, plan)
+    assert sum(whole) < 10
+    scores = x.double() @ W.double() + encoder.bias.double()
+    want = scores.topk(64)
+    torch.testing.assert_close(got.values.double(), want.values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        got.values.double(), scores.gather(1, got.indices.long()), rtol=1e-5, atol=1e-5
+    )
+
+
 @pytest.mark.skipif("torch.cuda.device_count() < 2")
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_on_a_second_gpu(plan):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import torch
 from torch import Tensor
@@ -86,10 +86,14 @@ class PackedEncoder:
             return self
         if torch.compiler.is_compiling():  # a graph has no memory of its own
             return self._unpermuted()
+        return self.derived("natural", self._unpermuted)
+
+    def derived(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, kept until the weight, the bias or the threshold is written to."""
         state = written(self.weight, self.bias, self.threshold)
-        held = self._cache.get("natural")
+        held = self._cache.get(name)
         if held is None or held[0] != state:
-            held = self._cache["natural"] = (state, self._unpermuted())
+            held = self._cache[name] = (state, make())
         return held[1]
 
     def _unpermuted(self) -> PackedEncoder:

@@ -23,6 +23,7 @@ from .grads import value_grads, weight_grads
 from .groups import _reopen_kernel
 from .persistent import score_groups
 from .pool import pool_codes
+from .screen import halve, launch_rescore, screen_of
 from .select import _select_kernel
 from .tune import Plan, chunked_plan, groups_plan, plan_encode, with_loop
 
@@ -81,6 +82,8 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
         for start, keys, counts in launch_chunked(x, encoder, _numbers(encoder), k, plan):
             _finish(keys, counts, kept, start, keys.shape[0], k, encoder.permutation)
         return kept
+    screened = plan.algorithm == "screen"
+    scored, left = screen_of(encoder) if screened else encoder, []
     n_groups = triton.cdiv(encoder.d_sae, 4 * plan.size) * 4
     rows = max(plan.BM, SCRATCH // ((5 * plan.T + 4) * n_groups) // plan.BM * plan.BM)
     rows = min(rows, x.shape[0])
@@ -89,9 +92,15 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
     for start in range(0, x.shape[0], rows):
         part = x[start : start + rows]
         n = part.shape[0]
-        score_groups(part, encoder, bits, place, plan)
+        score_groups(halve(part) if screened else part, scored, bits, place, plan)
         done = kept.values[start : start + n].view(torch.int32), kept.indices[start : start + n]
-        keys, counts, opened = _select(bits, place, encoder, n, k, plan, done)
+        keys, counts, opened = _select(bits, place, scored, n, k, plan, done)
+        if screened:
+            given = (part, encoder, _numbers(encoder), bits, place, keys, counts)
+            keys, opened = launch_rescore(*given, k, plan)
+            left.append(opened)
+            _finish(keys, counts, kept, start, n, k, encoder.permutation)
+            continue
         _reopen_kernel[(n,)](
             part,
             encoder.weight,
@@ -118,6 +127,10 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
             COUNT=interpreting(),
             num_warps=4,
         )
+    rest = torch.cat(left).nonzero().squeeze(-1) if screened else ()  # waits for the device
+    if len(rest):
+        whole = _run(x[rest], encoder, k, chunked_plan(len(rest), encoder.d_sae))
+        kept.values[rest], kept.indices[rest] = whole
     return kept
 
 
@@ -193,6 +206,7 @@ def _select(
         GROUPS=min(max(32, step // 2), next_power_of_2(n_groups)),
         KP=_width(k),
         PERMUTED=encoder.permutation is not None,
+        FINISH=plan.algorithm != "screen",
         COUNT=interpreting(),
         num_warps=min(16, warps),
     )

@@ -55,6 +55,7 @@ def _select_kernel(
     GROUPS: tl.constexpr,
     KP: tl.constexpr,
     PERMUTED: tl.constexpr,
+    FINISH: tl.constexpr,  # rows in which nothing can hide; otherwise all rows have keys
     COUNT: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -170,8 +171,11 @@ def _select_kernel(
     candidate = 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
     feature = _feature(number_ptr, place, candidate, mask, G, F, T, SIZE, PERMUTED)
     key = ((key >> 32) << 32) | (0x7FFFFFFF - feature).to(tl.int64)
-    opened = (hiding > 0)[:, None]
-    tl.store(keys_at + slot, key, mask=mask & opened)
-    done = live[:, None] & (opened == 0)
-    wide = rows.to(tl.int64)[:, None]
-    finish(key, written, wide, done, keys_at, values_ptr, indices_ptr, K, ROWS, KP, False, COUNT)
+    if FINISH:
+        opened = (hiding > 0)[:, None]
+        tl.store(keys_at + slot, key, mask=mask & opened)
+        done = live[:, None] & (opened == 0)
+        wide = rows.to(tl.int64)[:, None]
+        finish(key, written, wide, done, keys_at, values_ptr, indices_ptr, K, ROWS, KP, False, COUNT)
+    else:
+        tl.store(keys_at + slot, key, mask=mask)

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import torch
 import triton
 
-from ..dispatch import interpreting
+from ..dispatch import interpreting, screening
 from ..pack import PackedEncoder
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -21,7 +21,7 @@ TABLE = os.path.join(os.path.dirname(__file__), "tuned.json")
 class Plan(NamedTuple):
     """How ``encode_topk`` runs."""
 
-    algorithm: str  # "groups" or "chunked"; "above" of a threshold encoder
+    algorithm: str  # "groups", "chunked" or "screen" (groups of bounds); "above" of a threshold encoder
     T: int = 2  # groups: entries kept per group; the next one is their bound
     size: int = 32  # groups: features of a group, 32 or 64; BN is a multiple of four times as many
     BM: int = 128  # groups: rows and columns of a tile; chunked: of a block of scores, held in L2
@@ -59,14 +59,14 @@ def plan_encode(n: int, encoder: PackedEncoder, k: int) -> Plan:
     """The measured plan of this GPU and shape where ``tuned.json`` has one, else a heuristic.
 
     The heuristic: groups need few winners per group, so past one re-opened group in four rows, and for
-    float32 weights, which have no tensor cores, the chunked path does less work.
+    float32 weights that are not screened (they have no tensor cores), the chunked path does less work.
     """
     bits = encoder.weight.element_size() * 8
     if not interpreting():
         plan = tuned(torch.cuda.get_device_name(encoder.device), bits, encoder.d_in, encoder.d_sae, k, n)
         if plan is not None:
             return plan
-    plan = groups_plan(encoder, k) if interpreting() or bits < 32 else None
+    plan = groups_plan(encoder, k) if interpreting() or bits < 32 else screen_plan(n, encoder, k)
     return chunked_plan(n, encoder.d_sae) if plan is None else plan
 
 
@@ -82,6 +82,24 @@ def groups_plan(encoder: PackedEncoder, k: int, least: Optional[Tuple[int, int]]
     bits, arch = encoder.weight.element_size() * 8, major * 10 + minor
     kept = fewest_kept(encoder.d_sae, k, sizes(bits, arch)) or least
     return kept and gpu_plan(bits, kept, arch)
+
+
+def screen_plan(n: int, encoder: PackedEncoder, k: int) -> Optional[Plan]:
+    """The groups' tile for the bounds of a float32 encoder; None: not screened.
+
+    Predicted, not measured (NOTES.md): it pays where bfloat16 is more than ten times as fast as float32 (two
+    to four times with compute capability 8.6, 8.9 and 12.0), for enough rows and features, and up to a d_in
+    past which the margin leaves too many. It waits for the device, which capturing a CUDA graph forbids.
+    """
+    if not screening() or torch.version.hip is not None or torch.cuda.is_current_stream_capturing():
+        return None
+    major, minor = torch.cuda.get_device_capability(encoder.device)
+    arch = major * 10 + minor
+    if arch not in (80, 90, 100, 103) or n < 64 or not 256 <= encoder.d_in <= 6144 or encoder.d_sae < 4096:
+        return None
+    # At d_in 4096 this many candidates were simulated; opened groups add at most k.
+    kept = fewest_kept(encoder.d_sae, k + 16 * math.isqrt(k), sizes(16, arch), k / 64)
+    return kept and gpu_plan(16, kept, arch)._replace(algorithm="screen")
 
 
 def plan_above(encoder: PackedEncoder) -> Optional[Plan]:
@@ -105,13 +123,13 @@ def above_plan(arch: int) -> Plan:
     return with_loop(gpu_plan(16, (2, 32), arch), "plain")._replace(algorithm="above", BN=128)
 
 
-def fewest_kept(d_sae: int, k: int, of: Tuple[int, ...]) -> Optional[Tuple[int, int]]:
-    """T and size, the cheapest first, that re-open at most one group in four rows; None where none does.
+def fewest_kept(d_sae: int, k: int, of: Tuple[int, ...], most: float = 0.25) -> Optional[Tuple[int, int]]:
+    """T and size, the cheapest first, that re-open at most ``most`` groups a row; None where none does.
 
     What a re-opened group costs is estimated in NOTES.md.
     """
     kept = ((T, size) for T in (1, 2, 3) for size in of)
-    return next((pair for pair in kept if reopened(d_sae, k, *pair) <= 0.25), None)
+    return next((pair for pair in kept if reopened(d_sae, k, *pair) <= most), None)
 
 
 def sizes(bits: int, arch: int) -> Tuple[int, ...]:
