@@ -206,7 +206,7 @@ def test_only_candidates_are_scored(device):
     encoder = encoder.to(device)
     bounds = screen.screen_of(encoder)
     upper = (
-        chunked.product(screen.halve(x.to(device)), bounds.weight, torch.empty(1500, device=device))[0]
+        chunked.product(screen.halve(x.to(device)), bounds.weight.t(), torch.empty(1, 1500, device=device))[0]
         + bounds.bias
     )
     scores = (x.to(device) @ encoder.weight.t() + encoder.bias)[0]
@@ -222,7 +222,10 @@ def test_few_candidates_are_left(device):
     x, encoder = gaussian(16, 768, 16384)
     x, encoder = x.to(device), encoder.to(device)
     bounds = screen.screen_of(encoder)
-    upper = chunked.product(screen.halve(x), bounds.weight, torch.empty(1 << 18, device=device)) + bounds.bias
+    upper = (
+        chunked.product(screen.halve(x), bounds.weight.t(), torch.empty(16, 16384, device=device))
+        + bounds.bias
+    )
     scores = x @ encoder.weight.t() + encoder.bias
     least = scores.gather(1, upper.topk(64).indices).amin(1, keepdim=True)
     count = (upper >= least).sum(1)
@@ -244,7 +247,10 @@ def test_the_bound_holds(seed, up, down, d_in):
     bias[3] = 2.0 ** (up + down + 14)
     encoder = sk.pack_encoder(w.t().contiguous(), bias).to(device)
     bounds, half = screen.screen_of(encoder), screen.halve(x.to(device))
-    upper = chunked.product(half, bounds.weight, torch.empty(320, device=device)) + bounds.bias
+    upper = (
+        chunked.product(half, bounds.weight.t(), torch.empty(len(half), bounds.d_sae, device=device))
+        + bounds.bias
+    )
     exact = x.double() @ w.double().t() + bias.double()
     size = x.double().norm(dim=1)[:, None] * w.double().norm(dim=1) + bias.double().abs()
     room = screen.accumulation(d_in) * size  # what the float32 score may be off by
