@@ -122,8 +122,8 @@ class PackedEncoder:
             _cache={},
         )
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """``x`` [..., d_in] as the matrix product takes it: [n, d_in], normalised, in the weight's dtype."""
+    def need_rows(self, x: Tensor) -> None:
+        """ValueError unless ``x`` [..., d_in] is floating point and on the encoder's device."""
         need_tensors(x=x, weight=self.weight)
         if x.dim() == 0 or x.shape[-1] != self.d_in:
             raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be d_in={self.d_in}")
@@ -131,6 +131,10 @@ class PackedEncoder:
             raise ValueError(f"x must be floating point, got {x.dtype}")
         if x.device != self.device:
             raise ValueError(f"x is on {x.device} but the encoder is on {self.device}; move one of them")
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """``x`` [..., d_in] as the matrix product takes it: [n, d_in], normalised, in the weight's dtype."""
+        self.need_rows(x)
         x = x.detach()
         if x.dim() != 2:
             x = x.reshape(-1, self.d_in)

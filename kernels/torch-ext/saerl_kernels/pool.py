@@ -74,6 +74,7 @@ def encode_pool(
     need_encoder(encoder)
     need_tensors(x=x, mask=mask, weights=weights)
     if without_memory(x, encoder.weight, mask, weights):
+        encoder.need_rows(x)
         check_reduce(reduce)
         if k is not None:
             check_k(k, encoder.d_sae)
