@@ -317,6 +317,13 @@ def test_row_chunks_and_tiles(monkeypatch, device):
     assert_equal(got, sk.reference.encode_topk(x, encoder, 6))
 
 
+def test_every_feature_is_asked_for(device):
+    """The keys of a program's rows are many more than its candidates."""
+    x, encoder = integers(2, 4, 520, low=-90)
+    got = triton_backend.encode_topk(x.to(device), encoder.to(device), 520, small(1))
+    assert_equal(got, sk.reference.encode_topk(x, encoder, 520))
+
+
 def test_numba_blocks(monkeypatch):
     from saerl_kernels import _numba
 

@@ -146,7 +146,7 @@ def topk(scores: Tensor, k: int) -> TopK:
     room = min(slots(k, block), next_power_of_2(width))
     many = min(n, max(1, SCRATCH // (8 * room)))
     keys = torch.empty((many, room), dtype=torch.int64, device=scores.device)
-    rows = _rows(many, max(2 * room, _width(k) ** 2 if interpreting() else 0))
+    rows = _rows(many, 2 * room, k)
     for start in range(0, n, many):
         part = slice(start, min(n, start + many))
         _topk_kernel[(cdiv(part.stop - start, rows),)](
@@ -181,7 +181,7 @@ def _select(
     n_groups = bits.shape[-1]
     width = plan.T * n_groups
     block = min(TILE, next_power_of_2(width))
-    rows = _rows(n, 2 * block)
+    rows = _rows(n, 2 * block, k)
     step = block if interpreting() else min(block, max(32, STEP // rows))
     warps = max(4, rows * block // 512) if rows > 1 else max(1, block // WARP)
     _select_kernel[(cdiv(n, rows),)](
@@ -222,7 +222,7 @@ def _finish(
     k: int,
     numbers: Optional[Tensor],
 ) -> None:
-    rows = _rows(n, _width(k) ** 2 if interpreting() else 4 * _width(k))  # more rows take 228 registers
+    rows = _rows(n, 0, k)
     _finish_kernel[(cdiv(n, rows),)](
         keys,
         counts,
@@ -240,10 +240,14 @@ def _finish(
     )
 
 
-def _rows(n: int, width: int) -> int:
-    """Rows a program takes: enough to fill it on a GPU, many in the interpreter, which counts operations."""
-    entries = 1 << 17 if interpreting() else 2048
-    return max(1, min(next_power_of_2(n), entries // width))
+def _rows(n: int, width: int, k: int) -> int:
+    """Rows a program takes: enough to fill it on a GPU, many in the interpreter, which counts operations.
+
+    Each has ``width`` entries and k keys to order: on a GPU more rows take 228 registers, in the interpreter
+    keys are compared in pairs.
+    """
+    entries, ordered = (1 << 17, _width(k) ** 2) if interpreting() else (2048, 4 * _width(k))
+    return max(1, min(next_power_of_2(n), entries // max(width, ordered)))
 
 
 def _width(k: int) -> int:
