@@ -101,13 +101,13 @@ def launchers():
         "groups, float32",
         lambda: launch.encode_topk(rows[wide], wide, 32, tune.gpu_plan(32, (3, 32), ARCH)),
     )
-    screen = plan._replace(algorithm="screen")
-    vast, single = encoder(64, 65536, whole, False), encoder(100, 1000, whole)
-    rows[vast], rows[single] = torch.zeros(96, 64), torch.zeros(1, 100)
-    yield "screen", lambda: launch.encode_topk(rows[vast], vast, 64, screen._replace(size=32))
+    screen = tune.gpu_plan(16, (2, 32), ARCH)._replace(algorithm="screen")  # in the default loop
+    vast, single = encoder(256, 65536, whole, False), encoder(100, 1000, whole)
+    rows[vast], rows[single] = torch.zeros(96, 256), torch.zeros(1, 100)
+    yield "screen", lambda: launch.encode_topk(rows[vast], vast, 64, screen)
     yield (
         "screen, k 512, 1 row, odd",
-        lambda: launch.encode_topk(rows[single], single, 512, screen._replace(T=3, size=32)),
+        lambda: launch.encode_topk(rows[single], single, 512, tune.with_loop(screen, "plain")._replace(T=3)),
     )
     yield "chunked", lambda: launch.encode_topk(rows[wide], wide, 32, chunked)
     yield "chunked, k 1, 1 row, odd", lambda: launch.encode_topk(rows[odd][:1], odd, 1, chunked)
