@@ -46,6 +46,7 @@ GPU_GRID = [  # a run that is cut short still has every width and k
     for d_sae in (32768, 65536, 131072)
     for k in (32, 64, 100)
 ]
+GPU_FLOAT32 = [Shape(d_in, 65536, 64, 4096) for d_in in (2048, 1536, 4096)]
 
 
 class Problem:
@@ -80,7 +81,7 @@ class Problem:
     def contenders(self) -> dict[str, Contender]:
         """Name -> call. "linear" is the limit that every ratio is taken to."""
         found: dict[str, Contender] = {"linear": self.linear, "linear + torch.topk": self.linear_topk}
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.x.dtype != torch.float32:
             found["linear + torch.topk, fp32"] = self.linear_topk_fp32
         backends = ["torch", "triton"] if self.device.type == "cuda" else ["torch", "numba"]
         for name in backends:
@@ -137,6 +138,13 @@ def test_encode_topk(benchmark: Any, shape: Shape) -> None:
 def test_encode_topk_bfloat16(benchmark: Any, shape: Shape) -> None:
     """Weights and inputs of bfloat16, against the bare product of the same."""
     _bench(benchmark, Problem(shape, DEVICE, torch.bfloat16))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="float32 is what the first test takes on a CPU")
+@pytest.mark.parametrize("shape", grid(TINY, [], GPU_FLOAT32), ids=lambda s: "x".join(map(str, s)))
+def test_encode_topk_float32(benchmark: Any, shape: Shape) -> None:
+    """float32 weights and inputs, against the bare float32 product."""
+    _bench(benchmark, Problem(shape, DEVICE, torch.float32))
 
 
 def _bench(benchmark: Any, problem: Problem) -> None:

@@ -40,7 +40,18 @@ SECONDS = 450.0  # of a call: what lends a device for eight minutes also copies 
 GRACE = 8.0  # what a process that is told to stop may take
 FIRST = 20.0  # seconds that a part's first unit is expected to take; afterwards its longest so far
 BENCHES = ("encode", "decode", "pool", "train_step", "kmeans")
-TESTS = ("encode_gpu", "chunked", "topk", "decode", "csr", "train_ops", "pool", "kmeans", "encode")
+TESTS = (
+    "encode_gpu",
+    "chunked",
+    "topk",
+    "decode",
+    "csr",
+    "train_ops",
+    "pool",
+    "kmeans",
+    "encode",
+    "screened",
+)
 PARTS = ("smoke", "tune", *BENCHES, "tests")
 TRIES = 2
 OUT_OF_TIME, BROKEN = 3, 4  # exit codes of the process of a part

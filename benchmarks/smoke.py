@@ -39,6 +39,12 @@ def launchers() -> dict[str, Callable[[], None]]:
         got = _triton.encode_topk(encoder.prepare(rows), encoder, count, plan)
         same(got, sk.reference.encode_topk(x, encoders["float32"].to("cpu"), count))
 
+    def looped(loop: str) -> None:
+        plan = tune.groups_plan(encoders["bfloat16"], k)
+        major, minor = torch.cuda.get_device_capability() if gpu else (9, 0)
+        if plan and loop in tune.loops(plan.T, 10 * major + minor):
+            encode("bfloat16", tune.with_loop(plan, loop))
+
     def gradients() -> None:
         grad = torch.randint(-2, 3, (n, d_in), generator=g).float()
         weight = (grad.to(DEVICE), codes.indices, decoder)
@@ -84,10 +90,18 @@ def launchers() -> dict[str, Callable[[], None]]:
         same(sk.topk(scores.to(DEVICE), k, backend="triton"), sk.reference.topk(scores, k))
 
     chunked = tune.chunked_plan(n, d_sae) if gpu else tune.Plan("chunked", BM=4, BN=256, BK=128, warps=4)
+    screen = tune.Plan("screen", BM=16, BN=128, BK=32, warps=4)
+    if gpu:
+        major, minor = torch.cuda.get_device_capability(DEVICE)
+        screen = tune.gpu_plan(16, (2, 32), major * 10 + minor)._replace(algorithm="screen")
     return {
         "encode_topk default": lambda: encode("bfloat16", None),
+        "encode_topk plain loop": lambda: looped("plain"),
+        "encode_topk fused loop": lambda: looped("fused"),
+        "encode_topk specialised loop": lambda: looped("specialised"),
         "encode_topk chunked": lambda: encode("bfloat16", chunked),
         "encode_topk float32": lambda: encode("float32", None),
+        "encode_topk screen": lambda: encode("float32", screen),
         "encode_topk above 1024": lambda: encode("float32", None, min(1100, d_sae)),
         "encode_threshold": thresholds,
         "topk": ranked,

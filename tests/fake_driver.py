@@ -4,7 +4,7 @@
 
 Every launcher is called with CPU tensors, so that Triton's own specialisation of the arguments (1, multiples
 of 16, int64) and its binding of their names happen as on the GPU; the launch itself is left out. Reported of
-every compiled variant: shared memory, registers, stack bytes; of every launcher: host microseconds per call.
+every compiled variant: shared memory and ``usage``; of every launcher: host microseconds per call.
 """
 
 from __future__ import annotations
@@ -44,14 +44,21 @@ class Driver:
 
 
 def usage(cubin: bytes) -> dict:
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    if not os.path.exists(tool):
+    """Registers of a thread, bytes of its stack, and how many instructions the kernel is."""
+    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+    if not os.path.exists(os.path.join(tools, "cuobjdump")):
         return {}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
-    return {key.lower(): int(n) for key, n in re.findall(r"(REG|STACK):(\d+)", text)}
+        used, code = (
+            subprocess.run(
+                [os.path.join(tools, tool), flag, file.name], capture_output=True, text=True
+            ).stdout
+            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    found = {key.lower(): int(n) for key, n in re.findall(r"(REG|STACK):(\d+)", used)}
+    return {**found, "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))}
 
 
 def compile_only(self, *args, grid, warmup, **kwargs):
@@ -81,9 +88,11 @@ def launchers():
     half, whole = torch.bfloat16, torch.float32
     big, odd, wide = encoder(256, 4096, half), encoder(100, 1000, half, False), encoder(256, 4096, whole)
     rows = {e: torch.zeros(96, e.d_in, dtype=e.dtype) for e in (big, odd, wide)}
-    plan = tune.gpu_plan(16, (2, tune.sizes(16, ARCH)[0]), ARCH)
+    plan = tune.with_loop(tune.gpu_plan(16, (2, tune.sizes(16, ARCH)[0]), ARCH), "plain")
     chunked = tune.chunked_plan(96, 4096)
     yield "groups", lambda: launch.encode_topk(rows[big], big, 32, plan)
+    for loop in tune.loops(2, ARCH)[:-1]:
+        yield loop, lambda loop=loop: launch.encode_topk(rows[big], big, 32, tune.with_loop(plan, loop))
     yield (
         "groups, k 1, 1 row, odd",
         lambda: launch.encode_topk(rows[odd][:1], odd, 1, plan._replace(T=3, size=32)),
@@ -91,6 +100,14 @@ def launchers():
     yield (
         "groups, float32",
         lambda: launch.encode_topk(rows[wide], wide, 32, tune.gpu_plan(32, (3, 32), ARCH)),
+    )
+    screen = tune.gpu_plan(16, (2, 32), ARCH)._replace(algorithm="screen")  # in the default loop
+    vast, single = encoder(256, 65536, whole, False), encoder(100, 1000, whole)
+    rows[vast], rows[single] = torch.zeros(96, 256), torch.zeros(1, 100)
+    yield "screen", lambda: launch.encode_topk(rows[vast], vast, 64, screen)
+    yield (
+        "screen, k 512, 1 row, odd",
+        lambda: launch.encode_topk(rows[single], single, 512, tune.with_loop(screen, "plain")._replace(T=3)),
     )
     yield "chunked", lambda: launch.encode_topk(rows[wide], wide, 32, chunked)
     yield "chunked, k 1, 1 row, odd", lambda: launch.encode_topk(rows[odd][:1], odd, 1, chunked)

@@ -145,7 +145,7 @@ def test_buffers_never_overflow(ascending, tight):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_scores_are_not_rounded_to_the_weights_dtype(dtype, device):
     x, weight = torch.randn(5, 64).to(device, dtype), torch.randn(33, 64).to(device, dtype)
-    got = chunked.product(x, weight, torch.empty(200, device=device))
+    got = chunked.product(x, weight.t(), torch.empty((5, 33), device=device))
     assert got.dtype == torch.float32 and got.shape == (5, 33)
     torch.testing.assert_close(got.double(), x.double() @ weight.double().t(), rtol=1e-5, atol=1e-4)
 
@@ -194,21 +194,19 @@ def test_reopened_groups_beyond_two_to_the_31(tmp_path):
     groups = d_sae // 32
     bits = torch.zeros((1, 2, groups), dtype=torch.int32)
     place = torch.zeros((1, 1, groups), dtype=torch.int8)
-    last = (groups - 1 - 31 * (groups // 32)) % groups  # the group of the last feature, at its last position
+    last = groups - 1  # the group of the last feature, at its last position
     bits[0, 1, last] = -1
     kept = torch.tensor([3.0]).view(torch.int32)
     keys = torch.zeros((1, k), dtype=torch.int64)
     keys[0, 0] = (int(kept) << 32) | (0x7FFFFFFF - last)
     count, opened = torch.ones(2, 1, dtype=torch.int32)
     options = {"D": d_in, "T": 1, "SIZE": 32, "KP": 32, "BM": 16, "BK": 256, "BG": 256, "UPCAST": True}
+    values, indices = torch.zeros(2, 1, k, dtype=torch.int32)
     bias = torch.zeros(d_sae)
     x = torch.ones(1, d_in, dtype=torch.float16)
-    args = (bits, place, keys, count, opened, d_sae, groups, k)
-    _reopen_kernel[(1,)](x, weight, bias, bias, *args, **options, PERMUTED=False)
-    assert int(count) == 2
-    best = int(keys.max())
-    assert torch.tensor(best >> 32, dtype=torch.int32).view(torch.float32).item() == d_in
-    assert 0x7FFFFFFF - (best & 0x7FFFFFFF) == d_sae - 1
+    args = (bits, place, keys, count, opened, values, indices, d_sae, groups, k)
+    _reopen_kernel[(1,)](x, weight, bias, bias, *args, **options, PERMUTED=False, COUNT=True)
+    assert values.view(torch.float32).tolist() == [[d_in, 3.0]] and indices.tolist() == [[d_sae - 1, last]]
 
 
 @settings(max_examples=12)

@@ -10,11 +10,14 @@ import contextlib
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import saerl_kernels as sk
 from saerl_kernels import _triton as triton_backend
+from saerl_kernels._triton.groups import group_column
 from saerl_kernels._triton.tune import Plan
 from tests.encoders import BACKENDS, assert_equal, float64_topk, integers, poison  # noqa: F401
 
@@ -186,7 +189,7 @@ def crowd(layout: str):
     x, encoder = integers(6, 11, 400, low=-9)
     W, bias = encoder.weight.t().clone(), encoder.bias.clone()
     if layout == "one_group":
-        bias[group_columns(400, 1)] += 200.0
+        bias[group_columns(400)[1, :20].long()] += 200.0
     elif layout == "matryoshka":
         bias += torch.arange(400).flip(0) // 4
     elif layout == "duplicates":
@@ -194,12 +197,22 @@ def crowd(layout: str):
     return x, W, bias
 
 
-def group_columns(d_sae: int, group: int, size: int = 32) -> torch.Tensor:
-    """The features of a group, as the kernels spread them."""
+@triton.jit
+def _columns_kernel(out_ptr, G, F, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    position = tl.arange(0, SIZE)[None, :]
+    group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    columns = group_column(group, position, G, F, SIZE)
+    tl.store(out_ptr + group * SIZE + position, columns, mask=group < G)
+
+
+def group_columns(d_sae: int, size: int = 32) -> torch.Tensor:
+    """The packed columns int32 [groups, size], d_sae where there is none."""
     groups = -(-d_sae // (4 * size)) * 4
-    position = torch.arange(size)
-    columns = position * groups + (group + position * (groups // size)) % groups
-    return columns[columns < d_sae]
+    columns = torch.empty(
+        groups, size, dtype=torch.int32, device="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    _columns_kernel[(-(-groups // 1024),)](columns, groups, d_sae, SIZE=size, BLOCK=1024)
+    return columns.cpu()
 
 
 @pytest.mark.parametrize("plan", [small(1), small(2, tree=False), small(2, 64), small(3)], ids=str)
@@ -214,18 +227,25 @@ def test_certificate_fires_and_the_answer_stands(plan, layout, device):
     assert_equal(got, sk.reference.encode_topk(x.to(device), encoder, 20))
 
 
-def test_groups_spread_what_lies_together():
-    """Every column is in one group, where columns ascend; neighbours and copies of blocks are not."""
-    for d_sae, size in ((4096, 32), (65536, 64), (300, 32), (16384, 64), (16384 + 8, 32)):
-        groups = -(-d_sae // (4 * size)) * 4
-        owner = torch.full((d_sae,), -1)
-        for group in range(groups):
-            columns = group_columns(d_sae, group, size)
-            assert (columns.diff() > 0).all()
-            owner[columns] = group
-        assert (owner >= 0).all() and (owner[1:] != owner[:-1]).all()
-        if groups >= size:
-            assert (owner[groups:] != owner[:-groups]).all()
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("d_sae", [1, 5, 129, 300, 1100, 4096, 16384 + 8, 24576, 32768, 65536, 131072, 65537])
+def test_groups_spread_what_lies_together(d_sae, size):
+    """Every column is in one group, where columns ascend; neighbours and copies of blocks are not.
+
+    But for one pair of neighbours, where the halves meet.
+    """
+    columns = group_columns(d_sae, size)
+    kept = [row[row < d_sae] for row in columns]
+    assert all((row.diff() > 0).all() for row in kept)
+    assert torch.equal(torch.cat(kept).sort().values, torch.arange(d_sae, dtype=torch.int32))
+    owner = torch.full((d_sae + 1,), -1)
+    owner[columns.long()] = torch.arange(len(columns))[:, None].expand(-1, size)
+    owner = owner[:-1]
+    assert (owner[1:] == owner[:-1]).sum() <= 1
+    blocks = {d_sae // m for m in (2, 3, 4, 6, 8, 16, 64) if d_sae % m == 0} | {128, 512, 1000}
+    for block in blocks if d_sae >= 4096 and d_sae % (4 * size) == 0 else ():
+        for shift in range(block, min(d_sae, min(8, len(columns) // 8 - 1) * block), block):
+            assert (owner[shift:] != owner[:-shift]).all(), (block, shift)
 
 
 @pytest.mark.parametrize("plan", [small(1), small(2, 64), small(2, tree=False)], ids=str)
@@ -295,6 +315,13 @@ def test_row_chunks_and_tiles(monkeypatch, device):
     monkeypatch.setattr(triton_backend, "TILE", 16)
     got = triton_backend.encode_topk(x.to(device), encoder.to(device), 6, small(2))
     assert_equal(got, sk.reference.encode_topk(x, encoder, 6))
+
+
+def test_every_feature_is_asked_for(device):
+    """The keys of a program's rows are many more than its candidates."""
+    x, encoder = integers(2, 4, 520, low=-90)
+    got = triton_backend.encode_topk(x.to(device), encoder.to(device), 520, small(1))
+    assert_equal(got, sk.reference.encode_topk(x, encoder, 520))
 
 
 def test_numba_blocks(monkeypatch):

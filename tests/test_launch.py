@@ -18,9 +18,9 @@ from tests.encoders import assert_equal, integers
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-STACK = {("_reopen_kernel", arch): 24 for arch in (80, 90, 120)}  # bytes; 64 to 128 registers: no spills
-STACK[("_select_kernel", 90)] = 8  # several small rows in a program; 72 registers
-STACK[("_score_above_kernel", 100)] = 16  # of rows that are not aligned: less than half a tile would cost
+STACK = {("_reopen_kernel", arch): 24 + 8 * (arch in (90, 120)) for arch in (80, 89, 90, 120)}  # bytes
+STACK |= {("_select_kernel", arch): 8 for arch in (80, 89, 90, 100)}  # several small rows; 56 to 96 registers
+STACK[("_score_above_kernel", 100)] = 24  # of rows that are not aligned: less than half a tile would cost
 
 
 @pytest.mark.parametrize("arch", sorted(SHARED_LIMIT))
@@ -42,10 +42,10 @@ def test_launchers_compile(arch):
             assert found.get("stack", 0) <= STACK.get((found["kernel"], arch), 0), found
     calls = report["calls"]
     assert {name: calls[name]["launches"] for name in ("groups", "topk", "decode")} == {
-        "groups": 5, "topk": 2, "decode": 1,
+        "groups": 3, "topk": 1, "decode": 1,
     }  # fmt: skip
     # Twenty times what a launch costs on a quiet machine: only a launcher that went wrong takes longer.
-    assert calls["groups"]["host_us"] < 5 * 400
+    assert calls["groups"]["host_us"] < 3 * 400
 
 
 @pytest.fixture

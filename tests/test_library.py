@@ -67,6 +67,33 @@ def test_rows_of_any_length_compile():
     )
 
 
+@newer
+@pytest.mark.parametrize("backend", CPU_ONLY)
+@pytest.mark.parametrize(("k", "reduce"), [(5, "mean"), (None, "last")])
+def test_pooling_compiles(k, reduce, backend):
+    """Offsets of several lengths, as a tensor and as a list, with a mask and weights."""
+    torch.compiler.reset()
+    (W, b, _, _), x = parameters()
+    encoder = sk.pack_encoder(W.t(), b, threshold=0.5, normalize_activations="layer_norm", permute=True)
+    mask, weights = torch.arange(12) % 3 > 0, torch.rand(12)
+
+    def pooled(x, offsets, mask=None, weights=None):
+        options = {"mask": mask, "weights": weights, "backend": backend}
+        found = sk.encode_pool(x, offsets, encoder, k, reduce, **options)
+        return found._replace(values=found.values * 2)
+
+    compiled = torch.compile(pooled, fullgraph=True, backend="aot_eager")
+    for offsets, *rest in (
+        (torch.tensor([0, 4, 12]),),
+        (torch.tensor([0, 4, 4, 12]), mask, weights),
+        ([0, 12], None, weights),
+    ):
+        got, want = compiled(x, offsets, *rest), pooled(x, offsets, *rest)
+        assert torch.equal(got.to_dense(), want.to_dense()) and got.n_rows == len(offsets) - 1
+    with pytest.raises(ValueError, match="offsets must end with n_tokens=12"):
+        compiled(x, torch.tensor([0, 4, 11]))
+
+
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("flat", [True, False])
 def test_decode_is_a_sound_op(flat, check):

@@ -262,6 +262,8 @@ def test_taken_by_capability_only(monkeypatch):
     sk.encode_topk(x, encoder.to(torch.float16), 20, backend="numba")
     sk.encode_topk(x[:8], encoder, 20, backend="numba")
     sk.encode_topk(x, encoder, 200, backend="numba")
+    monkeypatch.setenv("SAERL_KERNELS_SCREEN", "0")
+    sk.encode_topk(x, encoder, 20, backend="numba")
     assert len(calls) == 1
 
 

@@ -51,7 +51,7 @@ def test_shapes_and_dtypes(backend):
 
 def test_sort_kernel_order():
     """The ordering that runs on a GPU; elsewhere tests take the interpreter's cheaper one."""
-    from saerl_kernels._triton.select import _order_kernel
+    from saerl_kernels._triton.finish import _finish_kernel
 
     if torch.cuda.is_available():
         pytest.skip("covered by every other test on a GPU")
@@ -59,12 +59,13 @@ def test_sort_kernel_order():
     counts = torch.tensor([10, 6], dtype=torch.int32)
     values, indices = torch.zeros(2, 10, dtype=torch.int32), torch.zeros(2, 10, dtype=torch.int32)
     numbers = torch.zeros(1, dtype=torch.int32)
-    options = {"ROWS": 2, "KP": 16, "SIGNED": False, "PERMUTED": False, "COUNT": False}
-    _order_kernel[(1,)](keys, counts, numbers, values, indices, 2, 10, 10, **options)
+    options = {"ROWS": 2, "KP": 16, "PERMUTED": False, "COUNT": False}
+    _finish_kernel[(1,)](keys.clone(), counts, numbers, values, indices, 2, 10, 10, **options)
     for row, count in enumerate(counts.tolist()):
         want = keys[row, :count].sort(descending=True).values
         assert torch.equal(values[row, :count], (want >> 32).int())
         assert torch.equal(indices[row, :count], (0x7FFFFFFF - (want & 0x7FFFFFFF)).int())
+    assert values[1, 6:].tolist() == [0] * 4 and indices[1, 6:].tolist() == [0, 1, 2, 3]
 
 
 @given(st.integers(1, 80), st.integers(1, 5), st.integers(0, 999), st.floats(0.1, 1e30))
@@ -84,6 +85,41 @@ def test_every_bit_pattern_of_nan(backend):
     scores.view(torch.int32)[0] = -1
     for k in (1, 60, 130):
         check(scores, k, backend)
+
+
+WIDE = ["ascending", "descending", "equal", "few values", "negative", "-inf", "nan", "one tile"]
+
+
+@pytest.mark.parametrize("layout", WIDE)
+def test_wide_rows_in_the_smallest_buffers(layout, monkeypatch, device):
+    """Many tiles, buffers of k + a tile, fewer rows at once than there are: rows that fill them fast."""
+    from saerl_kernels import _triton as launch
+
+    monkeypatch.setattr(launch, "GATED", 16)
+    monkeypatch.setattr(launch, "slots", lambda k, block: 1 << (k + block - 1).bit_length())
+    monkeypatch.setattr(launch, "SCRATCH", 2048)
+    width = 301
+    scores = torch.randn(5, width)
+    if layout in ("ascending", "descending"):
+        scores = scores.sort(dim=1, descending=layout == "descending").values
+    elif layout == "equal":
+        scores = torch.full((5, width), -2.5)
+    elif layout == "few values":
+        scores = (
+            torch.randint(-2, 3, (5, width)).float()
+            * torch.tensor([1.0, -0.0, 1e-45, 1e38, torch.inf])[:, None]
+        )
+    elif layout == "negative":
+        scores = -scores.abs()
+    elif layout == "-inf":
+        scores[:, 3:] = -torch.inf
+    elif layout == "nan":
+        scores[scores > -0.5] = torch.nan
+        scores[1] = torch.nan
+    elif layout == "one tile":
+        scores[:, 160:176] += 100.0
+    for k in (1, 20, 110):
+        check(scores.to(device), k, "triton")
 
 
 def test_more_than_the_gpu_kernels_hold():

@@ -16,7 +16,7 @@ BINS = 1 << 15  # of the upper 16 bits of a non-negative float32
 FIRST_ROWS = 64
 
 Gather = Callable[[Tensor, int], Tuple[Tensor, Tensor]]
-Score = Callable[[Tensor, PackedEncoder, int], Optional[Tuple[Tensor, Tensor]]]
+Score = Callable[[Tensor, PackedEncoder, int], Tuple[Tensor, Tensor]]
 
 
 def gather_survivors(scores: Tensor, edge: int) -> Tuple[Tensor, Tensor]:
@@ -47,18 +47,19 @@ def batch_topk(
     n, d_sae, device = x.shape[0], encoder.d_sae, x.device
     limit = max(1, (CPU_CHUNK if device.type == "cpu" else GPU_CHUNK) // d_sae)
     size = min(limit, n, max(FIRST_ROWS, 2 * count // d_sae))
-    block: Optional[Tensor] = None
+    block = None
+    if score is None:
+        block = torch.empty((min(limit, n), d_sae), dtype=torch.float32, device=device)
     histogram = torch.zeros(BINS, dtype=torch.int64, device=device)
     places, ranks = histogram[:0], histogram[:0].int()
     edge, start = 1, 0
     while start < n:
         part = x[start : start + size]
-        found = None if score is None else score(part, encoder, edge)
-        if found is None:
-            if block is None:
-                block = torch.empty((min(limit, n), d_sae), dtype=torch.float32, device=device)
-            found = gather(linear(part, encoder.weight, encoder.bias, block[: part.shape[0]]), edge)
-        place, rank = found
+        if block is None:
+            assert score is not None
+            place, rank = score(part, encoder, edge)
+        else:
+            place, rank = gather(linear(part, encoder.weight, encoder.bias, block[: part.shape[0]]), edge)
         histogram += torch.bincount(rank >> 16, minlength=BINS)
         reached = histogram.flip(0).cumsum(0)
         edge = max(1, (BINS - 1 - int((reached < count).sum())) << 16)

@@ -32,6 +32,7 @@ NO_DATA = (
     "what this op returns depends on the data, and a meta tensor has none; give it tensors of a real device"
 )
 ENVIRONMENT = "SAERL_KERNELS_BACKEND"
+SCREEN = "SAERL_KERNELS_SCREEN"
 
 
 class _Registered(NamedTuple):
@@ -68,6 +69,11 @@ def has_triton() -> bool:
 def interpreting() -> bool:
     """Is Triton's interpreter on? Then its kernels take CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def screening() -> bool:
+    """May TopK encoders be screened in bfloat16? Unless the environment has SAERL_KERNELS_SCREEN=0."""
+    return os.environ.get(SCREEN) != "0"
 
 
 def resolve(backend: str, device: torch.device) -> str:

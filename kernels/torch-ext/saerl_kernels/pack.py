@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import torch
 from torch import Tensor
@@ -86,10 +86,14 @@ class PackedEncoder:
             return self
         if torch.compiler.is_compiling():  # a graph has no memory of its own
             return self._unpermuted()
+        return self.derived("natural", self._unpermuted)
+
+    def derived(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, kept until the weight, the bias or the threshold is written to."""
         state = written(self.weight, self.bias, self.threshold)
-        held = self._cache.get("natural")
+        held = self._cache.get(name)
         if held is None or held[0] != state:
-            held = self._cache["natural"] = (state, self._unpermuted())
+            held = self._cache[name] = (state, make())
         return held[1]
 
     def _unpermuted(self) -> PackedEncoder:
@@ -118,8 +122,8 @@ class PackedEncoder:
             _cache={},
         )
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """``x`` [..., d_in] as the matrix product takes it: [n, d_in], normalised, in the weight's dtype."""
+    def need_rows(self, x: Tensor) -> None:
+        """ValueError unless ``x`` [..., d_in] is floating point and on the encoder's device."""
         need_tensors(x=x, weight=self.weight)
         if x.dim() == 0 or x.shape[-1] != self.d_in:
             raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be d_in={self.d_in}")
@@ -127,6 +131,10 @@ class PackedEncoder:
             raise ValueError(f"x must be floating point, got {x.dtype}")
         if x.device != self.device:
             raise ValueError(f"x is on {x.device} but the encoder is on {self.device}; move one of them")
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """``x`` [..., d_in] as the matrix product takes it: [n, d_in], normalised, in the weight's dtype."""
+        self.need_rows(x)
         x = x.detach()
         if x.dim() != 2:
             x = x.reshape(-1, self.d_in)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from ._check import (
 )
 from .dispatch import implementation, resolve
 from .encode import encode_threshold, encode_topk
+from .library import dynamic_size, register
 from .pack import PackedEncoder
-from .types import CSR
+from .types import CSR, need_tensors, without_memory
 
 TOKEN_CHUNK = 1 << 16  # tokens whose codes are held at once
 
@@ -65,12 +66,27 @@ def encode_pool(
     Returns CSR [n_seq, d_sae] float32, positive entries only; a sequence of which no token is left is an
     empty row. Totals are float64, added up in token order and rounded once (a positive one never to 0),
     however tokens are split into chunks; only the torch backend on a GPU leaves the order to
-    torch.segment_reduce.
+    torch.segment_reduce. Under torch.compile it is one custom op, and the arguments are checked when it runs.
 
     Raises ValueError for offsets that do not start with 0, end with n_tokens and never fall; for a mask or
     weights of another length or kind; for shapes, devices or a k that do not fit.
     """
     need_encoder(encoder)
+    need_tensors(x=x, mask=mask, weights=weights)
+    if without_memory(x, encoder.weight, mask, weights):
+        encoder.need_rows(x)
+        check_reduce(reduce)
+        if k is not None:
+            check_k(k, encoder.d_sae)
+        if batch_invariant:
+            raise ValueError("batch_invariant=True runs on real tensors only; call it outside torch.compile")
+        starts = torch.as_tensor(offsets)  # a tensor is read at run time, wherever it is
+        own = (encoder.weight, encoder.bias, encoder.threshold, encoder.permutation)
+        kind = encoder.normalize_activations
+        indptr, indices, values = _encode_pool_op(
+            x.detach(), starts, *own, kind, k, reduce, mask, weights, backend, check
+        )
+        return CSR(indptr, indices, values, encoder.d_sae)
     if resolve(backend, encoder.device) == "reference" and not batch_invariant:
         if k is not None:
             check_k(k, encoder.d_sae)
@@ -80,6 +96,43 @@ def encode_pool(
     stream = PoolStream(encoder, k, reduce, backend=backend, check=check, batch_invariant=batch_invariant)
     stream.add(x, offsets, mask=mask, weights=weights)
     return stream.finish()
+
+
+def _encode_pool(
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    threshold: Optional[Tensor],
+    permutation: Optional[Tensor],
+    normalize_activations: str,
+    k: Optional[int],
+    reduce: str,
+    mask: Optional[Tensor],
+    weights: Optional[Tensor],
+    backend: str,
+    check: bool,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    encoder = PackedEncoder(weight, bias, threshold, normalize_activations, permutation)
+    options: Dict[str, Any] = {"mask": mask, "weights": weights, "backend": backend, "check": check}
+    csr = encode_pool(x, offsets, encoder, k, reduce, **options)
+    return csr.indptr, csr.indices, csr.values
+
+
+def _encode_pool_fake(x: Tensor, offsets: Tensor, *_: Any) -> Tuple[Tensor, Tensor, Tensor]:
+    nnz, indptr = dynamic_size(x), x.new_empty(offsets.shape[0], dtype=torch.int64)
+    return indptr, x.new_empty(nnz, dtype=torch.int32), x.new_empty(nnz, dtype=torch.float32)
+
+
+_encode_pool_op = register(
+    "encode_pool",
+    _encode_pool,
+    "(Tensor x, Tensor offsets, Tensor weight, Tensor bias, Tensor? threshold, Tensor? permutation, "
+    "str normalize_activations, int? k, str reduce, Tensor? mask, Tensor? weights, str backend, bool check) "
+    "-> (Tensor, Tensor, Tensor)",
+    _encode_pool_fake,
+    True,
+)
 
 
 class PoolStream:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..pack import PackedEncoder, written
+from ..dispatch import screening
+from ..pack import PackedEncoder
 from ..types import TopK
 from . import screen_rows, select
 from .threads import run
@@ -85,7 +86,8 @@ def accumulation(d_in: int) -> float:
 def pays(x: Tensor, encoder: PackedEncoder, k: int) -> bool:
     """Is the screen faster here? Measured: NOTES.md."""
     return (
-        encoder.dtype in (torch.float32, torch.bfloat16)
+        screening()
+        and encoder.dtype in (torch.float32, torch.bfloat16)
         and 16 * k <= encoder.d_sae
         and 128 <= encoder.d_in <= WIDEST
         and x.shape[0] >= 16
@@ -100,11 +102,7 @@ def screen_of(encoder: PackedEncoder) -> Optional[Screen]:
     It keeps d_sae x d_in x 2 bytes for a float32 weight, nothing of that size for a bfloat16 one. Tensors
     made in inference mode count no versions: do not write to such an encoder's weight.
     """
-    version = written(encoder.weight, encoder.bias)
-    held = encoder._cache.get("screen")
-    if held is None or held[0] != version:
-        held = encoder._cache["screen"] = (version, _make(encoder))
-    return held[1]
+    return encoder.derived("screen", lambda: _make(encoder))
 
 
 def _make(encoder: PackedEncoder) -> Optional[Screen]:

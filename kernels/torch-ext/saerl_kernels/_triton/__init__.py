@@ -15,14 +15,17 @@ from ..library import LARGEST_K
 from ..pack import PackedEncoder
 from ..types import TopK
 from .above import encode_threshold, score_survivors
-from .chunked import launch_chunked
+from .chunked import _topk_kernel, launch_chunked, slots
 from .codes import _decode_kernel
-from .device import on_device, tried
+from .device import cdiv, next_power_of_2, on_device, tried
+from .finish import _finish_kernel
 from .grads import value_grads, weight_grads
-from .groups import _reopen_kernel, _score_groups_kernel
+from .groups import _reopen_kernel
+from .persistent import score_groups
 from .pool import pool_codes
-from .select import _order_kernel, _pad_kernel, _select_kernel
-from .tune import Plan, chunked_plan, groups_plan, plan_encode
+from .screen import halve, launch_rescore, screen_of
+from .select import _select_kernel
+from .tune import Plan, chunked_plan, groups_plan, plan_encode, with_loop
 
 __all__ = [
     "decode_csr",
@@ -40,6 +43,7 @@ __all__ = [
 SCRATCH = 1 << 28  # bytes of group maxima held at once
 TILE = 8192  # candidates a program ranks in registers
 WARP = 1024  # of them in a warp
+GATED = 512  # scores of a row that topk looks at together
 STEP = 1024  # candidates looked at together when writing: more is kept for each
 
 
@@ -47,14 +51,15 @@ STEP = 1024  # candidates looked at together when writing: more is kept for each
 def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, plan: Optional[Plan] = None) -> TopK:
     """``x`` [n, d_in] as ``PackedEncoder.prepare`` returns it; ``plan`` overrides the table's choice.
 
-    Where the table's plan does not launch on this GPU or Triton, the chunked one runs, and where that does
-    not, torch; a warning says so once. A plan that was given raises.
+    Where the table's plan does not launch on this GPU or Triton, it runs with the plain loop, where that does
+    not, the chunked one, and then torch; a warning says so once. A plan that was given raises.
     """
     if k > LARGEST_K:
         return _torch.encode_topk(x, encoder, k)
     if plan is not None:
         return _run(x, encoder, k, plan)
-    for plan in (plan_encode(x.shape[0], encoder, k), chunked_plan(x.shape[0], encoder.d_sae)):
+    chosen = plan_encode(x.shape[0], encoder, k)
+    for plan in dict.fromkeys((chosen, with_loop(chosen, "plain"), chunked_plan(x.shape[0], encoder.d_sae))):
         kept = tried((x.device, x.dtype, encoder.d_in, k, plan), plan, _run, x, encoder, k, plan)
         if kept is not None:
             return kept
@@ -68,15 +73,17 @@ def encode_topk_invariant(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
         raise ValueError(f"k={k} is above {LARGEST_K}, where no kernel is batch-invariant; use a smaller k")
     plan = groups_plan(encoder, k, least=(3, 32))
     assert plan is not None
-    return _run(x, encoder, k, plan)
+    return _run(x, encoder, k, with_loop(plan, "plain"))
 
 
 def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
     kept = TopK.empty((x.shape[0], k), x.device)
     if plan.algorithm == "chunked":
         for start, keys, counts in launch_chunked(x, encoder, _numbers(encoder), k, plan):
-            _finish(keys, counts, kept, start, keys.shape[0], k, numbers=encoder.permutation)
+            _finish(keys, counts, kept, start, keys.shape[0], k, encoder.permutation)
         return kept
+    screened = plan.algorithm == "screen"
+    scored, left = screen_of(encoder) if screened else encoder, []
     n_groups = triton.cdiv(encoder.d_sae, 4 * plan.size) * 4
     rows = max(plan.BM, SCRATCH // ((5 * plan.T + 4) * n_groups) // plan.BM * plan.BM)
     rows = min(rows, x.shape[0])
@@ -85,30 +92,15 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
     for start in range(0, x.shape[0], rows):
         part = x[start : start + rows]
         n = part.shape[0]
-        grid = (triton.cdiv(n, plan.BM) * triton.cdiv(n_groups, plan.BN // plan.size),)
-        _score_groups_kernel[grid](
-            part,
-            encoder.weight,
-            encoder.bias,
-            bits,
-            place,
-            n,
-            encoder.d_sae,
-            n_groups,
-            -plan.size,
-            D=encoder.d_in,
-            T=plan.T,
-            SIZE=plan.size,
-            BM=plan.BM,
-            BN=plan.BN,
-            BK=plan.BK,
-            BAND=plan.BAND,
-            TREE=plan.tree,
-            UPCAST=interpreting(),
-            num_warps=plan.warps,
-            num_stages=plan.stages,
-        )
-        keys, counts, opened = _select(bits, place, encoder, n, k, plan, "groups")
+        score_groups(halve(part) if screened else part, scored, bits, place, plan)
+        done = kept.values[start : start + n].view(torch.int32), kept.indices[start : start + n]
+        keys, counts, opened = _select(bits, place, scored, n, k, plan, done)
+        if screened:
+            given = (part, encoder, _numbers(encoder), bits, place, keys, counts)
+            keys, opened = launch_rescore(*given, k, plan)
+            left.append(opened)
+            _finish(keys, counts, kept, start, n, k, encoder.permutation)
+            continue
         _reopen_kernel[(n,)](
             part,
             encoder.weight,
@@ -119,6 +111,7 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
             keys,
             counts,
             opened,
+            *done,
             encoder.d_sae,
             n_groups,
             k,
@@ -131,59 +124,90 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
             BG=512,
             PERMUTED=encoder.permutation is not None,
             UPCAST=interpreting(),
+            COUNT=interpreting(),
             num_warps=4,
         )
-        _finish(keys, counts, kept, start, n, k)
+    rest = torch.cat(left).nonzero().squeeze(-1) if screened else ()  # waits for the device
+    if len(rest):
+        whole = _run(x[rest], encoder, k, chunked_plan(len(rest), encoder.d_sae))
+        kept.values[rest], kept.indices[rest] = whole
     return kept
 
 
 @on_device
 def topk(scores: Tensor, k: int) -> TopK:
-    """``scores`` [n, F]: see the public op."""
+    """``scores`` [n, F]: see the public op. They are read once."""
     if k > LARGEST_K:
         return _torch.topk(scores, k)
     scores = scores.float().contiguous()
-    n = scores.shape[0]
+    n, width = scores.shape
     kept = TopK.empty((n, k), scores.device)
-    keys, counts, _ = _select(scores, scores, None, n, k, Plan("signed", 1), "signed")
-    _finish(keys, counts, kept, 0, n, k, signed=True)
+    block = min(GATED, next_power_of_2(width))
+    room = min(slots(k, block), next_power_of_2(width))
+    many = min(n, max(1, SCRATCH // (8 * room)))
+    keys = torch.empty((many, room), dtype=torch.int64, device=scores.device)
+    rows = _rows(many, 2 * room, k)
+    for start in range(0, n, many):
+        part = slice(start, min(n, start + many))
+        _topk_kernel[(cdiv(part.stop - start, rows),)](
+            scores[part],
+            keys,
+            kept.values[part].view(torch.int32),
+            kept.indices[part],
+            part.stop - start,
+            width,
+            k,
+            ROWS=rows,
+            BLOCK=block,
+            SLOTS=room,
+            KP=_width(k),
+            COUNT=interpreting(),
+            num_warps=4,
+        )
     return kept
 
 
 def _select(
-    source: Tensor, place: Tensor, encoder: Optional[PackedEncoder], n: int, k: int, plan: Plan, mode: str
+    bits: Tensor,
+    place: Tensor,
+    encoder: PackedEncoder,
+    n: int,
+    k: int,
+    plan: Plan,
+    done: Tuple[Tensor, Tensor],
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    device = source.device
-    keys = torch.empty((n, k), dtype=torch.int64, device=device)
-    counts, opened = torch.empty((2, n), dtype=torch.int32, device=device)
-    width = place[0].numel()
-    block = min(TILE, triton.next_power_of_2(width))
-    rows = _rows(n, 2 * block)
+    keys = torch.empty((n, k), dtype=torch.int64, device=bits.device)
+    counts, opened = torch.empty((2, n), dtype=torch.int32, device=bits.device)
+    n_groups = bits.shape[-1]
+    width = plan.T * n_groups
+    block = min(TILE, next_power_of_2(width))
+    rows = _rows(n, 2 * block, k)
     step = block if interpreting() else min(block, max(32, STEP // rows))
-    warps = max(4, rows * block // 512) if mode == "signed" or rows > 1 else max(1, block // WARP)
-    _select_kernel[(triton.cdiv(n, rows),)](
-        source,
+    warps = max(4, rows * block // 512) if rows > 1 else max(1, block // WARP)
+    _select_kernel[(cdiv(n, rows),)](
+        bits,
         place,
-        counts if encoder is None else _numbers(encoder),
+        _numbers(encoder),
         keys,
         counts,
         opened,
+        *done,
         n,
-        width,
-        source.stride(0),
-        source.shape[-1],
+        n_groups,
+        encoder.d_sae,
         k,
         T=plan.T,
         SIZE=plan.size,
         ROWS=rows,
         BLOCK=block,
-        TILES=triton.cdiv(width, block),
+        TILES=cdiv(width, block),
         STEP=step,
-        STEPS=triton.cdiv(width, step),
-        GROUPS=min(max(32, step // 2), triton.next_power_of_2(source.shape[-1])),
+        STEPS=cdiv(width, step),
+        GROUPS=min(max(32, step // 2), next_power_of_2(n_groups)),
         KP=_width(k),
-        MODE=mode,
-        PERMUTED=encoder is not None and encoder.permutation is not None,
+        PERMUTED=encoder.permutation is not None,
+        FINISH=plan.algorithm != "screen",
+        COUNT=interpreting(),
         num_warps=min(16, warps),
     )
     return keys, counts, opened
@@ -196,39 +220,38 @@ def _finish(
     start: int,
     n: int,
     k: int,
-    signed: bool = False,
-    numbers: Optional[Tensor] = None,
+    numbers: Optional[Tensor],
 ) -> None:
-    values, indices = kept.values[start : start + n].view(torch.int32), kept.indices[start : start + n]
-    rows = _rows(n, _width(k) ** 2 if interpreting() else _width(k))
-    grid = (triton.cdiv(n, rows),)
-    shape = {"ROWS": rows, "KP": _width(k), "SIGNED": signed, "PERMUTED": numbers is not None}
-    columns = counts if numbers is None else numbers
-    _order_kernel[grid](
+    rows = _rows(n, 0, k)
+    _finish_kernel[(cdiv(n, rows),)](
         keys,
         counts,
-        columns,
-        values,
-        indices,
+        counts if numbers is None else numbers,
+        kept.values[start : start + n].view(torch.int32),
+        kept.indices[start : start + n],
         n,
         k,
         keys.stride(0),
-        **shape,
-        COUNT=interpreting() and k <= 1024,
+        ROWS=rows,
+        KP=_width(k),
+        PERMUTED=numbers is not None,
+        COUNT=interpreting(),
         num_warps=4,
     )
-    if not signed:
-        _pad_kernel[(n,)](counts, values, indices, k, KP=_width(k), num_warps=1)
 
 
-def _rows(n: int, width: int) -> int:
-    """Rows a program takes: enough to fill it on a GPU, many in the interpreter, which counts operations."""
-    entries = 1 << 17 if interpreting() else 2048
-    return max(1, min(triton.next_power_of_2(n), entries // width))
+def _rows(n: int, width: int, k: int) -> int:
+    """Rows a program takes: enough to fill it on a GPU, many in the interpreter, which counts operations.
+
+    Each has ``width`` entries and k keys to order: on a GPU more rows take 228 registers, in the interpreter
+    keys are compared in pairs.
+    """
+    entries, ordered = (1 << 17, _width(k) ** 2) if interpreting() else (2048, 4 * _width(k))
+    return max(1, min(next_power_of_2(n), entries // max(width, ordered)))
 
 
 def _width(k: int) -> int:
-    return max(32, triton.next_power_of_2(k))
+    return max(32, next_power_of_2(k))
 
 
 def _numbers(encoder: PackedEncoder) -> Tensor:
@@ -254,10 +277,10 @@ def _decode(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor, n: i
     wide, wide_tl = _wide(W_dec)
     out = torch.empty((n, d_in), dtype=wide, device=values.device)
     if out.numel():
-        block = min(1024, triton.next_power_of_2(d_in))
+        block = min(1024, next_power_of_2(d_in))
         parts = (values.contiguous(), indices.contiguous(), indptr.contiguous(), W_dec.contiguous())
         sizes = (values.numel(), k, d_sae, d_in)
-        grid = (n, triton.cdiv(d_in, block))
+        grid = (n, cdiv(d_in, block))
         _decode_kernel[grid](*parts, out, *sizes, BE=4, BD=block, WIDE=wide_tl)
     return out
 

@@ -29,28 +29,26 @@ SCORES = 1 << 26  # float32 places of one block of rows
 @on_device
 def encode_threshold(x: Tensor, encoder: PackedEncoder, threshold: Tensor) -> CSR:
     """``x`` [n, d_in] prepared; ``threshold`` float32 [d_sae] in the original numbering."""
-    encoder = encoder.natural()
-    limit = threshold.clamp(min=0.0).contiguous()
-    parts = _above(x, encoder, limit)
-    return CSR.concat(above_in_blocks(x, encoder, limit) if parts is None else parts)
+    return _above(x, encoder.natural(), threshold.clamp(min=0.0).contiguous())
 
 
 @on_device
-def score_survivors(x: Tensor, encoder: PackedEncoder, edge: int) -> Optional[Tuple[Tensor, Tensor]]:
-    """``_batch.gather_survivors`` of the scores of ``x`` [n, d_in]; None where no plan launches."""
+def score_survivors(x: Tensor, encoder: PackedEncoder, edge: int) -> Tuple[Tensor, Tensor]:
+    """``_batch.gather_survivors`` of the scores of ``x`` [n, d_in]; ``encoder`` in natural order."""
     edges = torch.full((encoder.d_sae,), edge - 1, dtype=torch.int32, device=x.device)
-    parts = _above(x, encoder, edges.view(torch.float32))
-    if parts is None:
-        return None
-    found = CSR.concat(parts)
+    found = _above(x, encoder, edges.view(torch.float32))
     return found.row_ids() * encoder.d_sae + found.indices, found.values.view(torch.int32)
 
 
-def _above(x: Tensor, encoder: PackedEncoder, limit: Tensor) -> Optional[List[CSR]]:
-    """The scores above ``limit``, a CSR for each block of rows; None where no plan launches."""
+def _above(x: Tensor, encoder: PackedEncoder, limit: Tensor) -> CSR:
+    """The scores above ``limit``: in one kernel with the product, or of torch's where no plan launches."""
     plan = plan_above(encoder)
-    if plan is None:
-        return None
+    parts = None if plan is None else fused(x, encoder, limit, plan)
+    return CSR.concat(above_in_blocks(x, encoder, limit) if parts is None else parts)
+
+
+def fused(x: Tensor, encoder: PackedEncoder, limit: Tensor, plan: Plan) -> Optional[List[CSR]]:
+    """The scores above ``limit``, a CSR for each block of rows; None where ``plan`` does not launch."""
     rows = rows_at_once(x.shape[0], encoder.d_sae, plan)
     places = torch.empty(rows * encoder.d_sae, dtype=torch.float32, device=x.device)
     parts = []
@@ -154,11 +152,14 @@ def _score_above_kernel(
     BAND: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    acc, rows, cols, col_block = tile_scores(x_ptr, w_ptr, bias_ptr, N, F, G, D, 0, BM, BN, BK, BAND, UPCAST)
+    acc, cols, row_block, col_block = tile_scores(
+        x_ptr, w_ptr, bias_ptr, N, F, G, D, 0, BM, BN, BK, BAND, UPCAST
+    )
+    rows = row_block * BM + tl.arange(0, BM)
     limit = tl.load(limit_ptr + cols, mask=cols < F, other=float("inf"))
     above = (acc > limit[None, :]) & (cols < F)[None, :]  # never of NaN
     # Offsets inside a tile fit 32 bits: 64-bit ones would not fit registers beside the accumulator.
-    top, left = tl.min(rows), col_block * BN
+    top, left = tl.min(rows), col_block * BN  # of row_block alone more would go to the stack on sm_100
     near = (rows - top)[:, None] * F + (cols - left)[None, :]
     tl.store(places_ptr + (top.to(tl.int64) * F + left) + near, acc, mask=above & (rows < N)[:, None])
     bits = by_group(above.to(tl.int32), BM, BN, 32) << tl.arange(0, 32)[None, None, :]
@@ -201,7 +202,7 @@ def _place_bits_kernel(
         column = tile * BLOCK + tl.arange(0, BLOCK)
         group = column // 128 * 4 + column % 8 // 2  # as by_group puts them together
         word = tl.load(words_ptr + row * G + group, mask=column < F, other=0)
-        hit = (word >> (column % 128 // 8 * 2 + column % 2)) & 1
+        hit = (word >> (column % 2 * 16 + column % 128 // 8)) & 1
         found = tl.sum(hit)
         if found > 0:
             slot = start + tl.cumsum(hit, 0) - 1

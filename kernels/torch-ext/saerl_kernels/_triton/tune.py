@@ -9,17 +9,19 @@ import os
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
+import triton
 
-from ..dispatch import interpreting
+from ..dispatch import interpreting, screening
 from ..pack import PackedEncoder
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 TABLE = os.path.join(os.path.dirname(__file__), "tuned.json")
 
 
 class Plan(NamedTuple):
     """How ``encode_topk`` runs."""
 
-    algorithm: str  # "groups" or "chunked"; "above" of a threshold encoder
+    algorithm: str  # "groups", "chunked" or "screen" (groups of bounds); "above" of a threshold encoder
     T: int = 2  # groups: entries kept per group; the next one is their bound
     size: int = 32  # groups: features of a group, 32 or 64; BN is a multiple of four times as many
     BM: int = 128  # groups: rows and columns of a tile; chunked: of a block of scores, held in L2
@@ -29,6 +31,18 @@ class Plan(NamedTuple):
     warps: int = 8
     stages: int = 3
     tree: bool = True  # how a group's largest are found: a merging tree in registers, or reductions
+    loop: str = "plain"  # groups: a program a tile; "nested", "fused", "specialised": see persistent.py
+
+
+LOOPS = {"plain": (8, 3), "nested": (8, 4), "fused": (8, 4), "specialised": (4, 4)}  # warps and stages
+
+
+def with_loop(plan: Plan, loop: str) -> Plan:
+    """``plan`` of a tile of 128 x 256 with the warps and stages of ``loop``."""
+    if loop == plan.loop:
+        return plan
+    warps, stages = LOOPS[loop]
+    return plan._replace(loop=loop, warps=warps, stages=stages)
 
 
 def reopened(d_sae: int, k: int, T: int, size: int) -> float:
@@ -45,14 +59,14 @@ def plan_encode(n: int, encoder: PackedEncoder, k: int) -> Plan:
     """The measured plan of this GPU and shape where ``tuned.json`` has one, else a heuristic.
 
     The heuristic: groups need few winners per group, so past one re-opened group in four rows, and for
-    float32 weights, which have no tensor cores, the chunked path does less work.
+    float32 weights that are not screened (they have no tensor cores), the chunked path does less work.
     """
     bits = encoder.weight.element_size() * 8
     if not interpreting():
         plan = tuned(torch.cuda.get_device_name(encoder.device), bits, encoder.d_in, encoder.d_sae, k, n)
         if plan is not None:
             return plan
-    plan = groups_plan(encoder, k) if interpreting() or bits < 32 else None
+    plan = groups_plan(encoder, k) if interpreting() or bits < 32 else screen_plan(n, encoder, k)
     return chunked_plan(n, encoder.d_sae) if plan is None else plan
 
 
@@ -68,6 +82,24 @@ def groups_plan(encoder: PackedEncoder, k: int, least: Optional[Tuple[int, int]]
     bits, arch = encoder.weight.element_size() * 8, major * 10 + minor
     kept = fewest_kept(encoder.d_sae, k, sizes(bits, arch)) or least
     return kept and gpu_plan(bits, kept, arch)
+
+
+def screen_plan(n: int, encoder: PackedEncoder, k: int) -> Optional[Plan]:
+    """The groups' tile for the bounds of a float32 encoder; None: not screened.
+
+    Predicted, not measured (NOTES.md): it pays where bfloat16 is more than ten times as fast as float32 (two
+    to four times with compute capability 8.6, 8.9 and 12.0), for enough rows and features, and up to a d_in
+    past which the margin leaves too many. It waits for the device, which capturing a CUDA graph forbids.
+    """
+    if not screening() or torch.version.hip is not None or torch.cuda.is_current_stream_capturing():
+        return None
+    major, minor = torch.cuda.get_device_capability(encoder.device)
+    arch = major * 10 + minor
+    if arch not in (80, 90, 100, 103) or n < 64 or not 256 <= encoder.d_in <= 6144 or encoder.d_sae < 4096:
+        return None
+    # At d_in 4096 this many candidates were simulated; opened groups add at most k.
+    kept = fewest_kept(encoder.d_sae, k + 16 * math.isqrt(k), sizes(16, arch), k / 64)
+    return kept and gpu_plan(16, kept, arch)._replace(algorithm="screen")
 
 
 def plan_above(encoder: PackedEncoder) -> Optional[Plan]:
@@ -88,16 +120,16 @@ def plan_above(encoder: PackedEncoder) -> Optional[Plan]:
 
 
 def above_plan(arch: int) -> Plan:
-    return gpu_plan(16, (2, 32), arch)._replace(algorithm="above", BN=128)
+    return with_loop(gpu_plan(16, (2, 32), arch), "plain")._replace(algorithm="above", BN=128)
 
 
-def fewest_kept(d_sae: int, k: int, of: Tuple[int, ...]) -> Optional[Tuple[int, int]]:
-    """T and size, the cheapest first, that re-open at most one group in four rows; None where none does.
+def fewest_kept(d_sae: int, k: int, of: Tuple[int, ...], most: float = 0.25) -> Optional[Tuple[int, int]]:
+    """T and size, the cheapest first, that re-open at most ``most`` groups a row; None where none does.
 
     What a re-opened group costs is estimated in NOTES.md.
     """
     kept = ((T, size) for T in (1, 2, 3) for size in of)
-    return next((pair for pair in kept if reopened(d_sae, k, *pair) <= 0.25), None)
+    return next((pair for pair in kept if reopened(d_sae, k, *pair) <= most), None)
 
 
 def sizes(bits: int, arch: int) -> Tuple[int, ...]:
@@ -111,7 +143,18 @@ def gpu_plan(bits: int, kept: Tuple[int, int], arch: int) -> Plan:
         return Plan("groups", *kept, BM=64, BN=128, BK=32, warps=8, stages=2, tree=False)
     if not 90 <= arch < 120:  # sm_120 has no matrix instructions of a warp group either, and 99 KB as sm_89
         return Plan("groups", *kept, BM=128, BN=128, BK=32, warps=8, stages=4, tree=False)
-    return Plan("groups", *kept)
+    return with_loop(Plan("groups", *kept), loops(kept[0], arch)[0])
+
+
+def loops(T: int, arch: int) -> Tuple[str, ...]:
+    """The loops that compile without spills on compute capability ``arch``, the default first.
+
+    "specialised" becomes the default where a tuning run has found it the fastest: what the compiler makes of
+    it has barriers of its own, which only a GPU can show to be right.
+    """
+    if T > 2 or not 90 <= arch < 120 or TRITON < (3, 7):
+        return ("plain",)
+    return ("fused", "specialised", "plain") if arch < 100 else ("nested", "plain")
 
 
 def chunked_plan(n: int, d_sae: int) -> Plan:
@@ -132,9 +175,8 @@ def candidates(d_sae: int, k: int, arch: int) -> List[Plan]:
         if not 90 <= arch < 120:
             plans += [gpu_plan(16, kept, arch), gpu_plan(16, kept, arch)._replace(stages=3)]
             continue
-        for BM, BN, warps, stages in ((128, 256, 8, 3), (128, 256, 8, 4), (128, 128, 8, 3), (128, 128, 4, 4)):
-            if 4 * kept[1] <= BN:
-                plans.append(Plan("groups", *kept, BM=BM, BN=BN, warps=warps, stages=stages))
+        plans += [with_loop(Plan("groups", *kept), loop) for loop in loops(kept[0], arch)]
+        plans.append(Plan("groups", *kept, stages=4))
     return plans
 
 
