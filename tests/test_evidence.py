@@ -51,6 +51,14 @@ def test_the_readme_says_the_figures_of_the_evidence():
         )
 
 
+def test_the_readme_says_what_an_oracle_saves():
+    text = " ".join((evidence.ROOT / "README.md").read_text().split())
+    lines = [line for line in kept("summary.json") if line["arm"] == "oracle"][1::2]  # the second targets
+    shares = [f"{100 * line['saved']:.0f} %" for line in lines]
+    assert f"saves {shares[0]}, {shares[1]} and {shares[2]} at the second targets" in text
+    assert {line["pairs"] for line in lines} == {6}
+
+
 def test_the_readme_says_what_the_sae_adds():
     text = " ".join((evidence.ROOT / "README.md").read_text().split())
     assert claim(kept("differences.json")) in text

@@ -21,7 +21,7 @@ SMALL = """
     sae.steps=5 sae.batch_size=64 sae.max_tokens=400 score.batch_tokens=2048 difficulty.n_labels=4
     diversity.n_clusters=2 train.steps=4 train.reward=exact train.save_every=1 train.eval.every=2
     train.rollout.prompts_per_step=4 train.rollout.group_size=2 train.rollout.max_new_tokens=4
-    compare.arms=vanilla,adaptive compare.seeds=0 compare.target_values=
+    compare.arms=vanilla,adaptive compare.seeds=0 compare.pools= compare.until=false compare.target_values=
 """.split()  # noqa: SIM905 - read as it would be typed
 
 
