@@ -235,9 +235,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 def make_sae(out: Path, steps: int) -> None:
     """OUT/sae, without a manifest, which would name this machine's folders."""
-    from saerl_fast.config import load_config
-    from saerl_fast.sae.files import load_sae, save_sae
-    from saerl_fast.stages.console import Echo
+    from saerl_fast import Echo, load_config, load_sae, save_sae
     from saerl_fast.stages.pipeline import sae_stage
 
     with tempfile.TemporaryDirectory() as folder:

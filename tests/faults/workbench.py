@@ -60,7 +60,7 @@ MORE = {  # what other commands write, and the stage whose folder they begin in
     "sae train --from": ("sae train", ("sae/*.safetensors", "sae/cfg.json")),
     "train --overwrite": ("compare", ("adaptive/*.jsonl", "adaptive/plan.*", "adaptive/model/*")),
     "demo": ("sae train", ("scores.parquet", "plan.json", *RUNS)),
-    "compare --pools": ("sae train", ("report.md", "[ab]/report.md", "[ab]/vanilla/*.jsonl")),
+    "compare --pools": ("sae train", ("report.md", "[ab]/vanilla/*.jsonl")),  # theirs tell seconds
     "watch": ("report", ("live.png",)),
     "export": ("train", ("exported/*.parquet", "exported/plan.*")),
 }
