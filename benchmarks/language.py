@@ -3,6 +3,7 @@
     python -m benchmarks.language --model MODEL --out FOLDER [--seconds 480] [--size cpu|gpu] [key=value ...]
     bash benchmarks/gpu.sh training --model MODEL --out FOLDER      # the same with --size gpu --seconds 480
     python -m benchmarks.language --power                           # how many pairs a claim takes
+    python -m benchmarks.language --table CURVES                    # the table of a curves.json
 
 One call goes on with the comparison of examples/language.yaml in FOLDER/runs (SAE, labels, scores, then arms
 x seeds) until it is done or the seconds are over: then the step at hand is ended and saved. The same call
@@ -17,6 +18,7 @@ Exit codes: 0 done, 3 to be called again, 2 or 1 as `saerl` ends.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shutil
 import signal
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +35,7 @@ from benchmarks.evidence_runs import POOLS, ROOT, SMOOTH, curve
 from benchmarks.run_all import heed_interrupts
 from saerl_fast.fileio import write_json
 from saerl_fast.records.runs import find_runs, open_run
-from saerl_fast.records.stats import ALPHA, steps_to_target
+from saerl_fast.records.stats import ALPHA, MIN_PAIRS, holm, mean_difference, steps_to_target
 
 SAVING = 45.0  # seconds that a step, its checkpoint and the end of the process may take
 TASKS = "syllogism,isomorphic_strings,ransom_note,calendar_arithmetic,aiw,course_schedule"
@@ -115,13 +118,12 @@ def deviations() -> dict[tuple[str, float], float]:
     return found
 
 
-def pairs_needed(deviation: float, saved: float, power: float = 0.8) -> int:
-    """Pairs of which a two-sided t test at 5 % finds so large a saving with this chance."""
+def pairs_needed(deviation: float, difference: float, power: float = 0.8) -> int:
+    """Pairs of which a two-sided t test at 5 % finds so large a mean of differences with this chance."""
     from scipy.stats import nct, t
 
-    shift = abs(math.log(1 - saved)) / deviation
     for pairs in range(3, 1000):
-        edge, far = t.ppf(1 - ALPHA / 2, pairs - 1), shift * math.sqrt(pairs)
+        edge, far = t.ppf(1 - ALPHA / 2, pairs - 1), abs(difference) / deviation * math.sqrt(pairs)
         if nct.sf(edge, pairs - 1, far) + nct.cdf(-edge, pairs - 1, far) >= power:
             return pairs
     return 1000
@@ -133,14 +135,49 @@ def power_table() -> str:
     lines = ["| pool | target | deviation | " + " | ".join(f"{saved:.0%} saved" for saved in savings) + " |"]
     lines.append("|---" * (3 + len(savings)) + "|")
     for (pool, target), deviation in deviations().items():
-        pairs = [str(pairs_needed(deviation, saved)) for saved in savings]
+        pairs = [str(pairs_needed(deviation, math.log(1 - saved))) for saved in savings]
         lines.append(f"| {pool} | {target} | {deviation:.3f} | {' | '.join(pairs)} |")
     return "\n".join(lines)
+
+
+def told(curves: dict[str, Any]) -> str:
+    """Runs that ended, by arm: mean accuracies, and those after the start beside vanilla's pairs.
+
+    The last two columns: chances by Holm over the arms, and how many pairs would find the difference.
+    """
+    from scipy.stats import ttest_1samp
+
+    ended = {arm: {s: run for s, run in runs.items() if run["ended"]} for arm, runs in curves.items()}
+    base = ended.pop("vanilla")
+    mean = {seed: np.mean(run["accuracy"][1:]) for seed, run in base.items()}
+    more = {
+        arm: np.array([np.mean(runs[seed]["accuracy"][1:]) - mean[seed] for seed in runs if seed in mean])
+        for arm, runs in ended.items()
+    }
+    tested = [arm for arm, found in more.items() if len(found) >= MIN_PAIRS]
+    chances = dict(zip(tested, holm([ttest_1samp(more[arm], 0).pvalue for arm in tested]), strict=True))
+    steps = [f"step {step}" for step in next(iter(base.values()))["steps"]]
+    heads = ["arm", "runs", *steps, "mean after the start", "groups with a gradient", "tokens"]
+    heads += ["beside vanilla", "p", "pairs needed"]
+    lines = [heads, ["---"] * len(heads)]
+    for arm, runs in {"vanilla": base, **ended}.items():
+        accuracy = np.array([run["accuracy"] for run in runs.values()])
+        used = np.mean([run["used"] for run in runs.values()])
+        tokens = np.mean([run["tokens"][-1] for run in runs.values()])
+        line = [arm, str(len(runs)), *(f"{value:.3f}" for value in accuracy.mean(0))]
+        line += [f"{accuracy[:, 1:].mean():.3f}", f"{used:.0%}", f"{tokens:.0f}"]
+        line.append(mean_difference(more[arm]) if arm in more else "")
+        if arm in chances:
+            needed = pairs_needed(float(more[arm].std(ddof=1)), float(more[arm].mean()))
+            line += [f"{chances[arm]:.2g}", str(needed)]
+        lines.append(line + [""] * (len(heads) - len(line)))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--power", action="store_true", help="print how many pairs a claim takes, and end")
+    parser.add_argument("--table", type=Path, metavar="CURVES", help="print the table of a file, and end")
     parser.add_argument("--model", help="hub id or folder")
     parser.add_argument("--out", type=Path, help="folder of the runs, curves.json and report.md")
     parser.add_argument("--seconds", type=float, help="of this call; without, until it is done")
@@ -150,6 +187,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.power:
         print(power_table())
+        return 0
+    if args.table:
+        print(told(json.loads(args.table.read_text())))
         return 0
     if not args.model or not args.out:
         parser.error("--model and --out are needed")

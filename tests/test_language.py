@@ -104,12 +104,36 @@ def test_the_settings_of_each_size_are_settings():
 
 def test_pairs_are_counted_by_the_test_that_is_made():
     """Simulated: so many pairs find a saving of a fifth in four of five comparisons, one fewer in less."""
-    pairs, rng = language.pairs_needed(0.15, 0.2), np.random.default_rng(0)
+    pairs, rng = language.pairs_needed(0.15, math.log(0.8)), np.random.default_rng(0)
     drawn = rng.normal(math.log(0.8), 0.15, size=(20_000, pairs))
     found, fewer = (np.mean(ttest_1samp(part, 0, axis=1).pvalue < 0.05) for part in (drawn, drawn[:, 1:]))
     assert found >= 0.79 and fewer < found
-    assert language.pairs_needed(0.15, 0.1) > pairs > language.pairs_needed(0.15, 0.3)
+    assert language.pairs_needed(0.15, math.log(0.9)) > pairs > language.pairs_needed(0.15, math.log(0.7))
 
 
 def test_the_readme_says_how_many_pairs_a_claim_takes():
     assert language.power_table() in (ROOT / "benchmarks" / "README.md").read_text()
+
+
+def test_the_table_of_runs():
+    """Three pairs of one arm, by hand; one pair and a run that has not ended claim nothing."""
+
+    def run(*accuracy, ended=True):
+        return {"steps": [0, 1, 2], "accuracy": accuracy, "used": 0.5, "tokens": [0, 4, 9], "ended": ended}
+
+    vanilla = {str(seed): run(0.1, 0.2, 0.3) for seed in range(4)}
+    some = {"0": run(0.1, 0.3, 0.3), "1": run(0.1, 0.3, 0.4), "2": run(0.1, 0.3, 0.5)}
+    other = {"0": run(0.1, 0.5, 0.5), "1": run(0.9, 0.9, 0.9, ended=False)}
+    table = language.told({"other": other, "some": some, "vanilla": vanilla}).splitlines()
+    # .05, .1 and .15 more: t = .1 / (.05 / sqrt(3)) = 3.46 with two degrees of freedom
+    assert table[2:] == [
+        "| vanilla | 4 | 0.100 | 0.200 | 0.300 | 0.250 | 50% | 9 |  |  |  |",
+        "| other | 1 | 0.100 | 0.500 | 0.500 | 0.500 | 50% | 9 | +0.250 |  |  |",
+        "| some | 3 | 0.100 | 0.300 | 0.400 | 0.350 | 50% | 9 | +0.100 ± 0.124 | 0.074 | 5 |",
+    ]
+
+
+def test_the_readme_has_the_table_of_the_runs():
+    results = ROOT / "benchmarks" / "results"
+    curves = json.loads((results / "language-smollm2.json").read_text())
+    assert language.told(curves) in (results.parent / "README.md").read_text()
