@@ -20,6 +20,8 @@ def launchers() -> dict[str, Callable[[], None]]:
     from saerl_kernels._triton import tune
 
     gpu = DEVICE.type == "cuda"
+    major, minor = torch.cuda.get_device_capability(DEVICE) if gpu else (9, 0)
+    arch = 10 * major + minor
     n, d_in, d_sae, k = (300, 256, 8192, 16) if gpu else (5, 32, 512, 4)
     g = torch.Generator().manual_seed(0)
     x = torch.randint(-3, 4, (n, d_in), generator=g).float()
@@ -41,8 +43,7 @@ def launchers() -> dict[str, Callable[[], None]]:
 
     def looped(loop: str) -> None:
         plan = tune.groups_plan(encoders["bfloat16"], k)
-        major, minor = torch.cuda.get_device_capability() if gpu else (9, 0)
-        if plan and loop in tune.loops(plan.T, 10 * major + minor):
+        if plan and loop in tune.loops(plan.T, arch):
             encode("bfloat16", tune.with_loop(plan, loop))
 
     def gradients() -> None:
@@ -92,8 +93,7 @@ def launchers() -> dict[str, Callable[[], None]]:
     chunked = tune.chunked_plan(n, d_sae) if gpu else tune.Plan("chunked", BM=4, BN=256, BK=128, warps=4)
     screen = tune.Plan("screen", BM=16, BN=128, BK=32, warps=4)
     if gpu:
-        major, minor = torch.cuda.get_device_capability(DEVICE)
-        screen = tune.gpu_plan(16, (2, 32), major * 10 + minor)._replace(algorithm="screen")
+        screen = tune.gpu_plan(16, (2, 32), arch)._replace(algorithm="screen")
     return {
         "encode_topk default": lambda: encode("bfloat16", None),
         "encode_topk plain loop": lambda: looped("plain"),
