@@ -184,7 +184,7 @@ def test_columns_that_are_not_there_or_say_too_much_are_refused(monkeypatch):
         make_plan(scores, features=["columns"], columns=["prompt_id"])
 
 
-def test_a_choice_that_is_no_better_gives_way_to_uniform_batches():
+def test_a_choice_that_is_no_better_gives_way_to_uniform_batches(monkeypatch):
     """A reward by which just the prompts of doubt carry no gradient."""
     scores, hidden = make_pool()
     plan = make_plan(scores)
@@ -194,7 +194,10 @@ def test_a_choice_that_is_no_better_gives_way_to_uniform_batches():
         plan.observe(ids, [0.5 if uniform else 1.0 for uniform in drawn])
     metrics = plan.metrics()
     assert metrics["uniform"] >= 14 and metrics["informative_uniform"] > 0.9 > metrics["informative_chosen"]
-    assert make_plan(scores, uniform=0).next_batch() and make_plan(scores, uniform=1).next_batch()
+    for many in (10_000, 100):
+        monkeypatch.setattr(choice, "MANY", many)
+        for share in (0, 1):
+            assert len(set(make_plan(scores, uniform=share).next_batch())) == 16
 
 
 def test_late_and_unknown_pass_rates_are_taken_and_only_drawn_ones_are_compared():

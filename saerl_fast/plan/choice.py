@@ -85,7 +85,7 @@ def choose(
         rows, utility, others = foremost(usual, limit, noise, NOISY * size / n_rows, chance, known, waiting)
         order = np.lexsort((rows, -utility))
         kept = order[capped(rows[order], quota)][:size]
-        if len(kept) == size and utility[kept[-1]] > others:
+        if len(kept) == size and utility[kept].min(initial=np.inf) > others:
             return rows[kept]
         drawn = gumbel(chance, noise)
     utility = usual(slice(None)) + drawn
