@@ -6,7 +6,9 @@ import torch
 
 from saerl_fast.config import AdaptiveConfig, PlanConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.plan import build, build_plan, embedding, load_plan, save_plan, wide
+from saerl_fast.plan import build, build_plan, choice, embedding, load_plan, save_plan, wide
+from saerl_fast.plan.adaptive import AdaptivePlan
+from saerl_fast.plan.rule import UNIFORM
 from saerl_fast.records import packed
 from saerl_fast.signals import bank, features
 from saerl_fast.signals.scores import Scores
@@ -146,9 +148,9 @@ def test_the_control_of_the_quota_keeps_the_clusters_sizes_and_not_their_prompts
     scores = Scores({**scores.columns, "saerl_cluster": clusters.tolist()}, {}, scores.features)
     plan, again = (make_plan(scores, uniform=0, shuffle_clusters=True) for _ in range(2))
     other = make_plan(scores, uniform=0, shuffle_clusters=True, seed=1)
-    groups = plan._groups
+    groups = plan._quota.groups
     np.testing.assert_array_equal(np.bincount(groups), np.bincount(clusters))
-    assert (groups != clusters).mean() > 0.3 and (groups != other._groups).any()
+    assert (groups != clusters).mean() > 0.3 and (groups != other._quota.groups).any()
     batch = [int(name) for name in plan.next_batch()]
     assert np.bincount(groups[batch], minlength=8).max() == 3 < np.bincount(clusters[batch]).max()
     assert again.next_batch() == [str(row) for row in batch]
@@ -182,17 +184,20 @@ def test_columns_that_are_not_there_or_say_too_much_are_refused(monkeypatch):
         make_plan(scores, features=["columns"], columns=["prompt_id"])
 
 
-def test_a_choice_that_is_no_better_gives_way_to_uniform_batches():
+def test_a_choice_that_is_no_better_gives_way_to_uniform_batches(monkeypatch):
     """A reward by which just the prompts of doubt carry no gradient."""
     scores, hidden = make_pool()
     plan = make_plan(scores)
     for _ in range(40):
         ids = plan.next_batch()
-        drawn = [plan._pending[int(name)][1] for name in ids]
+        drawn = [plan._pending[int(name)][1] == UNIFORM for name in ids]
         plan.observe(ids, [0.5 if uniform else 1.0 for uniform in drawn])
     metrics = plan.metrics()
     assert metrics["uniform"] >= 14 and metrics["informative_uniform"] > 0.9 > metrics["informative_chosen"]
-    assert make_plan(scores, uniform=0).next_batch() and make_plan(scores, uniform=1).next_batch()
+    for many in (10_000, 100):
+        monkeypatch.setattr(choice, "MANY", many)
+        for share in (0, 1):
+            assert len(set(make_plan(scores, uniform=share).next_batch())) == 16
 
 
 def test_late_and_unknown_pass_rates_are_taken_and_only_drawn_ones_are_compared():
@@ -202,8 +207,8 @@ def test_late_and_unknown_pass_rates_are_taken_and_only_drawn_ones_are_compared(
     plan.observe(first, [0.5] * 16)
     other = sorted({str(i) for i in range(800)} - {*first, *second})[:5]
     plan.observe(other, [1.0] * 5)
-    assert plan._guard.seen[:, 0].sum() == pytest.approx(16 * 0.97**2 + 16 * 0.97)
-    assert set(plan._counts.rows()) == {int(name) for name in (*first, *second, *other)}
+    assert plan.rule.groups[:, 0].sum() == pytest.approx(16 * 0.97**2 + 16 * 0.97)
+    assert set(plan.rule.known()) == {int(name) for name in (*first, *second, *other)}
 
 
 def test_refreshed_features_replace_the_stored_ones_only_on_request():
@@ -240,8 +245,8 @@ def test_a_step_multiplies_the_rows_of_its_batch_alone(monkeypatch):
 
     for name in ("embed", "svd_reduce", "weighted"):
         monkeypatch.setattr(embedding, name, refuse)
-    add, solve = plan._add, np.linalg.solve
-    monkeypatch.setattr(plan, "_add", lambda z, rates: rows.append(z.shape) or add(z, rates))
+    add, solve = plan.rule.add, np.linalg.solve
+    monkeypatch.setattr(plan.rule, "add", lambda z, rates: rows.append(z.shape) or add(z, rates))
     monkeypatch.setattr(np.linalg, "solve", lambda a, b: solved.append(a.shape) or solve(a, b))
     for _ in range(5):
         plan.observe(plan.next_batch(), np.linspace(0, 1, 16))
@@ -261,7 +266,7 @@ def test_exploration_is_as_wide_as_its_setting_and_none_at_zero():
         for rate, name in ((1.0, "3"), (0.0, "60"), (0.0, "3")):
             plan.observe([name], [rate])
             plan.next_batch()
-        value = plan._worth(np.arange(200))
+        value = plan.rule.worth(np.arange(200), plan._z, plan.step)
         chosen = [int(name) for _ in range(6) for name in plan.next_batch()]
         widths[noise] = float(value[chosen].mean())
         if noise == 0:
@@ -355,15 +360,12 @@ def test_a_plan_whose_prompts_have_the_same_features_says_so(caplog, value):
 @pytest.mark.parametrize("clusters", [None, 5])
 @pytest.mark.parametrize("noise", [0.05, 0.5])
 def test_many_prompts_are_chosen_from_alike_whether_all_are_looked_at_or_few(monkeypatch, noise, clusters):
-    from saerl_fast.plan import adaptive as module
-    from saerl_fast.plan.embedding import Embedding
-
     rng = np.random.default_rng(8)
     rows = (rng.normal(size=(3000, 6)) / 6**0.5).astype(np.float32)
     skill = rng.normal(size=6) * 3
     table = {} if clusters is None else {"cluster": rng.integers(0, clusters, 3000).astype(np.int32)}
     settled = []
-    foremost = module.foremost
+    foremost = choice.foremost
 
     def made(fully: bool):
         def look(*args):
@@ -372,13 +374,13 @@ def test_many_prompts_are_chosen_from_alike_whether_all_are_looked_at_or_few(mon
                 settled.append(len(found))
             return found, utility, np.inf if fully else others
 
-        monkeypatch.setattr(module, "MANY", 100)
-        monkeypatch.setattr(module, "foremost", look)
+        monkeypatch.setattr(choice, "MANY", 100)
+        monkeypatch.setattr(choice, "foremost", look)
         nothing = np.zeros((6, 0), dtype=np.float32)
         cfg = PlanConfig(adaptive=AdaptiveConfig(noise=noise, cooldown=20))
-        dense = Embedding(rows.copy(), nothing[0], nothing, np.zeros(6, dtype=np.float32), 1.0)
+        dense = embedding.Embedding(rows.copy(), nothing[0], nothing, np.zeros(6, dtype=np.float32), 1.0)
         sizes = {"batch_size": 16, "total_steps": 60, "seed": 4, "table": table}
-        plan = module.AdaptivePlan([f"p{i}" for i in range(3000)], cfg, embedding=dense, **sizes)
+        plan = AdaptivePlan([f"p{i}" for i in range(3000)], cfg, embedding=dense, **sizes)
         drawn, batches = np.random.default_rng(9), []
         for _ in range(60):
             batches.append(plan.next_batch())

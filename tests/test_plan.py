@@ -376,8 +376,9 @@ def test_without_features_every_prediction_is_one_and_the_rule_is_the_same():
     assert np.ptp(plan.predicted()) == 0 and abs(plan.predicted()[0] - 0.5) < 0.2
     seen = [int(name[1:]) for batch in before for name in batch]
     fresh = next(row for row in range(120) if row not in seen)
-    one, other = plan._worth(np.array([seen[0], fresh]))  # a prompt's own rollouts tell it from the others
-    assert one != other
+    both = np.array([seen[0], fresh])
+    one, other = plan.rule.worth(both, plan._with_bias(both), plan.step)
+    assert one != other  # a prompt's own rollouts tell it from the others
 
 
 def test_features_that_the_scores_do_not_keep_are_named():

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import kstest
 
 from saerl_fast.plan import wide
-from saerl_fast.plan.belief import Prior, capped
+from saerl_fast.plan.choice import Prior, Quota, capped
 from saerl_fast.plan.wide import Candidates
 
 NONE = np.empty(0, dtype=np.int64)
@@ -24,7 +24,7 @@ def generator(*seed: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(seed))
 
 
-def plainly(pool, weights, worth, scale, size, waiting, groups, most, rng):
+def plainly(pool, weights, worth, scale, size, waiting, quota, rng):
     """The rule, with every candidate looked at: all drawn rows, the shortlist and those with rollouts."""
     drawn = wide.draw(len(pool.rows), max(wide.MOST, 16 * size), rng)
     first = np.union1d(pool.short, pool.known)
@@ -36,7 +36,7 @@ def plainly(pool, weights, worth, scale, size, waiting, groups, most, rng):
     value = np.array([own.get(row, usual) for row, usual in zip(rows, value, strict=True)])
     value += -scale * np.log([later[row] for row in rows])
     order = rows[np.lexsort((rows, -value))]
-    kept = capped(order, groups, most)
+    kept = capped(order, quota)
     return np.concatenate([order[kept], order[~kept]])[:size]
 
 
@@ -55,7 +55,9 @@ def test_it_chooses_the_best_of_its_candidates(seed):
         waiting = np.sort(rng.choice(n_rows, n_rows // 3, replace=False)) if step % 3 else NONE
         known = np.sort(rng.choice(n_rows, 40, replace=False)) if step % 2 else NONE
         pool = Candidates(rows, short, 40, known, rng.random(len(known)))
-        asked = pool, weights, worth, scale, size, waiting, groups, int(rng.integers(1, 4))
+        most = int(rng.integers(1, 4))
+        quota = None if groups is None else Quota(groups, most)
+        asked = pool, weights, worth, scale, size, waiting, quota
         expected = plainly(*asked, generator(seed, step))
         found, short = wide.choose(*asked, generator(seed, step))
         assert found.tolist() == expected.tolist() and len(set(found.tolist())) == size
@@ -77,7 +79,7 @@ def looked_at(monkeypatch) -> list[int]:
 
 def step_of(rows, weights, scale, size, rng, short=NONE, known=NONE, room=64):
     pool = Candidates(rows, short, room, known, np.ones(len(known)))
-    return wide.choose(pool, np.float32(weights), WORTH, scale, size, NONE, None, 0, rng)
+    return wide.choose(pool, np.float32(weights), WORTH, scale, size, NONE, None, rng)
 
 
 def test_where_many_rows_are_worth_as_much_the_batch_is_that_of_all_rows(monkeypatch):

@@ -30,7 +30,7 @@ from typing import Any
 from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import atomic_path
 from saerl_fast.plan.base import Plan
-from saerl_fast.plan.sampler import TOLD, dataset_rows
+from saerl_fast.plan.sampler import dataset_rows
 from saerl_fast.plan.static import StaticPlan
 from saerl_fast.prompts.pool import Pool
 from saerl_fast.rl.rewards import Reward, get_reward, score_rewards
@@ -47,13 +47,12 @@ def write_parquet(plan: Plan, pool: Pool, path: str | Path, *, reward: str | Seq
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    batches = planned_batches(plan)
+    row = dataset_rows(plan, pool.column("prompt_id"))
     get_reward(reward)
     reward = reward if isinstance(reward, str) else ",".join(reward)
-    row = dataset_rows(plan, pool.column("prompt_id"))
     others = [name for name in pool.columns if name not in ("prompt_id", "prompt", "answer")]
     rows: list[dict[str, Any]] = []
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(planned_batches(plan)):
         for name in batch:
             cells = {key: column[row[name]] for key, column in pool.columns.items()}
             prompt = cells["prompt"]
@@ -78,8 +77,6 @@ def write_parquet(plan: Plan, pool: Pool, path: str | Path, *, reward: str | Seq
 
 def planned_batches(plan: Plan) -> list[list[str]]:
     """The ``plan.total_steps`` batches of ids from where ``plan`` stands; SaerlError when it is adaptive."""
-    if plan.asks:
-        raise SaerlError(TOLD.format(plan.schedule))
     if not isinstance(plan, StaticPlan):
         raise SaerlError(
             f"schedule {plan.schedule!r} chooses by pass rates, which a file cannot; "

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saerl_fast.plan.belief import among, capped
+from saerl_fast.plan.choice import Quota, among, capped
 
 MOST = 1 << 15  # rows drawn in a step, of which repeated ones count once
 PART = 1 << 13  # of them looked at together
@@ -63,16 +63,15 @@ def choose(
     scale: float,
     size: int,
     waiting: np.ndarray,
-    groups: np.ndarray | None,
-    most: int,
+    quota: Quota | None,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best ``size`` candidates int64, best first, without the ``waiting`` ones; and the next shortlist.
 
     ``weights`` float32 [d + 1], the last one the bias, as in ``predicted = clip(row @ weights + 0.5, 0, 1)``;
     ``worth`` falls with the distance of a prediction from 1/2; ``scale`` of the noise; ``waiting`` int64,
-    ascending, at least ``size`` rows fewer than the pool has. At most ``most`` rows of one of ``groups`` [n],
-    if others are left among the candidates.
+    ascending, at least ``size`` rows fewer than the pool has; ``quota``, if others are left among the
+    candidates.
     """
     if not size:
         return np.empty(0, dtype=np.int64), pool.short
@@ -93,7 +92,7 @@ def choose(
         may = may[~among(rows[may], waiting)]
         rows, total = np.concatenate([found, rows[may]]), np.concatenate([utility, total[may]])
         order = np.lexsort((rows, -total))
-        best = order[capped(rows[order], groups, most)][:size]
+        best = order[capped(rows[order], quota)][:size]
         found, utility = rows[best], total[best]
         worst = utility[-1] if len(found) == size else -np.inf
 
@@ -109,7 +108,7 @@ def choose(
         distance = _distance(pool.rows, part[fresh], weights)
         look(part[fresh], noise[start : start + PART][fresh], worth(distance), distance)
     rows, distance, total = (np.concatenate(parts) for parts in zip(*looked, strict=True))
-    if len(found) < size:  # groups leave too few
+    if len(found) < size:  # the quota leaves too few
         rest = ~among(rows, np.union1d(waiting, found))
         order = np.lexsort((rows[rest], -total[rest]))[: size - len(found)]
         found = np.concatenate([found, rows[rest][order]])
