@@ -5,7 +5,7 @@ import json
 import pytest
 
 from saerl_fast.config import CompareConfig
-from saerl_fast.records.compared import budget_table, costs_table, ledger_table, paired_table
+from saerl_fast.records.compared import budget_table, costs_table, find_targets, ledger_table, paired_table
 from saerl_fast.records.runs import load_runs
 
 TARGETS = {"0.400": 0.4}
@@ -54,6 +54,18 @@ def test_the_same_budget_is_the_least_that_a_run_ended_with(runs):
     # 480 rollouts are 15 steps of mopps.
     assert mopps[1].startswith("0.600 (+0.100 ±") and mopps[2].startswith("0.451 (-0.049 ±")
     assert budget_table([run for run in runs if run.arm == "vanilla"], SETTINGS)[2] == []
+
+
+def test_every_target_has_a_name_of_its_own(runs):
+    given = CompareConfig(target_values=[0.4, 0.3300001, 0.3300002])
+    assert find_targets(runs, given) == {"0.400": 0.4, "0.3300001": 0.3300001, "0.3300002": 0.3300002}
+    assert len(find_targets(runs, CompareConfig(targets=[0.6, 0.60000001, 0.55]))) == 3
+
+
+def test_the_start_is_no_part_of_where_a_run_ends(tmp_path):
+    record(tmp_path / "v", "vanilla", 0, [0.2, 0.3, 0.5])
+    found = find_targets(load_runs(tmp_path), CompareConfig(targets=[0.5], smooth=3))
+    assert found == {"50% of vanilla's gain": pytest.approx(0.3)}  # half of .4 - .2
 
 
 def test_verdicts_are_holms_over_the_lines_of_the_table(runs, monkeypatch):

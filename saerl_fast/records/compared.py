@@ -48,7 +48,8 @@ BUDGET_NOTE = (
 LEDGER_NOTE = (
     "Costs before the first step, made once for all runs of a pool and model; an arm whose order and "
     "filter read no scores owes nothing. Net: what an arm saved to the last target, less its share of "
-    "these costs where so many runs use them, as a share of what the first arm spent."
+    "these costs where so many runs use them, as a share of what the first arm spent. Shares are of mean "
+    "costs, where the tables above have means of ratios; of the same pairs, without those left out."
 )
 
 
@@ -60,20 +61,48 @@ def settings_of(root: Path) -> CompareConfig:
 
 
 def find_targets(runs: Sequence[RunRecord], settings: CompareConfig) -> dict[str, float]:
-    """Accuracies to reach: registered values, else shares of the first arm's mean gain."""
+    """Accuracies to reach, each by a name of its own: values given, else shares of the first arm's mean gain.
+
+    The gain is from the first evaluation to the mean of the last ``smooth``, the first one left out.
+    """
     if settings.target_values:
         return {
-            f"{value:.3f}" if value == round(value, 3) else f"{value:g}": value
+            f"{value:.3f}" if value == round(value, 3) else str(value): value
             for value in settings.target_values
         }
     first = [run for run in runs if run.arm == runs[0].arm and len(run.accuracy) > 1]
     if not first:
         return {}
     start = float(np.mean([run.accuracy[0] for run in first]))
-    gain = float(np.mean([np.mean(run.accuracy[-settings.smooth :]) for run in first])) - start
+    gain = float(np.mean([np.mean(run.accuracy[1:][-settings.smooth :]) for run in first])) - start
     if not gain > 0:
         return {}
-    return {f"{100 * share:g}% of {runs[0].arm}'s gain": start + share * gain for share in settings.targets}
+    return {
+        f"{100 * share:.12g}% of {runs[0].arm}'s gain": start + share * gain for share in settings.targets
+    }
+
+
+def no_target(runs: Sequence[RunRecord]) -> str:
+    """Why `find_targets` found none for these runs, and what to do."""
+    base = runs[0].arm
+    if all(len(run.accuracy) < 2 for run in runs if run.arm == base):
+        return f"{base} was evaluated less than twice, so there is no target; set train.eval.every"
+    return f"{base} gains nothing, so there is no target; raise train.steps, or give compare.target_values"
+
+
+def set_late(runs: Sequence[RunRecord], settings: CompareConfig) -> str:
+    """The sentence about targets that were not given before all ``runs`` began; "" where nothing shows it."""
+    if not settings.target_values or settings.pilots:
+        return ""
+    told = [(run.config.get("config") or {}).get("compare") or {} for run in runs]
+    given = [found["target_values"] or [] for found in told if "target_values" in found]
+    late = sum(sorted(values) != sorted(settings.target_values) for values in given)
+    return (
+        f"{late} of {len(runs)} runs were begun without compare.target_values as they are now: these targets "
+        "are not registered, and a verdict by them is as good as their choice"
+        if late
+        else ""
+    )
 
 
 def ended_early(runs: Sequence[RunRecord]) -> str:
@@ -262,7 +291,8 @@ def ledger_table(
             for uses in USES:
                 share = total[unit] / uses
                 net[uses].append(_share(base + share * owes_first, mine + share * owes))
-        rows.append([f"{arm}, saved to {name}, gross", *gross])
+        some = f" ({len(known)} of {len(both[0])} pairs)" if len(known) < len(both[0]) else ""
+        rows.append([f"{arm}, saved to {name}, gross{some}", *gross])
         rows += [[f"{arm}, net, {uses} run{'s' * (uses > 1)}", *cells] for uses, cells in net.items()]
     return ("Ledger", ["", *UNITS[1:]], rows, LEDGER_NOTE)
 

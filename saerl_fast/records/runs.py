@@ -27,7 +27,7 @@ ROWS: dict[str, Any] = {  # what a line of these files must hold
     "eval_prompts.jsonl": {"prompt_id": str},
 }
 RUN = {"arm?": str, "seed?": int, "id?": str, "made?": {str: Any}, "resumed?": [dict], "plan?": (None, str)}
-RUN |= {"config?": {"train?": {"steps?": int}}}
+RUN |= {"config?": {"train?": {"steps?": int}, "compare?": {"target_values?": (None, [float])}}}
 MERGED = {"change_kept": float, "accuracy": float, "rounded_to": str, "saved_as": str}
 WARNED = {"first": int, "times": int, "steps": int}
 SUMMARY = {"merged?": MERGED, "accuracy?": _NUMBER, "damage?": [str], "warnings?": {str: WARNED}}
