@@ -48,12 +48,20 @@ def test_costs_are_counted_in_their_own_units(runs):
 
 def test_the_same_budget_is_the_least_that_a_run_ended_with(runs):
     name, header, rows, _ = budget_table(runs, SETTINGS)
-    assert header[1:] == ["after 30 steps", "after 480 rollouts", "after 1,200 tokens", "mean over run"]
+    assert header[1:] == ["after 30 steps", "after 480 rollouts", "after 1,200 tokens", "mean over 30 steps"]
     vanilla, mopps = rows
     assert vanilla[:4] == ["vanilla", "0.500", "0.500", "0.500"]
     # 480 rollouts are 15 steps of mopps.
     assert mopps[1].startswith("0.600 (+0.100 ±") and mopps[2].startswith("0.451 (-0.049 ±")
     assert budget_table([run for run in runs if run.arm == "vanilla"], SETTINGS)[2] == []
+
+
+def test_a_run_that_ended_sooner_is_compared_over_the_steps_that_all_took(tmp_path):
+    record(tmp_path / "v", "vanilla", 0, [0.2, 0.3, 0.4, 0.5])
+    record(tmp_path / "m", "mopps", 0, [0.2, 0.4])
+    _, header, rows, _ = budget_table(load_runs(tmp_path), SETTINGS)
+    assert header[-1] == "mean over 10 steps"
+    assert [row[-1] for row in rows] == ["0.250", "0.300 (+0.050)"]  # .35 over its 30 steps
 
 
 def test_every_target_has_a_name_of_its_own(runs):

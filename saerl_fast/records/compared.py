@@ -42,8 +42,9 @@ COSTS_NOTE = (
 )
 BUDGET_NOTE = (
     "Smoothed accuracy where every run still had it: at the least number of steps, of rollouts and of "
-    "generated tokens that some run ended with; and the mean over the run. In brackets the difference to "
-    "the first arm, a mean over paired seeds with its 95% interval (Student's t)."
+    "generated tokens that some run ended with; and the mean height of the curve, not smoothed, over as many "
+    "steps. In brackets the difference to the first arm, a mean over paired seeds with its 95% interval "
+    "(Student's t)."
 )
 LEDGER_NOTE = (
     "Costs before the first step, made once for all runs of a pool and model; an arm whose order and "
@@ -214,17 +215,19 @@ def costs_table(runs: Sequence[RunRecord], targets: dict[str, float], settings: 
 
 
 def budget_table(runs: Sequence[RunRecord], settings: CompareConfig) -> Table:
-    """Accuracy of each arm at equal budgets of steps, rollouts and tokens, and the area under its curve."""
+    """Accuracy of each arm at equal budgets of steps, rollouts and tokens, and its mean over as many steps."""
     pairs = Pairs(runs)
     if len(pairs.arms) < 2 or not pairs.by_key:
         return ("Equal budgets", [], [], "")
     budgets = {unit: min(float(run.spent(unit)[-1]) for run in pairs.by_key.values()) for unit in UNITS[:3]}
+    shared = int(budgets["steps"])
     budgets = {unit: budget for unit, budget in budgets.items() if budget > 0}
 
     def figures(run: RunRecord) -> list[float]:
         curve = smooth(run.accuracy, settings.smooth)
         at = [float(np.interp(budget, run.spent(unit), curve)) for unit, budget in budgets.items()]
-        return [*at, area_under_curve(run.eval_steps, run.accuracy)]
+        steps = [*(step for step in run.eval_steps if step < shared), shared]
+        return [*at, area_under_curve(steps, np.interp(steps, run.eval_steps, run.accuracy).tolist())]
 
     rows = []
     for arm in pairs.arms:
@@ -239,7 +242,8 @@ def budget_table(runs: Sequence[RunRecord], settings: CompareConfig) -> Table:
                 f"{cell} ({mean_difference(column)})" for cell, column in zip(cells, changes.T, strict=True)
             ]
         rows.append([arm, *cells])
-    header = ["arm", *(f"after {budget:,.0f} {unit}" for unit, budget in budgets.items()), "mean over run"]
+    header = ["arm", *(f"after {budget:,.0f} {unit}" for unit, budget in budgets.items())]
+    header.append(f"mean over {shared:,} steps")
     return ("Equal budgets", header, rows, BUDGET_NOTE)
 
 
