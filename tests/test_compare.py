@@ -72,7 +72,8 @@ def recorded(monkeypatch):
         calls.append((arm, config.plan.schedule, config.train.seed, out.name, resume))
         out.mkdir(parents=True, exist_ok=True)
         mark = module.fingerprint(config, module.run_sections(config))
-        described = {"arm": arm, "seed": config.train.seed, "fingerprint": mark, "config": to_dict(config)}
+        described = {"arm": arm, "seed": config.train.seed, "fingerprint": mark}
+        described["target_values"] = config.compare.target_values
         with manifest.publish(out, "run", {"fingerprint": mark, "config": to_dict(config)}) as new:
             new("run.json").write_text(json.dumps(described))
         rows = [{"step": s, "kind": "eval", "accuracy": 0.1 * s} for s in range(3)]

@@ -95,8 +95,7 @@ def set_late(runs: Sequence[RunRecord], settings: CompareConfig) -> str:
     """The sentence about targets that were not given before all ``runs`` began; "" where nothing shows it."""
     if not settings.target_values or settings.pilots:
         return ""
-    told = [(run.config.get("config") or {}).get("compare") or {} for run in runs]
-    given = [found["target_values"] or [] for found in told if "target_values" in found]
+    given = [run.config["target_values"] or [] for run in runs if "target_values" in run.config]
     late = sum(sorted(values) != sorted(settings.target_values) for values in given)
     return (
         f"{late} of {len(runs)} runs were begun without compare.target_values as they are now: these targets "
@@ -215,7 +214,7 @@ def costs_table(runs: Sequence[RunRecord], targets: dict[str, float], settings: 
 
 
 def budget_table(runs: Sequence[RunRecord], settings: CompareConfig) -> Table:
-    """Accuracy of each arm at equal budgets of steps, rollouts and tokens, and its mean over as many steps."""
+    """Accuracy of each arm at equal budgets of steps, rollouts, tokens, and its mean over as many steps."""
     pairs = Pairs(runs)
     if len(pairs.arms) < 2 or not pairs.by_key:
         return ("Equal budgets", [], [], "")

@@ -13,7 +13,7 @@ from saerl_fast.stages.preflight import unfiltered
 TAKEN = ("sae", "draws", "pilot")  # folders beside those of arms and pools
 OF_ALL = {  # what all arms have in common, or pairs are none -> where it is said
     "train.seed": "compare.seeds gives each arm the same seeds",
-    "train.eval": "all arms are evaluated alike; set it for the whole comparison",
+    "train.eval": "all arms are evaluated alike, as the settings outside arms say",
 }
 # What evaluations go by unless train.eval.mode=prob: how completions are judged, and how they are sampled.
 MEASURES = ("train.reward", "train.reward_weights", "train.reward_truncated")
