@@ -85,6 +85,13 @@ def test_verdicts_are_holms_over_the_lines_of_the_table(runs, monkeypatch):
     assert paired_table(runs, TARGETS, SETTINGS)[2][0][-2:] == ["0.200", "no claim"]
 
 
+def test_lines_whose_runs_miss_the_target_count_in_the_correction(runs):
+    alone = float(paired_table(runs, TARGETS, SETTINGS)[2][0][-2])
+    both = [row[-2:] for row in paired_table(runs, TARGETS | {"0.900": 0.9}, SETTINGS)[2]]
+    assert both[1] == ["-", "no claim (4 pairs censored)"]
+    assert float(both[0][0]) == pytest.approx(2 * alone, abs=0.001)
+
+
 def test_a_line_without_any_pair_says_why(tmp_path):
     for seed in range(11):
         record(tmp_path / f"v{seed}", "vanilla", seed, [0.2, 0.3])
