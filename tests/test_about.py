@@ -32,6 +32,7 @@ def test_the_commit_of_the_working_folder(tmp_path, monkeypatch):
 def test_a_run_that_is_resumed_keeps_its_beginning(tmp_path):
     one, two, three = ({"torch": name} for name in "123")
     for made, expected in [(one, []), (two, [two]), (three, [two, three])]:
-        record = runs_of(tmp_path, made)
+        record = runs_of(tmp_path, made, [0.5] if made == one else [0.6])
         assert record["made"] == one and record.get("resumed", []) == expected
+        assert record["target_values"] == [0.5]  # what was registered
         (tmp_path / "run.json").write_text(json.dumps(record))

@@ -70,6 +70,8 @@ def test_each_pool_is_compared_in_a_folder_of_its_own(tmp_path, recorded, monkey
         ("a={a},a={a}", "must not name anything twice"),
         ("a={a},a={a};data.limit=9", "compare.pools='a,a' must name different pools"),
         ("a={a},b=nowhere.jsonl", "pool b: .*nowhere.jsonl"),
+        ("a={a},b={a}", "pool b: it has the rows and settings of pool a, and would count twice"),
+        ("a={a},c={a};compare.target_values=[0.3]", "pool c: it has the rows and settings of pool a"),
         ("a={a},b={a};train.lr=1", "pool b sets 'train.lr=1'; a pool may set data"),
         ("a={a},b={a};data.limit", "pool b: 'data.limit' lacks a value"),
         ("a={a},b={a};data.limt=3", "pool b: unknown config key data.limt; did you mean data.limit"),

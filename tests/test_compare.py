@@ -73,6 +73,7 @@ def recorded(monkeypatch):
         out.mkdir(parents=True, exist_ok=True)
         mark = module.fingerprint(config, module.run_sections(config))
         described = {"arm": arm, "seed": config.train.seed, "fingerprint": mark}
+        described["target_values"] = config.compare.target_values
         with manifest.publish(out, "run", {"fingerprint": mark, "config": to_dict(config)}) as new:
             new("run.json").write_text(json.dumps(described))
         rows = [{"step": s, "kind": "eval", "accuracy": 0.1 * s} for s in range(3)]
@@ -103,6 +104,66 @@ def test_arms_times_seeds_then_only_what_is_missing(tmp_path, recorded):
     recorded.clear()
     compare(config, Echo(quiet=True))  # vanilla has finished; global was cut off and is resumed
     assert [(arm, resume) for arm, *_, resume in recorded] == [("global", True), ("global", True)]
+
+
+def test_runs_stay_in_their_folders_when_seeds_are_put_before_them(tmp_path, recorded):
+    arms = "compare.arms=vanilla,adaptive"
+    compare(settings(tmp_path, arms, "compare.seeds=4,7"), Echo(quiet=True))
+    recorded.clear()
+    compare(settings(tmp_path, arms, "compare.seeds=9,7,4"), Echo(quiet=True))
+    assert [(arm, seed, name) for arm, _, seed, name, _ in recorded] == [
+        ("vanilla", 9, "vanilla.seed-9"),
+        ("adaptive", 9, "adaptive.seed-9"),
+    ]
+    assert "| vanilla | 3 |" in (tmp_path / "report.md").read_text()
+    recorded.clear()
+    compare(settings(tmp_path, arms, "compare.seeds=7"), Echo(quiet=True), redo=True)  # nothing to redo
+    assert not recorded and "| vanilla | 1 |" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arm", "said"),
+    [
+        ("train.seed=5", "but compare.seeds gives each arm the same seeds"),
+        ("train.eval.every=0", "but all arms are evaluated alike"),
+        ("train.eval={mode: prob}", "but all arms are evaluated alike"),
+    ],
+)
+def test_an_arm_does_not_set_what_pairs_have_in_common(arm, said):
+    with pytest.raises(SaerlError, match=said):
+        parse_arm(f"x:{arm}")
+
+
+def test_an_arm_with_another_reward_is_not_measured_by_it(tmp_path, recorded, capsys):
+    rewards = "compare.arms=vanilla,x:plan.schedule=vanilla;train.reward=numeric"
+    with pytest.raises(SaerlError, match=r"x would be evaluated by train.reward \(numeric, vanilla: exact\)"):
+        compare(settings(tmp_path / "r", rewards), Echo(quiet=True))
+    assert not recorded and not (tmp_path / "r").exists()
+    compare(settings(tmp_path / "r", rewards, "train.eval.mode=prob"), Echo(quiet=True))
+    assert len(recorded) == 2 and "evaluated with" not in capsys.readouterr().out
+    short = "compare.arms=vanilla,x:plan.schedule=vanilla;train.rollout.max_new_tokens=3"
+    compare(settings(tmp_path / "s", short), Echo(quiet=True))
+    said = "x is evaluated with train.rollout.max_new_tokens (3, vanilla: 64), as it is trained."
+    assert said in capsys.readouterr().out and said in (tmp_path / "s" / "report.md").read_text()
+
+
+def test_targets_without_evaluations_on_the_way_are_refused(tmp_path, recorded):
+    with pytest.raises(SaerlError, match="target_values are measured by .*; set train.eval.every"):
+        compare(settings(tmp_path, "compare.target_values=0.3", "train.eval.every=0"), Echo(quiet=True))
+    assert not recorded
+
+
+def test_targets_given_after_the_runs_are_not_called_registered(tmp_path, recorded, capsys):
+    given = ["compare.arms=vanilla,adaptive", "compare.target_values=[0.15,0.1]"]
+    compare(settings(tmp_path / "a", *given), Echo(quiet=True))
+    compare(settings(tmp_path / "a", *given[:1], "compare.target_values=[0.1,0.15]"), Echo(quiet=True))
+    assert "were registered before the run" in (tmp_path / "a" / "report.md").read_text()
+    compare(settings(tmp_path / "b", given[0]), Echo(quiet=True))
+    capsys.readouterr()
+    compare(settings(tmp_path / "b", *given), Echo(quiet=True))
+    told = (tmp_path / "b" / "report.md").read_text()
+    assert "registered before" not in told and "Targets were given after the start of some runs" in told
+    assert "2 of 2 runs were begun without compare.target_values as they are now" in capsys.readouterr().out
 
 
 def test_targets_that_end_a_run_are_known_beforehand(tmp_path):

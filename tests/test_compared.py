@@ -5,7 +5,7 @@ import json
 import pytest
 
 from saerl_fast.config import CompareConfig
-from saerl_fast.records.compared import budget_table, costs_table, ledger_table, paired_table
+from saerl_fast.records.compared import budget_table, costs_table, find_targets, ledger_table, paired_table
 from saerl_fast.records.runs import load_runs
 
 TARGETS = {"0.400": 0.4}
@@ -48,12 +48,32 @@ def test_costs_are_counted_in_their_own_units(runs):
 
 def test_the_same_budget_is_the_least_that_a_run_ended_with(runs):
     name, header, rows, _ = budget_table(runs, SETTINGS)
-    assert header[1:] == ["after 30 steps", "after 480 rollouts", "after 1,200 tokens", "mean over run"]
+    assert header[1:] == ["after 30 steps", "after 480 rollouts", "after 1,200 tokens", "mean over 30 steps"]
     vanilla, mopps = rows
     assert vanilla[:4] == ["vanilla", "0.500", "0.500", "0.500"]
     # 480 rollouts are 15 steps of mopps.
     assert mopps[1].startswith("0.600 (+0.100 ±") and mopps[2].startswith("0.451 (-0.049 ±")
     assert budget_table([run for run in runs if run.arm == "vanilla"], SETTINGS)[2] == []
+
+
+def test_a_run_that_ended_sooner_is_compared_over_the_steps_that_all_took(tmp_path):
+    record(tmp_path / "v", "vanilla", 0, [0.2, 0.3, 0.4, 0.5])
+    record(tmp_path / "m", "mopps", 0, [0.2, 0.4])
+    _, header, rows, _ = budget_table(load_runs(tmp_path), SETTINGS)
+    assert header[-1] == "mean over 10 steps"
+    assert [row[-1] for row in rows] == ["0.250", "0.300 (+0.050)"]  # .35 over its 30 steps
+
+
+def test_every_target_has_a_name_of_its_own(runs):
+    given = CompareConfig(target_values=[0.4, 0.3300001, 0.3300002])
+    assert find_targets(runs, given) == {"0.400": 0.4, "0.3300001": 0.3300001, "0.3300002": 0.3300002}
+    assert len(find_targets(runs, CompareConfig(targets=[0.6, 0.60000001, 0.55]))) == 3
+
+
+def test_the_start_is_no_part_of_where_a_run_ends(tmp_path):
+    record(tmp_path / "v", "vanilla", 0, [0.2, 0.3, 0.5])
+    found = find_targets(load_runs(tmp_path), CompareConfig(targets=[0.5], smooth=3))
+    assert found == {"50% of vanilla's gain": pytest.approx(0.3)}  # half of .4 - .2
 
 
 def test_verdicts_are_holms_over_the_lines_of_the_table(runs, monkeypatch):
@@ -63,6 +83,13 @@ def test_verdicts_are_holms_over_the_lines_of_the_table(runs, monkeypatch):
 
     monkeypatch.setattr(compared, "holm", lambda found: [0.2 for _ in found])
     assert paired_table(runs, TARGETS, SETTINGS)[2][0][-2:] == ["0.200", "no claim"]
+
+
+def test_lines_whose_runs_miss_the_target_count_in_the_correction(runs):
+    alone = float(paired_table(runs, TARGETS, SETTINGS)[2][0][-2])
+    both = [row[-2:] for row in paired_table(runs, TARGETS | {"0.900": 0.9}, SETTINGS)[2]]
+    assert both[1] == ["-", "no claim (4 pairs censored)"]
+    assert float(both[0][0]) == pytest.approx(2 * alone, abs=0.001)
 
 
 def test_a_line_without_any_pair_says_why(tmp_path):

@@ -470,6 +470,9 @@ def test_a_config_file_may_be_a_pipe(tmp_path):
         ("compare.seeds=[1,4..6]", "compare.seeds=4..6 is no list of numbers; write compare.seeds=4,5,6$"),
         ("compare.seeds=200:299", "write compare.seeds=200,201,.*,211,...$"),
         ("compare.seeds=3-0", "write compare.seeds=0,1$"),
+        ("compare.seeds=0 1 2", "compare.seeds=0 1 2 lacks commas; write compare.seeds=0,1,2$"),
+        ("compare.targets=.6 .8", "compare.targets=.6 .8 lacks commas; write compare.targets=.6,.8$"),
+        ("compare.arms=[vanilla, x: plan.filter=true]", "in quotes or without the blank where it holds ': '"),
         ("compare.seeds=1:3", "write compare.seeds=1,2,3$"),  # 63 to YAML
         ("train.steps=1:30", "train.steps='1:30' is not a valid int"),
         ("train.lr=1:30.5", "train.lr='1:30.5' is not a valid float"),

@@ -151,6 +151,31 @@ def test_a_damaged_map_is_a_sentence(tmp_path, change):
         write_report(scored(tmp_path, **change))
 
 
+def test_a_wide_table_goes_on_below_in_a_terminal(monkeypatch):
+    header = ["arm", "target", "steps saved against vanilla", "verdict", "note"]
+    rows = [["adaptive", "0.400", "+31%", "fewer steps", "n" * 20], ["x", "0.500", "-", "no claim", "m"]]
+    monkeypatch.setenv("COLUMNS", "46")
+    shown = page.terminal(("Paired", header, rows, "")).splitlines()
+    assert shown == [
+        "",
+        "Paired",
+        "arm       target  steps    verdict",
+        "                  saved",
+        "                  against",
+        "                  vanilla",
+        "--------  ------  -------  -----------",
+        "adaptive  0.400   +31%     fewer steps",
+        "x         0.500   -        no claim",
+        "",
+        "arm       target  note",
+        "--------  ------  --------------------",
+        "adaptive  0.400   nnnnnnnnnnnnnnnnnnnn",
+        "x         0.500   m",
+    ]
+    monkeypatch.setenv("COLUMNS", "5")  # every column is shown, however narrow
+    assert page.terminal(("Paired", header, rows, "")).count("adaptive") == 3
+
+
 def test_scores_without_a_map_have_the_rest(tmp_path):
     scored(tmp_path)
     record = json.loads((tmp_path / "scores.json").read_text())

@@ -50,6 +50,16 @@ def run(plan, steps: int) -> list[list[str]]:
     return batches
 
 
+@pytest.mark.parametrize("rate", [2.0, -0.25, np.inf])
+def test_what_is_no_pass_rate_is_refused(rate):
+    scores = make_scores()
+    scores.columns["saerl_pass_rate"] = np.r_[np.full(118, np.nan), 0.5, rate].astype(np.float32)
+    with pytest.raises(
+        SaerlError, match=f"saerl_pass_rate holds {rate:g}, which is no pass rate; give 0 to 1"
+    ):
+        make_plan("adaptive", scores=scores)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_same_seed_same_batches_other_seed_others(schedule):
     first, second = (run(make_plan(schedule)[0], 40) for _ in range(2))

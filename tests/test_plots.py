@@ -60,6 +60,17 @@ def legend(axis):
 
 
 @pytest.mark.parametrize(
+    ("low", "width", "bottom"), [(-25.0, pytest.approx(0.1), -2.0), (-1.2, pytest.approx(0.1), -1.31)]
+)
+def test_one_pool_and_a_wide_interval_leave_the_law_readable(tmp_path, drawn, low, width, bottom):
+    points = {"a": [plots.Saving(0.24, -1.0, low, 0.8)], "b": [plots.Saving(0.24, 0.1, -0.1, 0.3)]}
+    plots.law(points, "vanilla", tmp_path / "law.png")
+    left, right = drawn[0].axes[0].get_xlim()
+    assert right - left == width and left < 0.236 < 0.244 < right
+    assert drawn[0].axes[0].get_ylim()[0] == pytest.approx(bottom, abs=0.02)
+
+
+@pytest.mark.parametrize(
     ("draw", "size"),
     [
         (lambda runs, path: plots.learning_curves(runs, {"half": 0.25}, path), (1300, 494)),

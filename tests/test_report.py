@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -81,6 +82,31 @@ def test_registered_targets_win(tmp_path):
 def test_no_gain_no_target(tmp_path):
     record_run(tmp_path / "vanilla", "vanilla", 0, [0.4, 0.3])
     assert find_targets(load_runs(tmp_path), CompareConfig()) == {}
+
+
+@pytest.mark.parametrize(
+    ("curve", "said"),
+    [
+        ([0.3, 0.2], "vanilla gains nothing, .* raise train.steps"),
+        ([0.3], "less than twice, .* train.eval.every"),
+    ],
+)
+def test_why_there_is_no_comparison_is_said(tmp_path, curve, said):
+    for arm in ("vanilla", "adaptive"):
+        record_run(tmp_path / arm, arm, 0, curve)
+    lines = []
+    write_report(tmp_path, lines.append)
+    assert re.search(said, lines[0]) and re.search(said, (tmp_path / "report.md").read_text())
+
+
+@pytest.mark.parametrize(
+    ("smooth", "said"), [(1, "not averaged"), (2, "not averaged"), (4, "averaged over 3 evaluations")]
+)
+def test_the_report_says_how_curves_are_smoothed(comparison, smooth, said):
+    kept = json.loads((comparison / "compare.json").read_text())
+    (comparison / "compare.json").write_text(json.dumps(kept | {"smooth": smooth}))
+    write_report(comparison)
+    assert f"curves are {said}" in (comparison / "report.md").read_text()
 
 
 def test_one_seed_claims_nothing(tmp_path):

@@ -119,7 +119,8 @@ def test_p_is_students_and_agrees_with_the_interval():
 
 
 def test_holm_multiplies_the_least_most_and_keeps_the_order():
-    assert holm([0.01, 0.04, None, 0.03]) == pytest.approx([0.03, 0.06, None, 0.06])
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.01, 0.04, None, 0.03]) == pytest.approx([0.04, 0.09, None, 0.09])  # None counts
     assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == [] == [*holm([None])][1:]
 
 

@@ -212,6 +212,7 @@ class Given(str):
 
 
 RANGE = re.compile(r"(\d{1,9})\s*(?:-|:|\.\.+)\s*(\d{1,9})")
+BLANKS = re.compile(r"[-+.\deE]+(\s+[-+.\deE]+)+")
 COMMA = re.compile(r",(?![^\[\]]*\])")  # not those of a list inside an arm
 
 
@@ -243,7 +244,10 @@ def read(value: Any, hint: Any, key: str, about: Setting | None = None) -> Any:
             raise SaerlError(f"{key}={value!r} must be a mapping of names to values")
         return {name: _free(part) for name, part in value.items()}
     if isinstance(value, dict):
-        raise SaerlError(f"{key} is one value, not a section (got {value!r}); write {key}=VALUE")
+        raise SaerlError(
+            f"{key} is one value, not a section (got {value!r}); write {key}=VALUE, in quotes or without the "
+            "blank where it holds ': '"
+        )
     if origin in (Union, types.UnionType):
         if any(typing.get_origin(arg) is Literal and value in typing.get_args(arg) for arg in args):
             return value  # a word in place of a number
@@ -261,6 +265,10 @@ def read(value: Any, hint: Any, key: str, about: Setting | None = None) -> Any:
                 meant = [*map(str, range(first, min(last + 1, first + 12)))] + ["..."] * (last > first + 11)
                 fix = f"write {key}={','.join(meant or ['0', '1'])}"
                 raise SaerlError(f"{key}={span[0]} is no list of numbers; {fix}")
+            if args[0] in (int, float) and (
+                span := next(filter(None, map(BLANKS.fullmatch, map(str, items))), None)
+            ):
+                raise SaerlError(f"{key}={span[0]} lacks commas; write {key}={','.join(span[0].split())}")
             found = [read(item, args[min(i, len(args) - 1)], key, about) for i, item in enumerate(items)]
             if origin is tuple and len(found) != len(args):
                 raise ValueError

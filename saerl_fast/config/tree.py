@@ -406,7 +406,11 @@ class CompareConfig(Section):
     target_values: list[float] | None = setting(
         None, "accuracies registered beforehand; replace `targets` and `pilots`", filled=True, distinct=True
     )
-    smooth: int = setting(3, "evaluations in the mean that is tested against a target", at_least=1)
+    smooth: int = setting(
+        3,
+        "evaluations in the mean that is tested against a target; an even number counts as one fewer",
+        at_least=1,
+    )
     until: bool = setting(
         False, "end runs that are past all targets known before; false: each takes all steps"
     )

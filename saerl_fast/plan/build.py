@@ -156,6 +156,9 @@ def _table(scores: Scores) -> dict[str, np.ndarray]:
     rates = scores.column("saerl_pass_rate")
     if rates is not None:
         table["pass_rate"] = np.asarray(rates, dtype=np.float32)
+        bad = table["pass_rate"][(table["pass_rate"] < 0) | (table["pass_rate"] > 1)]
+        if len(bad):
+            raise SaerlError(f"saerl_pass_rate holds {bad[0]:g}, which is no pass rate; give 0 to 1, or null")
     if "difficulty" in table:  # a row without a score goes to the middle of the order
         known = np.isfinite(table["difficulty"])
         table["difficulty"] = np.where(known, table["difficulty"], np.median(table["difficulty"][known]))

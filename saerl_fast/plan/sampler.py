@@ -1,6 +1,7 @@
 """A plan as torch samplers, for a ``DataLoader`` or any loop of one's own.
 
 Batches are drawn one at a time, so that an adaptive plan sees every ``plan.observe`` made before.
+Rows of an export hold nulls, which torch's own collation refuses: use ``collate_fn=list``.
 A DataLoader with workers asks for batches ahead: with an adaptive plan use ``num_workers=0``.
 """
 

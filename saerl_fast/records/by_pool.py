@@ -16,8 +16,10 @@ from saerl_fast.records.compared import (
     Line,
     ended_early,
     find_targets,
+    no_target,
     paired_cells,
     paired_lines,
+    set_late,
     settings_of,
     verdicts,
 )
@@ -57,11 +59,10 @@ def write_pools(root: Path, pools: Sequence[str], echo: Callable[[str], None]) -
         rows += [_accuracy(pool, arm, mine) for arm, mine in arms.items()]
         found = paired_lines(runs, targets, settings)
         lines += [(pool, line) for line in found]
+        if late := set_late(runs, settings):
+            said.append(f"pool {pool}: {late}")
         if not targets:
-            said.append(
-                f"pool {pool}: {base} gains nothing, so there is no target; raise train.steps, or give "
-                "compare.target_values"
-            )
+            said.append(f"pool {pool}: {no_target(runs)}")
             open_ += [
                 [pool, arm, *["-"] * (2 + len(PAIRED[:-1])), "no target"] for arm in arms if arm != base
             ]

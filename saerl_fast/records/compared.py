@@ -42,13 +42,15 @@ COSTS_NOTE = (
 )
 BUDGET_NOTE = (
     "Smoothed accuracy where every run still had it: at the least number of steps, of rollouts and of "
-    "generated tokens that some run ended with; and the mean over the run. In brackets the difference to "
-    "the first arm, a mean over paired seeds with its 95% interval (Student's t)."
+    "generated tokens that some run ended with; and the mean height of the curve, not smoothed, over as many "
+    "steps. In brackets the difference to the first arm, a mean over paired seeds with its 95% interval "
+    "(Student's t)."
 )
 LEDGER_NOTE = (
     "Costs before the first step, made once for all runs of a pool and model; an arm whose order and "
     "filter read no scores owes nothing. Net: what an arm saved to the last target, less its share of "
-    "these costs where so many runs use them, as a share of what the first arm spent."
+    "these costs where so many runs use them, as a share of what the first arm spent. Shares are of mean "
+    "costs, where the tables above have means of ratios; of the same pairs, without those left out."
 )
 
 
@@ -60,20 +62,47 @@ def settings_of(root: Path) -> CompareConfig:
 
 
 def find_targets(runs: Sequence[RunRecord], settings: CompareConfig) -> dict[str, float]:
-    """Accuracies to reach: registered values, else shares of the first arm's mean gain."""
+    """Accuracies to reach, each by a name of its own: values given, else shares of the first arm's mean gain.
+
+    The gain is from the first evaluation to the mean of the last ``smooth``, the first one left out.
+    """
     if settings.target_values:
         return {
-            f"{value:.3f}" if value == round(value, 3) else f"{value:g}": value
+            f"{value:.3f}" if value == round(value, 3) else str(value): value
             for value in settings.target_values
         }
     first = [run for run in runs if run.arm == runs[0].arm and len(run.accuracy) > 1]
     if not first:
         return {}
     start = float(np.mean([run.accuracy[0] for run in first]))
-    gain = float(np.mean([np.mean(run.accuracy[-settings.smooth :]) for run in first])) - start
+    gain = float(np.mean([np.mean(run.accuracy[1:][-settings.smooth :]) for run in first])) - start
     if not gain > 0:
         return {}
-    return {f"{100 * share:g}% of {runs[0].arm}'s gain": start + share * gain for share in settings.targets}
+    return {
+        f"{100 * share:.12g}% of {runs[0].arm}'s gain": start + share * gain for share in settings.targets
+    }
+
+
+def no_target(runs: Sequence[RunRecord]) -> str:
+    """Why `find_targets` found none for these runs, and what to do."""
+    base = runs[0].arm
+    if all(len(run.accuracy) < 2 for run in runs if run.arm == base):
+        return f"{base} was evaluated less than twice, so there is no target; set train.eval.every"
+    return f"{base} gains nothing, so there is no target; raise train.steps, or give compare.target_values"
+
+
+def set_late(runs: Sequence[RunRecord], settings: CompareConfig) -> str:
+    """The sentence about targets that were not given before all ``runs`` began; "" where nothing shows it."""
+    if not settings.target_values or settings.pilots:
+        return ""
+    given = [run.config["target_values"] or [] for run in runs if "target_values" in run.config]
+    late = sum(sorted(values) != sorted(settings.target_values) for values in given)
+    return (
+        f"{late} of {len(runs)} runs were begun without compare.target_values as they are now: these targets "
+        "are not registered, and a verdict by them is as good as their choice"
+        if late
+        else ""
+    )
 
 
 def ended_early(runs: Sequence[RunRecord]) -> str:
@@ -185,17 +214,19 @@ def costs_table(runs: Sequence[RunRecord], targets: dict[str, float], settings: 
 
 
 def budget_table(runs: Sequence[RunRecord], settings: CompareConfig) -> Table:
-    """Accuracy of each arm at equal budgets of steps, rollouts and tokens, and the area under its curve."""
+    """Accuracy of each arm at equal budgets of steps, rollouts, tokens, and its mean over as many steps."""
     pairs = Pairs(runs)
     if len(pairs.arms) < 2 or not pairs.by_key:
         return ("Equal budgets", [], [], "")
     budgets = {unit: min(float(run.spent(unit)[-1]) for run in pairs.by_key.values()) for unit in UNITS[:3]}
+    shared = int(budgets["steps"])
     budgets = {unit: budget for unit, budget in budgets.items() if budget > 0}
 
     def figures(run: RunRecord) -> list[float]:
         curve = smooth(run.accuracy, settings.smooth)
         at = [float(np.interp(budget, run.spent(unit), curve)) for unit, budget in budgets.items()]
-        return [*at, area_under_curve(run.eval_steps, run.accuracy)]
+        steps = [*(step for step in run.eval_steps if step < shared), shared]
+        return [*at, area_under_curve(steps, np.interp(steps, run.eval_steps, run.accuracy).tolist())]
 
     rows = []
     for arm in pairs.arms:
@@ -210,7 +241,8 @@ def budget_table(runs: Sequence[RunRecord], settings: CompareConfig) -> Table:
                 f"{cell} ({mean_difference(column)})" for cell, column in zip(cells, changes.T, strict=True)
             ]
         rows.append([arm, *cells])
-    header = ["arm", *(f"after {budget:,.0f} {unit}" for unit, budget in budgets.items()), "mean over run"]
+    header = ["arm", *(f"after {budget:,.0f} {unit}" for unit, budget in budgets.items())]
+    header.append(f"mean over {shared:,} steps")
     return ("Equal budgets", header, rows, BUDGET_NOTE)
 
 
@@ -262,7 +294,8 @@ def ledger_table(
             for uses in USES:
                 share = total[unit] / uses
                 net[uses].append(_share(base + share * owes_first, mine + share * owes))
-        rows.append([f"{arm}, saved to {name}, gross", *gross])
+        some = f" ({len(known)} of {len(both[0])} pairs)" if len(known) < len(both[0]) else ""
+        rows.append([f"{arm}, saved to {name}, gross{some}", *gross])
         rows += [[f"{arm}, net, {uses} run{'s' * (uses > 1)}", *cells] for uses, cells in net.items()]
     return ("Ledger", ["", *UNITS[1:]], rows, LEDGER_NOTE)
 

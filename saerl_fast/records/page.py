@@ -13,9 +13,12 @@ import hashlib
 import html
 import json
 import re
+import shutil
+import textwrap
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,15 +124,32 @@ def shown(table: Table) -> Table:
 
 
 def terminal(table: Table) -> str:
-    """The table for a terminal: one block an arm would be too long, so columns are padded."""
+    """The table for a terminal, columns padded and headers on several lines.
+
+    What is wider than the terminal (than 100 where there is none) goes on below, after the columns that name
+    a row: the first one, or all up to the target.
+    """
     name, header, rows, _ = table
     header, *rows = [[" ".join(cell.splitlines()) for cell in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [header, ["-" * width for width in widths], *rows]
+    widths = [
+        max(map(len, [*cells, *top.split()]), default=0) for top, *cells in zip(header, *rows, strict=True)
     ]
-    return "\n".join(["", name, *lines])
+    keys = [*range(header.index("target") + 1 if "target" in header else min(1, len(header) - 1))]
+    room = shutil.get_terminal_size((100, 24)).columns - sum(widths[i] + 2 for i in keys)
+    lines, at = ["", name], len(keys)
+    while at < len(header):
+        found, left = [at], room - widths[at]
+        while found[-1] + 1 < len(header) and (left := left - 2 - widths[found[-1] + 1]) >= 0:
+            found.append(found[-1] + 1)
+        at = found[-1] + 1
+        wide = [(i, widths[i]) for i in (*keys, *found)]
+        tops = zip_longest(*(textwrap.wrap(header[i], max(width, 1)) for i, width in wide), fillvalue="")
+        whole = [*tops, ["-" * width for _, width in wide], *([row[i] for i, _ in wide] for row in rows)]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, (_, width) in zip(row, wide, strict=True)).rstrip()
+            for row in whole
+        ] + [""]
+    return "\n".join(lines[:-1])
 
 
 def page(title: str, parts: Sequence[Part]) -> str:

@@ -323,7 +323,10 @@ class Saving(NamedTuple):
 
 
 def law(series: Mapping[str, Sequence[Saving]], base: str, path: Path) -> Path:
-    """Steps saved against the share of the first arm's groups that carry a gradient, a colour an arm."""
+    """Steps saved against the share of the first arm's groups that carry a gradient, a colour an arm.
+
+    An interval that would take all the height runs out of the figure below.
+    """
 
     def draw(figure: Any, axis: Any) -> None:
         for i, (name, points) in enumerate(series.items()):
@@ -333,6 +336,11 @@ def law(series: Mapping[str, Sequence[Saving]], base: str, path: Path) -> Path:
             bars = {"yerr": [y - low, high - y], "fmt": "o", "ms": 4, "capsize": 2}
             axis.errorbar(x + aside, y, **bars, color=shade, label=_cut(name))
         axis.axhline(0, color="#999999", lw=0.8)
+        left, right = axis.get_xlim()
+        aside = max(0.0, 0.1 - (right - left)) / 2  # or ticks of one pool all read the same
+        lowest = min(point.saved for points in series.values() for point in points)
+        axis.set_xlim(left - aside, right + aside)
+        axis.set_ylim(bottom=max(axis.get_ylim()[0], min(lowest, 0.0) - 1.0))
         axis.set(xlabel=f"groups with a gradient, {_cut(base)}", ylabel=f"steps saved against {_cut(base)}")
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_formatter(lambda value, _: f"{value:.0%}")

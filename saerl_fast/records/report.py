@@ -51,13 +51,17 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
         return by_pool.write_pools(root, pools, echo)
     only_scored = (root / "scores.json").is_file() and not find_runs(root)
     runs = [] if only_scored else [run for run in load_runs(root, said.append) if run.last]
+    settings = compared.settings_of(root)
+    targets = compared.find_targets(runs, settings)
+    if late := compared.set_late(runs, settings):
+        said.append(late)
+    if len({run.arm for run in runs}) > 1 and not targets:
+        said.append(compared.no_target(runs))
     clean(root)  # a report that was killed
     for line in said:
         echo(line)
     if not runs and not only_scored:
         raise SaerlError(f"the runs in {root} recorded no step yet; let `saerl train` finish one first")
-    settings = compared.settings_of(root)
-    targets = compared.find_targets(runs, settings)
     scores = read_object(_shared(root, "scores.json")).get("metadata", {})
     sae = read_object(_shared(root, "sae/train.json")) or scores.pop("sae", {})
     paired = compared.paired_table(runs, targets, settings)
@@ -128,15 +132,17 @@ def main_table(runs: list[RunRecord], targets: dict[str, float], settings: Compa
         overheads = [share for share in (run.overhead() for run in mine) if share is not None]
         row.append(f"{np.mean(overheads):.1%}" if overheads else "-")
         rows.append(row)
-    basis = (
-        "were registered before the run" if settings.target_values else "come from the first arm's own curve"
-    )
+    basis = "come from the first arm's own curve"
+    if settings.target_values:
+        late = compared.set_late(runs, settings)
+        basis = "were given after the start of some runs" if late else "were registered before the run"
     if settings.target_values and settings.pilots:
         basis = f"come from {len(settings.pilots)} runs of the first arm with other seeds (compare.pilots)"
     notes = [_mode_note(runs)]
     if targets:
-        window = f"{settings.smooth} evaluations"
-        notes.append(f"Targets {basis}; curves are averaged over {window} around each.")
+        width = (settings.smooth - 1) // 2 * 2 + 1  # see `smooth`
+        window = f"averaged over {width} evaluations around each" if width > 1 else "not averaged"
+        notes.append(f"Targets {basis}; curves are {window}.")
     if early := compared.ended_early(runs):
         notes.append(early)
     return ("Result", header, rows, " ".join(note for note in notes if note))

@@ -27,7 +27,7 @@ ROWS: dict[str, Any] = {  # what a line of these files must hold
     "eval_prompts.jsonl": {"prompt_id": str},
 }
 RUN = {"arm?": str, "seed?": int, "id?": str, "made?": {str: Any}, "resumed?": [dict], "plan?": (None, str)}
-RUN |= {"config?": {"train?": {"steps?": int}}}
+RUN |= {"config?": {"train?": {"steps?": int}}, "target_values?": (None, [float])}
 MERGED = {"change_kept": float, "accuracy": float, "rounded_to": str, "saved_as": str}
 WARNED = {"first": int, "times": int, "steps": int}
 SUMMARY = {"merged?": MERGED, "accuracy?": _NUMBER, "damage?": [str], "warnings?": {str: WARNED}}
@@ -405,7 +405,10 @@ def open_run(folder: Path) -> RunRecord:
     for part in ("run", "result"):
         kept = manifest.look(folder, part)
         if kept.entry and kept.fault:
-            raise SaerlError(f"{kept.fault}; make the run again with `saerl train --overwrite`")
+            raise SaerlError(
+                f"{kept.fault}; make the run again with `saerl train --overwrite`, or with "
+                "`saerl compare --redo` where it is one of a comparison"
+            )
     config = read_object(folder / "run.json")
     arm = printable(config.get("arm", folder.name)).replace("\n", " ")
     return RunRecord(arm, config.get("seed", 0), folder, config, read_object(folder / "summary.json"))

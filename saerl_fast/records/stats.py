@@ -143,6 +143,9 @@ def mean_difference(values: Sequence[float]) -> str:
 def holm(values: Sequence[float | None]) -> list[float | None]:
     """p values of one table, adjusted for being several (Holm, 1979); None stands for a line without one.
 
+    It counts, for it was looked at as well: were lines whose runs miss the target left out, the others would
+    be fewer by what was seen.
+
     A verdict at 5% by these is false in any line of the table in at most 5% of tables. The i-th least of m is
     multiplied by m - i + 1, and none is less than one before it.
     """
@@ -150,7 +153,7 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
     adjusted: list[float | None] = [None] * len(values)
     least = 0.0
     for rank, (value, i) in enumerate(known):
-        least = max(least, min(1.0, value * (len(known) - rank)))
+        least = max(least, min(1.0, value * (len(values) - rank)))
         adjusted[i] = least
     return adjusted
 

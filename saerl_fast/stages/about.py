@@ -44,13 +44,13 @@ def about(device: Any) -> dict[str, Any]:
     }
 
 
-def runs_of(out: Path, made: dict[str, Any]) -> dict[str, Any]:
+def runs_of(out: Path, made: dict[str, Any], target_values: list[float] | None) -> dict[str, Any]:
     """For run.json in ``out``: ``made`` by the process that began, and ``resumed`` by those that went on; the
-    run's ``id``, which a copy of it has too."""
+    run's ``id``, which a copy of it has too; the ``target_values`` of the comparison when it began."""
     before = read_json(out / "run.json", "saerl train", RUN) if (out / "run.json").is_file() else {}
     if "made" not in before:
-        return {"id": secrets.token_hex(8), "made": made}
-    kept = {key: before[key] for key in ("id", "made") if key in before}
+        return {"id": secrets.token_hex(8), "made": made, "target_values": target_values}
+    kept = {key: before[key] for key in ("id", "made", "target_values") if key in before}
     return {**kept, "resumed": [*before.get("resumed", []), made]}
 
 

@@ -11,6 +11,13 @@ from saerl_fast.stages.fingerprint import flat
 from saerl_fast.stages.preflight import unfiltered
 
 TAKEN = ("sae", "draws", "pilot")  # folders beside those of arms and pools
+OF_ALL = {  # what all arms have in common, or pairs are none -> where it is said
+    "train.seed": "compare.seeds gives each arm the same seeds",
+    "train.eval": "all arms are evaluated alike, as the settings outside arms say",
+}
+# What evaluations go by unless train.eval.mode=prob: how completions are judged, and how they are sampled.
+MEASURES = ("train.reward", "train.reward_weights", "train.reward_truncated")
+SAMPLED = ("train.rollout.max_new_tokens", "train.rollout.top_p")
 OF_POOL = (
     "data.",
     "sae.",
@@ -40,6 +47,9 @@ def parse_arm(text: str) -> tuple[str, list[str]]:
             )
         if not item.startswith(("plan.", "train.")):
             raise SaerlError(f"arm {text!r} sets {item!r}; an arm may set plan.* and train.* only")
+        for key, why in OF_ALL.items():
+            if item.startswith(key):
+                raise SaerlError(f"arm {text!r} sets {item!r}, but {why}; leave it out of the arm")
     named = name in SCHEDULES or not overrides
     if named and not any(item.startswith("plan.schedule=") for item in overrides):
         overrides.insert(0, f"plan.schedule={name}")
@@ -67,7 +77,8 @@ def parse_pool(text: str) -> tuple[str, list[str]]:
         if not item.startswith(OF_POOL):
             raise SaerlError(
                 f"pool {name} sets {item!r}; a pool may set data.*, sae.*, score.*, quality.*, difficulty.*, "
-                "diversity.*, train.reward, compare.target_values and compare.pilots only"
+                "diversity.*, train.reward*, compare.targets, compare.target_values and compare.pilots only, "
+                "and the next pool comes after a comma"
             )
     return name, [f"data.train={source}", *filter(None, rest)]
 
@@ -92,6 +103,17 @@ def confounded(base: Config, arm: Config, overrides: list[str]) -> dict[str, tup
     return {key: (one[key], two[key]) for key in about if one[key] != two[key]}
 
 
+def measured_apart(base: Config, arm: Config) -> dict[str, tuple[Any, Any]]:
+    """Settings of train by which completions are sampled or judged otherwise when ``arm`` is evaluated.
+
+    Key -> (value in ``base``, value in ``arm``); none with train.eval.mode=prob, which samples nothing.
+    """
+    if arm.train.eval.mode == "prob":
+        return {}
+    one, two = (dict(flat(to_dict(cfg))) for cfg in (base, arm))
+    return {key: (one[key], two[key]) for key in (*MEASURES, *SAMPLED) if one[key] != two[key]}
+
+
 def _filters(config: Config) -> bool:
     if unfiltered(config):
         return False
@@ -99,12 +121,15 @@ def _filters(config: Config) -> bool:
     return config.plan.filter if config.plan.filter is not None else static is None or static.filtered
 
 
+def differing(more: dict[str, tuple[Any, Any]], base: str) -> str:
+    return ", ".join(f"{key} ({_plain(two)}, {base}: {_plain(one)})" for key, (one, two) in more.items())
+
+
 def note(base: str, name: str, more: dict[str, tuple[Any, Any]]) -> str:
-    shown = ", ".join(f"{key} ({_plain(two)}, {base}: {_plain(one)})" for key, (one, two) in more.items())
     equal = ";".join(f"{key}={_plain(one)}" for key, (one, _) in more.items())
     return (
-        f"{name} differs from {base} in more than it names: {shown}. What is found may be due to either; "
-        f"an arm with {equal} differs in the rest alone."
+        f"{name} differs from {base} in more than it names: {differing(more, base)}. What is found may be "
+        f"due to either; an arm with {equal} differs in the rest alone."
     )
 
 

@@ -30,7 +30,15 @@ from saerl_fast.records.stats import past
 from saerl_fast.rl.lora import check_targets
 from saerl_fast.sae.files import check_source
 from saerl_fast.session import Session, load_pools
-from saerl_fast.stages.arms import confounded, note, parse_arm, parse_pool
+from saerl_fast.stages.arms import (
+    MEASURES,
+    confounded,
+    differing,
+    measured_apart,
+    note,
+    parse_arm,
+    parse_pool,
+)
 from saerl_fast.stages.console import Echo
 from saerl_fast.stages.fingerprint import changes, fingerprint
 from saerl_fast.stages.made import (
@@ -62,7 +70,8 @@ class Jobs(NamedTuple):
 def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
     """Run every arm with every seed and write the report; finished runs are kept, broken ones resumed.
 
-    The first seed's runs are in ``<run_dir>/<arm>``, the others' in ``<run_dir>/<arm>.seed-<seed>``; with
+    The first seed's runs are in ``<run_dir>/<arm>``, the others' in ``<run_dir>/<arm>.seed-<seed>``, where
+    they stay when ``compare.seeds`` are changed; with
     ``compare.vary_sae`` the others' SAEs and scores are in ``<run_dir>/draws/seed-<seed>``; runs of
     ``compare.pilots``, which fix the targets, are in ``<run_dir>/pilot`` and count for nothing else. With
     ``compare.pools`` all that, report included, is in ``<run_dir>/<pool>``, and ``run_dir`` has the report of
@@ -84,11 +93,17 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
         raise SaerlError(f"compare.pools={','.join(names)!r} must name different pools")
     each = dict[str, Config]()
     planned = dict[str, Jobs]()
+    known = dict[tuple[str, ...], str]()  # rows and settings -> the pool that has them
     for name, overrides in pools:  # settings and files of all of them before anything slow
         with _naming(name):
             given = [*overrides, f"run_dir={root / name}", "compare.pools="]
             mine = each[name] = apply_overrides(config, given)
-            load_pools(mine)
+            settings = (item for item in overrides if not item.startswith(("data.train=", "compare.")))
+            rows = (pool.digest for pool in load_pools(mine))
+            if (same := known.setdefault((*rows, *sorted(settings)), name)) != name:
+                raise SaerlError(
+                    f"it has the rows and settings of pool {same}, and would count twice; drop it"
+                )
             if mine.sae.path is not None:
                 check_source(mine.sae.path)
     for name, mine in each.items():
@@ -110,7 +125,7 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
 
 def refuse_other_kind(config: Config) -> None:
     """SaerlError where run_dir has a comparison with pools and ``config`` none, or the other way round."""
-    before = _recorded(Path(config.run_dir))
+    before = _object(Path(config.run_dir) / "compare.json")
     if before and bool(before.get("pools")) != bool(config.compare.pools):
         raise SaerlError(
             f"{config.run_dir} holds a comparison with{'' if before.get('pools') else 'out'} compare.pools; "
@@ -118,10 +133,10 @@ def refuse_other_kind(config: Config) -> None:
         )
 
 
-def _recorded(root: Path) -> dict[str, Any]:
-    """compare.json, {} where it is damaged: it is written anew."""
+def _object(path: Path) -> dict[str, Any]:
+    """The object in ``path``, {} where it is damaged."""
     try:
-        return read_object(root / "compare.json")
+        return read_object(path)
     except Unreadable:
         raise
     except SaerlError:
@@ -163,14 +178,14 @@ def _jobs(config: Config, redo: bool) -> Jobs:
                 check_packages(mine)
                 check_functions(mine)
                 try_reward(mine)
-            folder = name if seed == seeds[0] else f"{name}.seed-{seed}"
-            runs.append((name, mine, root / folder))
+            runs.append((name, mine, _folder(root, name, seed, first=seed == seeds[0])))
     pilots: list[Job] = []
     if both := sorted({*seeds} & {*config.compare.pilots}):
         raise SaerlError(f"compare.pilots and compare.seeds both have {both[0]}; targets need other seeds")
+    for key in ("pilots", "target_values"):
+        if getattr(config.compare, key) and not config.train.eval.every:
+            raise SaerlError(f"compare.{key} are measured by evaluations on the way; set train.eval.every")
     if config.compare.pilots and not config.compare.target_values:
-        if not config.train.eval.every:
-            raise SaerlError("compare.pilots are measured by their evaluations; set train.eval.every")
         name, overrides = arms[0]
         for seed in config.compare.pilots:
             mine = apply_overrides(config, [*overrides, f"train.seed={seed}"])
@@ -182,9 +197,24 @@ def _jobs(config: Config, redo: bool) -> Jobs:
         config.compare.pilots and config.compare.target_values
     )
     for (name, overrides), mine in zip(arms, first, strict=True):
+        apart = measured_apart(first[0], mine)
+        if judged := {key: apart[key] for key in MEASURES if key in apart}:
+            raise SaerlError(
+                f"arm {name} would be evaluated by {differing(judged, names[0])}, so accuracies would not be "
+                "of one measure; set train.eval.mode=prob, or give each reward a run_dir of its own"
+            )
+        if apart:
+            notes.append(f"{name} is evaluated with {differing(apart, names[0])}, as it is trained.")
         if more := confounded(first[0], mine, overrides):
             notes.append(note(names[0], name, more))
     return Jobs(runs, pilots, first, notes)
+
+
+def _folder(root: Path, name: str, seed: int, *, first: bool) -> Path:
+    """Where an arm's run with ``seed`` is: the folder without a seed in its name has the first seed's, of the
+    seeds as they were when it was begun."""
+    held = _object(root / name / "run.json").get("seed")
+    return root / name if held == seed or (held is None and first) else root / f"{name}.seed-{seed}"
 
 
 def _compare(config: Config, planned: Jobs, echo: Echo, redo: bool) -> list[Path]:
@@ -215,7 +245,9 @@ def _compare(config: Config, planned: Jobs, echo: Echo, redo: bool) -> list[Path
     if pilots:
         known = record["target_values"] = _targets(pilots, config)
         shown = ", ".join(f"{value:g}" for value in known)
-        echo.result(f"targets by the gain of {jobs[0][0]} in {len(pilots)} pilots: {shown}")
+        echo.result(
+            f"targets by the gain of {jobs[0][0]} in {len(pilots)} pilot{'s' * (len(pilots) > 1)}: {shown}"
+        )
         with lock(root, wait=echo.result):
             refuse_beside(root, record)
             write_json(root / "compare.json", record)
@@ -308,7 +340,7 @@ def _short(config: Config, out: Path, targets: Sequence[float] | None) -> bool:
 
 def refuse_beside(root: Path, record: dict[str, Any]) -> None:
     """SaerlError when another comparison than ``record`` is being made in ``root``."""
-    kept = _recorded(root)
+    kept = _object(root / "compare.json")  # a damaged one is written anew
     if kept and record.get("pilots"):  # by which they are found
         kept["target_values"] = record["target_values"]
     if (root / "compare.json").is_file() and kept != json.loads(json.dumps(record)):

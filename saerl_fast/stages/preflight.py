@@ -170,7 +170,7 @@ def check_target(
     if vacant(out):
         return
     if not (out / "run.json").is_file():
-        raise SaerlError(f"{out} holds files that are no run of saerl; choose another run_dir")
+        raise SaerlError(f"{out} holds files that are no run of saerl; remove it, or choose another run_dir")
     if overwrite:
         return
     if not resume:

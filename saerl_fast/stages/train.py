@@ -165,7 +165,7 @@ def _train(
     if resume:
         distributed.on_first(lambda: check_target(out, described, config, resume=True, overwrite=False))
     engine = None if config.train.rollout.engine == "transformers" else _engine(config, echo, session)
-    machine = about(session.model.device)
+    machine, targets = about(session.model.device), config.compare.target_values
 
     def prepare() -> None:
         if overwrite:
@@ -174,7 +174,7 @@ def _train(
             echo(f"{fault}; it is written anew")
             (out / "run.json").unlink()
         kept = {key: described[key] for key in ("fingerprint", "resumable", "plan", "config")}
-        text = {"arm": arm, "seed": training_seed(config), **kept, **runs_of(out, machine)}
+        text = {"arm": arm, "seed": training_seed(config), **kept, **runs_of(out, machine, targets)}
         with manifest.publish(out, "run", described) as new:
             new("run.json").write_text(json.dumps(text, indent=1) + "\n")
         record_plan(plan, out, {"fingerprint": described["fingerprint"]})
