@@ -357,4 +357,11 @@ MORE: list[tuple[str, str, int]] = [
     (r"\boxed{(1,2)}", r"\{(1,2),(3,4)\}", 0),
     (r"\boxed{(1,2)\text{ or }(3,4)}", r"(1,2)\cup(3,4)", 1),
     (r"\boxed{(1,2)\text{ or }(3,5)}", r"(1,2)\cup(3,4)", 0),
+    ("\\boxed{25\\text{ m}}", "25\\text{ m}^2", 0),
+    ("\\boxed{25\\text{ m}^2}", "25\\text{ m}", 0),
+    ("\\boxed{5\\text{ m/s}}", "5\\text{ m/s}^2", 0),
+    ("\\boxed{5\\text{ N}}", "5\\text{ J}", 0),
+    ("\\boxed{5\\text{ m}}", "5\\text{ min}", 1),
+    ("\\boxed{5 \\times 10^{-3}\\text{ kg}}", "5\\text{ g}", 1),
+    ("\\boxed{5 \\cdot 10^{-3}\\text{ kg}}", "5\\text{ kg}", 0),
 ]

@@ -169,7 +169,8 @@ def _same_measure(one: str, gold: str) -> bool | None:
             return equal(ours[1], wanted[1])
         if len(ours[0]) != len(wanted[0]):  # 5 dollars per hour, where 5 dollars are asked for
             return None
-        return False if min(len(ours[2]), len(wanted[2])) > 1 else None
+        names = {ours[2], wanted[2]}  # m may be minutes, miles or millions
+        return None if "m" in names and len(names) > 1 and all(name[0] == "m" for name in names) else False
     if not (ours or wanted) and unit(one) and unit(gold) and unit(one) != unit(gold):
         return False  # 36\pi cm^2 and 36\pi cm^3
     for known, other in ((ours, gold), (wanted, one)):

@@ -177,5 +177,5 @@ def balanced(text: str) -> bool:
 
 
 def squeeze(text: object) -> str:
-    """White space aside: one blank for each run of it."""
-    return " ".join(str(text).split())
+    """White space and the encoding of accents aside: one blank for each run of it."""
+    return unicodedata.normalize("NFC", " ".join(str(text).split()))
