@@ -63,6 +63,9 @@ _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 _LOOSE = re.compile(
     r"[-+*/^][\s}]*$|\\\}\s*\^\s*\{?\s*c(?![a-z])"
 )  # 2^+ and \{1\}^c, which Math-Verify reads past
+# Two numbers that no operation joins, of which Math-Verify reads the last.
+_APART = re.compile(r"(?<=[\d})])\s*(?:\\mid(?![a-zA-Z])|\\sim(?![a-zA-Z])|[?&|])\s*(?=[\d\\(-])")
+_WHERE = re.compile(r"(.*[\d})].*?)\s+(?:where|when|for|at)\s+[a-zA-Z]\s*(?:=|[<>]|\\[lgn]e)[^,;]*")
 _SAID = re.compile(r"(?<![\\a-zA-Z])(?:or|and|not|if|is|to|than|but|maybe)(?![a-zA-Z])")
 
 
@@ -94,6 +97,8 @@ def _same(one: str, gold: str, depth: int = 0) -> bool:
     if _verdict(gold):
         return _verdict(one) == _verdict(gold)
     if depth == 0:
+        where = None if _WHERE.fullmatch(gold) or _SAID.search(one) else _WHERE.fullmatch(one)
+        one = where[1] if where else one  # 7 where x = 5
         one = _core(re.sub(r"\s*\(or ([^()]*)\)$", r" or \1", one), gold)
         if _text(one) == _text(gold):
             return True
@@ -359,7 +364,7 @@ def _is_words(text: str) -> bool:
 
 def _same_expression(one: str, gold: str) -> bool:
     """By Math-Verify; False without it, for expressions that could take for ever, and for "3 \\to 4"."""
-    if any(odd.search(one) and not odd.search(gold) for odd in (_ARROW, _SAID, _LOOSE)):
+    if any(odd.search(one) and not odd.search(gold) for odd in (_ARROW, _SAID, _LOOSE, _APART)):
         return False
     if not one.isascii() and gold.isascii() and len(re.findall(r"\d+", one)) > 1:
         return False  # words of another language, "or" perhaps

@@ -55,6 +55,7 @@ _DOTTED = re.compile(r"\.(\d*)\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?")
 _GOES_ON = re.compile(r"(\.\d{0,30}?)(?:(\d)\2{2,30}|(\d{2,15}?)\3{1,9})\s*(?:\\[lc]?dots(?![a-z])|\.{3})")
 _ROUND = re.compile(r"(?<=\d)\.\((\d{1,30})\)")  # 0.(3)
 _ORDINAL = re.compile(r"(?<=\d)\s*\^\s*\{?\s*(?:\\(?:text|textrm|mathrm)\s*\{\s*)?(st|nd|rd|th)\s*\}{1,2}")
+_OVER = re.compile(r"\{\s*(\w+)\s*\\choose\s*(\w+)\s*\}|^(\w+)\s*\\choose\s*(\w+)$")  # {7 \choose 5}
 _WITHOUT = re.compile(  # \mathbb{R} - \{0\}
     r"(\\mathbb\s*(?:\{\s*[CNQRZ]\s*\}|[CNQRZ]))\s*(?:-|\\backslash(?![a-zA-Z])|\\smallsetminus(?![a-zA-Z]))"
     r"\s*(?=\\\{)"
@@ -113,6 +114,7 @@ def tidy(text: str) -> str:
     text = text.replace("\\\\%", "\\%").replace(r"\$", "$").replace(r"\%", "%")
     text = text.replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
     text = re.sub(r"(?<![a-z])\{:\}", ":", text)
+    text = _OVER.sub(r"\\binom{\1\3}{\2\4}", text)
     text = _WITHOUT.sub(r"\1\\setminus ", _ORDINAL.sub(r"\1", text))
     text = _QUOTIENT.sub(r" \1\2/\3\4", text)
     text = re.sub(r"(?<=\d)\s*[{]\s*,\s*[}]\s*", ",", text)
