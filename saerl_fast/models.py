@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,8 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
 
     for file in sorted(Path(source).glob("*.*")):  # none of a hub id
         check_fetched(file)
+    if gguf_file is None:
+        _check_stored(cfg.path, sorted(Path(source).glob("model*.safetensors")))
 
     common: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
     if gguf_file is not None:
@@ -349,6 +352,23 @@ def _check_kind(path: str, settings: Any) -> None:
         raise SaerlError(f"model {path} is quantised ({method}); use a copy with plain weights")
     if kind:
         raise SaerlError(f"model {path} {kind}; use a decoder-only causal language model")
+
+
+def _check_stored(path: str, files: Sequence[Path]) -> None:
+    """SaerlError for a weight that is no floating-point number in its file, which from_pretrained would make
+    one of without its scale."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in files:
+        with suppress(SafetensorError, OSError), safe_open(file, framework="pt") as stored:  # said by loading
+            names = stored.keys()
+            for name in names:
+                kind = stored.get_slice(name).get_dtype()
+                if name.endswith(".weight") and not kind.startswith(("F", "BF")):
+                    raise SaerlError(
+                        f"the files of model {path} hold {name} as {kind}: it is quantised, which its "
+                        "configuration does not say; use a copy with plain weights"
+                    )
 
 
 def _check_weights(path: str, found: dict[str, Any]) -> None:

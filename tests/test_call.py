@@ -170,6 +170,7 @@ def test_functions_of_every_shape():
 
     said = message_of(score_rewards, alone, ["p"], ["a"], {"answer": ["a"]})
     assert "alone asks for 'completion'" in said and "there are prompts, completions, answer" in said
+    assert said.endswith("completion_ids, each a list with one entry for each completion")
     said = message_of(score_rewards, Scorer, ["p"], ["a"], {})
     assert said.startswith("reward Scorer is a class; name an instance of it (scorer = Scorer() and ")
 

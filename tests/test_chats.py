@@ -20,6 +20,7 @@ PLAIN = [{"role": "system", "content": "short"}, {"role": "user", "content": "1+
         {"role": ["system", "user"], "content": ["short", "1+1?"]},
         {"from": ["system", "human"], "value": ["short", "1+1?"]},
         json.dumps(PLAIN),
+        str(PLAIN),
         [{"role": "System", "content": "short"}, {"role": "human", "content": "1+1?"}],
     ],
 )
@@ -54,6 +55,7 @@ def test_text_parts_are_joined_and_further_keys_kept() -> None:
         ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "type image, and only text is read"),
         ([{"from": "alien", "value": "a"}], "from 'alien'.*user, assistant or system"),
         ([{"role": "user", "content": " "}], "no message with a text"),
+        (str(PLAIN).replace("}, {", "}\n {"), "as Python prints it; write the column with json.dumps"),
         ([{"role": "assistant", "content": "a"}], "no message but the assistant's"),
     ],
 )
@@ -75,7 +77,10 @@ def test_sharegpt_files_are_read_and_faults_name_the_row(tmp_path) -> None:
 
 
 def test_text_that_is_no_chat_stays_text_and_calls_of_tools_have_none() -> None:
-    for text in ('[{"role": "user"', '["role": 3]', '[1, 2] "role":', '[{"role": "a"}, 3]', "[x] and more"):
+    for text in (
+        *('[{"role": "user"', "[{'role': 'user'}] is what?", '["role": 3]', '[1, 2] "role":'),
+        *('[{"role": "a"}, 3]', "[x] and more"),
+    ):
         assert read_prompt(text) == text
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     found = read_prompt([PLAIN[1], call, {"role": "tool", "content": "2"}])

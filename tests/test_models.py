@@ -247,6 +247,18 @@ def test_weights_that_others_belong_to_are_refused(folder: Path, name: str) -> N
         load_model(ModelConfig(path=str(folder), device="cpu"))
 
 
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.int8, "I8"), (torch.uint8, "U8"), (torch.bool, "BOOL")])
+def test_weights_that_are_stored_as_integers_are_refused(folder: Path, dtype: torch.dtype, kind: str) -> None:
+    file, name = folder / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    weights = load_file(file)
+    mask = {"model.layers.1.mask": torch.ones(2, dtype=dtype)}  # a buffer may be
+    save_file({key: w.bfloat16() for key, w in weights.items()} | mask, file, metadata={"format": "pt"})
+    load_model(ModelConfig(path=str(folder), device="cpu"))
+    save_file(weights | {name: weights[name].to(dtype)}, file, metadata={"format": "pt"})
+    with pytest.raises(SaerlError, match=rf"hold {name} as {kind}: it is quantised.* plain weights"):
+        load_model(ModelConfig(path=str(folder), device="cpu"))
+
+
 def test_outputs_that_a_configuration_asks_for_are_left_off(folder: Path) -> None:
     edited(folder, return_dict=False, output_attentions=True, output_hidden_states=True)
     model, _ = load_model(ModelConfig(path=str(folder), device="cpu"))

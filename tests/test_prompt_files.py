@@ -155,6 +155,9 @@ def test_cells_of_csv(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text('prompt\tanswer\n"a\tb, c"\t1\n')
     assert load(path).column("prompt") == ["a\tb, c"]
+    for broken in ('"hi" she said\t1\nb\t2\n', '"hi she said\t1\nb\t2\n'):  # no quote of its text is lost
+        path.write_text("prompt\tanswer\n" + broken)
+        assert "is not valid CSV" in message_of(load, path)
 
 
 # --- folders ---------------------------------------------------------------------------------------

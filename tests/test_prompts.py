@@ -136,6 +136,41 @@ def test_whatever_a_template_raises_is_one_sentence(chat_tokenizer, fault):
     )
 
 
+def test_messages_that_a_template_leaves_out_are_said_or_refused(chat_tokenizer, caplog):
+    only = "{% for m in messages if m.role == 'user' %}{{ m.content | trim }} {% endfor %}go"
+    chat_tokenizer.chat_template = only
+    assert render(small_pool(), chat_tokenizer, DataConfig()) == ["a {b} go", "b c go"]
+    words = "leaves out messages of 1 of 2 prompts, such as that of the role system of prompt '1'"
+    assert words in caplog.text
+    caplog.clear()
+    chat_tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }} {% endfor %}go"
+    assert render(small_pool(), chat_tokenizer, DataConfig())[1] == "SHORT B C go"
+    assert "leaves out" not in caplog.text
+    chat_tokenizer.chat_template = only.replace("user", "tool")
+    message = message_of(render, small_pool(), chat_tokenizer, DataConfig())
+    assert "leaves out the last message of prompt '0' with roles user" in message
+
+
+def test_prompts_have_the_same_date_on_every_day(chat_tokenizer, caplog):
+    chat_tokenizer.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        '{{ date_string }} {{ strftime_now("%Y-%m") }}' + TEMPLATE
+    )
+    assert render(small_pool(), chat_tokenizer, DataConfig())[0] == "26 Jul 2024 2024-07<s> user : a {b} go"
+    assert "prompts have 26 Jul 2024 in its place" in caplog.text
+    own = DataConfig(chat_template_kwargs={"date_string": "today"})
+    assert render(small_pool(), chat_tokenizer, own)[0].startswith("today 2024-07<s>")
+
+
+def test_a_column_of_tools_that_the_template_would_read_is_said(chat_tokenizer, caplog):
+    pool = Pool(small_pool().columns | {"tools": [[], []]})
+    render(pool, chat_tokenizer, DataConfig())
+    assert "tools" not in caplog.text
+    chat_tokenizer.chat_template = TEMPLATE + "{% if tools %} :{% endif %}"
+    render(pool, chat_tokenizer, DataConfig())
+    assert "the column 'tools' is not given to the chat template" in caplog.text
+
+
 def test_long_prompts_are_dropped_and_counted(chat_tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         pool = prepare(small_pool(), chat_tokenizer, DataConfig(max_prompt_tokens=6))

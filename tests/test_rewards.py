@@ -29,6 +29,8 @@ def message_of(call, *args) -> str:
         ("two word", "two words", 0),
         ("12", "12", 1),
         ("012", "12", 0),
+        ("caf\u00e9", "cafe\u0301", 1),
+        ("cafe", "caf\u00e9", 0),
         ("", "1", 0),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from typing import Any
@@ -47,13 +48,21 @@ def read_prompt(value: Any) -> str | Messages:
 
 
 def _written_chat(text: str) -> list[Any] | None:
-    """The chat in a text that is one as JSON, as in a CSV file; None for any other text."""
-    if not text.lstrip().startswith("[") or not re.search(r'"(role|from)"\s*:', text):
+    """The chat in a text that is one as JSON, or as Python prints it, as in a CSV file; None for other texts.
+
+    ValueError for one that neither reads: pandas prints the arrays that Parquet gives it without commas.
+    """
+    if not text.lstrip().startswith("[") or not re.search(r"""["'](role|from)["']\s*:""", text):
         return None
     try:
         chat = json.loads(text)
     except (ValueError, RecursionError):
-        return None
+        try:
+            chat = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            if re.fullmatch(r"""\s*\[\{'(?:role|from|content|value)': .*\}\]\s*""", text, re.DOTALL):
+                raise ValueError("is a list as Python prints it; write the column with json.dumps") from None
+            return None
     named = isinstance(chat, list) and all(isinstance(m, dict) and m.keys() & {"role", "from"} for m in chat)
     return chat if named else None
 

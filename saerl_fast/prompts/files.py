@@ -172,7 +172,8 @@ def _rows(path: Path, lines: Any) -> Iterator[dict[str, Any]]:
             continue
         row = parse_json(line, f"{path} line {number}")
         if not isinstance(row, dict):
-            raise SaerlError(f"{path} line {number} must be a JSON object, not a {type(row).__name__}")
+            whole = "; a file that is one list is named .json" if isinstance(row, list) else ""
+            raise SaerlError(f"{path} line {number} must be a JSON object, not a {type(row).__name__}{whole}")
         yield row
 
 
@@ -217,7 +218,9 @@ def _read_tsv(path: Path, text_columns: set[str]) -> Columns:
 def _read_cells(path: Path, text: str, text_columns: set[str], dialect: str) -> Columns:
     header = text.split("\n", 1)[0]
     spaced = ", " in header  # written with blanks after its commas
-    reader = csv.DictReader(io.StringIO(text, newline=""), dialect=dialect, skipinitialspace=spaced)
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""), dialect=dialect, skipinitialspace=spaced, strict=True
+    )
     rows = []
     try:
         names = [name.strip() for name in reader.fieldnames or []]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import re
 import signal
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 
 BLOCK = 1 << 14  # texts made into tokens at a time
 _SECONDS = 10.0  # for a prompt to be rendered: real templates take milliseconds
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # what templates call for the date
+_DAY = datetime.datetime(2024, 7, 26)  # that Llama's templates write where the date is not known
+_MARK = "QxjZvKwQ"
 _OURS = (  # arguments of apply_chat_template that decide the form of its result
     *("conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "padding"),
     *("continue_final_message", "truncation", "max_length", "return_tensors", "return_dict"),
@@ -176,8 +180,20 @@ def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> Sequence[str]:
         raise SaerlError(
             "the tokenizer's chat template needs jinja2; pip install jinja2, or set data.chat=never"
         ) from None
-    _check_arguments(str(tokenizer.chat_template), cfg.chat_template_kwargs)
-    _check_powers(str(tokenizer.chat_template))
+    template = str(tokenizer.chat_template)
+    _check_arguments(template, cfg.chat_template_kwargs)
+    _check_powers(template)
+    if _TODAY.search(template) and "date_string" not in cfg.chat_template_kwargs:
+        log.warning(
+            "the chat template writes today's date; prompts have %s in its place, to be equal on every day",
+            _DAY.strftime("%d %b %Y"),
+        )
+    tools = "tools" in pool.columns and "tools" not in cfg.chat_template_kwargs
+    if tools and re.search(r"\btools\b", template):
+        log.warning(
+            "the column 'tools' is not given to the chat template; data.chat_template_kwargs.tools gives all "
+            "prompts the same ones"
+        )
     begun = sum(map(is_prefilled, prompts))
     if begun:
         log.warning(
@@ -189,7 +205,12 @@ def render(pool: Pool, tokenizer: Any, cfg: DataConfig) -> Sequence[str]:
 
 
 def _rendered(pool: Pool, tokenizer: Any, cfg: DataConfig) -> Iterator[str]:
-    """What the chat template writes of every prompt, with the prefill."""
+    """What the chat template writes of every prompt, with the prefill.
+
+    SaerlError where it leaves out the message that is to be answered; other messages left out are said.
+    """
+    ignored: dict[tuple[str, ...], list[int]] = {}  # which messages, by the roles of a chat
+    lost: list[str] = []
     for name, prompt in zip(pool.column("prompt_id"), pool.column("prompt"), strict=True):
         chat = _chat(prompt)
         try:
@@ -198,13 +219,42 @@ def _rendered(pool: Pool, tokenizer: Any, cfg: DataConfig) -> Iterator[str]:
             if not isinstance(text, str):
                 raise TypeError(f"it gives a {type(text).__name__}, not text")
         except Exception as err:  # templates raise what they like, from TemplateError to OverflowError
-            roles = ", ".join(message["role"] for message in chat)
+            names = ", ".join(message["role"] for message in chat)
             reason = (str(err).strip().splitlines() or [""])[0].rstrip(".") or type(err).__name__
             raise SaerlError(
-                f"the chat template rejects prompt {name!r} with roles {roles} ({reason}); "
+                f"the chat template rejects prompt {name!r} with roles {names} ({reason}); "
                 "change its messages or data.chat_template_kwargs, or set data.chat=never"
             ) from None
+        if not all("".join(message["content"].split()) in "".join(text.split()) for message in chat):
+            roles = tuple(message["role"] for message in chat)
+            if roles not in ignored:
+                ignored[roles] = _ignored(tokenizer, cfg, chat, text)
+            if len(roles) - is_prefilled(chat) - 1 in ignored[roles]:
+                raise SaerlError(
+                    f"the chat template leaves out the last message of prompt {name!r} with roles "
+                    f"{', '.join(roles)}; change its messages, or set data.chat=never"
+                )
+            if ignored[roles]:
+                lost.append(f"that of the role {roles[ignored[roles][0]]} of prompt {name!r}")
         yield text + cfg.prefill
+    if lost:
+        log.warning(
+            "the chat template leaves out messages of %d of %d prompts, such as %s; put what matters into "
+            "the user's message",
+            *(len(lost), len(pool), lost[0]),
+        )
+
+
+def _ignored(tokenizer: Any, cfg: DataConfig, chat: Messages, text: str) -> list[int]:
+    """Which messages, the assistant's aside, may say anything: the template writes the same ``text``."""
+    found = []
+    for i, message in enumerate(chat):
+        if message["role"] != "assistant" and message["content"].strip():
+            other = message | {"content": f"{_MARK} {message['content']} {_MARK}"}
+            with suppress(Exception):  # one that looks into contents reads them
+                if _write(tokenizer, cfg, [*chat[:i], other, *chat[i + 1 :]]) == text:
+                    found.append(i)
+    return found
 
 
 def _chat(prompt: str | Messages) -> Messages:
@@ -212,8 +262,12 @@ def _chat(prompt: str | Messages) -> Messages:
 
 
 def _write(tokenizer: Any, cfg: DataConfig, chat: Messages) -> Any:
-    how = {"continue_final_message": True} if is_prefilled(chat) else {"add_generation_prompt": True}
-    return tokenizer.apply_chat_template(chat, tokenize=False, **how, **cfg.chat_template_kwargs)
+    way = "continue_final_message" if is_prefilled(chat) else "add_generation_prompt"
+    how = {way: True, **cfg.chat_template_kwargs}
+    if _TODAY.search(str(tokenizer.chat_template)):
+        template = tokenizer.get_chat_template(tools=how.get("tools"))
+        how["chat_template"] = _TODAY.sub(lambda m: repr(_DAY.strftime(m[2])), template)
+    return tokenizer.apply_chat_template(chat, tokenize=False, **how)
 
 
 @contextmanager

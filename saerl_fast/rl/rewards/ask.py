@@ -226,8 +226,9 @@ def _accepted(fn: Reward, given: dict[str, Any], where: str) -> tuple[list[Any],
         p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.default is p.empty
     ]
     if absent := [p.name for p in needed if p.name not in given]:
-        has = ", ".join(name for name in given if name not in ("log_extra", "log_metric"))
-        raise Failed(name_of(fn), f"asks for {absent[0]!r}, which is not given", f"there are {has}", where)
+        lists = ", ".join(name for name, value in given.items() if isinstance(value, list))
+        fix = f"there are {lists}, each a list with one entry for each completion"
+        raise Failed(name_of(fn), f"asks for {absent[0]!r}, which is not given", fix, where)
     by_place = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.name in given]
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         names = given.keys() - by_place

@@ -56,9 +56,16 @@ _NOT_UNITS = {
     "cup", "dx", "exp", "for", "gcd", "if", "in", "infty", "lcm", "ln", "log", "max", "min", "mn", "mod",
     "or", "pi", "pm", "pq", "sec", "sin", "sqrt", "st", "such", "tan", "th", "times", "to", "when", "xy",
     "xyz", "xz", "yz", "squared", "cubed", "factorial", "plus", "minus", "less", "than", "below", "divided",
-    "choose", "modulo", "not",
+    "choose", "modulo", "not", "most", "least",
 }  # fmt: skip
 _ARROW = re.compile(r"\\(?:to|rightarrow|mapsto|vee|lor|wedge|land)(?![a-zA-Z])|->")
+_OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
+_LOOSE = re.compile(
+    r"[-+*/^][\s}]*$|\\\}\s*\^\s*\{?\s*c(?![a-z])"
+)  # 2^+ and \{1\}^c, which Math-Verify reads past
+# Two numbers that no operation joins, of which Math-Verify reads the last.
+_APART = re.compile(r"(?<=[\d})])\s*(?:\\mid(?![a-zA-Z])|\\sim(?![a-zA-Z])|[?&|])\s*(?=[\d\\(-])")
+_WHERE = re.compile(r"(.*[\d})].*?)\s+(?:where|when|for|at)\s+[a-zA-Z]\s*(?:=|[<>]|\\[lgn]e)[^,;]*")
 _SAID = re.compile(r"(?<![\\a-zA-Z])(?:or|and|not|if|is|to|than|but|maybe)(?![a-zA-Z])")
 
 
@@ -90,6 +97,8 @@ def _same(one: str, gold: str, depth: int = 0) -> bool:
     if _verdict(gold):
         return _verdict(one) == _verdict(gold)
     if depth == 0:
+        where = None if _WHERE.fullmatch(gold) or _SAID.search(one) else _WHERE.fullmatch(one)
+        one = where[1] if where else one  # 7 where x = 5
         one = _core(re.sub(r"\s*\(or ([^()]*)\)$", r" or \1", one), gold)
         if _text(one) == _text(gold):
             return True
@@ -165,7 +174,8 @@ def _same_measure(one: str, gold: str) -> bool | None:
             return equal(ours[1], wanted[1])
         if len(ours[0]) != len(wanted[0]):  # 5 dollars per hour, where 5 dollars are asked for
             return None
-        return False if min(len(ours[2]), len(wanted[2])) > 1 else None
+        names = {ours[2], wanted[2]}  # m may be minutes, miles or millions
+        return None if "m" in names and len(names) > 1 and all(name[0] == "m" for name in names) else False
     if not (ours or wanted) and unit(one) and unit(gold) and unit(one) != unit(gold):
         return False  # 36\pi cm^2 and 36\pi cm^3
     for known, other in ((ours, gold), (wanted, one)):
@@ -180,14 +190,18 @@ def _worded(text: str) -> Fraction | None:
         return None
     if (number := spelled(text)) is not None:
         return number
-    odd = re.search(r"\d[a-zA-Z]|[a-zA-Z]\d|\b[b-zB-HJ-Z]\b|\d\s+[A-Z]\b", text)
+    plain = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", text)
+    odd = re.search(r"\d[a-zA-Z]|[a-zA-Z]\d|\b[b-zB-HJ-Z]\b|\d\s+[A-Z]\b", plain)
     return None if odd or _HEDGE.search(text) else only_number(text)
 
 
 def _verdict(text: str) -> str | None:
-    """Yes, no, true or false, where an answer is that or begins with it and a comma."""
+    """Yes, no, true or false, where an answer is that or begins with it and a comma; not "Yes, no"."""
     match = re.match(r"(yes|no|true|false)\b(?=\s*(?:[,.;:]|$))", text, re.IGNORECASE)
-    return match[1].lower() if match else None
+    if match is None:
+        return None
+    ends = re.search(rf"\b{_OPPOSITE[match[1].lower()]}\W*$", text, re.IGNORECASE)
+    return None if ends else match[1].lower()
 
 
 def _text(text: str) -> str:
@@ -318,6 +332,11 @@ def _same_parts(one: str, gold: str, depth: int) -> bool | None:
     if ours is None or wanted is None:
         return None
     (open_one, first), (open_gold, second) = ours, wanted
+    if (open_one == "{") != (open_gold == "{"):  # the set of one pair
+        if len(first) == 1:
+            return _same(first[0], gold, depth + 1)
+        if len(second) == 1:
+            return _same(one, second[0], depth + 1)
     plain_list = {"", "{"}
     if open_one != open_gold and not (open_one in plain_list and open_gold in plain_list):
         if "," in one and "," in gold and {open_one[:1], open_gold[:1]} <= {"(", "[", "{"}:
@@ -345,7 +364,7 @@ def _is_words(text: str) -> bool:
 
 def _same_expression(one: str, gold: str) -> bool:
     """By Math-Verify; False without it, for expressions that could take for ever, and for "3 \\to 4"."""
-    if any(odd.search(one) and not odd.search(gold) for odd in (_ARROW, _SAID)):
+    if any(odd.search(one) and not odd.search(gold) for odd in (_ARROW, _SAID, _LOOSE, _APART)):
         return False
     if not one.isascii() and gold.isascii() and len(re.findall(r"\d+", one)) > 1:
         return False  # words of another language, "or" perhaps

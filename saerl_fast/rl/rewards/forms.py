@@ -33,6 +33,8 @@ def alike(one: str, gold: str) -> tuple[str, str]:
     one = _function(one, gold)
     one = _constant(one, gold)
     one = _index(one, gold)
+    if "\\cup" in gold and "\\cup" not in one:
+        one = re.sub(r"(?<=[)\]])\s*,?\s*\bor\b\s*(?=[(\[])", r" \\cup ", one)
     if "," in gold and ("=" in gold or gold[0] == "("):
         one = _chain(one)
     elif "," in one and "=" in one:

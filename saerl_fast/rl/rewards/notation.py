@@ -42,6 +42,7 @@ _FRAC = re.compile(r"\\frac\s*(\d)\s*(\d)|\\frac\s*(\d)\s*(?=\{)|(\\frac\s*\{[^{
 _GONE = re.compile(
     r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|hfill|boldsymbol|strut)(?![a-zA-Z])"
     r"|\\!|(?<!\\)\$|\\[()\[\]](?![a-zA-Z])|\\(?:qquad|quad)|\\thinspace(?![a-zA-Z])|\\color\s*\{\w+\}"
+    r"|\\(?:label|tag\*?)\s*\{[^{}]*\}"
 )
 _WORDS = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathrm|mathbf|mathsf|mathit|mathtt|bf"
@@ -52,6 +53,13 @@ _WORDS = re.compile(
 # Recurring decimals: 0.1\\dot{6}, 0.\\dot{1}42\\dot{8}, 0.333..., 0.1616\\ldots
 _DOTTED = re.compile(r"\.(\d*)\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?")
 _GOES_ON = re.compile(r"(\.\d{0,30}?)(?:(\d)\2{2,30}|(\d{2,15}?)\3{1,9})\s*(?:\\[lc]?dots(?![a-z])|\.{3})")
+_ROUND = re.compile(r"(?<=\d)\.\((\d{1,30})\)")  # 0.(3)
+_ORDINAL = re.compile(r"(?<=\d)\s*\^\s*\{?\s*(?:\\(?:text|textrm|mathrm)\s*\{\s*)?(st|nd|rd|th)\s*\}{1,2}")
+_OVER = re.compile(r"\{\s*(\w+)\s*\\choose\s*(\w+)\s*\}|^(\w+)\s*\\choose\s*(\w+)$")  # {7 \choose 5}
+_WITHOUT = re.compile(  # \mathbb{R} - \{0\}
+    r"(\\mathbb\s*(?:\{\s*[CNQRZ]\s*\}|[CNQRZ]))\s*(?:-|\\backslash(?![a-zA-Z])|\\smallsetminus(?![a-zA-Z]))"
+    r"\s*(?=\\\{)"
+)
 _NAMED = r"\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*(\^\s*\{?\d\}?)?\s*\}"
 _QUOTIENT = re.compile(rf"\\[dt]?frac\s*{_NAMED}\s*{_NAMED}")  # of units
 _ASCII = [  # plain notation for LaTeX's
@@ -67,12 +75,18 @@ _ASCII = [  # plain notation for LaTeX's
         r"\1(\\frac{\2\\pi}{180})",
     ),
     (re.compile(r"^(?:negative|minus)\s+(?=\d)", re.IGNORECASE), "-"),
+    (re.compile(r"(?<![\\a-zA-Z])infinity(?![a-zA-Z])", re.IGNORECASE), r"\\infty "),
+    (re.compile(r"^(?:the limit )?does not exist$", re.IGNORECASE), "DNE"),
+    (re.compile(r"(?<=\d)\s*,?\s*(?:remainder|rem\.?|R)(?![a-zA-Z])\s*(?=\d)"), " R "),
     (re.compile(r"(?<![\d.\w}/])(\d+)\s*/\s*(\d+)\s*(?=\\(?:sqrt|pi)(?![a-z]))"), r"\\frac{\1}{\2}"),
 ]
 
 
 EUROPEAN = re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d+)(?!\d)(?!,)")  # 1.234,50
 _DOUBLE = re.compile(r"(?<![\w.!)}\]])(\d{1,2})\s?!!(?!!)")  # 7!! = 7 * 5 * 3 * 1
+_DEGREES = re.compile(
+    r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|(?:\\degree|(?<=\d)\s*\\deg)(?![a-zA-Z])"
+)
 _TOWER = re.compile(r"\^\s*\{\s*(\d)\s*\^\s*(?:\{\s*)?(\d)(?:\s*\})?\s*\}")
 _CHOOSE = re.compile(  # {}^8C_3, {}_8C_3, C_8^3
     r"(?:\{\s*\})?\s?[\^_]\s?\{?\s?(\d{1,3})\s?\}?\s?([CP])\s?_\s?\{?\s?(\d{1,3})\s?\}?"
@@ -95,11 +109,13 @@ def tidy(text: str) -> str:
 
     Words keep a space around them: ``5\text{cm}`` becomes ``5 cm``.
     """
-    text = plain(text).strip()
+    text = re.sub(r"(?<!\\)\\$", "", plain(text).strip())  # the end of "12\ "
     text = re.sub(r"\\\$\s*(\d[\d.,]*)(?![\d.,]*\s*(?:[a-zA-Z\\{^*/]))", r"\1 dollars ", text)
     text = text.replace("\\\\%", "\\%").replace(r"\$", "$").replace(r"\%", "%")
     text = text.replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
     text = re.sub(r"(?<![a-z])\{:\}", ":", text)
+    text = _OVER.sub(r"\\binom{\1\3}{\2\4}", text)
+    text = _WITHOUT.sub(r"\1\\setminus ", _ORDINAL.sub(r"\1", text))
     text = _QUOTIENT.sub(r" \1\2/\3\4", text)
     text = re.sub(r"(?<=\d)\s*[{]\s*,\s*[}]\s*", ",", text)
     text = re.sub(r"(\d)(?:\\!)?,?\\[!,;:]\s*(?=\d{3}(?!\d))", r"\1", text)  # 1\,000 and 35,\!280
@@ -113,6 +129,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"\\frac\s+", r"\\frac", text)
     text = _FRAC.sub(_fraction, text)
     text = text.replace(r"\varnothing", r"\emptyset").replace(r"\langle", "(").replace(r"\rangle", ")")
+    text = _ROUND.sub(r".\\overline{\1}", text)
     text = _DOTTED.sub(r".\1\\overline{\2\3\4}", text)
     text = _GOES_ON.sub(lambda m: f"{m[1]}\\overline{{{m[2] or m[3]}}}", text)
     text = re.sub(r"\d{0,300}\.(\d{0,300})\\overline\s*\{(\d{1,300})\}", _recurring, text)
@@ -130,7 +147,7 @@ def tidy(text: str) -> str:
     text = _DOUBLE.sub(lambda m: str(math.prod(range(int(m[1]), 0, -2))), text)
     text = _CHOOSE.sub(_chosen, _TOWER.sub(_tower, text))
     text = re.sub(r"\\sqrt\s*(\d|[a-zA-Z])(?![a-zA-Z])", r"\\sqrt{\1}", text)
-    text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z])", " degrees ", text)
+    text = _DEGREES.sub(" degrees ", text)
     text = re.sub(r"\s+", " ", text).strip()
     return text.strip("*` ").rstrip(" .,;:") if not text.endswith("...") else text.strip("*` ")
 
@@ -162,5 +179,5 @@ def balanced(text: str) -> bool:
 
 
 def squeeze(text: object) -> str:
-    """White space aside: one blank for each run of it."""
-    return " ".join(str(text).split())
+    """White space and the encoding of accents aside: one blank for each run of it."""
+    return unicodedata.normalize("NFC", " ".join(str(text).split()))

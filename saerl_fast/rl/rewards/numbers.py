@@ -143,7 +143,7 @@ def only_number(text: str) -> Fraction | None:
     if stuck(after):
         return None
     if re.search(r"[-+*]\s*$|[a-zA-Z]\($", before) or re.match(
-        r"\s*[-+*/(:=]\s*\w|\s+[a-zA-Z]\s*[-+*/=]", after
+        r"\s*[-+*/(:=]\s*\w|[\s^{]*[-+*/][\s}]*$|\s+[a-zA-Z]\s*[-+*/=]", after
     ):
         return None
     return found[0].value

@@ -41,7 +41,9 @@ _MEASURE = re.compile(
     r"\s*(?:\^\s*\{?(?P<power>[23])\}?)?"
     r"(?:\s*(?:/|\bper\b)\s*(?P<per>[a-zA-Z]{1,12})\s*(?:\^\s*\{?(?P<per_power>[23])\}?)?)?"
 )
-_NEXT = re.compile(r"(?<=[a-zA-Z])\.?\s*(?:,\s*(?:and)?|\band\b)?\s*(?=\d)")  # between 5 ft and 6 in
+_NEXT = re.compile(
+    r"(?<!\\times)(?<!\\cdot)(?<=[a-zA-Z])\.?\s*(?:,\s*(?:and)?|\band\b)?\s*(?=\d)"
+)  # between 5 ft and 6 in
 _CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::00)?\s*(?:([ap])\.?\s?m\.?)?", re.IGNORECASE)
 _MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 _MONTH = r"(?P<month>jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)[a-z]*\.?"
