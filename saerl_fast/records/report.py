@@ -15,7 +15,15 @@ from saerl_fast.records import by_pool, compared, plots, samples, scored
 from saerl_fast.records.charts import calibration_chart, map_chart
 from saerl_fast.records.lock import clean
 from saerl_fast.records.page import Part, Picture, markdown, page, shown, terminal
-from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes, find_runs, load_runs, read_object
+from saerl_fast.records.runs import (
+    SAERL_PHASES,
+    RunRecord,
+    eval_modes,
+    find_runs,
+    load_runs,
+    pilots_note,
+    read_object,
+)
 from saerl_fast.records.stats import area_under_curve, steps_to_target
 
 Table = samples.Table
@@ -51,6 +59,8 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
         return by_pool.write_pools(root, pools, echo)
     only_scored = (root / "scores.json").is_file() and not find_runs(root)
     runs = [] if only_scored else [run for run in load_runs(root, said.append) if run.last]
+    if only_scored and (note := pilots_note(root)):
+        said.append(f"no run of the comparison has begun, so the report is of scores alone; {note}")
     clean(root)  # a report that was killed
     for line in said:
         echo(line)
