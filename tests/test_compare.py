@@ -12,6 +12,7 @@ from saerl_fast.config import load_config, to_dict
 from saerl_fast.errors import SaerlError
 from saerl_fast.records import manifest
 from saerl_fast.records.lock import lock
+from saerl_fast.records.runs import open_run
 from saerl_fast.stages import compare as module
 from saerl_fast.stages.compare import compare, parse_arm
 from saerl_fast.stages.console import Echo
@@ -205,6 +206,37 @@ def test_pilots_fix_the_targets_of_other_seeds(tmp_path, recorded):
     assert "so compare.pilots are not run" in told and "were registered before the run" in told
     with pytest.raises(SaerlError, match="compare.pilots and compare.seeds both have 4"):
         compare(settings(root, *asked, "compare.pilots=4,5"), Echo(quiet=True))
+
+
+def test_a_damaged_run_json_is_mended_by_the_comparison(tmp_path, recorded):
+    """Of a pilot as of a run, which goes on without a step; what names the command is right."""
+    config = settings(tmp_path, "compare.arms=vanilla", "compare.seeds=4,7", "compare.pilots=11")
+    compare(config, Echo(quiet=True))
+    recorded.clear()
+    for out in (tmp_path / "pilot" / "vanilla.seed-11", tmp_path / "vanilla.seed-7"):
+        (out / "run.json").write_text("[]")
+        with pytest.raises(SaerlError, match=r"run.json is damaged.*`saerl compare` and the settings"):
+            open_run(out)
+        compare(config, Echo(quiet=True))
+        assert open_run(out).seed in (11, 7)
+    assert [(arm, seed, resume) for arm, _, seed, _, resume in recorded] == [
+        ("vanilla-pilot", 11, True),
+        ("vanilla", 7, True),
+    ]
+
+
+def test_a_run_ended_early_is_not_reopened_for_lost_rows(tmp_path, recorded):
+    config = settings(tmp_path, "compare.arms=vanilla", "compare.target_values=[0.15]", "compare.until=true")
+    compare(config, Echo(quiet=True))
+    out, curve = tmp_path / "vanilla", [[0, 0.0], [1, 0.1], [2, 0.2], [3, 0.3]]
+    (out / "summary.json").write_text(json.dumps({"steps": 3, "curve": curve}))
+    rows = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(rows[:-1]))
+    manifest.record(out, "result", ["summary.json"])  # as the trainer does
+    assert not module._short(config, out, [0.15]) and module._short(config, out, [0.25])
+    recorded.clear()
+    compare(config, Echo(quiet=True))
+    assert not recorded
 
 
 def test_rows_lost_from_a_pilot_do_not_move_the_targets(tmp_path, recorded):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import builtins
 import gc
 import logging
 import os
@@ -9,8 +10,11 @@ import sys
 import warnings
 
 import numpy as np
+import pytest
 import torch
 
+from saerl_fast.errors import SaerlError
+from saerl_fast.rl.rewards import score_rewards
 from saerl_fast.rl.rewards.contain import _umask, contained
 
 
@@ -71,3 +75,25 @@ def test_a_fork_that_is_left_running_ends():
     with contained():
         child = os.fork()
     assert child > 0 and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+def test_modules_and_builtins_and_environment_are_put_back(monkeypatch):
+    def reward(completions, **columns):
+        sys.modules.clear()
+        del os.environ["KEPT"]
+        for name in ("next", "isinstance", "getattr", "__import__"):
+            delattr(builtins, name)
+        builtins.len = None
+        return [1.0]
+
+    def late(completions, **columns):
+        yield 0.5
+        reward(completions)
+
+    monkeypatch.setenv("KEPT", "here")
+    before = sys.modules.copy(), vars(builtins).copy(), dict(os.environ)
+    assert score_rewards(reward, ["?"], ["7"], {}).tolist() == [1.0]
+    assert (sys.modules, vars(builtins), dict(os.environ)) == before
+    with pytest.raises(SaerlError, match="reward late raised TypeError: 'NoneType'"):
+        score_rewards(late, ["?"], ["7"], {})
+    assert (sys.modules, vars(builtins), dict(os.environ)) == before

@@ -309,11 +309,11 @@ def test_a_report_reads_what_the_run_wrote(tmp_path):
     manifest.record(tmp_path, "run", ["run.json"])
     manifest.record(tmp_path, "result", ["metrics.jsonl"])
     assert load_runs(tmp_path)[0].accuracy == [0.5]
-    for name in ("run.json", "metrics.jsonl"):
+    for name, again in (("run.json", "--resume"), ("metrics.jsonl", "--overwrite")):
         kept = (tmp_path / name).read_bytes()
         for data in damages(kept).values():
             (tmp_path / name).write_bytes(data)
-            with pytest.raises(SaerlError, match="`saerl train --overwrite`"):
+            with pytest.raises(SaerlError, match=f"`saerl train {again}`"):
                 load_runs(tmp_path)
         (tmp_path / name).write_bytes(kept)
     manifest.forget(tmp_path, "result")  # as while it goes on

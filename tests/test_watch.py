@@ -66,6 +66,21 @@ def test_a_growing_run_is_followed_to_its_end(tmp_path: Path) -> None:
     assert figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_mtime_ns > sizes[0]
 
 
+@pytest.mark.parametrize("scored", [False, True])
+def test_pilots_alone_are_named(tmp_path: Path, scored: bool) -> None:
+    write(tmp_path / "pilot" / "vanilla.seed-9", 1, 2, None)
+    (tmp_path / "compare.json").write_text(json.dumps({"arms": ["vanilla"], "seeds": [0], "pilots": [9]}))
+    named, said = f"its pilots are in {tmp_path / 'pilot'}, a folder to report", list[str]()
+    if scored:
+        (tmp_path / "scores.json").write_text("{}")
+        write_report(tmp_path, said.append)
+        assert named in said[0] and named in (tmp_path / "report.md").read_text()
+    else:
+        with pytest.raises(SaerlError, match=f"has begun; {named}"):
+            write_report(tmp_path)
+    assert "vanilla" in write_report(tmp_path / "pilot")[0].read_text()
+
+
 def test_a_comparison_ends_with_its_last_run(tmp_path: Path) -> None:
     (tmp_path / "compare.json").write_text(json.dumps({"arms": ["vanilla", "adaptive"], "seeds": [0]}))
     said: list[str] = []

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,10 +68,33 @@ def crash() -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
+def leave_behind(file: str) -> None:
+    """Processes in this one's session, in another, and there without environment, below it and orphaned."""
+    hidden: dict[str, Any] = {"start_new_session": True, "env": {}}
+    apart = [subprocess.Popen(["/bin/sleep", "100"], start_new_session=away).pid for away in (False, True)]
+    apart.append(subprocess.Popen(["/bin/sleep", "100"], **hidden).pid)
+    command = ["/bin/sh", "-c", "/bin/sleep 100 >/dev/null 2>&1 & echo $!"]
+    apart.append(int(subprocess.run(command, capture_output=True, timeout=60, **hidden).stdout))
+    Path(file).write_text(" ".join(map(str, apart)) + "\n")
+
+
+def spoil(what: str) -> None:
+    if what == "files":
+        os.closerange(0, 1000)
+    elif what == "pickle":
+        pickle.dumps = pickle.loads = None  # type: ignore[assignment]
+    else:
+        raise ValueError("not expected")
+
+
+def crash_behind(file: str) -> None:
+    leave_behind(file)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def hang(file: str) -> None:
     """Processes of its own, and then C code that lets no thread run and looks at no signals."""
-    apart = [subprocess.Popen(["sleep", "100"], start_new_session=away).pid for away in (False, True)]
-    Path(file).write_text(" ".join(map(str, apart)) + "\n")
+    leave_behind(file)
     9**9**9  # noqa: B018
 
 
@@ -85,7 +110,7 @@ def test_calls_and_their_ends(tmp_path) -> None:
 
     with pytest.raises(Late) as late:
         worker.call(f"{me}:hang", str(tmp_path / "pid"), seconds=0.5)
-    assert (__file__, hang.__code__.co_firstlineno + 4) in late.value.frames
+    assert (__file__, hang.__code__.co_firstlineno + 3) in late.value.frames
     assert gone(first, *map(int, (tmp_path / "pid").read_text().split()))
     again = worker.call(f"{me}:word", seconds=60)
     assert again[0] == "hello" and again[1] != first
@@ -95,6 +120,9 @@ def test_calls_and_their_ends(tmp_path) -> None:
         worker.call(f"{me}:leave_a_child", 4, seconds=60)
     with pytest.raises(Died, match="crashed with SIGSEGV"):
         worker.call(f"{me}:crash", seconds=60)
+    with pytest.raises(Died, match="crashed with SIGKILL"):
+        worker.call(f"{me}:crash_behind", str(tmp_path / "behind"), seconds=60)
+    assert gone(*map(int, (tmp_path / "behind").read_text().split()))
     last = worker.call(f"{me}:word", seconds=60)[1]
     child = os.fork()
     if child == 0:  # a fork does not speak to its parent's child
@@ -103,6 +131,20 @@ def test_calls_and_their_ends(tmp_path) -> None:
     assert worker.call(f"{me}:word", seconds=60) == ("hello", last)
     worker.kill()
     assert gone(last)
+
+
+def test_a_child_that_a_call_has_spoilt(capfd) -> None:
+    """It ends in a sentence, without a traceback, and another takes its place."""
+    worker, me = Worker((f"{__name__}:opening", ("again",))), __name__
+    with pytest.raises(Died, match=r"unfit to answer \(were its files closed"):
+        worker.call(f"{me}:spoil", "files", seconds=60)
+    assert worker.call(f"{me}:spoil", "pickle", seconds=60) is None  # what it had before is used
+    first = worker.call(f"{me}:word", seconds=60)[1]
+    with pytest.raises(Died, match=r"unfit to answer \(ValueError: not expected\)"):
+        worker.call(f"{me}:spoil", "", seconds=60)
+    assert worker.call(f"{me}:word", seconds=60)[0] == "again" and gone(first)
+    worker.kill()
+    assert capfd.readouterr().err == ""
 
 
 def test_the_child_dies_with_its_parent(tmp_path) -> None:

@@ -25,7 +25,7 @@ from saerl_fast.records.compared import (
 )
 from saerl_fast.records.lock import clean
 from saerl_fast.records.page import Part, Picture, markdown, page, shown, terminal
-from saerl_fast.records.runs import RunRecord, find_runs, load_runs
+from saerl_fast.records.runs import RunRecord, find_runs, load_runs, pilots_note
 from saerl_fast.records.samples import Table
 from saerl_fast.records.stats import area_under_curve
 
@@ -48,7 +48,8 @@ def write_pools(root: Path, pools: Sequence[str], echo: Callable[[str], None]) -
         there = (root / pool).is_dir() and find_runs(root / pool)
         runs = [run for run in load_runs(root / pool, said.append) if run.last] if there else []
         if not runs:
-            said.append(f"pool {pool} has no run yet")
+            note = pilots_note(root / pool)
+            said.append(f"pool {pool} has no run yet" + (f"; {note}" if note else ""))
             continue
         every += runs
         settings = settings_of(root / pool)

@@ -15,7 +15,15 @@ from saerl_fast.records import by_pool, compared, plots, samples, scored
 from saerl_fast.records.charts import calibration_chart, map_chart
 from saerl_fast.records.lock import clean
 from saerl_fast.records.page import Part, Picture, markdown, page, shown, terminal
-from saerl_fast.records.runs import SAERL_PHASES, RunRecord, eval_modes, find_runs, load_runs, read_object
+from saerl_fast.records.runs import (
+    SAERL_PHASES,
+    RunRecord,
+    eval_modes,
+    find_runs,
+    load_runs,
+    pilots_note,
+    read_object,
+)
 from saerl_fast.records.stats import area_under_curve, steps_to_target
 
 Table = samples.Table
@@ -57,6 +65,8 @@ def write_report(root: str | Path, echo: Callable[[str], None] = lambda line: No
         said.append(late)
     if len({run.arm for run in runs}) > 1 and not targets:
         said.append(compared.no_target(runs))
+    if only_scored and (note := pilots_note(root)):
+        said.append(f"no run of the comparison has begun, so the report is of scores alone; {note}")
     clean(root)  # a report that was killed
     for line in said:
         echo(line)

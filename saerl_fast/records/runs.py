@@ -30,7 +30,13 @@ RUN = {"arm?": str, "seed?": int, "id?": str, "made?": {str: Any}, "resumed?": [
 RUN |= {"config?": {"train?": {"steps?": int}}, "target_values?": (None, [float])}
 MERGED = {"change_kept": float, "accuracy": float, "rounded_to": str, "saved_as": str}
 WARNED = {"first": int, "times": int, "steps": int}
-SUMMARY = {"merged?": MERGED, "accuracy?": _NUMBER, "damage?": [str], "warnings?": {str: WARNED}}
+SUMMARY = {
+    "merged?": MERGED,
+    "accuracy?": _NUMBER,
+    "damage?": [str],
+    "warnings?": {str: WARNED},
+    "curve?": [[float]],
+}
 COMPARED = {"arms?": [str], "seeds?": [int], "notes?": list}
 COMPARED |= {
     "targets?": [float],
@@ -52,6 +58,10 @@ FORMS: dict[str, tuple[str, Any]] = {  # name -> the command that writes it, and
     "scores.json": ("saerl score", SCORED),
     "train.json": ("saerl sae train", {}),
     LOGS: ("saerl train", WRITTEN),
+}
+AGAIN = {  # what mends a part of a run's manifest, alone and in a comparison
+    "run": ("saerl train --resume", "saerl compare"),
+    "result": ("saerl train --overwrite", "saerl compare --redo"),
 }
 PILOT = "pilot"  # the folder of a comparison's pilots, which are no part of it
 MOST_STEPS = 10**6  # of which lost evaluations are told
@@ -277,6 +287,12 @@ def find_runs(root: str | Path) -> list[Path]:
     return sorted(found)
 
 
+def pilots_note(root: Path) -> str:
+    """Where the pilots of the comparison in ``root`` are, as the end of a sentence; "" without any."""
+    there = (root / PILOT).is_dir() and find_runs(root / PILOT)
+    return f"its pilots are in {root / PILOT}, a folder to report and to watch" if there else ""
+
+
 def _unreadable(err: OSError) -> None:
     if not isinstance(err, FileNotFoundError):  # removed meanwhile
         raise SaerlError(f"cannot read {err.filename}: {err.strerror}; make it readable")
@@ -294,6 +310,8 @@ def load_runs(root: str | Path, say: Callable[[str], None] = log.warning) -> lis
     if not root.is_dir():
         raise SaerlError(no_folder(root))
     folders = find_runs(root)
+    if not folders and (note := pilots_note(root)):
+        raise SaerlError(f"no run of the comparison in {root} has begun; {note}")
     if not folders:
         raise SaerlError(
             f"{root} holds no metrics.jsonl and no scores; run `saerl score`, `saerl train` or "
@@ -402,13 +420,11 @@ def checked(rows: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
 
 def open_run(folder: Path) -> RunRecord:
     """The run in ``folder``, no row read yet. SaerlError where a file that describes it is damaged."""
-    for part in ("run", "result"):
+    for part, again in AGAIN.items():
         kept = manifest.look(folder, part)
         if kept.entry and kept.fault:
-            raise SaerlError(
-                f"{kept.fault}; make the run again with `saerl train --overwrite`, or with "
-                "`saerl compare --redo` where it is one of a comparison"
-            )
+            compared = any((above / "compare.json").is_file() for above in [*folder.absolute().parents][:2])
+            raise SaerlError(f"{kept.fault}; mend it with `{again[compared]}` and the settings of the run")
     config = read_object(folder / "run.json")
     arm = printable(config.get("arm", folder.name)).replace("\n", " ")
     return RunRecord(arm, config.get("seed", 0), folder, config, read_object(folder / "summary.json"))

@@ -13,13 +13,13 @@ from saerl_fast.records.lock import NAME, clean
 from saerl_fast.records.log import format_row
 from saerl_fast.records.plots import live
 from saerl_fast.records.runs import (
-    PILOT,
     RunRecord,
     find_runs,
     listed,
     no_folder,
     one_of_each,
     open_run,
+    pilots_note,
     read_object,
 )
 
@@ -96,9 +96,8 @@ def watch(root: str | Path, echo: Callable[[str], None], *, every: float = 5.0) 
                 echo(f"ended; {figure} holds the curves" if figure.exists() else "ended; there is no curve")
                 return figure
         elif not waiting:
-            pilots = (root / PILOT).is_dir() and find_runs(root / PILOT)
-            more = f"; its pilots are in {root / PILOT}, which can be watched" if pilots else ""
-            echo(f"waiting for {root}/metrics.jsonl{more}")
+            note = pilots_note(root)
+            echo(f"waiting for {root}/metrics.jsonl" + (f"; {note}" if note else ""))
             waiting = True
         time.sleep(every)
 

@@ -21,8 +21,7 @@ def finish(run: Any, step: int) -> dict[str, Any]:
     """Write the final model and the summary of ``run``, a `saerl_fast.rl.trainer.Run` of so many steps."""
     summary = {"schedule": run.plan.schedule, "seed": run.seed, "steps": step}
     warnings = run.health.warnings
-    counters = {name: value for name, value in run.counters.items() if name != "curve"}
-    summary |= {"mode": run.cfg.eval.mode, **counters, "figures_of": "model/", "warnings": warnings}
+    summary |= {"mode": run.cfg.eval.mode, **run.counters, "figures_of": "model/", "warnings": warnings}
     summary["mismatch_steps"] = warnings.get("mismatch", {}).get("steps", 0)
     if warnings:
         told = (f"{name} ({found['steps']} from step {found['first']})" for name, found in warnings.items())

@@ -1,21 +1,25 @@
 """Functions called in a child process, which is killed when a call takes too long.
 
-The child is a clean interpreter, never a fork, since this process may have threads and a GPU. It leads a
-process group of its own, so that a Ctrl-C in the terminal does not reach it, and a shell that waits for this
-process's end, however sudden, kills the whole group, and on Linux also what has left it but still has the
-mark in its environment: nothing that a call has started outlives the program, but for what hides from both.
+The child is a clean interpreter, never a fork, since this process may have threads and a GPU. It divides in
+two: a guard, which runs nothing of the call's, and below it the worker, in a session of its own, so that a
+Ctrl-C in the terminal does not reach it. The guard ends the worker when this process has ended, however
+suddenly, and then the worker's process group; on Linux it is a subreaper, to which all falls that the worker
+or its descendants leave behind, whatever session and environment they have, and ends that as well. So nothing
+that a call has started outlives the program, unless it kills the guard first.
 """
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import functools
+import glob
 import importlib
 import json
 import os
 import pickle
 import re
-import secrets
+import resource
 import select
 import signal
 import subprocess
@@ -23,13 +27,14 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
-from saerl_fast.errors import SaerlError, first_line
+from saerl_fast.errors import SaerlError, first_line, named
 
 PATIENCE = 600.0  # seconds for the child's imports
 LOOK = 0.2  # seconds between looks at whether the child is there
@@ -37,12 +42,9 @@ _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from saerl_fast.rl.worker import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
 )
-_MARK = "SAERL_WORKER"
-_GUARD = (  # its input ends with the process that holds the other end
-    'read -r _; kill -s KILL -- "-$0"; '
-    f'for found in $(grep -ls "{_MARK}=$1" /proc/[0-9]*/environ); do '
-    'pid="${found#/proc/}"; kill -s KILL "${pid%/environ}"; done'
-)
+_SPOILT = 70  # exit code of a worker that can say nothing any more
+_SWEEP = 10.0  # seconds, at most, to end what is left behind
+_PDEATHSIG, _CHILD_SUBREAPER = 1, 36  # of prctl(2)
 _FRAME = re.compile(r'File "(.*)", line (\d+)')
 
 
@@ -55,7 +57,7 @@ class Late(Exception):
 
 
 class Died(Exception):
-    """The child ended in the middle of a call; the message says how."""
+    """The child ended, or had to be, in the middle of a call; the message says how."""
 
 
 class Worker:
@@ -110,18 +112,19 @@ class Worker:
         self._trace, trace = os.pipe()
         told = (theirs.fileno(), trace)
         command = [sys.executable, "-u", "-c", _CHILD, json.dumps([*map(str, sys.path)]), *map(str, told)]
-        apart: dict[str, Any] = {"stdin": subprocess.DEVNULL, "start_new_session": True}
         try:
-            mark = secrets.token_hex(16)
-            environment = os.environ | self._environment | {_MARK: mark}
-            self._process = subprocess.Popen(command, env=environment, pass_fds=told, **apart)
-            apart |= {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            guard = subprocess.Popen(["/bin/sh", "-c", _GUARD, str(self._process.pid), mark], **apart)
+            self._process = subprocess.Popen(
+                command,
+                env=os.environ | self._environment,
+                pass_fds=told,
+                stdin=subprocess.PIPE,  # the guard's: it ends with this process
+                start_new_session=True,
+            )
         except OSError as err:
             raise SaerlError(f"cannot start a process for rewards: {err.strerror or err}") from None
         theirs.close()
         os.close(trace)
-        held = self._process, guard, self._link, self._trace, self._owner
+        held = self._process, self._link, self._trace, self._owner
         self._end = weakref.finalize(self, _end, *held)
         self._link.send_bytes(pickle.dumps(self._opening))
 
@@ -150,6 +153,8 @@ class Worker:
             raise
         if ok:
             return answer
+        if isinstance(answer, Died):
+            self._restart()
         raise answer
 
     def _death(self) -> Died:
@@ -158,6 +163,8 @@ class Worker:
             process.wait(1)
         self._restart()
         code = process.returncode
+        if code == _SPOILT:
+            return Died("left its process unfit to answer (were its files closed, or its modules changed?)")
         if code >= 0:
             return Died(f"ended its process with code {code}")
         name = signal.Signals(-code).name if -code in {*signal.Signals} else str(-code)
@@ -166,47 +173,101 @@ class Worker:
     def _frames(self) -> list[tuple[str, int]]:
         """Where the child is, written by faulthandler, which does not need Python to go on."""
         text = b""
-        self._process.send_signal(signal.SIGUSR1)
-        while select.select([self._trace], [], [], 0.05)[0] and (piece := os.read(self._trace, 1 << 16)):
+        self._process.send_signal(signal.SIGUSR1)  # the guard passes it on
+        while select.select([self._trace], [], [], 0.2)[0] and (piece := os.read(self._trace, 1 << 16)):
             text += piece
         return [(file, int(line)) for file, line in _FRAME.findall(text.decode(errors="replace"))]
 
 
-def _end(process: Any, guard: Any, link: Connection, trace: int, owner: int) -> None:
+def _end(process: Any, link: Connection, trace: int, owner: int) -> None:
     link.close()
     os.close(trace)
-    if owner != os.getpid():  # a fork's copy
-        guard.stdin.close()
-        return
-    if process.returncode is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    process.stdin.close()  # upon which the guard ends all; not for a fork's copy
+    if owner == os.getpid():
         process.wait()
-    guard.stdin.close()  # it kills what a dead child has left behind
-    guard.wait()
 
 
 def serve(link: int, trace: int) -> None:
-    """The child: answer calls until the other side is gone."""
+    """The child: a guard, and the worker, which answers calls until the other side is gone."""
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None
+    prctl(_CHILD_SUBREAPER, 1, 0, 0, 0)
+    if worker := os.fork():
+        os.close(link)
+        os.close(trace)
+        _guard(worker)
+    prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a KeyboardInterrupt is then a call's own
     faulthandler.register(signal.SIGUSR1, file=trace, all_threads=False)
     connection = Connection(link)
-    while True:
-        try:
-            function, args = pickle.loads(connection.recv_bytes())
-        except (EOFError, OSError):
-            break
-        try:
-            answer = (True, _function(function)(*args))
-        except SaerlError as err:
-            answer = (False, err)
-        try:
-            connection.send_bytes(pickle.dumps(answer))
-        except OSError:
-            break
-        except Exception as err:
-            error = SaerlError(f"a reward's result cannot leave its process: {first_line(err)}")
-            connection.send_bytes(pickle.dumps((False, error)))
+    receive, send = connection.recv_bytes, connection.send_bytes
+    loads, dumps = pickle.loads, pickle.dumps  # a call may put others in their place
+    try:
+        while True:
+            try:
+                function, args = loads(receive())
+            except EOFError:
+                break
+            try:
+                answer = (True, _function(function)(*args))
+            except SaerlError as err:
+                answer = (False, err)
+            except BaseException as err:
+                answer = (False, Died(f"left its process unfit to answer ({named(err)})"))
+            try:
+                data = dumps(answer)
+            except Exception as err:
+                error = SaerlError(f"a reward's result cannot leave its process: {first_line(err)}")
+                data = dumps((False, error))
+            send(data)
+    except BaseException:
+        os._exit(_SPOILT)
     os._exit(0)  # whatever threads a call has left
+
+
+def _guard(worker: int) -> NoReturn:
+    """Wait for the end of the worker, and bring it about when standard input ends; then end what is left
+    behind, and this process in the same way."""
+
+    def pass_on(number: int, _: Any) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(worker, number)
+
+    def wait_for_the_program() -> None:
+        os.read(0, 1)
+        pass_on(signal.SIGKILL, None)
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the worker's own is the one to be read
+    signal.signal(signal.SIGUSR1, pass_on)
+    threading.Thread(target=wait_for_the_program, daemon=True).start()
+    while (ended := os.wait())[0] != worker:  # else it is of what the worker has left behind
+        pass
+    with suppress(OSError):
+        os.killpg(worker, signal.SIGKILL)
+    end = time.monotonic() + _SWEEP
+    with suppress(ChildProcessError):  # none is left
+        while time.monotonic() < end:
+            for child in _children():
+                with suppress(OSError):
+                    os.kill(child, signal.SIGKILL)
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+            time.sleep(0.01)  # the children of those that ended fall to this process
+    code = os.waitstatus_to_exitcode(ended[1])
+    if code < 0:
+        with suppress(OSError):  # SIGKILL has no handler
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def _children() -> Iterator[int]:
+    """The processes whose parent is this one."""
+    for stat in glob.glob("/proc/[0-9]*/stat"):
+        with suppress(OSError):
+            if int(Path(stat).read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                yield int(stat.split("/")[2])
 
 
 @functools.cache

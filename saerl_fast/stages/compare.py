@@ -22,6 +22,7 @@ import numpy as np
 from saerl_fast.config import Config, apply_overrides, to_dict
 from saerl_fast.errors import SaerlError, Unreadable
 from saerl_fast.fileio import write_json
+from saerl_fast.records import manifest
 from saerl_fast.records.compared import find_targets
 from saerl_fast.records.lock import Held, holder, lock
 from saerl_fast.records.report import write_report
@@ -228,29 +229,31 @@ def _compare(config: Config, planned: Jobs, echo: Echo, redo: bool) -> list[Path
         record["pilots"] = config.compare.pilots if pilots else []
         refuse_beside(root, record)
         ended = {out: _state(mine, out, redo)[1] for _, mine, out in (*pilots, *jobs)}
-        if pilots and all(ended[out] for _, _, out in pilots):
+        missing = [pilot for pilot in pilots if not ended[pilot[2]]]
+        if pilots and not missing:
             record["target_values"] = _targets(pilots, config)
         known = record["target_values"]
-        due = {jobs[0][0] for _, _, out in pilots if not ended[out]}
+        due = {jobs[0][0] for _ in missing}
         due |= {name for name, mine, out in jobs if not ended[out] or _short(mine, out, known)}
         arms = [mine for (name, _, _), mine in zip(jobs, first, strict=False) if name in due]
         if redo and any(map(needs_scores, arms)):
             set_aside(config, echo)
         session = _check_plans(arms, echo) if arms else None
         write_json(root / "compare.json", record)
-    for name, mine, out in pilots:
+    for name, mine, out in missing:
         echo(f"{name}, seed {mine.train.seed}")
         with lock(out, wait=echo.result):
             session = _run(name, mine, out, None, echo, redo, session)
-    if pilots:
+    if missing:
         known = record["target_values"] = _targets(pilots, config)
+        with lock(root, wait=echo.result):
+            refuse_beside(root, record)
+            write_json(root / "compare.json", record)
+    if pilots:
         shown = ", ".join(f"{value:g}" for value in known)
         echo.result(
             f"targets by the gain of {jobs[0][0]} in {len(pilots)} pilot{'s' * (len(pilots) > 1)}: {shown}"
         )
-        with lock(root, wait=echo.result):
-            refuse_beside(root, record)
-            write_json(root / "compare.json", record)
     bar = echo.bar("runs", "run")
     bar(0, len(jobs))
     done, todo, held = 0, list(enumerate(jobs, 1)), dict[int, str]()
@@ -333,8 +336,10 @@ def _short(config: Config, out: Path, targets: Sequence[float] | None) -> bool:
     run = open_run(out)
     if run.summary.get("steps", config.train.steps) >= config.train.steps:
         return False
-    run.read(whole=True)
-    curve = list(zip(run.eval_steps, run.accuracy, strict=True))
+    curve = run.summary.get("curve")
+    if curve is None:  # as version 0.1.0 wrote it
+        run.read(whole=True)
+        curve = list(zip(run.eval_steps, run.accuracy, strict=True))
     return not (config.compare.until and targets and _enough(config, targets, curve))
 
 
@@ -377,7 +382,7 @@ def _state(config: Config, out: Path, redo: bool) -> tuple[bool, bool]:
     elif other_inputs(record, score_hashes(config)):
         why = "made from other scores than those in run_dir"
     else:
-        return True, ended
+        return True, ended and not manifest.look(out, "run").fault  # a run that goes on writes run.json anew
     if redo:
         return False, False
     raise SaerlError(

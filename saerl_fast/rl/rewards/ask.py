@@ -19,7 +19,7 @@ import numpy as np
 
 from saerl_fast.errors import SaerlError, named
 from saerl_fast.rl.interrupt import TimeUp
-from saerl_fast.rl.rewards.contain import contained
+from saerl_fast.rl.rewards.contain import Intact, contained
 
 Reward = Callable[..., Any]
 LARGEST = 1e12  # of a reward: squares of the gradient's entries are summed up in float32
@@ -122,9 +122,11 @@ def ask(fn: Reward, rows: Rows, notes: Notes) -> np.ndarray:
         fix = f"name an instance of it (scorer = {fn.__name__}() and file.py:scorer) or a function"
         raise fail("is a class", fix)
     try:
-        with contained():
+        with contained(), Intact():
             by_place, by_name = _accepted(fn, given, place(fn))
-            raw = _settle(fn(*by_place, **by_name))
+            with Intact():  # or its answer could not be read
+                raw = fn(*by_place, **by_name)
+            raw = _settle(raw)
             if isinstance(raw, (str, bytes, Mapping, set, frozenset)) or not _is_list(raw):
                 raise fail(f"returned a {type(raw).__name__}", "return a list of numbers", place(fn))
             values = list(islice(raw, n + 1))  # it may have no end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import gc
 import logging
 import os
@@ -62,6 +63,7 @@ SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
     (gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
     (lambda: logging.root.manager.disable, logging.disable),
     (_umask, os.umask),
+    (lambda: dict(os.environ), lambda before: os.environ.update(before | dict(os.environ))),  # what is gone
     (lambda: [resource.getrlimit(which) for which in LIMITS], _limit),
     (
         lambda: signal.pthread_sigmask(signal.SIG_BLOCK, []),
@@ -73,6 +75,22 @@ SIGNALS = [
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGVTALRM", "SIGCHLD", "SIGPIPE")
     if hasattr(signal, name)
 ]
+
+
+class Intact:
+    """Puts back the builtins that the block changes, and the loaded modules that it removes.
+
+    Leaving it needs no builtin: what is left afterwards, such as `contained`, does.
+    """
+
+    def __enter__(self) -> None:
+        self._builtins, self._modules = vars(builtins).copy(), sys.modules.copy()
+
+    def __exit__(self, *_: object) -> None:
+        builtins.__dict__.update(self._builtins)
+        loaded = sys.modules.copy()
+        sys.modules.update(self._modules)
+        sys.modules.update(loaded)
 
 
 class _Open:
