@@ -3,8 +3,10 @@
     python tests/fake_driver.py ARCH       writes JSON to stdout
 
 Every launcher is called with CPU tensors, so that Triton's own specialisation of the arguments (1, multiples
-of 16, int64) and its binding of their names happen as on the GPU; the launch itself is left out. Reported of
-every compiled variant: shared memory and ``usage``; of every launcher: host microseconds per call.
+of 16, int64) and its binding of their names happen as on the GPU; the last step, which hands a kernel to
+CUDA, is left out. A kernel launched without the JIT has to be the one that it takes for these arguments.
+Reported of every compiled variant: shared memory and ``usage``; of every launcher: launches, how many of
+them by the JIT, and host microseconds per call.
 """
 
 from __future__ import annotations
@@ -24,11 +26,39 @@ from triton.runtime import JITFunction, driver
 
 ARCH = int(sys.argv[1])
 variants: dict = {}
-launches: list = []
+launches: list = []  # of each: by the JIT
+running: list = []  # in JITFunction.run
+comparing = True
+
+
+class Launcher:
+    """Takes the place of a compiled kernel's last step, in CUDA."""
+
+    def __init__(self, src, metadata):
+        self.src, self.metadata = src, metadata
+
+    def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *args):
+        launches.append(bool(running))
+        if comparing and not running:
+            of = self.metadata
+            other = self.src.fn.run(
+                *args, grid=(x, y, z), warmup=True, num_warps=of.num_warps, num_stages=of.num_stages
+            )
+            assert other.hash == of.hash, f"{self.src.fn.__name__} is not compiled for {args}"
+
+
+class Utils:
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 1 << 20}  # the test compares what is compiled with each chip's
+
+    def load_binary(self, name, kernel, shared, device):
+        return object(), 1, 0, 0, 1024  # module, function, registers, spilled, threads
 
 
 class Driver:
-    """What JITFunction asks of a driver before it launches."""
+    """What JITFunction asks of a driver."""
+
+    launcher_cls, utils = Launcher, Utils()
 
     def get_current_target(self):
         return GPUTarget("cuda", ARCH, 32)
@@ -61,16 +91,16 @@ def usage(cubin: bytes) -> dict:
     return {**found, "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))}
 
 
-def compile_only(self, *args, grid, warmup, **kwargs):
-    kernel = real_run(self, *args, grid=grid, warmup=True, **kwargs)
-    launches.append(self.__name__)
-    if kernel is not None and kernel.hash not in variants:
-        variants[kernel.hash] = (self.__name__, kernel)
+def run(self, *args, **kwargs):
+    running.append(self)
+    kernel = real_run(self, *args, **kwargs)
+    running.pop()
+    variants.setdefault(kernel.hash, (self.__name__, kernel))
     return kernel
 
 
 real_run = JITFunction.run
-JITFunction.run = compile_only
+JITFunction.run = run
 driver.set_active(Driver())
 torch.empty = lambda *args, **kwargs: torch.zeros(*args, **kwargs)  # no kernel writes: nothing may be garbage
 
@@ -111,6 +141,12 @@ def launchers():
     )
     yield "chunked", lambda: launch.encode_topk(rows[wide], wide, 32, chunked)
     yield "chunked, k 1, 1 row, odd", lambda: launch.encode_topk(rows[odd][:1], odd, 1, chunked)
+    for BM, BN in ((32, 512), (64, 1000)):
+        chunks = chunked._replace(BM=BM, BN=BN)
+        yield f"chunked, {BM} x {BN}", lambda chunks=chunks: launch.encode_topk(rows[wide], wide, 33, chunks)
+    few = encoder(256, 3, whole)
+    ones = chunked._replace(BN=1)
+    yield "chunked, 1 column", lambda: launch.encode_topk(rows[wide], few, 2, ones)
     yield "topk", lambda: launch.topk(torch.zeros(96, 4096), 32)
     places, fused = torch.zeros(96 * 4096), tune.above_plan(ARCH)
     for name, e, n in (("above", big, 96), ("above, 1 row, odd", odd, 1)):
@@ -136,13 +172,19 @@ def launchers():
 
 report = {"calls": {}, "variants": []}
 for name, call in launchers():
+    comparing = True
     call()  # compiles
+    comparing = False
     del launches[:]
     begin = time.thread_time()
     for _ in range(3):
         call()
     spent = (time.thread_time() - begin) / 3
-    report["calls"][name] = {"launches": len(launches) // 3, "host_us": spent * 1e6}
+    report["calls"][name] = {
+        "launches": len(launches) // 3,
+        "by_jit": sum(launches) // 3,
+        "host_us": spent * 1e6,
+    }
 for name, kernel in variants.values():
     found = usage(kernel.asm["cubin"])
     report["variants"].append({"kernel": name, "shared": kernel.metadata.shared, **found})

@@ -44,6 +44,12 @@ def test_launchers_compile(arch):
     assert {name: calls[name]["launches"] for name in ("groups", "topk", "decode")} == {
         "groups": 3, "topk": 1, "decode": 1,
     }  # fmt: skip
+    # Three blocks of 8 chunks and an end: by the JIT the ends, the first chunk of all, the last of a block.
+    # Chunks of 1000 columns begin at multiples of 16 and not, one of one column at 1: none fits the next.
+    assert {name: (calls[name]["launches"], calls[name]["by_jit"]) for name in calls if " x " in name} == {
+        "chunked, 32 x 512": (27, 5), "chunked, 64 x 1000": (12, 12),
+    }  # fmt: skip
+    assert calls["chunked, 1 column"]["by_jit"] == calls["chunked, 1 column"]["launches"]
     # Twenty times what a launch costs on a quiet machine: only a launcher that went wrong takes longer.
     assert calls["groups"]["host_us"] < 3 * 400
 

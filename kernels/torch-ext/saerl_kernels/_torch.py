@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Callable, Iterator, List, Optional, Tuple
+from typing import Callable, Iterator, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -58,14 +58,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+@functools.lru_cache(maxsize=None)  # asked for every chunk
 def widening_mm(device: torch.device) -> bool:
     """Can torch.mm give the float32 sums of 16-bit matrices there? (CUDA, from torch 2.8.)"""
-    return device.type == "cuda" and torch.version.hip is None and "dtype_out" in _mm_overloads()
-
-
-@functools.lru_cache(maxsize=None)
-def _mm_overloads() -> List[str]:
-    return torch.ops.aten.mm.overloads()
+    overloads = torch.ops.aten.mm.overloads()
+    return device.type == "cuda" and torch.version.hip is None and "dtype_out" in overloads
 
 
 def exact_topk(scores: Tensor, k: int, relu: bool = False) -> TopK:

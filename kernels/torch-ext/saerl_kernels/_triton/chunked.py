@@ -8,12 +8,13 @@ could still win is dropped. ``topk`` gates the rows of a matrix in the same way,
 
 from __future__ import annotations
 
-from typing import Iterator, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from .._torch import widening_mm
 from ..dispatch import interpreting
@@ -34,7 +35,7 @@ def launch_chunked(
     """(first row, keys int64 [n, SLOTS], counts int32 [n]) for blocks of ``plan.BM`` rows of ``x``.
 
     The first ``counts`` keys of a row, in no order, are its min(k, positive) largest activations, with
-    packed columns for features. The memory is used again for the next block.
+    packed columns for features. The memory of both is used again for the next block.
     """
     rows, columns = min(plan.BM, x.shape[0]), min(plan.BN, encoder.d_sae)
     block = min(plan.BK, next_power_of_2(columns))
@@ -42,6 +43,7 @@ def launch_chunked(
     height = max(1, min(next_power_of_2(rows), (1 << 17) // room)) if interpreting() else 1
     scratch = torch.empty(rows * columns, dtype=torch.float32, device=x.device)
     keys = torch.empty((rows, room), dtype=torch.int64, device=x.device)
+    state = torch.empty((3, rows), dtype=torch.int32, device=x.device)
     weights = encoder.weight.t().split(columns, 1)
     options = {
         "ROWS": height,
@@ -49,23 +51,34 @@ def launch_chunked(
         "TILES": cdiv(columns, block),
         "SLOTS": room,
         "PERMUTED": encoder.permutation is not None,
-        "num_warps": plan.warps,
     }
+    compiled: Dict[Tuple[int, bool], Any] = {}
     # The host's time for a chunk counts in every batch: what can be made before the loop is.
     for start in range(0, x.shape[0], rows):
         part = x[start : start + rows]
         n, d_sae = part.shape[0], encoder.d_sae
-        counts, limits, lasts = torch.zeros((3, n), dtype=torch.int32, device=x.device)
+        counts, limits, lasts = state[:, :n].zero_()
         sizes = {columns, weights[-1].shape[1]}
         blocks = {width: scratch[: n * width].view(n, width) for width in sizes}
-        gate = _gate_kernel[(cdiv(n, height),)]
+        grid = (cdiv(n, height), 1, 1)
+        gate = _gate_kernel[grid]
         tensors = encoder.bias, numbers, keys, counts, limits, lasts
         first = 0
         for weight in weights:
             width = weight.shape[1]
             scores = product(part, weight, blocks[width])
-            left = k if first + width == d_sae else room - block
-            gate(scores, *tensors, n, d_sae, first, width, width, k, left, **options)
+            last = first + width == d_sae
+            numbered = n, d_sae, first, width, width, k, k if last else room - block
+            again = compiled.get((n, last))
+            if again is not None:
+                again(scores, *tensors, *numbered, *options.values())
+            else:
+                launched = gate(scores, *tensors, *numbered, **options, num_warps=plan.warps)
+                # Chunks of the same (n, last) take the same memory and differ in ``first`` alone, of which
+                # the JIT asks whether it is 1, a multiple of 16 and below 2^31: what it compiled for one of
+                # them fits all, and is launched without asking it. The interpreter compiles nothing.
+                if columns % 16 == 0 and isinstance(launched, CompiledKernel):
+                    compiled[n, last] = launched[grid]
             first += width
         yield start, keys[:n], counts
 
