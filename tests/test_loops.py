@@ -149,3 +149,13 @@ def test_loops_by_architecture(monkeypatch):
     assert tune.above_plan(90).loop == "plain" and tune.above_plan(90).stages == 3
     monkeypatch.setattr(tune, "TRITON", (3, 6))
     assert tune.gpu_plan(16, (2, 64), 90) == Plan("groups", 2, 64)
+
+
+def test_few_steps_take_the_plain_loop(monkeypatch):
+    """The nested one spills there (kernels/NOTES.md)."""
+    monkeypatch.setattr(tune, "TRITON", (3, 7))
+    monkeypatch.setattr(tune, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    encoders = {d_in: sk.pack_encoder(torch.zeros(d_in, 4096).bfloat16()) for d_in in (192, 256)}
+    plans = {d_in: tune.groups_plan(encoder, 8) for d_in, encoder in encoders.items()}
+    assert plans == {192: Plan("groups", 1), 256: tune.with_loop(Plan("groups", 1), "nested")}
