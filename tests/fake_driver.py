@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -102,6 +103,7 @@ def run(self, *args, **kwargs):
 real_run = JITFunction.run
 JITFunction.run = run
 driver.set_active(Driver())
+torch.cuda.get_device_capability = lambda device: divmod(ARCH, 10)
 torch.empty = lambda *args, **kwargs: torch.zeros(*args, **kwargs)  # no kernel writes: nothing may be garbage
 
 from saerl_kernels import CSR, pack_encoder  # noqa: E402
@@ -131,6 +133,11 @@ def launchers():
         "groups, float32",
         lambda: launch.encode_topk(rows[wide], wide, 32, tune.gpu_plan(32, (3, 32), ARCH)),
     )
+    flat = encoder(128, 4096, half)  # a product of two steps
+    yield (
+        "groups, d_in 128",
+        lambda: launch.encode_topk(torch.zeros(96, 128, dtype=half), flat, 32, tune.groups_plan(flat, 32)),
+    )
     screen = tune.gpu_plan(16, (2, 32), ARCH)._replace(algorithm="screen")  # in the default loop
     vast, single = encoder(256, 65536, whole, False), encoder(100, 1000, whole)
     rows[vast], rows[single] = torch.zeros(96, 256), torch.zeros(1, 100)
@@ -139,6 +146,11 @@ def launchers():
         "screen, k 512, 1 row, odd",
         lambda: launch.encode_topk(rows[single], single, 512, tune.with_loop(screen, "plain")._replace(T=3)),
     )
+    # One row of a dictionary so large that it is selected in several tiles.
+    huge = SimpleNamespace(d_sae=24 << 16, permutation=torch.zeros(0, dtype=torch.int32))
+    bits, ends = torch.zeros(1, 3, 24 << 10, dtype=torch.int32), torch.zeros(2, 1, 512, dtype=torch.int32)
+    args = (bits, bits[:, 1:].to(torch.int8), huge, 1, 512, tune.Plan("groups", 2, 64), tuple(ends))
+    yield "selection in tiles", lambda: launch._select(*args)
     yield "chunked", lambda: launch.encode_topk(rows[wide], wide, 32, chunked)
     yield "chunked, k 1, 1 row, odd", lambda: launch.encode_topk(rows[odd][:1], odd, 1, chunked)
     for BM, BN in ((32, 512), (64, 1000)):
@@ -165,7 +177,8 @@ def launchers():
     codes = CSR(torch.arange(97) * 32, indices.reshape(-1), values.reshape(-1), 4096)
     ends = torch.tensor([0, 96])
     yield "pool", lambda: launch.pool_codes(codes, ends, "sum", None, None)
-    yield "k-means", lambda: kmeans.assign(codes, torch.zeros(4096, 64))
+    for n in (64, 1000):
+        yield f"k-means, {n}", lambda n=n: kmeans.assign(codes, torch.zeros(4096, n))
     labels = torch.zeros(96, dtype=torch.int32)
     yield "k-means update", lambda: kmeans.update(codes, labels, 64)
 

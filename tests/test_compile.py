@@ -122,6 +122,9 @@ def jobs():
     yield "k-means update", kmeans._update_kernel, part, kmeans.blocks(1000, 64), 4, 3
 
 
+at_most = {kmeans._assign_kernel: 128, select._select_kernel: 168, groups._reopen_kernel: 255}
+
+
 def build(fn, pointers, constants, warps, stages):
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in fn.arg_names}
     at = {n: (fn.arg_names.index(n),) for n in fn.arg_names}
@@ -130,7 +133,7 @@ def build(fn, pointers, constants, warps, stages):
     source = ASTSource(
         fn=fn, signature=signature, constexprs={at[n]: v for n, v in constants.items()}, attrs=aligned
     )
-    options = dict(num_warps=warps, num_stages=stages)
+    options = dict(num_warps=warps, num_stages=stages, maxnreg=at_most.get(fn))
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -192,13 +195,11 @@ def test_no_spills(compiled):
     import triton
 
     arch, report = compiled
-    old = triton.__version__ < "3.7"
     if triton.__version__ >= "3.9" and arch != 80:
         pytest.skip("Triton 3.9 spills: 984 bytes in scoring for sm_100, 24 in selection for sm_90")
     for name, found in report.items():
-        allowed = {"k-means assign 1000": 8, "select tiles": 24}.get(name, 0) if old else 0
         if found["usage"] is not None:
-            assert found["usage"]["stack"] <= allowed, (name, found)
+            assert found["usage"]["stack"] == 0, (name, found)
 
 
 def test_tensor_cores(compiled):

@@ -18,9 +18,6 @@ from tests.encoders import assert_equal, integers
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-STACK = {("_reopen_kernel", arch): 24 + 8 * (arch in (90, 120)) for arch in (80, 89, 90, 120)}  # bytes
-STACK |= {("_select_kernel", arch): 8 for arch in (80, 89, 90, 100)}  # several small rows; 56 to 96 registers
-STACK[("_score_above_kernel", 100)] = 24  # of rows that are not aligned: less than half a tile would cost
 
 
 @pytest.mark.parametrize("arch", sorted(SHARED_LIMIT))
@@ -38,8 +35,8 @@ def test_launchers_compile(arch):
     report = json.loads(done.stdout)
     for found in report["variants"]:
         assert found["shared"] <= SHARED_LIMIT[arch], found
-        if "3.7" <= triton.__version__ < "3.9":  # 3.6 and 3.9 spill: see test_compile
-            assert found.get("stack", 0) <= STACK.get((found["kernel"], arch), 0), found
+        if triton.__version__.startswith(("3.6.", "3.7.")):  # 3.9 spills: see test_compile
+            assert found.get("stack", 0) == 0, found
     calls = report["calls"]
     assert {name: calls[name]["launches"] for name in ("groups", "topk", "decode")} == {
         "groups": 3, "topk": 1, "decode": 1,
@@ -83,7 +80,8 @@ def test_a_plan_that_does_not_launch_is_replaced_and_said_once(refusing, refused
     want = sk.reference.encode_topk(x, encoder, 5)
     with pytest.warns(UserWarning, match="does not launch .*shared memory") as said:
         assert_equal(sk.encode_topk(x, encoder, 5, backend="triton"), want)
-    assert tried == ["groups", "chunked"] and len(said) == len(refused)
+    assert tried == ["groups", "chunked"]
+    assert ["does not launch" in str(one.message) for one in said].count(True) == len(refused)
     del tried[:]
     assert_equal(sk.encode_topk(x, encoder, 5, backend="triton"), want)  # a warning would be an error here
     assert tried == ["chunked"] * (len(refused) == 1)

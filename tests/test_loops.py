@@ -130,7 +130,9 @@ def test_a_loop_that_does_not_compile_is_replaced_and_said_once(monkeypatch):
     with pytest.warns(UserWarning, match="does not launch .*PassManager") as said:
         assert_equal(triton_backend.encode_topk(x, encoder, 5), want)
     assert_equal(triton_backend.encode_topk(x, encoder, 5), want)  # a warning would be an error here
-    assert ran == ["specialised", "plain", "plain"] and len(said) == 1
+    assert ran == ["specialised", "plain", "plain"]
+    # NumPy warns of Triton 3.6's interpreter as well.
+    assert ["does not launch" in str(one.message) for one in said].count(True) == 1
 
     def broken(*args):
         raise RuntimeError("an error of the device")
@@ -149,3 +151,13 @@ def test_loops_by_architecture(monkeypatch):
     assert tune.above_plan(90).loop == "plain" and tune.above_plan(90).stages == 3
     monkeypatch.setattr(tune, "TRITON", (3, 6))
     assert tune.gpu_plan(16, (2, 64), 90) == Plan("groups", 2, 64)
+
+
+def test_few_steps_take_the_plain_loop(monkeypatch):
+    """The nested one spills there (kernels/NOTES.md)."""
+    monkeypatch.setattr(tune, "TRITON", (3, 7))
+    monkeypatch.setattr(tune, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    encoders = {d_in: sk.pack_encoder(torch.zeros(d_in, 4096).bfloat16()) for d_in in (192, 256)}
+    plans = {d_in: tune.groups_plan(encoder, 8) for d_in, encoder in encoders.items()}
+    assert plans == {192: Plan("groups", 1), 256: tune.with_loop(Plan("groups", 1), "nested")}

@@ -17,7 +17,7 @@ from ..types import TopK
 from .above import encode_threshold, score_survivors
 from .chunked import _topk_kernel, launch_chunked, slots
 from .codes import _decode_kernel
-from .device import cdiv, next_power_of_2, on_device, tried
+from .device import cdiv, next_power_of_2, on_device, registers, tried
 from .finish import _finish_kernel
 from .grads import value_grads, weight_grads
 from .groups import _reopen_kernel
@@ -125,7 +125,8 @@ def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
             PERMUTED=encoder.permutation is not None,
             UPCAST=interpreting(),
             COUNT=interpreting(),
-            num_warps=4,
+            num_warps=4 if k <= 512 else 8,
+            **registers(255),
         )
     rest = torch.cat(left).nonzero().squeeze(-1) if screened else ()  # waits for the device
     if len(rest):
@@ -208,7 +209,8 @@ def _select(
         PERMUTED=encoder.permutation is not None,
         FINISH=plan.algorithm != "screen",
         COUNT=interpreting(),
-        num_warps=min(16, warps),
+        num_warps=min(16, warps),  # on a GPU at most 8
+        **registers(168),
     )
     return keys, counts, opened
 

@@ -99,6 +99,7 @@ def launch_above(
     n_words = triton.cdiv(d_sae, 128) * 4
     words = torch.empty((n, n_words), dtype=torch.int32, device=device)
     counts = torch.empty(n, dtype=torch.int32, device=device)
+    aligned = encoder.d_in * encoder.weight.element_size() % 16 == 0
     grid = (triton.cdiv(n, plan.BM) * triton.cdiv(d_sae, plan.BN),)
     _score_above_kernel[grid](
         x,
@@ -113,7 +114,7 @@ def launch_above(
         D=encoder.d_in,
         BM=plan.BM,
         BN=plan.BN,
-        BK=plan.BK,
+        BK=plan.BK if aligned else min(plan.BK, 32),  # others pass through registers, here half as many
         BAND=plan.BAND,
         UPCAST=interpreting(),
         num_warps=plan.warps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any, Callable, Set, Tuple, TypeVar, cast
+from typing import Any, Callable, Dict, Set, Tuple, TypeVar, cast
 
 import torch
 from triton.compiler.errors import CompilationError
@@ -45,6 +45,15 @@ def tried(key: Tuple, plan: Any, call: Callable[..., Any], *args: Any) -> Any:
         name = f"{type(err).__name__}: {err}".partition("\n")[0][:200]
         warnings.warn(f"{plan} does not launch ({name}); a slower one runs", stacklevel=3)
         return None
+
+
+def registers(most: int) -> Dict[str, int]:
+    """Options of a launch that let a thread have ``most`` registers.
+
+    Left to itself ptxas may take fewer, so that one more program fits a multiprocessor, and put 8 to 32 bytes
+    of the rest on the stack. AMD's compiler has no such option.
+    """
+    return {} if torch.version.hip else {"maxnreg": most}
 
 
 def cdiv(a: int, b: int) -> int:

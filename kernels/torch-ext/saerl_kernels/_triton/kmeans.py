@@ -15,7 +15,7 @@ from torch import Tensor
 from .._torch_kmeans import normalise_, row_similarity, table_of
 from ..csr import transpose
 from ..types import CSR
-from .device import on_device
+from .device import on_device, registers
 
 __all__ = ["assign", "row_similarity", "table_of", "transpose", "update"]
 
@@ -28,8 +28,9 @@ def assign(X: CSR, table: Tensor) -> Tuple[Tensor, Tensor]:
     labels = torch.empty(X.n_rows, dtype=torch.int32, device=X.device)
     similarity = torch.empty(X.n_rows, dtype=torch.float32, device=X.device)
     if X.n_rows:
-        args = (X.indptr, X.indices, X.values, table, labels, similarity)
-        _assign_kernel[(X.n_rows,)](*args, table.shape[1], **blocks(table.shape[1], 256), num_warps=4)
+        args = (X.indptr, X.indices, X.values, table, labels, similarity, table.shape[1])
+        shape = blocks(table.shape[1], 256)
+        _assign_kernel[(X.n_rows,)](*args, **shape, num_warps=4, **registers(128))
     return labels, similarity
 
 

@@ -43,6 +43,7 @@ from torch import Tensor
 from ..dispatch import interpreting
 from ..pack import PackedEncoder
 from .chunked import _reduce
+from .device import registers
 from .groups import group_column
 from .tune import Plan
 
@@ -145,7 +146,7 @@ def launch_rescore(
         TILES=triton.cdiv(width, scanned),
         PERMUTED=encoder.permutation is not None,
         num_warps=warps,
-        maxnreg=128,  # left to itself the compiler takes 96 and puts 8 bytes on the stack
+        **registers(128),
     )
     return keys, left
 

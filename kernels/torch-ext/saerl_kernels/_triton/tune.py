@@ -81,7 +81,9 @@ def groups_plan(encoder: PackedEncoder, k: int, least: Optional[Tuple[int, int]]
     major, minor = torch.cuda.get_device_capability(encoder.device)
     bits, arch = encoder.weight.element_size() * 8, major * 10 + minor
     kept = fewest_kept(encoder.d_sae, k, sizes(bits, arch)) or least
-    return kept and gpu_plan(bits, kept, arch)
+    plan = kept and gpu_plan(bits, kept, arch)
+    # Up to three steps are unrolled there, which puts 24 to 48 bytes on the stack.
+    return with_loop(plan, "plain") if plan and plan.loop == "nested" and encoder.d_in < 256 else plan
 
 
 def screen_plan(n: int, encoder: PackedEncoder, k: int) -> Optional[Plan]:
