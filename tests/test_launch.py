@@ -74,7 +74,8 @@ def test_a_plan_that_does_not_launch_is_replaced_and_said_once(refusing, refused
     want = sk.reference.encode_topk(x, encoder, 5)
     with pytest.warns(UserWarning, match="does not launch .*shared memory") as said:
         assert_equal(sk.encode_topk(x, encoder, 5, backend="triton"), want)
-    assert tried == ["groups", "chunked"] and len(said) == len(refused)
+    assert tried == ["groups", "chunked"]
+    assert ["does not launch" in str(one.message) for one in said].count(True) == len(refused)
     del tried[:]
     assert_equal(sk.encode_topk(x, encoder, 5, backend="triton"), want)  # a warning would be an error here
     assert tried == ["chunked"] * (len(refused) == 1)

@@ -130,7 +130,9 @@ def test_a_loop_that_does_not_compile_is_replaced_and_said_once(monkeypatch):
     with pytest.warns(UserWarning, match="does not launch .*PassManager") as said:
         assert_equal(triton_backend.encode_topk(x, encoder, 5), want)
     assert_equal(triton_backend.encode_topk(x, encoder, 5), want)  # a warning would be an error here
-    assert ran == ["specialised", "plain", "plain"] and len(said) == 1
+    assert ran == ["specialised", "plain", "plain"]
+    # NumPy warns of Triton 3.6's interpreter as well.
+    assert ["does not launch" in str(one.message) for one in said].count(True) == 1
 
     def broken(*args):
         raise RuntimeError("an error of the device")
