@@ -122,7 +122,7 @@ def jobs():
     yield "k-means update", kmeans._update_kernel, part, kmeans.blocks(1000, 64), 4, 3
 
 
-at_most = {kmeans._assign_kernel: 128, select._select_kernel: 168, groups._reopen_kernel: 255}
+at_most = {kmeans._assign_kernel: 255, select._select_kernel: 168, groups._reopen_kernel: 255}
 
 
 def build(fn, pointers, constants, warps, stages):

@@ -30,7 +30,7 @@ def assign(X: CSR, table: Tensor) -> Tuple[Tensor, Tensor]:
     if X.n_rows:
         args = (X.indptr, X.indices, X.values, table, labels, similarity, table.shape[1])
         shape = blocks(table.shape[1], 256)
-        _assign_kernel[(X.n_rows,)](*args, **shape, num_warps=4, **registers(128))
+        _assign_kernel[(X.n_rows,)](*args, **shape, num_warps=4, **registers(255))
     return labels, similarity
 
 
