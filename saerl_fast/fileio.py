@@ -158,11 +158,13 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     """A temporary path beside ``target`` that replaces it when the block ends without an error.
 
     The data are flushed to the disk before the rename, so a crash leaves the old file or the new one. A link
-    stays; what it points to is replaced.
+    stays; what it points to is replaced. SaerlError where that is a device: root could replace /dev/null.
     """
     given, target = Path(target), Path(os.path.realpath(target))
     temporary = target.with_name(f".{target.name[:180]}.{process_mark()}.{secrets.token_hex(4)}.tmp")
     with writing(given):
+        if target.is_char_device() or target.is_block_device():
+            raise SaerlError(f"{given} is a device, {target}; remove it, or choose another place")
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(exist_ok=False)
         try:

@@ -204,3 +204,12 @@ def test_the_mark_of_a_process():
 def test_what_cannot_be_read_is_not_called_damaged(err, said):
     found = fileio.damaged("a", err, "make it again")
     assert str(found) == said and isinstance(found, Unreadable) == ("cannot" in said)
+
+
+def test_a_device_is_not_replaced(tmp_path, monkeypatch):
+    """Nor is anything written beside it; the rename is taken away, lest a fault harm the machine."""
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("replaced"))
+    (tmp_path / "out.json").symlink_to(os.devnull)
+    with pytest.raises(SaerlError, match="out.json is a device, /dev/null; remove it"):
+        fileio.write_text(tmp_path / "out.json", "x")
+    assert Path(os.devnull).is_char_device()

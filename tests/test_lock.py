@@ -126,6 +126,15 @@ def test_a_lock_that_says_nothing_is_held_until_it_has_been_silent_for_long(tmp_
         pass
 
 
+def test_what_is_no_file_in_the_place_of_a_lock_is_not_waited_for(tmp_path):
+    (tmp_path / NAME).symlink_to("/dev/zero")  # reading it has no end
+    assert module._text(tmp_path / NAME) == ""
+    (tmp_path / NAME).unlink()
+    os.mkfifo(tmp_path / NAME)
+    with pytest.raises(Held, match="unknown process"), lock(tmp_path):
+        pass
+
+
 def test_the_lock_of_another_machine(tmp_path):
     foreign(tmp_path, 100, command="saerl \x1b[31mtrain")
     with pytest.raises(Held) as caught, lock(tmp_path):
@@ -252,7 +261,7 @@ def test_a_lock_that_cannot_be_read_when_it_is_given_back_holds_nobody_up(tmp_pa
 def test_a_lock_that_cannot_be_read_is_not_taken_for_a_removed_folder(tmp_path, monkeypatch):
     with lock(tmp_path) as held:
         with monkeypatch.context() as patch, pytest.raises(SaerlError, match="open files.*ulimit -n"):
-            patch.setattr(Path, "read_text", Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
+            patch.setattr("builtins.open", Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
             held.check()
         held.check()
 

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.rl.interrupt import ENDING
 from saerl_fast.rl.worker import Died, Late, Worker
 
 ROOT = Path(__file__).parents[1]
@@ -79,12 +81,42 @@ def leave_behind(file: str) -> None:
 
 
 def spoil(what: str) -> None:
-    if what == "files":
+    if what.startswith("files"):
         os.closerange(0, 1000)
+        time.sleep(60 if what.endswith("for long") else 0)
+    elif what == "link":
+        for file in range(3, 20):
+            with suppress(OSError):
+                os.write(file, b"neither a length nor as much")
+    elif what == "answer":
+        own = type("Own", (SaerlError,), {"__module__": __name__})
+        globals()["Own"] = own  # a class that is here only
+        raise own("not like this")
     elif what == "pickle":
         pickle.dumps = pickle.loads = None  # type: ignore[assignment]
     else:
         raise ValueError("not expected")
+
+
+def stop_the_guard() -> tuple[int, int]:
+    os.kill(os.getppid(), signal.SIGSTOP)
+    return os.getppid(), os.getpid()
+
+
+def signalled() -> list[int]:
+    """The signals that end a fork of this process, after this one and its guard got all."""
+    for number in ENDING:
+        os.kill(os.getppid(), number)
+        os.kill(os.getpid(), number)
+    ended = []
+    for number in ENDING:
+        if not (fork := os.fork()):
+            time.sleep(60)
+        os.kill(fork, number)
+        time.sleep(0.1)
+        os.kill(fork, signal.SIGKILL)
+        ended.append(-os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]))
+    return ended
 
 
 def crash_behind(file: str) -> None:
@@ -133,7 +165,7 @@ def test_calls_and_their_ends(tmp_path) -> None:
     assert gone(last)
 
 
-def test_a_child_that_a_call_has_spoilt(capfd) -> None:
+def test_a_child_that_a_call_has_spoilt(capfd, monkeypatch) -> None:
     """It ends in a sentence, without a traceback, and another takes its place."""
     worker, me = Worker((f"{__name__}:opening", ("again",))), __name__
     with pytest.raises(Died, match=r"unfit to answer \(were its files closed"):
@@ -143,8 +175,34 @@ def test_a_child_that_a_call_has_spoilt(capfd) -> None:
     with pytest.raises(Died, match=r"unfit to answer \(ValueError: not expected\)"):
         worker.call(f"{me}:spoil", "", seconds=60)
     assert worker.call(f"{me}:word", seconds=60)[0] == "again" and gone(first)
+    with pytest.raises(Died, match=r"unfit to answer \(AttributeError"):
+        worker.call(f"{me}:spoil", "answer", seconds=60)
+    assert worker.call(f"{me}:word", seconds=60)[0] == "again"
+    with pytest.raises(Late):  # an answer that begins and has no end
+        worker.call(f"{me}:spoil", "link", seconds=1)
+    assert worker.call(f"{me}:word", seconds=60)[0] == "again"
+    monkeypatch.setattr("saerl_fast.rl.worker._SWEEP", 0.5)
+    with pytest.raises(Died, match=r"unfit to answer \(were its files closed"):
+        worker.call(f"{me}:spoil", "files for long", seconds=60)
     worker.kill()
     assert capfd.readouterr().err == ""
+
+
+def test_a_stopped_child_and_signals_to_all_of_a_job(tmp_path, monkeypatch) -> None:
+    """The program alone decides what SIGTERM means; and what a call stops is ended like the rest. Names of
+    files in the working folder mean nothing."""
+    for name in ("json", "re", "resource", "saerl_fast"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT)
+    worker, me = Worker((f"{__name__}:opening", ("on",))), __name__
+    first = worker.call(f"{me}:word", seconds=60)[1]
+    ended = worker.call(f"{me}:signalled", seconds=60)
+    assert ended == [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP]  # SIGINT is ignored below, too
+    assert worker.call(f"{me}:word", seconds=60)[1] == first
+    guard = worker.call(f"{me}:stop_the_guard", seconds=60)
+    worker.kill()
+    assert gone(*guard)
 
 
 def test_the_child_dies_with_its_parent(tmp_path) -> None:

@@ -21,6 +21,7 @@ import os
 import platform
 import secrets
 import shlex
+import stat
 import sys
 import tempfile
 import threading
@@ -235,8 +236,9 @@ def _create(at: Path, text: str) -> bool:
 
 
 def _text(at: Path) -> str | None:
-    try:
-        return at.read_text(errors="replace")
+    try:  # a pipe in its place would let nobody go on, a device would have no end
+        with open(at, errors="replace", opener=lambda path, how: os.open(path, how | os.O_NONBLOCK)) as file:
+            return file.read() if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else ""
     except (FileNotFoundError, NotADirectoryError):
         return None
 

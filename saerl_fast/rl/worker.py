@@ -15,13 +15,15 @@ import faulthandler
 import functools
 import glob
 import importlib
-import json
+import math
 import os
 import pickle
 import re
 import resource
 import select
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -35,14 +37,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from saerl_fast.errors import SaerlError, first_line, named
+from saerl_fast.rl.interrupt import ENDING
 
 PATIENCE = 600.0  # seconds for the child's imports
 LOOK = 0.2  # seconds between looks at whether the child is there
-_CHILD = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from saerl_fast.rl.worker import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
+_CHILD = (  # no import before the path is set: that of "-c" begins with the working folder
+    "import sys; sys.path[:] = sys.argv[3:]; "
+    "from saerl_fast.rl.worker import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
 )
 _SPOILT = 70  # exit code of a worker that can say nothing any more
+_UNFIT = "left its process unfit to answer"
 _SWEEP = 10.0  # seconds, at most, to end what is left behind
 _PDEATHSIG, _CHILD_SUBREAPER = 1, 36  # of prctl(2)
 _FRAME = re.compile(r'File "(.*)", line (\d+)')
@@ -94,7 +98,10 @@ class Worker:
                     raise
                 self._ready = True
             try:
+                self._limit(seconds)
                 self._link.send_bytes(pickle.dumps((function, args)))
+            except BlockingIOError:
+                raise self._late() from None
             except OSError:
                 raise self._death() from None
             except BaseException:  # half a message, perhaps
@@ -111,7 +118,7 @@ class Worker:
         self._link, theirs = Pipe()
         self._trace, trace = os.pipe()
         told = (theirs.fileno(), trace)
-        command = [sys.executable, "-u", "-c", _CHILD, json.dumps([*map(str, sys.path)]), *map(str, told)]
+        command = [sys.executable, "-u", "-c", _CHILD, *map(str, (*told, *sys.path))]
         try:
             self._process = subprocess.Popen(
                 command,
@@ -132,39 +139,53 @@ class Worker:
         self._end()
         self._start()
 
+    def _limit(self, seconds: float) -> None:
+        """How long the link may stand still in the middle of a message; then it is BlockingIOError."""
+        with socket.fromfd(self._link.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as link:
+            link.setblocking(True)  # whatever socket.setdefaulttimeout says
+            for way in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+                link.setsockopt(socket.SOL_SOCKET, way, struct.pack("ll", math.ceil(seconds), 0))
+
     def _receive(self, seconds: float) -> Any:
         try:
             end = time.monotonic() + seconds
             while not self._link.poll(max(0.0, min(LOOK, end - time.monotonic()))):
                 if self._process.poll() is not None and not self._link.poll():
                     raise self._death()  # what it has started may hold its end of the link
-                if time.monotonic() < end:
-                    continue
-                frames = self._frames()
-                self._restart()
-                raise Late(frames)
-            ok, answer = pickle.loads(self._link.recv_bytes())
+                if time.monotonic() >= end and not self._link.poll():  # this process may have been stopped
+                    raise self._late()
+            data = self._link.recv_bytes()
         except (Late, Died):
             raise
+        except BlockingIOError:
+            raise self._late() from None
         except (EOFError, OSError):
             raise self._death() from None
         except BaseException:  # an interrupt, say: the child would answer the wrong question
             self._restart()
             raise
+        try:
+            ok, answer = pickle.loads(data)
+        except Exception as err:  # its file descriptors were written to, say
+            ok, answer = False, Died(f"{_UNFIT} ({named(err)})")
         if ok:
             return answer
         if isinstance(answer, Died):
             self._restart()
         raise answer
 
-    def _death(self) -> Died:
-        process = self._process
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(1)
+    def _late(self) -> Late:
+        frames = self._frames()
         self._restart()
-        code = process.returncode
+        return Late(frames)
+
+    def _death(self) -> Died:
+        process, code = self._process, _SPOILT  # where it lives, and has closed the link
+        with suppress(subprocess.TimeoutExpired):
+            code = process.wait(_SWEEP)
+        self._restart()
         if code == _SPOILT:
-            return Died("left its process unfit to answer (were its files closed, or its modules changed?)")
+            return Died(f"{_UNFIT} (were its files closed, or its modules changed?)")
         if code >= 0:
             return Died(f"ended its process with code {code}")
         name = signal.Signals(-code).name if -code in {*signal.Signals} else str(-code)
@@ -184,6 +205,7 @@ def _end(process: Any, link: Connection, trace: int, owner: int) -> None:
     os.close(trace)
     process.stdin.close()  # upon which the guard ends all; not for a fork's copy
     if owner == os.getpid():
+        process.send_signal(signal.SIGCONT)  # a call may have stopped it
         process.wait()
 
 
@@ -191,6 +213,9 @@ def serve(link: int, trace: int) -> None:
     """The child: a guard, and the worker, which answers calls until the other side is gone."""
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None
     prctl(_CHILD_SUBREAPER, 1, 0, 0, 0)
+    prctl(_PDEATHSIG, signal.SIGCONT, 0, 0, 0)  # should a call have stopped it
+    for number in ENDING:  # a KeyboardInterrupt is then a call's own
+        signal.signal(number, signal.SIG_IGN)
     if worker := os.fork():
         os.close(link)
         os.close(trace)
@@ -198,7 +223,22 @@ def serve(link: int, trace: int) -> None:
     prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a KeyboardInterrupt is then a call's own
+    # Those who end a job may signal all its processes; the program itself decides what becomes of its step.
+    own = os.getpid()
+
+    def outlive(number: int, _: Any) -> None:
+        if os.getpid() != own:  # a fork, which a call may want to end
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    ending = {*ENDING} - {signal.SIGINT}
+    for number in ending:  # what it starts does not inherit a handler, as it does SIG_IGN
+        signal.signal(number, outlive)
+    block, unblock = (
+        functools.partial(signal.pthread_sigmask, how, ending)
+        for how in (signal.SIG_BLOCK, signal.SIG_UNBLOCK)
+    )  # Python drops what a fork gets before it is ready
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=unblock)
     faulthandler.register(signal.SIGUSR1, file=trace, all_threads=False)
     connection = Connection(link)
     receive, send = connection.recv_bytes, connection.send_bytes
@@ -214,7 +254,7 @@ def serve(link: int, trace: int) -> None:
             except SaerlError as err:
                 answer = (False, err)
             except BaseException as err:
-                answer = (False, Died(f"left its process unfit to answer ({named(err)})"))
+                answer = (False, Died(f"{_UNFIT} ({named(err)})"))
             try:
                 data = dumps(answer)
             except Exception as err:
