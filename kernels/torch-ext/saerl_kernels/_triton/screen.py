@@ -146,7 +146,7 @@ def launch_rescore(
         TILES=triton.cdiv(width, scanned),
         PERMUTED=encoder.permutation is not None,
         num_warps=warps,
-        **registers(128),
+        **registers(255),
     )
     return keys, left
 
