@@ -243,8 +243,8 @@ TEMPLATES = {
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "more than 0.2 s",
     "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}": "more than",
     "{{ 9 ** 9 ** 9 }}": "powers",
-    "{{ '\ud800' }}": "surrogate",
-    "{{ '' }}": "no tokens",
+    "{{ messages[0].content ~ '\ud800' }}": "surrogate",
+    "{{ '' }}": "leaves out the last message",
 }
 
 

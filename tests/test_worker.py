@@ -85,7 +85,7 @@ def spoil(what: str) -> None:
         os.closerange(0, 1000)
         time.sleep(60 if what.endswith("for long") else 0)
     elif what == "link":
-        for file in range(3, 20):
+        for file in range(3, 1000):
             with suppress(OSError):
                 os.write(file, b"neither a length nor as much")
     elif what == "answer":
