@@ -28,6 +28,7 @@ def judge(text):
 
 def test_a_reward_in_its_own_process(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("saerl_fast.rl.rewards.call.SEARCH", 300.0)  # a child starts slowly on a busy machine
     (tmp_path / "apart_mine.py").write_text(SOURCE)
     here = get_reward("apart_mine.py:score")
     there, site = with_timeout(here, 3), tmp_path / "apart_mine.py"

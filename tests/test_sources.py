@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 
 import pytest
@@ -176,3 +178,21 @@ def test_reasoning_gym_is_reached_by_the_same_contract():
     direct = reasoning_gym.rows(role="train", size=6, seed=5, argument="chain_sum,gcd@0")
     pool = load_prompts("reasoning-gym:chain_sum,gcd@0", DataConfig(size=6), seed=5)
     assert pool.columns == direct and pool.column("prompt_id")[1] == "chain_sum@1/train/0"
+
+
+def test_questions_are_the_same_in_every_process():
+    """Those of these generators follow the order of a set, and thus the interpreter's hash seed."""
+    pytest.importorskip("reasoning_gym")
+    call = "rows(role='train', size=12, seed=5, argument='ransom_note,isomorphic_strings')"
+    code = f"from saerl_fast.prompts.reasoning_gym import rows; print({call}['prompt'])"
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1

@@ -9,6 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,10 @@ from saerl_fast.errors import SaerlError
 log = logging.getLogger(__name__)
 
 EVAL_SHARE = 64  # of 256: a quarter of all questions, chosen by a hash of their text
+_CHILD = (
+    "import json, sys; sys.path[:] = sys.argv[2:]; "
+    "from saerl_fast.prompts.reasoning_gym import answer; answer(**json.loads(sys.argv[1]))"
+)
 PATIENCE = 400  # draws in a row without a new question after which a band counts as exhausted
 
 
@@ -60,7 +67,44 @@ def rows(*, role: str, size: int, seed: int, argument: str) -> dict[str, list[An
     ``role`` is "train" or "eval". A question belongs to one of the two for ever, by a hash of its text,
     so the two pools are disjoint whatever their sizes, seeds and levels. Columns: prompt_id, prompt,
     answer, task, level (-1 where a generator has no bands) and rg_entry (JSON, for the scorer).
+
+    They are made in an interpreter of their own, whose hash seed is fixed: some generators follow the order
+    of sets, so that every process would have other questions.
     """
+    asked = {"role": role, "size": size, "seed": seed, "argument": argument}
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD, json.dumps(asked), *sys.path],
+        env=os.environ | {"PYTHONHASHSEED": "0"},
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    try:
+        told = json.loads(done.stdout.splitlines()[-1])  # generators may print
+    except (IndexError, ValueError):
+        why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise SaerlError(f"reasoning-gym:{argument} could not be made: {why}") from None
+    for line in told["warnings"]:
+        log.warning("%s", line)
+    if told["error"]:
+        raise SaerlError(told["error"])
+    return told["rows"]
+
+
+def answer(**asked: Any) -> None:
+    """Print what `rows` asks for as a line of JSON, in its interpreter."""
+    told: dict[str, Any] = {"rows": None, "error": None, "warnings": []}
+    handler = logging.Handler()
+    handler.emit = lambda record: told["warnings"].append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        told["rows"] = _rows(**asked)
+    except SaerlError as err:
+        told["error"] = str(err)
+    sys.stdout.write(f"\n{json.dumps(told)}\n")
+
+
+def _rows(role: str, size: int, seed: int, argument: str) -> dict[str, list[Any]]:
     try:
         cells = parse_cells(argument)
     except ImportError:
