@@ -225,7 +225,8 @@ def _rendered(pool: Pool, tokenizer: Any, cfg: DataConfig) -> Iterator[str]:
                 f"the chat template rejects prompt {name!r} with roles {names} ({reason}); "
                 "change its messages or data.chat_template_kwargs, or set data.chat=never"
             ) from None
-        if not all("".join(message["content"].split()) in "".join(text.split()) for message in chat):
+        written = "".join(text.split())
+        if not all("".join(message["content"].split()) in written for message in chat):
             roles = tuple(message["role"] for message in chat)
             if roles not in ignored:
                 ignored[roles] = _ignored(tokenizer, cfg, chat, text)
