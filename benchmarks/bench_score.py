@@ -26,7 +26,8 @@ import torch
 
 from benchmarks.harness import DEVICE, Contender, bench_threads, environment, grid, measure
 from saerl_fast.config import ModelConfig, ScoreConfig
-from saerl_fast.models import hidden_size, load_model, n_blocks
+from saerl_fast.models.layout import hidden_size, n_blocks
+from saerl_fast.models.load import load_model
 from saerl_fast.sae.blocks import forward_to
 from saerl_fast.sae.capture import resolve_products
 from saerl_fast.sae.model import SAE, SAESpec

@@ -22,7 +22,7 @@ from benchmarks.bench_signals import figures
 from benchmarks.harness import DEVICE, environment
 from saerl_fast.config import SAEConfig, load_config
 from saerl_fast.fileio import write_json
-from saerl_fast.models import n_blocks
+from saerl_fast.models.layout import n_blocks
 from saerl_fast.sae.capture import resolve_products
 from saerl_fast.sae.pooled import bank_pass
 from saerl_fast.sae.train import collect_activations, train_sae

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from saerl_fast.integrations.ray import score_with_ray as score_with_ray
     from saerl_fast.integrations.trl import plan_trainer as plan_trainer
     from saerl_fast.integrations.verl import write_parquet as write_parquet
-    from saerl_fast.models import load_model as load_model
+    from saerl_fast.models.load import load_model as load_model
     from saerl_fast.plan.base import Plan as Plan
     from saerl_fast.plan.build import build_plan as build_plan
     from saerl_fast.plan.file import load_plan as load_plan
@@ -53,7 +53,7 @@ _HOMES = {  # module -> names
     "integrations.ray": "score_with_ray",
     "integrations.trl": "plan_trainer",
     "integrations.verl": "write_parquet",
-    "models": "load_model",
+    "models.load": "load_model",
     "plan.base": "Plan",
     "plan.build": "build_plan",
     "plan.file": "load_plan save_plan",

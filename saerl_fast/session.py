@@ -12,7 +12,8 @@ from typing import Any
 from saerl_fast.config import Config, DataConfig, to_dict
 from saerl_fast.errors import SaerlError
 from saerl_fast.hub import hub_access, is_local
-from saerl_fast.models import check_named_layer, load_model, max_positions
+from saerl_fast.models.layout import max_positions
+from saerl_fast.models.load import check_named_layer, load_model
 from saerl_fast.prompts.pool import Pool, load_split
 from saerl_fast.prompts.render import Prompts, prepare
 from saerl_fast.prompts.sources import is_source

@@ -162,7 +162,8 @@ def judge(model: Any) -> dict[str, Any]:
 
     Raises what the loop raises: SaerlError for a model that it refuses.
     """
-    from saerl_fast.models import check_causal, n_blocks
+    from saerl_fast.models.checks import check_causal
+    from saerl_fast.models.layout import n_blocks
     from saerl_fast.rl import logprobs, ways
     from saerl_fast.rl.generate import generate
     from saerl_fast.rl.logprobs import check_gradient
@@ -310,7 +311,13 @@ def made_by() -> dict[str, str]:
     """Versions, and a digest of the code that the figures are of."""
     import transformers
 
-    files = ("models.py", "sae/capture.py", "sae/blocks.py", *(f"rl/{name}.py" for name in LOOP))
+    own = ("load", "checks", "layout")
+    files = (
+        *(f"models/{name}.py" for name in own),
+        "sae/capture.py",
+        "sae/blocks.py",
+        *(f"rl/{name}.py" for name in LOOP),
+    )
     code = b"".join((Path(saerl_fast.__file__).parent / name).read_bytes() for name in files)
     digest = hashlib.sha256(code).hexdigest()[:12]
     return {"transformers": transformers.__version__, "torch": torch.__version__, "code": digest}

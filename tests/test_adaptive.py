@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import gumbel_r, kstest
 
 from saerl_fast.config import AdaptiveConfig, PlanConfig
 from saerl_fast.errors import SaerlError
@@ -365,7 +366,7 @@ def test_many_prompts_are_chosen_from_alike_whether_all_are_looked_at_or_few(mon
     skill = rng.normal(size=6) * 3
     table = {} if clusters is None else {"cluster": rng.integers(0, clusters, 3000).astype(np.int32)}
     settled = []
-    foremost = choice.foremost
+    foremost = choice.Noise.foremost
 
     def made(fully: bool):
         def look(*args):
@@ -375,9 +376,9 @@ def test_many_prompts_are_chosen_from_alike_whether_all_are_looked_at_or_few(mon
             return found, utility, np.inf if fully else others
 
         monkeypatch.setattr(choice, "MANY", 100)
-        monkeypatch.setattr(choice, "foremost", look)
+        monkeypatch.setattr(choice.Noise, "foremost", look)
         nothing = np.zeros((6, 0), dtype=np.float32)
-        cfg = PlanConfig(adaptive=AdaptiveConfig(noise=noise, cooldown=20))
+        cfg = PlanConfig(adaptive=AdaptiveConfig(noise=noise, cooldown=20, uniform=0))
         dense = embedding.Embedding(rows.copy(), nothing[0], nothing, np.zeros(6, dtype=np.float32), 1.0)
         sizes = {"batch_size": 16, "total_steps": 60, "seed": 4, "table": table}
         plan = AdaptivePlan([f"p{i}" for i in range(3000)], cfg, embedding=dense, **sizes)
@@ -390,3 +391,40 @@ def test_many_prompts_are_chosen_from_alike_whether_all_are_looked_at_or_few(mon
 
     assert made(fully=False) == made(fully=True)
     assert len(settled) == 60 and np.median(settled) < 1500
+
+
+def test_noise_drawn_where_it_matters_is_that_of_all():
+    """Of rows, known or not, it has one law, whichever way it is drawn."""
+    known, share, drawn = np.arange(50, 150), 0.05, []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        some = choice.Noise.draw(300, share, 0.5, known, rng)
+        every = some.all(300, share, 0.5, rng)
+        assert (every >= some.cut).nonzero()[0].tolist() == some.loud.tolist()
+        rows, utility, most = some.foremost(
+            lambda rows: np.where((rows >= 50) & (rows < 150), 1, 0.5), 0.5, known[:9]
+        )
+        worth = np.where((np.arange(300) >= 50) & (np.arange(300) < 150), 1, 0.5)
+        np.testing.assert_array_equal(utility, (every + worth)[rows])
+        assert np.delete(every + worth, np.concatenate([rows, known[:9]])).max() <= most
+        drawn.append(every)
+    for rows in (slice(0, 50), slice(50, 150)):
+        assert kstest(np.array(drawn)[:, rows].ravel(), gumbel_r(scale=0.5).cdf).pvalue > 0.01
+
+
+def test_batches_of_most_of_a_large_pool():
+    rng = np.random.default_rng(3)
+    plan = AdaptivePlan(
+        [str(i) for i in range(choice.MANY + 10)],
+        PlanConfig(),
+        embedding=embedding.Embedding(
+            rng.normal(size=(choice.MANY + 10, 3)).astype(np.float32),
+            *[np.zeros(3, dtype=np.float32)] * 3,
+            1.0,
+        ),
+        batch_size=6000,
+        total_steps=5,
+        seed=0,
+    )
+    first, second = set(plan.next_batch()), set(plan.next_batch())
+    assert len(first) == len(second) == 6000 and not first & second

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from saerl_fast import cli
 from saerl_fast.config import ModelConfig, PlanConfig
 from saerl_fast.fileio import cannot_write, mismatch, write_text
-from saerl_fast.models import load_model
+from saerl_fast.models.load import load_model
 from saerl_fast.plan import save_plan
 from saerl_fast.plan.static import StaticPlan
 from saerl_fast.records.report import write_report

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import decoder
+from saerl_fast.models.layout import decoder
 from saerl_fast.sae.capture import (
     Capture,
     FeatureCapture,

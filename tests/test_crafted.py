@@ -193,7 +193,7 @@ def test_sae_training_that_diverges(activation):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_model_with_one_weight_that_is_no_number(value, tmp_path):
     from saerl_fast.config import ModelConfig
-    from saerl_fast.models import load_model
+    from saerl_fast.models.load import load_model
 
     model = tiny_model()
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value

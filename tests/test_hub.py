@@ -10,7 +10,7 @@ import pytest
 from saerl_fast import hub
 from saerl_fast.config import Config, ModelConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import load_model
+from saerl_fast.models.load import load_model
 from saerl_fast.session import load_pools
 
 

@@ -10,16 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from saerl_fast.config import ModelConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import (
-    check_causal,
-    decoder,
-    hidden_size,
-    load_model,
-    max_positions,
-    n_blocks,
-    resolve_device,
-    token_ids,
-)
+from saerl_fast.models.checks import check_causal
+from saerl_fast.models.layout import decoder, hidden_size, max_positions, n_blocks, token_ids
+from saerl_fast.models.load import load_model, resolve_device
 
 WORDS = ["<unk>", "<s>", "</s>", *"abcdefghij"]
 

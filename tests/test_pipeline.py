@@ -518,7 +518,7 @@ def test_an_sae_of_another_width_is_refused_before_labels(scored, tmp_path, caps
     encoder = torch.randn(24, 32)
     sae = SAE(encoder, torch.zeros(32), encoder.T.clone(), torch.zeros(24), cfg=SAESpec(k=4))
     save_sae(sae, tmp_path / "sae")
-    monkeypatch.setattr("saerl_fast.models.named_width", lambda *_: None)
+    monkeypatch.setattr("saerl_fast.models.load.named_width", lambda *_: None)
     labels = "saerl_fast.stages.pipeline.difficulty_labels"
     monkeypatch.setattr(labels, lambda *_, **__: pytest.fail("rolls out labels"))
     assert saerl("score", tmp_path / "r", f"sae.path={tmp_path / 'sae'}") == 2

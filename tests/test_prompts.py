@@ -9,7 +9,7 @@ import pytest
 
 from saerl_fast.config import DataConfig, ModelConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import load_model
+from saerl_fast.models.load import load_model
 from saerl_fast.prompts import render as module
 from saerl_fast.prompts.pool import Pool
 from saerl_fast.prompts.render import prepare, render

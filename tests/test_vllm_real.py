@@ -14,7 +14,7 @@ import torch
 
 from saerl_fast.config import LoRAConfig, ModelConfig, RolloutConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import load_model
+from saerl_fast.models.load import load_model
 from saerl_fast.rl.logprobs import completion_logprobs
 from saerl_fast.rl.lora import add_adapters
 from saerl_fast.rl.vllm import BATCH, VllmEngine

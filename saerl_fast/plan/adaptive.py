@@ -98,15 +98,14 @@ class AdaptivePlan(Plan):
         # The noise depends on the seed and the step alone, so there is no generator state to save.
         rng = np.random.Generator(np.random.PCG64([self.seed, self.step]))
         n_rows, size = len(self.prompt_ids), self.batch_size
-        waiting = np.unique(np.concatenate([*(rows for _, rows in self._recent), np.empty(0, np.int64)]))
+        waiting = np.sort(np.concatenate([*(rows for _, rows in self._recent), np.empty(0, np.int64)]))
         few = int(self.cfg.adaptive.uniform * size + rng.random())
         if n_rows < size:
             chosen, uniform = np.empty(0, dtype=np.int64), np.resize(rng.permutation(n_rows), size)
             waiting = waiting[:0]
         else:
             chosen = self._choose(size - few if not few or self.rule.holds() else few, waiting, rng)
-            taken = np.concatenate([chosen, waiting]) if len(chosen) < size else chosen
-            uniform = uniformly(n_rows, size - len(chosen), taken, rng)
+            uniform = uniformly(n_rows, size - len(chosen), chosen, waiting, rng)
         rows = np.concatenate([chosen, uniform])
         self._pending = {row: at for row, at in self._pending.items() if self.step - at[0] < PENDING}
         kinds = [CHOSEN] * len(chosen) + [UNIFORM] * len(uniform)
@@ -220,7 +219,7 @@ class AdaptivePlan(Plan):
         worth = self.rule.worth(known, self._with_bias(known), self.step)
         room = wide.room(self.batch_size, self.cooldown)
         pool = wide.Candidates(self.embedding.rows, self._short, room, known, worth)
-        prior = Prior(self.rule.kappa, self.group_size)
+        prior = Prior.of(self.rule.kappa, self.group_size)
         chosen, self._short = wide.choose(pool, self.rule.weights, prior, *limits)
         return chosen
 

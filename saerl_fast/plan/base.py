@@ -147,7 +147,7 @@ class Plan(ABC):
             raise SaerlError(
                 f"pass rate {rates[bad][0]} of prompt {prompt_ids[int(bad.argmax())]!r} is not in [0, 1]"
             )
-        rows = [self._row.get(name) for name in prompt_ids]
+        rows = self._row.of(prompt_ids)
         if None in rows:
             unknown = prompt_ids[rows.index(None)]
             raise SaerlError(f"prompt id {unknown!r} is not in the plan; observe only ids it handed out")

@@ -1,13 +1,15 @@
 """The adaptive choice: the prompts of greatest worth and Gumbel noise, no more of a cluster than its quota.
 
-With many prompts it comes from a look at few, those of great noise and those with rollouts, wherever no other
-can be better. A pool too large for a noise of every prompt: ``saerl_fast.plan.wide``.
+Of many prompts few are looked at, those of great noise and those with rollouts, wherever no other can be
+better, and no noise of the others is drawn. A pool too large for a prediction of every prompt:
+``saerl_fast.plan.wide``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,11 +46,63 @@ class Prior:
         self._at = np.minimum.accumulate(worth(*posterior(kappa, mu, np.zeros(2)), group))
         self._step = np.append(np.diff(self._at), 0.0)
 
+    @staticmethod
+    @lru_cache(maxsize=16)
+    def of(kappa: float, group: int) -> Prior:
+        """A kept one: kappa is mostly that of the step before."""
+        return Prior(kappa, group)
+
     def __call__(self, distance: np.ndarray) -> np.ndarray:
         """float64, of distances from 0 to 1/2, on lines between ``CELLS`` + 1 exact values."""
         place = np.minimum(distance * (2.0 * CELLS), CELLS)
         cell = place.astype(np.int64)
         return self._at[cell] + (place - cell) * self._step[cell]
+
+
+class Noise(NamedTuple):
+    """Gumbel noise of many prompts, drawn where it matters.
+
+    That of ``loud`` rows, int64, ascending, is ``great``, above ``cut``; that of all others below it, and of
+    ``known`` ones that are not loud ``small``.
+    """
+
+    loud: np.ndarray
+    great: np.ndarray
+    known: np.ndarray
+    small: np.ndarray
+    cut: float
+
+    @classmethod
+    def draw(
+        cls, n_rows: int, share: float, scale: float, known: np.ndarray, rng: np.random.Generator
+    ) -> Noise:
+        """Each of ``n_rows`` is loud with a chance of ``share``."""
+        loud = np.sort(rng.choice(n_rows, rng.binomial(n_rows, share), replace=False, shuffle=False))
+        great = gumbel(share * rng.random(len(loud)), scale)
+        small = gumbel(share + (1 - share) * rng.random(len(known)), scale)
+        return cls(loud, great, known, small, float(gumbel(np.array([share]), scale)[0]))
+
+    def foremost(
+        self, worth: Callable[[np.ndarray], np.ndarray], limit: float, waiting: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """Loud rows and known ones that could be better, ascending, their utilities, and a bound of others'.
+
+        ``worth`` of rows is at most ``limit``, of known ones at most 1.
+        """
+        may = np.flatnonzero(self.small >= self.cut - (1.0 - limit))
+        may = may[~among(self.known[may], self.loud)]
+        rows = np.concatenate([self.loud, self.known[may]])
+        order = np.argsort(rows, kind="stable")
+        order = order[~among(rows[order], waiting)]
+        rows = rows[order]
+        return rows, np.concatenate([self.great, self.small[may]])[order] + worth(rows), self.cut + limit
+
+    def all(self, n_rows: int, share: float, scale: float, rng: np.random.Generator) -> np.ndarray:
+        """float64 [n_rows]; arguments as for `draw`."""
+        every = gumbel(share + (1 - share) * rng.random(n_rows), scale)
+        every[self.known] = self.small
+        every[self.loud] = self.great
+        return every
 
 
 def choose(
@@ -66,41 +120,46 @@ def choose(
     ``z`` float32 [n, d + 1] of the whole pool; ``noise``, the scale of Gumbel's. Where the quota leaves too
     few, it is off.
     """
-    prior, known, n_rows = Prior(rule.kappa, rule.group), rule.known(), len(z)
+    prior, known, n_rows = Prior.of(rule.kappa, rule.group), rule.known(), len(z)
 
     def usual(rows: Any) -> np.ndarray:
         """float64, worth of ascending rows or slice(None)."""
         found = prior(np.abs(rule.predicted(z[rows]) - np.float32(0.5)))
         at = mine = known
         if isinstance(rows, np.ndarray):
-            mine = known[among(known, rows)]
-            at = np.searchsorted(rows, mine)
+            at = np.flatnonzero(among(rows, known))
+            mine = rows[at]
         found[at] = rule.worth(mine, z[mine], step)
         return found
 
-    if n_rows <= MANY or not noise:
+    share = NOISY * size / n_rows
+    if n_rows <= MANY or share > 0.5 or not noise:
         drawn = noise * rng.gumbel(size=n_rows)
     else:
-        chance, limit = rng.random(n_rows), float(prior(np.zeros(1))[0])
-        rows, utility, others = foremost(usual, limit, noise, NOISY * size / n_rows, chance, known, waiting)
+        some = Noise.draw(n_rows, share, noise, known, rng)
+        rows, utility, others = some.foremost(usual, float(prior(np.zeros(1))[0]), waiting)
         order = np.lexsort((rows, -utility))
         kept = order[capped(rows[order], quota)][:size]
         if len(kept) == size and utility[kept].min(initial=np.inf) > others:
             return rows[kept]
-        drawn = gumbel(chance, noise)
+        drawn = some.all(n_rows, share, noise, rng)
     utility = usual(slice(None)) + drawn
     utility[waiting] = -np.inf
     return best(utility, quota, size)
 
 
-def uniformly(n_rows: int, size: int, taken: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Of ``n_rows`` rows ``size`` that are not among ``taken``, int64, drawn without replacement."""
-    out, rows = set(taken.tolist()), dict[int, None]()
+def uniformly(
+    n_rows: int, size: int, chosen: np.ndarray, waiting: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Of ``n_rows`` rows ``size`` int64, drawn one by one, none ``chosen`` or ``waiting``, which ascend."""
+    out, rows = set(chosen.tolist()), list[int]()
     while len(rows) < size:
         row = int(rng.integers(n_rows))
-        if row not in out:
-            rows[row] = None
-    return np.fromiter(rows, dtype=np.int64, count=size)
+        at = int(np.searchsorted(waiting, row))
+        if row not in out and not (waiting[at : at + 1] == row).any():
+            out.add(row)
+            rows.append(row)
+    return np.array(rows, dtype=np.int64)
 
 
 def best(utility: np.ndarray, quota: Quota | None, size: int) -> np.ndarray:
@@ -121,27 +180,6 @@ def best(utility: np.ndarray, quota: Quota | None, size: int) -> np.ndarray:
             rest = rows[~np.isin(rows, kept)]
             return np.concatenate([kept, rest])[:size]
         first *= 4
-
-
-def foremost(
-    worth: Callable[[np.ndarray], np.ndarray],
-    limit: float,
-    noise: float,
-    share: float,
-    chance: np.ndarray,
-    known: np.ndarray,
-    waiting: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Rows int64 of great noise, ascending, their utilities, and what the utility of no other row exceeds.
-
-    They are the rows whose ``chance`` [n] is below ``share``, and those ``known`` ones that could be better.
-    ``worth`` of rows is at most ``limit``, of known ones at most 1; ``noise`` is its scale.
-    """
-    cut = float(gumbel(np.array([share]), noise)[0])
-    loud = known[gumbel(chance[known], noise) >= cut - (1.0 - limit)]
-    rows = np.union1d(np.flatnonzero(chance < share), loud)
-    rows = rows[~among(rows, waiting)]
-    return rows, gumbel(chance[rows], noise) + worth(rows), cut + limit
 
 
 def gumbel(chance: np.ndarray, scale: float) -> np.ndarray:

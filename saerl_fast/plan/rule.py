@@ -121,13 +121,13 @@ class Rule:
             self.groups[kind] += (how == kind).sum(), ((how == kind) & informative).sum()
 
         each, place = np.unique(rows, return_inverse=True)
-        counts = self.rollouts(each, step)
+        counts, age = self.rollouts(each, step), (step - self.counts[:, 1]).astype(np.int64)
+        left = (self.counts[:, 2] + self.counts[:, 3]) * (fading ** np.arange(age.max(initial=0) + 1))[age]
+        left[np.searchsorted(self.counts[:, 0], each[counts.any(axis=1)])] = 0  # those seen again
         np.add.at(counts, place, np.stack([passed, self.group * (1 - rates)], axis=1))
-        left = self.counts[:, 2:].sum(axis=1) * fading ** (step - self.counts[:, 1])
-        stay = self.counts[(left > GONE) & ~np.isin(self.counts[:, 0], each)]
+        stay = self.counts.take(np.flatnonzero(left > GONE), axis=0)
         together = np.concatenate([stay, np.column_stack([each, np.full(len(each), step), counts])])
-        self.counts = together[np.argsort(together[:, 0])]
-
+        self.counts = together.take(np.argsort(together[:, 0], kind="stable"), axis=0)
         self.gram *= self.cfg.forgetting
         self.gram.flat[:: len(self.gram) + 1] += (1 - self.cfg.forgetting) * self.cfg.ridge
         self.moment *= self.cfg.forgetting

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from saerl_fast.models import token_ids
+from saerl_fast.models.layout import token_ids
 from saerl_fast.prompts.chats import Messages
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ import numpy as np
 
 from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import token_ids
+from saerl_fast.models.layout import token_ids
 from saerl_fast.prompts.chats import Messages, is_prefilled
 from saerl_fast.prompts.own import Spans, own_tokens
 from saerl_fast.prompts.pool import Pool

@@ -292,13 +292,22 @@ class Rows:
             found += [part[i] for i in np.flatnonzero(~known)]
         return found
 
+    def of(self, names: Sequence[str]) -> list[int | None]:
+        """The row of each name, None where there is no such id."""
+        hashes = np.fromiter(map(hash, names), dtype=np.int64, count=len(names))
+        places = np.searchsorted(self._hashes, hashes).tolist()
+        return [self._at(name, *first) for name, *first in zip(names, hashes.tolist(), places, strict=True)]
+
     def get(self, name: str) -> int | None:
         """The row, None where there is no such id."""
-        value = hash(name)
-        at = int(np.searchsorted(self._hashes, value))
+        return self.of([name])[0]
+
+    def _at(self, name: str, value: int, at: int) -> int | None:
+        """The row of ``name``, whose hash is ``value``, of which the first has the place ``at``."""
         while at < len(self._hashes) and self._hashes[at] == value:
-            if self._ids[self._order[at]] == name:
-                return int(self._order[at])
+            row = int(self._order[at])
+            if self._ids[row] == name:
+                return row
             at += 1
         return None
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from saerl_fast import plugins
 from saerl_fast.config import RolloutConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import check_fit
+from saerl_fast.models.layout import check_fit
 from saerl_fast.rl import lora
 from saerl_fast.rl.decode import Sampling
 from saerl_fast.rl.logprobs import completion_logprobs

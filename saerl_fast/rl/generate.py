@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saerl_fast.config import RolloutConfig
 from saerl_fast.errors import SaerlError, no_memory
-from saerl_fast.models import check_fit
+from saerl_fast.models.layout import check_fit
 from saerl_fast.rl.decode import CHECK_EVERY, Sampling, StaticDecoder, sample, use_static
 from saerl_fast.rl.logprobs import completion_logprobs
 from saerl_fast.rl.rollouts import Rollouts, decoded, left_pad, stop_tokens

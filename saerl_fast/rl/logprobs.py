@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError, no_memory
-from saerl_fast.models import decoder
+from saerl_fast.models.layout import decoder
 from saerl_fast.rl.ways import Proof, short, telling_rows, tolerance
 
 log = logging.getLogger(__name__)

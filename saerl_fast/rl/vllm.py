@@ -25,7 +25,7 @@ from torch import Tensor
 
 from saerl_fast.config import RolloutConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import max_positions
+from saerl_fast.models.layout import max_positions
 from saerl_fast.rl import distributed
 from saerl_fast.rl.decode import Sampling
 from saerl_fast.rl.engine import Engine, Sample

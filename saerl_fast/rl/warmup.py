@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saerl_fast.config import TrainConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import check_fit
+from saerl_fast.models.layout import check_fit
 from saerl_fast.prompts.render import Prompts
 from saerl_fast.rl import distributed
 from saerl_fast.rl.logprobs import completion_logprobs

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import decoder, hidden_size, n_blocks
+from saerl_fast.models.layout import decoder, hidden_size, n_blocks
 
 _proved: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 

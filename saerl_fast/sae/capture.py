@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import check_fit, decoder, hidden_size, n_blocks
+from saerl_fast.models.layout import check_fit, decoder, hidden_size, n_blocks
 from saerl_fast.sae.blocks import check_stream, forward_through, forward_to, on_layer
 
 if TYPE_CHECKING:

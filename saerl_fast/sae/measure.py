@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saerl_fast.models import decoder
+from saerl_fast.models.layout import decoder
 from saerl_fast.sae.blocks import on_layer
 from saerl_fast.sae.capture import check_layer
 from saerl_fast.sae.model import SAE

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.models import check_fit
+from saerl_fast.models.layout import check_fit
 from saerl_fast.sae.capture import Progress, check_width, iter_hidden_ids, owned, resolve_layer
 from saerl_kernels import CSR
 

@@ -151,7 +151,7 @@ def open_sae(source: str) -> SAE:
 
 def check_sae(config: Config, path: str) -> None:
     """SaerlError for an SAE that cannot be read, or is of another width than the model names."""
-    from saerl_fast.models import named_width
+    from saerl_fast.models.load import named_width
 
     width, found = named_width(config.model), open_sae(path).d_in
     if width not in (None, found):

@@ -1,0 +1,1 @@
+"""Language models: loading them, what has to hold of them, and their layout."""
