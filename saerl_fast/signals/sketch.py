@@ -10,14 +10,17 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 import numpy as np
 
-from saerl_fast.records.packed import BLOCK, Tokens
+from saerl_fast.records.packed import Tokens
 
 BANDS, ROWS = 48, 6
 NEXT = 0x9E3779B1  # between the numbers of a word's occurrences
 PAIRS = 1 << 15  # compared at a time
+CACHED = 1 << 10  # rows hashed at a time
+SHIFT = np.uint64(33)
 
 
 class Groups:
@@ -55,12 +58,12 @@ class Sketches:
         """uint64 [n]: equal for rows that agree in this band."""
         found = np.zeros(len(self.words), dtype=np.uint64)
         seeds = np.random.default_rng([band, 8]).integers(0, 2**63, ROWS, dtype=np.uint64)
-        for at in range(0, len(self.words), BLOCK):
-            ends = self.words.ends[at : at + BLOCK + 1]
+        for at in range(0, len(self.words), CACHED):
+            ends = self.words.ends[at : at + CACHED + 1]
             ids = self.words.array[ends[0] : ends[-1]].astype(np.uint64)
             for seed in seeds:
                 least = np.minimum.reduceat(_mixed(ids + seed), ends[:-1] - ends[0])
-                found[at : at + BLOCK] = _mixed(found[at : at + BLOCK] ^ least)
+                found[at : at + CACHED] = _mixed(found[at : at + CACHED] ^ least)
         return found
 
     def alike(self, i: np.ndarray, j: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
@@ -97,12 +100,24 @@ def agreeing(keys: np.ndarray, most: int) -> Iterator[tuple[np.ndarray, np.ndarr
 
 def _hashes(bag: Counter[str]) -> list[int]:
     """Sorted numbers of 31 bits, each once; one for no words."""
-    words = ((zlib.crc32(word.encode("utf-8", "surrogatepass")), count) for word, count in bag.items())
-    return sorted({(word + i * NEXT) % 2**31 for word, count in words for i in range(count)}) or [0]
+    found = set(map(_hash, bag))
+    for word, count in bag.items():
+        if count > 1:
+            found |= {(_hash(word) + i * NEXT) % 2**31 for i in range(1, count)}
+    return sorted(found) or [0]
+
+
+@lru_cache(maxsize=1 << 16)
+def _hash(word: str) -> int:
+    return zlib.crc32(word.encode("utf-8", "surrogatepass")) % 2**31
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
-    """Bits of uint64 well mixed (the end of MurmurHash3)."""
-    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        x = (x ^ (x >> np.uint64(33))) * np.uint64(factor)
-    return x ^ (x >> np.uint64(33))
+    """``x`` uint64, its bits well mixed in place (the end of MurmurHash3)."""
+    high = x >> SHIFT
+    for factor in (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)):
+        x ^= high
+        x *= factor
+        np.right_shift(x, SHIFT, out=high)
+    x ^= high
+    return x
