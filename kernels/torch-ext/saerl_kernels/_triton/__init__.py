@@ -184,7 +184,8 @@ def _select(
     block = min(TILE, next_power_of_2(width))
     rows = _rows(n, 2 * block, k)
     step = block if interpreting() else min(block, max(32, STEP // rows))
-    warps = max(4, rows * block // 512) if rows > 1 else max(1, block // WARP)
+    # A row's keys are sorted in registers as well: 256 of them in a warp.
+    warps = max(4, rows * block // 512) if rows > 1 else max(1, block // WARP, _width(k) // 256)
     _select_kernel[(cdiv(n, rows),)](
         bits,
         place,
