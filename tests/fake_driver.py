@@ -133,6 +133,9 @@ def launchers():
         "groups, float32",
         lambda: launch.encode_topk(rows[wide], wide, 32, tune.gpu_plan(32, (3, 32), ARCH)),
     )
+    # A program of one warp would sort a row's 1024 keys.
+    small = encoder(256, 4097, whole)
+    yield "groups, k 1024, few candidates", lambda: launch.encode_topk_invariant(rows[wide], small, 1024)
     flat = encoder(128, 4096, half)  # a product of two steps
     yield (
         "groups, d_in 128",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import types
 import warnings
@@ -137,3 +138,30 @@ def test_the_lists_of_ops_are_those_of_the_backends():
         assert set(dispatch.OPS) <= set(module.__all__)
     for name in ("numba", "triton"):
         assert all(hasattr(dispatch.kmeans_steps(name), step) for step in dispatch.STEPS)
+
+
+INTERPRETED = """
+import os, sys
+os.environ["TRITON_INTERPRET"] = sys.argv[1]
+import torch
+import saerl_kernels as sk
+from saerl_kernels import _triton
+x, encoder = torch.ones(1, 2), sk.pack_encoder(torch.ones(2, 3))
+for _ in range(2):
+    try:
+        print(sk.encode_topk(x, encoder, 1, backend="triton").values.item())
+    except ValueError as err:
+        print(err)
+    os.environ["TRITON_INTERPRET"] = sys.argv[2]  # too late for the kernels
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there Triton runs without its interpreter, too")
+@pytest.mark.parametrize(
+    ("first", "later", "says"), [("true", "0", "2.0"), ("0", "1", "start with TRITON_INTERPRET=1")], ids=str
+)
+def test_the_interpreter_is_on_where_triton_says_so(first, later, says):
+    """In its spellings of "on", and from when it was imported."""
+    command = [sys.executable, "-c", INTERPRETED, first, later]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [says in line for line in done.stdout.splitlines()] == [True, True]

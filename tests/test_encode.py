@@ -69,6 +69,60 @@ def test_dtypes_shapes_strides(backend, dtype, device):
     assert torch.equal(got.indices.cpu(), want.indices.view(2, 6, 5).transpose(0, 1))
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("permute", [False, True], ids=["natural", "permuted"])
+def test_an_encoder_of_any_tensors(backend, permute, device):
+    """Parameters, a transposed weight, a bias that is a column or narrow: kernels read memory as it lies."""
+    usable(backend, device)
+    x, encoder = (part.to(device) for part in integers(5, 16, 200, low=-20))
+    weight, bias = encoder.weight.t().contiguous().t(), torch.stack([encoder.bias, encoder.bias + 9], 1)[:, 0]
+    want, above = (
+        sk.reference.encode_topk(x, encoder, 7),
+        sk.reference.encode_threshold(x, encoder, threshold=3),
+    )
+    for parts in (
+        (torch.nn.Parameter(encoder.weight), torch.nn.Parameter(bias)),
+        (weight, encoder.bias.bfloat16()),
+        (weight, bias.double()),
+    ):
+        made = sk.PackedEncoder(
+            *parts, threshold=bias.new_full((1,), 3).expand(200), permute=permute
+        )._permuted()
+        assert_equal(sk.encode_topk(x, made, 7, backend=backend), want)
+        if backend in ("numba", "triton"):
+            assert_equal(sk.encode_topk(x, made, 7, backend=backend, batch_invariant=True), want)
+        assert_csr(sk.encode_threshold(x, made, backend=backend), above)
+        compiled = torch.compile(sk.encode_topk, backend="eager", fullgraph=True)
+        assert_equal(compiled(x, made, 7, backend=backend), want)
+        torch.compiler.reset()
+
+
+def test_a_parameter_of_an_encoder_is_watched(device):
+    """Detaching it must not hide that an optimizer writes to it."""
+    x, encoder = (part.to(device) for part in integers(3, 8, 60, permute=True))
+    weight = torch.nn.Parameter(encoder.weight)
+    made = sk.PackedEncoder(weight, encoder.bias, permutation=encoder.permutation)
+    before = sk.encode_topk(x, made, 5, backend="torch")
+    with torch.no_grad():
+        weight.mul_(0)
+        encoder.bias.fill_(1)
+    assert bool((before.values > 1).any())
+    assert sk.encode_topk(x, made, 5, backend="torch").values.unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_lazy_negatives(backend, device):
+    """What torch has yet to negate lies in memory with the other sign."""
+    usable(backend, device)
+    x, encoder = (part.to(device) for part in integers(5, 16, 200, low=-20))
+    lazy = torch._neg_view(-x)
+    assert lazy.is_neg() and torch.equal(lazy, x)
+    assert_equal(sk.encode_topk(lazy, encoder, 7, backend=backend), sk.reference.encode_topk(x, encoder, 7))
+    above = sk.encode_threshold(lazy, encoder, threshold=3, backend=backend)
+    assert_csr(above, sk.reference.encode_threshold(x, encoder, threshold=3))
+    assert_equal(sk.topk(lazy, 3, backend=backend), sk.reference.topk(x, 3))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batches(backend, device):
     usable(backend, device)

@@ -143,6 +143,9 @@ def test_any_memory_layout_and_no_gradients(backend, device):
     view = centroids.t().contiguous().t().requires_grad_()
     got = sk.kmeans_assign(gaps, view, backend=backend)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and not got[1].requires_grad
+    lazy = X._replace(values=torch._neg_view(-X.values))  # not negated yet in memory
+    got = sk.kmeans_assign(lazy, torch._neg_view(-centroids.float().t()).t(), backend=backend)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
     labels = torch.stack([want[0], want[0]], 1)[:, 0]
     update = sk.kmeans_update(gaps, labels, 3, backend=backend)
     assert torch.equal(update, sk.kmeans_update(X, want[0], 3, backend=backend)) and not update.requires_grad
@@ -296,7 +299,8 @@ def test_random_problems_equal_reference():
         (dict(n_clusters=0), "n_clusters=0 must be"),
         (dict(n_clusters=2.0), r"n_clusters=2\.0 must be"),
         (dict(n_clusters=7), "n_clusters=7 is larger than the number of rows, 6"),
-        (dict(n_init=0), "n_init=0"),
+        (dict(n_init=0), "n_init=0 must be"),
+        (dict(n_init=2.0), r"n_init=2\.0 must be"),
         (dict(max_iter=-1), "max_iter=-1"),
         (dict(tol=float("nan")), "tol=nan"),
         (dict(init=torch.zeros(6, dtype=torch.long), n_init=2), "n_init=2 runs"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import saerl_kernels as sk
-from tests.encoders import assert_equal, integers
+from tests.encoders import BACKENDS, assert_equal, integers
 
 
 @pytest.mark.parametrize("permute", [True, False])
@@ -68,6 +68,41 @@ def test_moves_keep_the_bias_wide(device):
     module.float()
     assert module.weight.dtype == torch.float32
     assert "k=5" in repr(module)
+
+
+@pytest.mark.parametrize("permute", [False, True], ids=["natural", "permuted"])
+def test_what_is_loaded_or_moved_is_settled(permute):
+    """A weight that is transposed, float64 or of a dtype no kernel takes; a bias that came in narrow."""
+    x, encoder = integers(6, 9, 70, permute=permute)
+    want = sk.reference.encode_topk(x, encoder, 5)
+    plain = encoder.natural()
+    columns = torch.stack([plain.bias, plain.bias + 9], 1)
+    for state in (
+        {"weight": plain.weight.t().contiguous().t(), "bias": columns[:, 0]},
+        {"weight": torch.nn.Parameter(plain.weight), "bias": torch.nn.Parameter(plain.bias)},
+        {name: getattr(plain, name).half() for name in ("weight", "bias")},
+        {name: getattr(plain, name).double() for name in ("weight", "bias")},
+    ):
+        for backend in BACKENDS:
+            module = sk.SparseEncoder(
+                sk.pack_encoder(torch.zeros(9, 70), permute=permute), 5, backend=backend
+            )
+            module.load_state_dict(state, assign=True)
+            assert_equal(module(x), want)
+            assert module.weight.is_contiguous() and module.bias.dtype == torch.float32
+            assert module.weight.dtype == (
+                torch.float16 if state["bias"].dtype == torch.float16 else torch.float32
+            )
+    module = sk.SparseEncoder(encoder, 5).double()
+    assert module.weight.dtype == torch.float32 and module.packed() is module.packed()
+    assert_equal(module(x), want)
+    with pytest.raises(ValueError, match="float8_e4m3fn is not supported"):
+        module.to(torch.float8_e4m3fn)
+    assert_equal(module(x), want)
+    module.weight, module.bias = torch.nn.Parameter(plain.weight.t().contiguous().t()), columns[:, 0]
+    module.permutation = None
+    assert module.packed() is module.packed()  # made once, and so is what it keeps
+    assert_equal(module(x), want)
 
 
 def test_inside_a_model_with_hooks():

@@ -26,6 +26,20 @@ def dense(x: torch.Tensor, encoder: sk.PackedEncoder) -> torch.Tensor:
     return sk.encode_topk(x, encoder, K).to_dense(encoder.d_sae)
 
 
+@pytest.mark.parametrize("permute", [False, True])
+def test_fake_tensors_are_not_asked_for_an_address(permute, monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    monkeypatch.setattr(
+        torch.Tensor, "data_ptr", lambda tensor: pytest.fail("torch warns of undefined behaviour")
+    )
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        packed = sk.pack_encoder(torch.empty(D_IN, D_SAE), torch.empty(D_SAE), threshold=1.0, permute=permute)
+        assert sk.encode_topk(torch.empty(3, D_IN), packed, K).values.shape == (3, K)
+        assert sk.encode_threshold(torch.empty(3, D_IN), packed).n_rows == 3
+
+
 FLAGS = list(itertools.product([False, True], [False, True], ["none", "layer_norm", "constant_norm_rescale"]))
 
 

@@ -117,6 +117,22 @@ def test_layouts_and_leading_dimensions(backend, transposed, device):
     torch.testing.assert_close((weight.grad.t() if transposed else W.grad), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["column", "expanded"])
+def test_biases_of_any_strides(backend, layout, device):
+    """A GPU kernel reads the bias as it lies in memory: a view with gaps is not whole."""
+    x, W, b, c = problem(6, 9, 70, device)
+    b = b.detach()
+    view = torch.stack([b, b + 5], 1)[:, 0] if layout == "column" else b[:1].expand(70)
+    c = torch.stack([c.detach(), c.detach() + 5], 1)[:, 0]
+    for call in (sk.encode_topk_train, sk.encode_batch_topk_train):
+        got, want = (call(x, W, bias, 5, b_dec=c, backend=backend) for bias in (view, view.contiguous()))
+        assert torch.equal(got.values, want.values) and torch.equal(got.indices, want.indices)
+    got = sk.encode_topk_train(x, W, view, 5, b_dec=c, backend=backend)
+    want = sk.reference.encode_topk_train(x, W, view, 5, b_dec=c)
+    assert torch.equal(got.indices, want.indices)
+    torch.testing.assert_close(got.values, want.values)
+
+
 def test_empty_batch(backend, device):
     _, W, b, c = problem(1, 4, 9, device)
     x = torch.zeros(0, 4, device=device)

@@ -66,9 +66,19 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.lru_cache(maxsize=None)
 def interpreting() -> bool:
-    """Is Triton's interpreter on? Then its kernels take CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    """Is Triton's interpreter on? Then its kernels take CPU tensors.
+
+    Triton reads TRITON_INTERPRET, in spellings of its own, when it is imported, and what the variable says
+    later changes no kernel. So the answer is what became of one of Triton's own functions.
+    """
+    if not has_triton():
+        return False
+    import triton.language
+    from triton.runtime import JITFunction
+
+    return not isinstance(triton.language.sum, JITFunction)
 
 
 def screening() -> bool:
@@ -105,7 +115,8 @@ def resolve(backend: str, device: torch.device) -> str:
             raise ValueError("backend 'triton' is not installed; install triton or use backend='auto'")
         if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
             raise ValueError(
-                f"backend 'triton' cannot run on {device}; use a CUDA tensor, or TRITON_INTERPRET=1 to debug"
+                f"backend 'triton' cannot run on {device}; use a CUDA tensor, or start with "
+                "TRITON_INTERPRET=1 to debug"
             )
     if name == "numba":
         if not has_numba():

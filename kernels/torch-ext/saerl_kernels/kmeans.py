@@ -49,7 +49,7 @@ def kmeans_assign(
     name = resolve(backend, X.device)
     if name == "reference":
         return reference.kmeans_assign(X, centroids)
-    return kmeans_steps(name).assign(_detached(X), centroids.detach().float().t().contiguous())
+    return kmeans_steps(name).assign(_detached(X), centroids.detach().resolve_neg().float().t().contiguous())
 
 
 def kmeans_update(
@@ -123,10 +123,11 @@ def spherical_kmeans(
     """
     check_rows(X, check)
     check_count(n_clusters, "n_clusters")
+    check_count(n_init, "n_init")
     if n_clusters > X.n_rows:
         raise ValueError(f"n_clusters={n_clusters} is larger than the number of rows, {X.n_rows}")
-    if n_init < 1 or max_iter < 0 or not tol >= 0:
-        raise ValueError(f"n_init={n_init}, max_iter={max_iter}, tol={tol}: need n_init >= 1, others >= 0")
+    if max_iter < 0 or not tol >= 0:
+        raise ValueError(f"max_iter={max_iter}, tol={tol}: both must be at least 0")
     labels, table = None, None
     if init is not None:
         if n_init > 1:
@@ -257,7 +258,7 @@ def _active(rows: CSR) -> Tensor:
 
 def _detached(X: CSR) -> CSR:
     """X without gradients or gaps between entries, as the kernels read it."""
-    values = X.values.detach().contiguous()
+    values = X.values.detach().resolve_neg().contiguous()
     return CSR(X.indptr.contiguous(), X.indices.contiguous(), values, X.n_cols)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ._check import check_indices, check_k, need_encoder
 from .encode import encode_threshold, encode_topk
-from .pack import PackedEncoder
+from .pack import PackedEncoder, check_dtype
 from .types import CSR, TopK
 
 OUTPUTS = ("topk", "csr", "coo", "dense")
@@ -83,23 +83,41 @@ class SparseEncoder(nn.Module):
         ):
             parts = (self.weight, self.bias, self.threshold, self.normalize_activations, self.permutation)
             self._packed = PackedEncoder(*parts, self.permute, self.seed)
+            if not torch.compiler.is_compiling():  # as the encoder has them, else it is made at every call
+                self._store(self._packed)
         return self._packed
 
     _packed: Optional[PackedEncoder] = None
 
     def _store(self, encoder: PackedEncoder) -> None:
         for name in (*PARTS, "permutation"):
-            setattr(self, name, getattr(encoder, name))
+            part = getattr(encoder, name)
+            if name in self._parameters:  # one was assigned to the buffer's name
+                delattr(self, name)
+                self.register_buffer(name, part)
+            setattr(self, name, part)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseEncoder:
-        self._store(self.packed().natural())
+        before = self.packed()
+        self._store(before.natural())
         wide = (self.bias, self.threshold)  # a narrower dtype is for the weight alone
         super()._apply(fn, recurse)
         empty = not self.weight.is_meta and wide[0].is_meta  # to_empty: there is nothing to move
         new = torch.empty_like if empty else Tensor.to
         self.bias, self.threshold = (None if p is None else new(p, device=self.weight.device) for p in wide)  # type: ignore
-        self._store(self.packed()._permuted())
+        self._settle(before)
         return self
+
+    def _settle(self, before: PackedEncoder) -> None:
+        """Keep what came in as ``pack_encoder`` has it; what it refuses leaves ``before``, and ValueError."""
+        if self.weight.dtype == torch.float64:
+            self.weight = self.weight.float()
+        try:
+            check_dtype(self.weight.dtype)
+        except ValueError:
+            self._store(before)
+            raise
+        self._store(self.packed().contiguous()._permuted())
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         plain = self.packed().natural()
@@ -108,14 +126,15 @@ class SparseEncoder(nn.Module):
                 destination[prefix + name] = getattr(plain, name)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        plain = self.packed().natural()
+        before = self.packed()
+        plain = before.natural()
         for name in PARTS:  # what is written to in place may be the encoder's that was given
             part = getattr(plain, name)
             setattr(self, name, None if part is None else part.clone())
         self.permutation = None
         super()._load_from_state_dict(*args)
         self._packed = None  # the buffers were written in place
-        self._store(self.packed()._permuted())
+        self._settle(before)
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_packed": None}

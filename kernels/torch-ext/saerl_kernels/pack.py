@@ -8,7 +8,7 @@ from typing import Any, Callable, Optional, Union
 import torch
 from torch import Tensor
 
-from .types import need_tensors
+from .types import need_tensors, without_memory
 
 NORMALISATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")  # SAELens' names
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,7 +22,7 @@ class PackedEncoder:
     every op returns the original numbering.
     """
 
-    weight: Tensor  # [d_sae, d_in], one feature a row, contiguous
+    weight: Tensor  # [d_sae, d_in], one feature a row; contiguous, or Triton takes a copy
     bias: Tensor  # float32 [d_sae]
     threshold: Optional[Tensor] = None  # float32 [d_sae]
     normalize_activations: str = "none"  # what is left to do to x at run time
@@ -30,6 +30,18 @@ class PackedEncoder:
     permute: bool = False
     seed: int = 0
     _cache: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Kernels read these as they lie in memory, whatever the encoder is made of: parameters, the column
+        # of a matrix, an expanded number. Only products take a weight of any strides (``contiguous``).
+        for name in ("weight", "bias", "threshold"):
+            part = getattr(self, name)
+            if part is None:
+                continue
+            fits = name == "weight" or (part.dtype == torch.float32 and part.is_contiguous())
+            if part.requires_grad or not fits:
+                part = part.detach()
+                object.__setattr__(self, name, part if fits else part.float().contiguous())
 
     def __repr__(self) -> str:
         parts = [f"d_in={self.d_in}", f"d_sae={self.d_sae}", str(self.dtype).split(".")[-1], str(self.device)]
@@ -69,7 +81,7 @@ class PackedEncoder:
                 device = arg
         target = self.device if device is None else torch.device(device)
         dtype = self.dtype if dtype is None else dtype
-        _check_dtype(dtype)
+        check_dtype(dtype)
         natural = self.natural()
         moved = replace(
             natural,
@@ -84,9 +96,15 @@ class PackedEncoder:
         """The same encoder with its features in their original order (itself when they are)."""
         if self.permutation is None:
             return self
-        if torch.compiler.is_compiling():  # a graph has no memory of its own
+        if without_memory(self.weight):  # a graph keeps nothing, and a fake tensor has no address
             return self._unpermuted()
         return self.derived("natural", self._unpermuted)
+
+    def contiguous(self) -> PackedEncoder:
+        """The same encoder with a weight that lies row by row (itself when it does)."""
+        if self.weight.is_contiguous():
+            return self
+        return self.derived("contiguous", lambda: replace(self, weight=self.weight.contiguous(), _cache={}))
 
     def derived(self, name: str, make: Callable[[], Any]) -> Any:
         """What ``make`` returns, kept until the weight, the bias or the threshold is written to."""
@@ -135,7 +153,7 @@ class PackedEncoder:
     def prepare(self, x: Tensor) -> Tensor:
         """``x`` [..., d_in] as the matrix product takes it: [n, d_in], normalised, in the weight's dtype."""
         self.need_rows(x)
-        x = x.detach()
+        x = x.detach().resolve_neg()
         if x.dim() != 2:
             x = x.reshape(-1, self.d_in)
         x = normalise(x, self.normalize_activations)
@@ -212,7 +230,7 @@ def pack_encoder(
     if not hasattr(input_scale, "__float__") or not 0 < abs(float(input_scale)) < float("inf"):
         raise ValueError(f"input_scale={input_scale!r} must be finite and not 0")
     dtype = (torch.float32 if W_enc.dtype == torch.float64 else W_enc.dtype) if dtype is None else dtype
-    _check_dtype(dtype)
+    check_dtype(dtype)
     device = W_enc.device
     _check_shape("b_enc", b_enc, (d_sae,))
     _check_shape("W_dec", W_dec, (d_sae, d_in))
@@ -227,9 +245,8 @@ def pack_encoder(
     if norms is not None or input_scale != 1.0:
         scale = torch.full((d_sae, 1), float(input_scale), dtype=torch.float64, device=device)
         weight = weight.double() * (scale if norms is None else scale * norms[:, None])
-    weight = weight.to(dtype).contiguous()
-    if weight.data_ptr() == W_enc.data_ptr():  # a packed encoder must not change when training goes on
-        weight = weight.clone()
+    # Always a copy: a packed encoder must not change when training goes on.
+    weight = weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
     bias = torch.zeros(d_sae, dtype=torch.float64, device=device)
     if b_enc is not None:
         bias += b_enc.detach().to(device, torch.float64)
@@ -273,7 +290,7 @@ def written(*tensors: Optional[Tensor]) -> tuple:
     return tuple((0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in given)
 
 
-def _check_dtype(dtype: torch.dtype) -> None:
+def check_dtype(dtype: torch.dtype) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype} is not supported; choose float32, bfloat16 or float16")
 

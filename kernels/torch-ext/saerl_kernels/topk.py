@@ -24,7 +24,7 @@ def topk(scores: Tensor, k: int, *, backend: str = "auto") -> TopK:
     if scores.dim() == 0:
         raise ValueError("scores is a single number; give [..., n]")
     check_k(k, scores.shape[-1], "the row length")
-    rows = scores.detach().reshape(math.prod(scores.shape[:-1]), scores.shape[-1])
+    rows = scores.detach().resolve_neg().reshape(math.prod(scores.shape[:-1]), scores.shape[-1])
     shape = (*scores.shape[:-1], k)
     if without_memory(scores):
         kept = TopK(*(topk_rows_waiting if waits(k, backend) else topk_rows)(rows, k, backend))

@@ -166,10 +166,7 @@ def _encode(
     module, rows = _backend(backend, x.device), _rows(x, b_dec, dtype).detach()
     narrow = torch.float32 if dtype == torch.float64 else dtype
     zero = torch.zeros(weight.shape[0], dtype=torch.float32, device=x.device)
-    packed = weight.detach().to(narrow)
-    if resolve(backend, x.device) == "triton":
-        packed = packed.contiguous()
-    encoder = PackedEncoder(packed, zero if bias is None else bias.detach().float())
+    encoder = PackedEncoder(weight.detach().to(narrow), zero if bias is None else bias)
     ranked = rows.to(narrow)
     if mode == "topk":
         kept = module.encode_topk(ranked, encoder, k)

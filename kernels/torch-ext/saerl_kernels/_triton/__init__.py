@@ -56,6 +56,7 @@ def encode_topk(x: Tensor, encoder: PackedEncoder, k: int, plan: Optional[Plan] 
     """
     if k > LARGEST_K:
         return _torch.encode_topk(x, encoder, k)
+    encoder = encoder.contiguous()
     if plan is not None:
         return _run(x, encoder, k, plan)
     chosen = plan_encode(x.shape[0], encoder, k)
@@ -73,7 +74,7 @@ def encode_topk_invariant(x: Tensor, encoder: PackedEncoder, k: int) -> TopK:
         raise ValueError(f"k={k} is above {LARGEST_K}, where no kernel is batch-invariant; use a smaller k")
     plan = groups_plan(encoder, k, least=(3, 32))
     assert plan is not None
-    return _run(x, encoder, k, with_loop(plan, "plain"))
+    return _run(x, encoder.contiguous(), k, with_loop(plan, "plain"))
 
 
 def _run(x: Tensor, encoder: PackedEncoder, k: int, plan: Plan) -> TopK:
@@ -184,7 +185,8 @@ def _select(
     block = min(TILE, next_power_of_2(width))
     rows = _rows(n, 2 * block, k)
     step = block if interpreting() else min(block, max(32, STEP // rows))
-    warps = max(4, rows * block // 512) if rows > 1 else max(1, block // WARP)
+    # A row's keys are sorted in registers as well: 256 of them in a warp.
+    warps = max(4, rows * block // 512) if rows > 1 else max(1, block // WARP, _width(k) // 256)
     _select_kernel[(cdiv(n, rows),)](
         bits,
         place,

@@ -42,7 +42,7 @@ def score_survivors(x: Tensor, encoder: PackedEncoder, edge: int) -> Tuple[Tenso
 
 def _above(x: Tensor, encoder: PackedEncoder, limit: Tensor) -> CSR:
     """The scores above ``limit``: in one kernel with the product, or of torch's where no plan launches."""
-    plan = plan_above(encoder)
+    encoder, plan = encoder.contiguous(), plan_above(encoder)
     parts = None if plan is None else fused(x, encoder, limit, plan)
     return CSR.concat(above_in_blocks(x, encoder, limit) if parts is None else parts)
 
