@@ -130,8 +130,12 @@ def fewest_kept(d_sae: int, k: int, of: Tuple[int, ...], most: float = 0.25) -> 
 
     What a re-opened group costs is estimated in NOTES.md.
     """
-    kept = ((T, size) for T in (1, 2, 3) for size in of)
-    return next((pair for pair in kept if reopened(d_sae, k, *pair) <= most), None)
+    return next((pair for pair in pairs(of) if reopened(d_sae, k, *pair) <= most), None)
+
+
+def pairs(of: Tuple[int, ...]) -> List[Tuple[int, int]]:
+    """T and size, the cheapest first, of groups of these sizes that leave sm_90 without a stack."""
+    return [(T, size) for T in (1, 2, 3) for size in of if T * size < 192]
 
 
 def sizes(bits: int, arch: int) -> Tuple[int, ...]:
@@ -171,7 +175,7 @@ def candidates(d_sae: int, k: int, arch: int) -> List[Plan]:
     blocks = ((2048, 2048), (4096, 1024), (4096, 2048), (2048, 4096), (1024, 8192))
     plans = [Plan("chunked", BM=BM, BN=BN, BK=512, warps=4) for BM, BN in blocks]
     plans += [plans[0]._replace(BK=BK, warps=warps) for BK, warps in ((512, 2), (1024, 4), (2048, 8))]
-    for kept in ((T, size) for T in (1, 2, 3) for size in sizes(16, arch)):
+    for kept in pairs(sizes(16, arch)):
         if reopened(d_sae, k, *kept) > 1:
             continue
         if not 90 <= arch < 120:
