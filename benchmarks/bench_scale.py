@@ -5,7 +5,8 @@
 ``test_plan``: an adaptive plan over synthetic features [rows, d] that lie in a file, followed by a learner of
 known skill. "next batch" is a pool of which the learner solves half, "next batch, hard pool" one of
 which it solves few, so that few lie near the target; "scan" is the plain rule, which looks at every row.
-"slowest batch" is the slowest of a hundred, the first one included; "no noise": the hard pool without noise.
+"slowest batch" is the slowest of a hundred, the first one included; "no noise": the hard pool without noise;
+"fresh features": observe is told those of the rollouts, too, 512 a prompt of an SAE of 16384.
 held_ratio and peak_ratio: what is resident after a hundred steps with the loaded plan, and at most while a
 plan is built, saved, loaded and followed, over rows x d x 4 bytes; in pools of some MB most of it is not the
 plan's. Pages of mapped files count, though they can be given back.
@@ -79,6 +80,7 @@ class Sparse(NamedTuple):
 
 PLANS = [Shape(10**4, 96), Shape(10**5, 96), Shape(10**6, 96), Shape(10**7, 96)]
 SCORES = [Sparse(10**n, 4096, 32) for n in (4, 5, 6, 7)]
+FRESH = Sparse(BATCH, 1 << 14, 512)
 LINES = [10**4, 10**5, 10**6]
 
 
@@ -105,18 +107,23 @@ class Pool:
         rows.flush()
         self.skill = rng.standard_normal(shape.d) * 2.0
 
-    def plan(self) -> AdaptivePlan:
+    def plan(self, columns: int = 0) -> AdaptivePlan:
+        """``columns``: of the sparse features that rollouts may bring."""
         rows = np.asarray(np.load(self.path, mmap_mode="c"))
         ids = Packed.of(f"prompt-{i}" for i in range(self.shape.rows))
-        nothing = np.zeros((self.shape.d, 0), dtype=np.float32)
-        embedding = Embedding(rows, nothing[0], nothing, np.zeros(self.shape.d, dtype=np.float32), 1.0)
+        made = np.random.default_rng(2).standard_normal((self.shape.d, columns), dtype=np.float32)
+        mean, idf = np.zeros(self.shape.d, dtype=np.float32), np.ones(columns, dtype=np.float32)
+        embedding = Embedding(rows, idf, made, mean, 1.0)
         table = {"quality": np.full(self.shape.rows, 0.5, dtype=np.float32)}
         return AdaptivePlan(
             ids, PlanConfig(), embedding=embedding, batch_size=BATCH, total_steps=STEPS, seed=0, table=table
         )
 
-    def follow(self, plan: AdaptivePlan, ease: float, steps: int) -> tuple[list[float], list[float]]:
-        """Seconds of every next_batch and observe; ``ease``: log-odds of a middling prompt."""
+    def follow(
+        self, plan: AdaptivePlan, ease: float, steps: int, fresh: CSR | None = None
+    ) -> tuple[list[float], list[float]]:
+        """Seconds of every next_batch and observe; ``ease``: log-odds of a middling prompt; ``fresh``: features
+        that each batch's rollouts have."""
         rng = np.random.default_rng(1)
         seconds: tuple[list[float], list[float]] = ([], [])
         for _ in range(steps):
@@ -125,7 +132,7 @@ class Pool:
             rows = np.array([int(name[7:]) for name in ids])
             solved = 1 / (1 + np.exp(-(plan.embedding.rows[rows] @ self.skill + ease)))
             rates = rng.binomial(8, solved) / 8
-            seconds[1].append(timed(lambda: plan.observe(ids, rates), DEVICE, None))  # noqa: B023
+            seconds[1].append(timed(lambda: plan.observe(ids, rates, fresh), DEVICE, None))  # noqa: B023
         return seconds
 
 
@@ -219,6 +226,10 @@ def test_plan(benchmark: Any, shape: Shape, tmp_path: Path, monkeypatch: pytest.
         del hard
         table |= {"next batch, no noise": figures(silent), "slowest batch, no noise": figures([max(silent)])}
         table["slowest batch, hard pool"] = figures([max(slow)])
+        renewed = pool.plan(FRESH.columns)
+        found = Made(FRESH)(0, BATCH, None)["sae"]
+        table["observe, fresh features"] = figures(pool.follow(renewed, 0.0, STEPS, found)[1])
+        del renewed
         if shape.rows < 10**7:
             monkeypatch.setattr(packed, "LARGE", shape.rows)
             plain = load_plan(tmp_path / "plan.json")

@@ -313,6 +313,8 @@ def test_a_large_pool_is_trained_on_alike_and_resumes_to_the_same_batches(monkey
     for at in (0, 5, 11):
         again = load_plan(tmp_path / "plan.json")
         np.testing.assert_array_equal(again.embedding.rows, start)
+        np.testing.assert_array_equal(again.embedding.components, plan.embedding.components)
+        assert again.embedding.components.T.flags.c_contiguous  # else every step would copy them
         again.load_state_dict(plan.state_dict())
         again.load_state_dict(states[at])
         for step in range(at, 12):

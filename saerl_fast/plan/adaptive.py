@@ -68,6 +68,8 @@ class AdaptivePlan(Plan):
             self._z = np.concatenate([rows, np.ones((n_rows, 1), dtype=np.float32)], axis=1)
             rows = self._z[:, :-1]
         self.embedding = embedding._replace(rows=rows)
+        if self.wants_features:  # as `project` reads them, or each step would take a copy
+            self.embedding = self.embedding._replace(components=np.asfortranarray(embedding.components))
         self._original: dict[int, np.ndarray] = {}  # what refreshed rows were at the start
         self.rule = Rule(settings, rows.shape[1] + 1, group_size)
         self._recent: list[tuple[int, np.ndarray]] = []  # step and rows of the batches that wait
