@@ -122,8 +122,8 @@ class Pool:
     def follow(
         self, plan: AdaptivePlan, ease: float, steps: int, fresh: CSR | None = None
     ) -> tuple[list[float], list[float]]:
-        """Seconds of every next_batch and observe; ``ease``: log-odds of a middling prompt; ``fresh``: features
-        that each batch's rollouts have."""
+        """Seconds of every next_batch and observe; ``ease``: log-odds of a middling prompt; ``fresh``: what a
+        batch's rollouts have for features."""
         rng = np.random.default_rng(1)
         seconds: tuple[list[float], list[float]] = ([], [])
         for _ in range(steps):

@@ -370,13 +370,15 @@ def test_many_prompts_are_chosen_from_alike_whether_all_are_looked_at_or_few(mon
     settled = []
     foremost = choice.Noise.foremost
 
-    def made(fully: bool):
+    def made(fully: bool, everywhere: bool = False):
         def look(*args):
             found, utility, others = foremost(*args)
             if not fully:
                 settled.append(len(found))
             return found, utility, np.inf if fully else others
 
+        if everywhere:
+            monkeypatch.setattr(choice.Prior, "within", lambda *_: np.inf)
         monkeypatch.setattr(choice, "MANY", 100)
         monkeypatch.setattr(choice.Noise, "foremost", look)
         nothing = np.zeros((6, 0), dtype=np.float32)
@@ -391,7 +393,7 @@ def test_many_prompts_are_chosen_from_alike_whether_all_are_looked_at_or_few(mon
             plan.observe(batches[-1], drawn.binomial(8, 1 / (1 + np.exp(-(rows[at] @ skill - 1)))) / 8)
         return batches
 
-    assert made(fully=False) == made(fully=True)
+    assert made(fully=False) == made(fully=True) == made(fully=True, everywhere=True)
     assert len(settled) == 60 and np.median(settled) < 1500
 
 
@@ -401,7 +403,7 @@ def test_noise_drawn_where_it_matters_is_that_of_all():
     for seed in range(200):
         rng = np.random.default_rng(seed)
         some = choice.Noise.draw(300, share, 0.5, known, rng)
-        every = some.all(300, share, 0.5, rng)
+        every = some.of(np.arange(300), rng.random(300), share, 0.5)
         assert (every >= some.cut).nonzero()[0].tolist() == some.loud.tolist()
         rows, utility, most = some.foremost(
             lambda rows: np.where((rows >= 50) & (rows < 150), 1, 0.5), 0.5, known[:9]
@@ -412,6 +414,15 @@ def test_noise_drawn_where_it_matters_is_that_of_all():
         drawn.append(every)
     for rows in (slice(0, 50), slice(50, 150)):
         assert kstest(np.array(drawn)[:, rows].ravel(), gumbel_r(scale=0.5).cdf).pvalue > 0.01
+
+
+@pytest.mark.parametrize("kappa", [0.5, 8.0, 128.0])
+def test_prompts_past_a_distance_are_worth_less(kappa):
+    prior, distance = choice.Prior(kappa, 8), np.linspace(0, 0.5, 4001)
+    for least in (-np.inf, 0.0, 1e-9, *np.random.default_rng(0).random(50), 1.0, np.inf):
+        worth = prior(distance[distance > prior.within(least)])
+        assert (worth < least).all()
+    assert prior.within(-np.inf) > 0.5 and prior.within(np.inf) == 0
 
 
 def test_batches_of_most_of_a_large_pool():

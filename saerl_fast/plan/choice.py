@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -58,6 +58,10 @@ class Prior:
         cell = place.astype(np.int64)
         return self._at[cell] + (place - cell) * self._step[cell]
 
+    def within(self, least: float) -> float:
+        """A distance past which worth is below ``least``."""
+        return float(np.searchsorted(-self._at, -least, side="right")) / (2 * CELLS)
+
 
 class Noise(NamedTuple):
     """Gumbel noise of many prompts, drawn where it matters.
@@ -97,12 +101,13 @@ class Noise(NamedTuple):
         rows = rows[order]
         return rows, np.concatenate([self.great, self.small[may]])[order] + worth(rows), self.cut + limit
 
-    def all(self, n_rows: int, share: float, scale: float, rng: np.random.Generator) -> np.ndarray:
-        """float64 [n_rows]; arguments as for `draw`."""
-        every = gumbel(share + (1 - share) * rng.random(n_rows), scale)
-        every[self.known] = self.small
-        every[self.loud] = self.great
-        return every
+    def of(self, rows: np.ndarray, chance: np.ndarray, share: float, scale: float) -> np.ndarray:
+        """float64, noise of ascending ``rows``; others have it by their ``chance`` [n], as in `draw`."""
+        found = gumbel(share + (1 - share) * chance[rows], scale)
+        for own, value in ((self.known, self.small), (self.loud, self.great)):
+            at = np.flatnonzero(among(rows, own))
+            found[at] = value[np.searchsorted(own, rows[at])]
+        return found
 
 
 def choose(
@@ -122,30 +127,38 @@ def choose(
     """
     prior, known, n_rows = Prior.of(rule.kappa, rule.group), rule.known(), len(z)
 
-    def usual(rows: Any) -> np.ndarray:
-        """float64, worth of ascending rows or slice(None)."""
-        found = prior(np.abs(rule.predicted(z[rows]) - np.float32(0.5)))
-        at = mine = known
-        if isinstance(rows, np.ndarray):
-            at = np.flatnonzero(among(rows, known))
-            mine = rows[at]
-        found[at] = rule.worth(mine, z[mine], step)
+    def distance(rows: np.ndarray | slice) -> np.ndarray:
+        return np.abs(rule.predicted(z[rows]) - np.float32(0.5))
+
+    def usual(rows: np.ndarray, far: np.ndarray) -> np.ndarray:
+        """float64, worth of ascending rows, whose predictions are so far from 1/2."""
+        found = prior(far)
+        at = known if len(rows) == n_rows else np.flatnonzero(among(rows, known))
+        found[at] = rule.worth(rows[at], z[rows[at]], step)
         return found
 
-    share = NOISY * size / n_rows
-    if n_rows <= MANY or share > 0.5 or not noise:
-        drawn = noise * rng.gumbel(size=n_rows)
+    share, rows, whole = NOISY * size / n_rows, np.arange(n_rows), slice(None)
+    if n_rows <= MANY:
+        utility = usual(rows, distance(whole)) + noise * rng.gumbel(size=n_rows)
+    elif share > 0.5 or not noise:
+        utility = usual(rows, distance(whole))
+        utility += gumbel(rng.random(n_rows), noise) if noise else 0.0
     else:
         some = Noise.draw(n_rows, share, noise, known, rng)
-        rows, utility, others = some.foremost(usual, float(prior(np.zeros(1))[0]), waiting)
+        most = float(prior(np.zeros(1))[0])
+        rows, utility, others = some.foremost(lambda rows: usual(rows, distance(rows)), most, waiting)
         order = np.lexsort((rows, -utility))
         kept = order[capped(rows[order], quota)][:size]
-        if len(kept) == size and utility[kept].min(initial=np.inf) > others:
+        least = utility[kept].min(initial=np.inf) if len(kept) == size else -np.inf
+        if least > others:
             return rows[kept]
-        drawn = some.all(n_rows, share, noise, rng)
-    utility = usual(slice(None)) + drawn
-    utility[waiting] = -np.inf
-    return best(utility, quota, size)
+        far, chance = distance(whole), rng.random(n_rows)
+        may = far <= prior.within(least - some.cut)  # or they are worth too little for what noise they have
+        may[some.loud] = may[known] = True
+        rows = np.flatnonzero(may)
+        utility = usual(rows, far[rows]) + some.of(rows, chance, share, noise)
+    utility[waiting if len(rows) == n_rows else among(rows, waiting)] = -np.inf
+    return rows[best(utility, quota and quota._replace(groups=quota.groups[rows]), size)]
 
 
 def uniformly(
