@@ -441,3 +441,35 @@ def test_batches_of_most_of_a_large_pool():
     )
     first, second = set(plan.next_batch()), set(plan.next_batch())
     assert len(first) == len(second) == 6000 and not first & second
+
+
+class Counted(np.random.Generator):
+    calls = 0
+
+    def integers(self, *args, **kwargs):
+        self.calls += 1
+        return super().integers(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "size", "chosen", "waiting"),
+    [
+        (2000, 1000, 0, 1000),
+        (2000, 1, 1999, 0),
+        (500, 500, 0, 0),
+        (2000, 8, 120, 700),
+        (3, 0, 1, 1),
+        (1, 1, 0, 0),
+    ],
+)
+def test_uniform_rows_are_those_drawn_one_by_one_in_few_draws(n_rows, size, chosen, waiting):
+    """Also where few are left, of which single draws would take thousands."""
+    taken = np.random.default_rng(0).permutation(n_rows)[: chosen + waiting]
+    chosen, waiting = taken[:chosen], np.sort(taken[chosen:])
+    rng, single, rows = Counted(np.random.PCG64(5)), np.random.Generator(np.random.PCG64(5)), []
+    while len(rows) < size:
+        row = int(single.integers(n_rows))
+        rows += [row] if row not in rows and row not in taken else []
+    found = choice.uniformly(n_rows, size, chosen, waiting, rng)
+    assert found.tolist() == rows and found.dtype == np.int64
+    assert rng.calls <= 20

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 
-from saerl_fast.signals import copies, near
+from saerl_fast.signals import copies, near, sketch
 from saerl_fast.signals.copies import find_copies, same_text
 from saerl_fast.signals.features import weighted
 from saerl_kernels import CSR, csr
@@ -120,3 +122,11 @@ def test_few_and_empty_texts(texts: list[str]) -> None:
 def test_answers_conflict_that_cannot_mean_the_same(one, other, differ):
     found = copies._conflicts(np.array([0, 0, 2]), [one, other, "7"], ["a", "b", "c"])
     assert found == {"conflicting": int(differ), "conflicts": "a, b" if differ else None}
+
+
+def test_no_long_word_is_kept_when_its_text_is_gone() -> None:
+    words, long = list("abcde"), [letter * size for letter in "abc" for size in (1, 40, 5000)]
+    sketch._kept.cache_clear()
+    found = sketch.Sketches(map(Counter, (words, long, long))).words
+    assert found[0] == sorted(map(sketch._hash, words)) and found[1] == sorted(map(sketch._hash, long))
+    assert found[1] == found[2] and sketch._kept.cache_info().currsize == 5

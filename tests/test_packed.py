@@ -1,6 +1,10 @@
 """Packed ids: the same as a list of strings, and every id is found in its row."""
 
 import datetime
+import os
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -49,6 +53,21 @@ def test_rows_are_taken_and_missing_ids_found(monkeypatch):
         assert list(packed.chosen(names, np.array(rows, dtype=np.int64))) == [names[i] for i in rows]
     assert Rows(some).lacking([*names, "x", "p1", "y"]) == ["x", "p1", "y"]
     assert Rows(some).lacking(names[::-1]) == [] and Rows([]).lacking(["a"]) == ["a"]
+
+
+def test_rows_are_found_in_another_process():
+    """Whose hashes of strings are other ones."""
+    code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).of([*map(str, range(50)), 'x']))"
+    for ids in ([str(i) for i in range(50)], Packed.of(map(str, range(50)))):
+        for seed in "12":
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                input=pickle.dumps(Rows(ids)),
+                capture_output=True,
+                check=True,
+                env={**os.environ, "PYTHONHASHSEED": seed},
+            )
+            assert done.stdout.decode().strip() == str([*range(50), None])
 
 
 def test_tokens_are_kept_in_one_array(monkeypatch):

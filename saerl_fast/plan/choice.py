@@ -165,14 +165,14 @@ def uniformly(
     n_rows: int, size: int, chosen: np.ndarray, waiting: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """Of ``n_rows`` rows ``size`` int64, drawn one by one, none ``chosen`` or ``waiting``, which ascend."""
-    out, rows = set(chosen.tolist()), list[int]()
+    rows, taken = np.empty(0, dtype=np.int64), np.sort(chosen)
+    left = max(n_rows - len(chosen) - len(waiting), 1)
+    block = min(size * n_rows // left, n_rows)  # the fewer are left, the more draws hit none of them
     while len(rows) < size:
-        row = int(rng.integers(n_rows))
-        at = int(np.searchsorted(waiting, row))
-        if row not in out and not (waiting[at : at + 1] == row).any():
-            out.add(row)
-            rows.append(row)
-    return np.array(rows, dtype=np.int64)
+        drawn = rng.integers(n_rows, size=block)
+        rows = np.concatenate([rows, drawn[~(among(drawn, waiting) | among(drawn, taken))]])
+        rows = rows[np.sort(np.unique(rows, return_index=True)[1])]
+    return rows[:size]
 
 
 def best(utility: np.ndarray, quota: Quota | None, size: int) -> np.ndarray:

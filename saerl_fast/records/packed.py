@@ -282,6 +282,9 @@ class Rows:
         later = self._order[1:][self._hashes[1:] == self._hashes[:-1]]
         self.repeated = next((ids[row] for row in later if self[ids[row]] != row), None)
 
+    def __reduce__(self) -> tuple[type[Rows], tuple[Sequence[str]]]:
+        return Rows, (self._ids,)  # another process has other hashes
+
     def lacking(self, names: Iterable[str]) -> list[str]:
         """Those of ``names`` that are no id."""
         rest, found = iter(names), []

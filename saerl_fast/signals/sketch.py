@@ -20,6 +20,7 @@ BANDS, ROWS = 48, 6
 NEXT = 0x9E3779B1  # between the numbers of a word's occurrences
 PAIRS = 1 << 15  # compared at a time
 CACHED = 1 << 10  # rows hashed at a time
+SHORT = 32  # characters of a word up to which its hash is kept
 SHIFT = np.uint64(33)
 
 
@@ -100,16 +101,18 @@ def agreeing(keys: np.ndarray, most: int) -> Iterator[tuple[np.ndarray, np.ndarr
 
 def _hashes(bag: Counter[str]) -> list[int]:
     """Sorted numbers of 31 bits, each once; one for no words."""
-    found = set(map(_hash, bag))
+    found = {_kept(word) if len(word) <= SHORT else _hash(word) for word in bag}
     for word, count in bag.items():
         if count > 1:
             found |= {(_hash(word) + i * NEXT) % 2**31 for i in range(1, count)}
     return sorted(found) or [0]
 
 
-@lru_cache(maxsize=1 << 16)
 def _hash(word: str) -> int:
     return zlib.crc32(word.encode("utf-8", "surrogatepass")) % 2**31
+
+
+_kept = lru_cache(maxsize=1 << 16)(_hash)
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:

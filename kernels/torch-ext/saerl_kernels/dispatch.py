@@ -71,14 +71,13 @@ def interpreting() -> bool:
     """Is Triton's interpreter on? Then its kernels take CPU tensors.
 
     Triton reads TRITON_INTERPRET, in spellings of its own, when it is imported, and what the variable says
-    later changes no kernel. So the answer is what became of one of Triton's own functions.
+    later changes no kernel.
     """
     if not has_triton():
         return False
-    import triton.language
-    from triton.runtime import JITFunction
+    from ._triton.device import interpreted
 
-    return not isinstance(triton.language.sum, JITFunction)
+    return interpreted()
 
 
 def screening() -> bool:

@@ -7,13 +7,20 @@ import warnings
 from typing import Any, Callable, Dict, Set, Tuple, TypeVar, cast
 
 import torch
+import triton.language as tl
 from triton.compiler.errors import CompilationError
+from triton.runtime import JITFunction
 from triton.runtime.errors import OutOfResources, PTXASError
 
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 # Raised before a kernel runs. An error of the device is none of them: it stays, and nothing may hide it.
 LAUNCH_ERRORS = (OutOfResources, PTXASError, CompilationError)
 _refused: Set[Tuple] = set()
+
+
+def interpreted() -> bool:
+    """Whether Triton was imported with its interpreter on: what became of one of its own functions."""
+    return not isinstance(tl.sum, JITFunction)
 
 
 def on_device(launcher: Launcher) -> Launcher:
