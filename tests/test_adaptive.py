@@ -324,6 +324,19 @@ def test_a_large_pool_is_trained_on_alike_and_resumes_to_the_same_batches(monkey
         np.testing.assert_array_equal(again.predicted(), plan.predicted())
 
 
+@pytest.mark.parametrize("name", ["counts", "seen", "pending"])
+@pytest.mark.parametrize("row", [-1, 800])
+def test_a_state_of_prompts_that_are_not_there_is_refused(name, row):
+    plan = make_plan(make_pool(800)[0])
+    batch = plan.next_batch()
+    plan.observe(batch[:8], [0.5] * 8)
+    state = plan.state_dict()
+    state[name] = state[name].clone()
+    state[name][-1, 0] = row
+    with pytest.raises(SaerlError, match=f"holds {name} of prompts that this plan lacks"):
+        plan.load_state_dict(state)
+
+
 @pytest.mark.parametrize("large", [300, 1000])
 def test_features_are_held_once(monkeypatch, large):
     monkeypatch.setattr(packed, "LARGE", large)

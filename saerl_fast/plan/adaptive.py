@@ -170,7 +170,8 @@ class AdaptivePlan(Plan):
         self._check_state(state)
         arrays: dict[str, np.ndarray] = {}
         shapes = {name: getattr(self.rule, name).shape for name in Rule.STATE}
-        for name, shape in {**shapes, "counts": (-1, 4), "seen": (-1, 2), "pending": (-1, 3)}.items():
+        listed = {"counts": (-1, 4), "seen": (-1, 2), "pending": (-1, 3)}  # by row
+        for name, shape in {**shapes, **listed}.items():
             dtype = np.float64 if name in Rule.STATE else np.int64
             arrays[name] = np.array(state.get(name, ()), dtype=dtype)
             if shape[0] == -1:
@@ -181,6 +182,12 @@ class AdaptivePlan(Plan):
                 raise SaerlError(
                     f"the saved plan state holds {name} of shape {list(arrays[name].shape)} but this plan "
                     f"has {list(shape)}; resume with the plan.json that the run was started with"
+                )
+            rows = arrays[name][:, 0] if name in listed else arrays[name][:0]
+            if not ((rows >= 0) & (rows < len(self.prompt_ids))).all():
+                raise SaerlError(
+                    f"the saved plan state holds {name} of prompts that this plan lacks; resume with the "
+                    "plan.json that the run was started with"
                 )
         for name in Rule.STATE:
             setattr(self.rule, name, arrays[name])
