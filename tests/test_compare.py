@@ -12,6 +12,7 @@ from saerl_fast.config import load_config, to_dict
 from saerl_fast.errors import SaerlError
 from saerl_fast.records import manifest
 from saerl_fast.records.lock import lock
+from saerl_fast.records.report import write_report
 from saerl_fast.records.runs import open_run
 from saerl_fast.stages import compare as module
 from saerl_fast.stages.compare import compare, parse_arm
@@ -276,6 +277,25 @@ def test_a_damaged_record_of_the_comparison_is_written_anew(tmp_path, recorded):
         compare(config, Echo(quiet=True))
         assert (tmp_path / "compare.json").read_text() == kept
     assert len(recorded) == 1
+
+
+def test_a_changed_record_of_the_comparison_is_refused(tmp_path, recorded):
+    """One flipped bit would have made another report in silence; another target after the runs as well."""
+    config = settings(tmp_path, "compare.arms=vanilla")
+    compare(config, Echo(quiet=True))
+    file = tmp_path / "compare.json"
+    kept = file.read_text()
+    for old, new in (('"smooth": 3', '"smooth": 7'), ("0.8", "0.9"), ('"smooth"', '"smoot,"')):
+        assert old in kept
+        file.write_text(kept.replace(old, new, 1))
+        with pytest.raises(
+            SaerlError, match=r"compare.json is not as it was written; run `saerl compare` again"
+        ):
+            write_report(tmp_path)
+    compare(config, Echo(quiet=True))
+    assert file.read_text() == kept and len(recorded) == 1
+    file.write_text(json.dumps({k: v for k, v in json.loads(kept).items() if k != "sha256"}))
+    write_report(tmp_path)  # as written before there was a hash
 
 
 def test_pilots_hold_off_another_comparison(tmp_path, recorded):

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.run_all import heed_interrupts
 from saerl_fast.errors import SaerlError
-from saerl_fast.fileio import process_mark
+from saerl_fast.fileio import process_mark, write_json
 from saerl_fast.records.lock import lock
 from saerl_fast.records.log import MetricsLog
 from saerl_fast.records.report import write_report
@@ -87,8 +87,8 @@ def test_a_comparison_ends_with_its_last_run(tmp_path: Path) -> None:
 
     def add(name: str) -> None:
         write(tmp_path / name, 1, 2, None)
-        (tmp_path / name / "run.json").write_text(json.dumps({"arm": name, "seed": 0}))
-        (tmp_path / name / "summary.json").write_text("{}")
+        write_json(tmp_path / name / "run.json", {"arm": name, "seed": 0})  # watch may read at any time
+        write_json(tmp_path / name / "summary.json", {})
 
     add("vanilla")
     later = threading.Timer(0.3, add, ["adaptive"])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from saerl_fast.errors import SaerlError, printable
-from saerl_fast.fileio import mismatch, read_json
+from saerl_fast.fileio import mismatch, read_json, write_json
 from saerl_fast.records import manifest
 from saerl_fast.records.log import LOGS, damage
 from saerl_fast.records.rows import Block, blocks, last_row
@@ -37,6 +37,7 @@ SUMMARY = {
     "warnings?": {str: WARNED},
     "curve?": [[float]],
 }
+COMPARISON = "compare.json"
 COMPARED = {"arms?": [str], "seeds?": [int], "notes?": list}
 COMPARED |= {
     "targets?": [float],
@@ -46,6 +47,7 @@ COMPARED |= {
     "vary_sae?": bool,
     "until?": bool,
     "pools?": [str],
+    "sha256?": str,  # of the others
 }
 PROBE = {"note?": (None, str), "auc?": _NUMBER, "spearman?": _NUMBER, "baselines?": (None, {str: _NUMBER})}
 PROBES = {"difficulty?": (None, PROBE), "quality?": (None, PROBE)}
@@ -54,7 +56,7 @@ WRITTEN = {"logs": {str: {"rows": int, "bytes": int, "sha256": str}}, "damage": 
 FORMS: dict[str, tuple[str, Any]] = {  # name -> the command that writes it, and what it must hold
     "run.json": ("saerl train", RUN),
     "summary.json": ("saerl train", SUMMARY),
-    "compare.json": ("saerl compare", COMPARED),
+    COMPARISON: ("saerl compare", COMPARED),
     "scores.json": ("saerl score", SCORED),
     "train.json": ("saerl sae train", {}),
     LOGS: ("saerl train", WRITTEN),
@@ -407,7 +409,15 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``, {} when there is no such file; SaerlError when it is damaged."""
     if not path.is_file():
         return {}
-    return read_json(path, *FORMS.get(path.name, ("saerl score", {})))
+    found: dict[str, Any] = read_json(path, *FORMS.get(path.name, ("saerl score", {})))
+    if path.name == COMPARISON and found.pop("sha256", None) not in (None, manifest.json_digest(found)):
+        raise SaerlError(f"{path} is not as it was written; run `saerl compare` again, which mends it")
+    return found
+
+
+def write_comparison(root: Path, record: dict[str, Any]) -> None:
+    """Write what the comparison in ``root`` is made with, and its hash."""
+    write_json(root / COMPARISON, record | {"sha256": manifest.json_digest(record)})
 
 
 def checked(rows: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:

@@ -21,12 +21,11 @@ import numpy as np
 
 from saerl_fast.config import Config, apply_overrides, to_dict
 from saerl_fast.errors import SaerlError, Unreadable
-from saerl_fast.fileio import write_json
 from saerl_fast.records import manifest
 from saerl_fast.records.compared import find_targets
 from saerl_fast.records.lock import Held, holder, lock
 from saerl_fast.records.report import write_report
-from saerl_fast.records.runs import PILOT, open_run, read_object
+from saerl_fast.records.runs import PILOT, open_run, read_object, write_comparison
 from saerl_fast.records.stats import past
 from saerl_fast.rl.lora import check_targets
 from saerl_fast.sae.files import check_source
@@ -112,7 +111,7 @@ def compare(config: Config, echo: Echo, *, redo: bool = False) -> list[Path]:
             planned[name] = _jobs(mine, redo)
     root.mkdir(parents=True, exist_ok=True)
     with lock(root, wait=echo.result):
-        write_json(root / "compare.json", to_dict(config.compare) | {"pools": names})
+        write_comparison(root, to_dict(config.compare) | {"pools": names})
     for name, overrides in pools:
         echo.result(f"pool {name}")
         with _naming(name, [*overrides, f"run_dir={root / name}"]):
@@ -239,7 +238,7 @@ def _compare(config: Config, planned: Jobs, echo: Echo, redo: bool) -> list[Path
         if redo and any(map(needs_scores, arms)):
             set_aside(config, echo)
         session = _check_plans(arms, echo) if arms else None
-        write_json(root / "compare.json", record)
+        write_comparison(root, record)
     for name, mine, out in missing:
         echo(f"{name}, seed {mine.train.seed}")
         with lock(out, wait=echo.result):
@@ -248,7 +247,7 @@ def _compare(config: Config, planned: Jobs, echo: Echo, redo: bool) -> list[Path
         known = record["target_values"] = _targets(pilots, config)
         with lock(root, wait=echo.result):
             refuse_beside(root, record)
-            write_json(root / "compare.json", record)
+            write_comparison(root, record)
     if pilots:
         shown = ", ".join(f"{value:g}" for value in known)
         echo.result(

@@ -56,6 +56,7 @@ ERRORS = (
     "EBUSY",
     "EINTR",
 )  # of disks
+OTHER_KIND = "compare.pools; choose another run_dir"  # no --redo makes one kind of comparison of the other
 TRAINING = {"train", "train --overwrite", "compare", "compare --pools", "demo"}
 
 
@@ -127,7 +128,7 @@ class Bench:
     def go_on(self, stage: str, folder: Path, *settings: str) -> tuple[str, str]:
         """The command again; where it is refused, with --redo, which has to work."""
         found = self.judge(stage, folder, run(ON.get(stage, stage), folder, *settings))
-        if found[0] != REFUSED or stage in READING:
+        if found[0] != REFUSED or stage in READING or OTHER_KIND in found[1]:
             return found
         redone = self.judge(stage, folder, run(f"{stage} --redo", folder, *settings))
         return (REFUSED, found[1]) if redone[0] == SAME else (STUCK, f"{found[1]} / --redo: {redone}")
