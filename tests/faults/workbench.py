@@ -212,7 +212,7 @@ def _content(file: Path) -> Any:
         return _steady(json.loads(file.read_text()))
     if file.suffix == ".jsonl":
         return [_steady(json.loads(line)) for line in file.read_text().splitlines()]
-    return file.read_bytes()
+    return re.sub(rb"\| date \|.*", b"", file.read_bytes())  # of a report, where a run.json was made again
 
 
 def _steady(value: Any) -> Any:
