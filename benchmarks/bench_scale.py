@@ -4,7 +4,8 @@
 
 ``test_plan``: an adaptive plan over synthetic features [rows, d] that lie in a file, followed by a learner of
 known skill. "next batch" is a pool of which the learner solves half, "next batch, hard pool" one of
-which it solves few, so that few lie near the target; "scan" is the plain rule, which looks at every row.
+which it solves few, so that few lie near the target; "scan" is the choice of smaller
+pools, which looks at every row where it has to.
 "slowest batch" is the slowest of a hundred, the first one included; "no noise": the hard pool without noise;
 "fresh features": observe is told those of the rollouts, too, 512 a prompt of an SAE of 16384.
 held_ratio and peak_ratio: what is resident after a hundred steps with the loaded plan, and at most while a

@@ -416,7 +416,7 @@ def test_noise_drawn_where_it_matters_is_that_of_all():
     for seed in range(200):
         rng = np.random.default_rng(seed)
         some = choice.Noise.draw(300, share, 0.5, known, rng)
-        every = some.of(np.arange(300), rng.random(300), share, 0.5)
+        every = some.of(np.arange(300), rng.random(300))
         assert (every >= some.cut).nonzero()[0].tolist() == some.loud.tolist()
         rows, utility, most = some.foremost(
             lambda rows: np.where((rows >= 50) & (rows < 150), 1, 0.5), 0.5, known[:9]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.models.layout import text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,7 +100,7 @@ def check_weights(path: str, found: dict[str, Any]) -> None:
 def check_causal(model: Any, path: str) -> None:
     """SaerlError when the model ``path`` cannot read ids, or a token changes the predictions before it."""
     rows = model.get_input_embeddings().weight.shape[0]
-    pad = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
+    pad = getattr(text_config(model), "pad_token_id", None) or 0
     *row, other = [token for token in range(1, 8) if token != pad][:6]
     padded = [*row[:2], pad, *row[3:]]
     ids = torch.tensor([row, [*row[:4], other], padded], device=model.device) % rows

@@ -43,12 +43,12 @@ def decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
 
 def n_blocks(model: nn.Module) -> int:
     """Number of decoder blocks, from the model's text configuration."""
-    return int(_text_config(model).num_hidden_layers)
+    return int(text_config(model).num_hidden_layers)
 
 
 def hidden_size(model: nn.Module) -> int:
     """Width of the residual stream, the ``d_in`` an SAE must have."""
-    return int(_text_config(model).hidden_size)
+    return int(text_config(model).hidden_size)
 
 
 def max_positions(model: nn.Module) -> int | None:
@@ -57,7 +57,7 @@ def max_positions(model: nn.Module) -> int | None:
     LongRoPE turns every position by other angles once a sequence is longer than the original limit, so that
     the log-probabilities of its first tokens change, too: there the original limit is the longest.
     """
-    config = _text_config(model)
+    config = text_config(model)
     limit = getattr(config, "max_position_embeddings", None)
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in (ropes, *ropes.values()):  # one for all layers, or one for each type
@@ -110,7 +110,8 @@ def token_ids(
     return ids
 
 
-def _text_config(model: nn.Module) -> Any:
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the part that reads text."""
     config = getattr(model, "config", None)
     if config is None:
         raise SaerlError(f"{type(model).__name__} has no config; pass a transformers model")

@@ -64,12 +64,14 @@ class Prior:
 
 
 class Noise(NamedTuple):
-    """Gumbel noise of many prompts, drawn where it matters.
+    """Gumbel noise of this ``scale`` of many prompts, drawn where it matters.
 
-    That of ``loud`` rows, int64, ascending, is ``great``, above ``cut``; that of all others below it, and of
-    ``known`` ones that are not loud ``small``.
+    A prompt is loud with a chance of ``share``. The noise of ``loud`` rows, int64, ascending, is ``great``,
+    above ``cut``; that of all others below it, and of ``known`` ones that are not loud ``small``.
     """
 
+    share: float
+    scale: float
     loud: np.ndarray
     great: np.ndarray
     known: np.ndarray
@@ -80,11 +82,11 @@ class Noise(NamedTuple):
     def draw(
         cls, n_rows: int, share: float, scale: float, known: np.ndarray, rng: np.random.Generator
     ) -> Noise:
-        """Each of ``n_rows`` is loud with a chance of ``share``."""
+        """Of ``n_rows`` prompts."""
         loud = np.sort(rng.choice(n_rows, rng.binomial(n_rows, share), replace=False, shuffle=False))
         great = gumbel(share * rng.random(len(loud)), scale)
         small = gumbel(share + (1 - share) * rng.random(len(known)), scale)
-        return cls(loud, great, known, small, float(gumbel(np.array([share]), scale)[0]))
+        return cls(share, scale, loud, great, known, small, float(gumbel(np.array([share]), scale)[0]))
 
     def foremost(
         self, worth: Callable[[np.ndarray], np.ndarray], limit: float, waiting: np.ndarray
@@ -101,9 +103,9 @@ class Noise(NamedTuple):
         rows = rows[order]
         return rows, np.concatenate([self.great, self.small[may]])[order] + worth(rows), self.cut + limit
 
-    def of(self, rows: np.ndarray, chance: np.ndarray, share: float, scale: float) -> np.ndarray:
-        """float64, noise of ascending ``rows``; others have it by their ``chance`` [n], as in `draw`."""
-        found = gumbel(share + (1 - share) * chance[rows], scale)
+    def of(self, rows: np.ndarray, chance: np.ndarray) -> np.ndarray:
+        """float64, noise of ascending ``rows``; others have it by their ``chance`` [n], uniform."""
+        found = gumbel(self.share + (1 - self.share) * chance[rows], self.scale)
         for own, value in ((self.known, self.small), (self.loud, self.great)):
             at = np.flatnonzero(among(rows, own))
             found[at] = value[np.searchsorted(own, rows[at])]
@@ -156,7 +158,7 @@ def choose(
         may = far <= prior.within(least - some.cut)  # or they are worth too little for what noise they have
         may[some.loud] = may[known] = True
         rows = np.flatnonzero(may)
-        utility = usual(rows, far[rows]) + some.of(rows, chance, share, noise)
+        utility = usual(rows, far[rows]) + some.of(rows, chance)
     utility[waiting if len(rows) == n_rows else among(rows, waiting)] = -np.inf
     return rows[best(utility, quota and quota._replace(groups=quota.groups[rows]), size)]
 
