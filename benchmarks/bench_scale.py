@@ -54,6 +54,7 @@ from saerl_fast.records import packed
 from saerl_fast.records.log import JsonlLog, write_logs
 from saerl_fast.records.packed import Packed
 from saerl_fast.records.runs import load_runs
+from saerl_fast.records.spilled import full, permutation
 from saerl_fast.signals.bank import Bank
 from saerl_fast.signals.clusters import cluster_prompts
 from saerl_fast.signals.copies import find_copies
@@ -274,8 +275,8 @@ def score_and_plan(shape: Sparse, folder: Path) -> tuple[dict[str, Any], dict[st
         with Anonymous() as highest:
             pool, _ = once("pool", load_split, DataConfig(train=spec, eval=other))
             ids, n = pool.column("prompt_id"), len(pool)
-            rates = np.full(n, np.nan)
-            rates[rng.permutation(n)[:512]] = rng.integers(0, 9, 512) / 8
+            rates = full(n, np.nan)
+            rates[permutation(rng, n)[:512]] = rng.integers(0, 9, 512) / 8
             shards = Shards(folder, "bench", 1 << 14)
             features = once("shards", shards.collect, ids, Made(shape))["sae"]
             texts = Plain(pool.column("prompt"))

@@ -16,7 +16,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.prompts import files, pool, render
 from saerl_fast.prompts.pool import Pool, load_split
 from saerl_fast.prompts.render import prepare
-from saerl_fast.records import packed
+from saerl_fast.records import packed, spilled
 from saerl_fast.signals.scores import Scores, score_features
 from tests.prompt_files import save
 from tests.test_scores import make_config, make_pool
@@ -35,8 +35,8 @@ ROWS = [
 
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (packed, files, pool, render):
-        for name, value in {"LARGE": 9, "BLOCK": 4, "FEW": 5, "SPILL": 100}.items():
+    for module in (packed, spilled, files, pool, render):
+        for name, value in {"LARGE": 9, "BLOCK": 4, "FEW": 5, "SPILL": 100, "BUCKET": 7}.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
 
@@ -116,6 +116,9 @@ def test_scores_are_the_same(tmp_path: Path, request: pytest.FixtureRequest) -> 
         make_config(),
     )
     told = [{key: value for key, value in made.metadata.items() if key != "seconds"} for made in (small, big)]
+    for card, other in zip(*(made["clusters"].pop("cards") for made in told), strict=True):
+        means = {name: pytest.approx(value) for name, value in card.items() if isinstance(value, float)}
+        assert other == card | means  # their sums are made in other blocks
     assert told[0] == told[1]
     big.save(tmp_path)
     loaded = Scores.load(tmp_path)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from saerl_fast.errors import SaerlError
-from saerl_fast.records import packed
+from saerl_fast.records import packed, spilled
 from saerl_fast.records.packed import Packed, Rows
 
 IDS = ["a", "", "größer", "日本", "x" * 300, "lone \ud800", "a b", "\0"]
@@ -98,7 +98,7 @@ def test_cells_come_back_as_they_were(monkeypatch, spill):
     monkeypatch.setattr(packed, "BLOCK", 3)
     monkeypatch.setattr(packed, "LARGE", 4)
     monkeypatch.setattr(packed, "FEW", 4)
-    monkeypatch.setattr(packed, "SPILL", spill)
+    monkeypatch.setattr(spilled, "SPILL", spill)
     cells = packed.kept(iter(CELLS))
     assert isinstance(cells, packed.Cells) and list(cells) == CELLS and len(cells) == 10
     assert [cells[i] for i in range(-10, 10)] == CELLS * 2 and cells[2:9] == CELLS[2:9] and cells[3:3] == []
@@ -126,12 +126,12 @@ def test_a_column_that_json_would_change_stays_a_list(monkeypatch, odd, place):
 
 def test_few_values_stay_a_list_and_a_full_disk_is_said(monkeypatch):
     assert packed.kept(iter([1, 2])) == [1, 2] and isinstance(packed.strings(["a"], 1), list)
-    monkeypatch.setattr(packed, "SPILL", 0)
+    monkeypatch.setattr(spilled, "SPILL", 0)
 
     class Full:
         def write(self, _):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packed.tempfile, "TemporaryFile", lambda **_: Full())
+    monkeypatch.setattr(spilled.tempfile, "TemporaryFile", lambda **_: Full())
     with pytest.raises(SaerlError, match="No space left on device.*set TMPDIR"):
         packed.Packed.of(["a", "b"])

@@ -21,7 +21,8 @@ from saerl_fast.config import DataConfig
 from saerl_fast.errors import SaerlError, halved
 from saerl_fast.prompts import chats, files, layouts, sources
 from saerl_fast.prompts.chats import Messages
-from saerl_fast.records.packed import BLOCK, Column, Ragged, Rows, chosen, first_equal, kept, strings
+from saerl_fast.records.packed import Column, Ragged, Rows, chosen, kept, strings
+from saerl_fast.records.spilled import BLOCK, arange, first_equal, firsts, rows_where, taken
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def load_split(cfg: DataConfig, seed: int = 0) -> tuple[Pool, Pool]:
         held_out = train.select(_pick_eval(train, cfg, seed))
     evaluated = {_key(prompt) for prompt in held_out.column("prompt")}
     own = (_key(prompt) not in evaluated for prompt in train.column("prompt"))
-    rest = np.flatnonzero(np.fromiter(own, dtype=bool, count=len(train)))
+    rest = rows_where(np.fromiter(own, dtype=bool, count=len(train)).__getitem__, len(train))
     if not len(rest):
         fix = "give others for role='eval'" if sources.is_source(cfg.train) else "add rows"
         raise SaerlError(f"every prompt of {cfg.train} is also evaluated; {fix}, or change data.eval")
@@ -251,14 +252,14 @@ def _without_nulls(columns: files.Columns, spec: str, cfg: DataConfig) -> files.
 
 def _pick_eval(pool: Pool, cfg: DataConfig, seed: int) -> list[int]:
     """Rows to hold out: `eval_size` distinct prompts, drawn by ``seed`` from those `eval_filter` allows."""
-    allowed = np.arange(len(pool))
+    allowed = arange(len(pool))
     if cfg.eval_filter is not None:
         allowed = np.array(
             [i for i, v in enumerate(pool.column(cfg.eval_filter)) if _true(v)], dtype=np.int64
         )
     prompts = pool.columns["prompt"]
     first = first_equal(map(_key, prompts if len(allowed) == len(pool) else chosen(prompts, allowed)))
-    distinct = allowed[first == np.arange(len(first))]
+    distinct = taken(allowed, firsts(first))
     if len(distinct) < cfg.eval_size or len(pool) <= cfg.eval_size:
         which = f" that data.eval_filter={cfg.eval_filter} allows" if cfg.eval_filter else ""
         raise SaerlError(

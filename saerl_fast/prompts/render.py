@@ -22,6 +22,7 @@ from saerl_fast.prompts.chats import Messages, is_prefilled
 from saerl_fast.prompts.own import Spans, own_tokens
 from saerl_fast.prompts.pool import Pool
 from saerl_fast.records.packed import LARGE, Tokens, chosen, strings
+from saerl_fast.records.spilled import rows_where
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def prepare(
     answers = _tokens(tokenizer, _Answers(pool.column("answer")), False)
     own = _own(tokenizer, cfg, pool.column("prompt"), texts, ids) if templated else None
     made = Prompts(pool.columns, texts, ids, answers, cfg.prefill, own)
-    keep = np.flatnonzero(sizes <= most)
+    keep = rows_where(lambda part: sizes[part] <= most, len(sizes))
     if len(keep) == len(pool):
         return made
     if not len(keep):

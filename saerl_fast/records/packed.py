@@ -5,71 +5,24 @@ Ids are found by their hash.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain, islice
-from typing import IO, TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 
-from saerl_fast.errors import SaerlError
+from saerl_fast.records.spilled import BLOCK, Growing, buckets, by_block, each, empty, from_iter, rows_where
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-BLOCK = 1 << 16
 LARGE = 1 << 18  # rows from which they are packed
 FEW = 1 << 14  # rows that are a list when they are taken from packed ones
-SPILL = 1 << 26  # bytes of an array from which it lies in a file
-
 
 _written = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make one for every cell
 Row = TypeVar("Row")
-
-
-class Growing:
-    """An array of a size that is not known before: above SPILL bytes in a file without a name, mapped."""
-
-    def __init__(self, dtype: type) -> None:
-        self._dtype, self.size = dtype, 0
-        self._parts: list[np.ndarray] = [np.empty(0, dtype)]
-        self._file: IO[bytes] | None = None
-
-    def add(self, part: np.ndarray) -> None:
-        """Append; SaerlError where the disk has no room."""
-        self._parts.append(part)
-        self.size += len(part)
-        if self._file is None and self.size * self._parts[0].itemsize <= SPILL:
-            return
-        with _room():
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="saerl-")  # noqa: SIM115
-            for held in self._parts:
-                self._file.write(np.ascontiguousarray(held, self._dtype).data)
-            self._parts = [self._parts[0][:0]]
-
-    def done(self) -> np.ndarray:
-        """The whole array; what is written to a mapped one stays in memory."""
-        if self._file is None:
-            return np.concatenate(self._parts)
-        with _room():
-            self._file.flush()
-        return np.asarray(np.memmap(self._file, self._dtype, "c"))
-
-
-@contextmanager
-def _room() -> Iterator[None]:
-    try:
-        yield
-    except OSError as err:
-        raise SaerlError(
-            f"the columns of a large pool do not fit into {tempfile.gettempdir()} ({err.strerror}); set "
-            "TMPDIR to a folder with more room"
-        ) from None
 
 
 class Ragged(Sequence[Row]):
@@ -88,7 +41,7 @@ class Ragged(Sequence[Row]):
     @property
     def sizes(self) -> np.ndarray:
         """int64 [n]: elements of each row."""
-        return np.diff(self.ends)
+        return by_block(lambda rows: np.diff(self.ends[rows.start : rows.stop + 1]), len(self), np.int64)
 
     @overload
     def __getitem__(self, at: int) -> Row: ...
@@ -227,21 +180,8 @@ def strings(values: Iterable[str], count: int) -> Sequence[str]:
     return Packed.of(values) if count > LARGE else list(values)
 
 
-def first_equal(keys: Iterable[str]) -> np.ndarray:
-    """int64 [n]: the position of the first key equal to each; by digest, so that no key is kept."""
-    rest, parts = iter(keys), [np.empty((0, 2), dtype=np.uint64)]
-    while part := list(islice(rest, BLOCK)):
-        texts = (key.encode("utf-8", "surrogatepass") for key in part)
-        found = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
-        parts.append(np.frombuffer(found, dtype=np.uint64).reshape(-1, 2))
-    digests = np.concatenate(parts)
-    order = np.lexsort(digests.T)
-    digests = digests[order]
-    begins = np.ones(len(order), dtype=bool)
-    begins[1:] = (digests[1:] != digests[:-1]).any(axis=1)
-    first = np.empty(len(order), dtype=np.int64)
-    first[order] = order[np.flatnonzero(begins)[np.cumsum(begins) - 1]]
-    return first
+def _hashes(names: Iterable[str]) -> np.ndarray:
+    return np.fromiter(map(hash, names), dtype=np.int64).view(np.uint64)
 
 
 def _bytes(rows: list[bytes]) -> np.ndarray:
@@ -276,10 +216,15 @@ class Rows:
 
     def __init__(self, ids: Sequence[str]) -> None:
         self._ids = ids
-        hashes = np.fromiter(map(hash, ids), dtype=np.int64, count=len(ids))
-        self._order = np.argsort(hashes, kind="stable").astype(np.int32)
-        self._hashes = hashes[self._order]
-        later = self._order[1:][self._hashes[1:] == self._hashes[:-1]]
+        hashes = from_iter(map(hash, ids), len(ids), np.int64).view(np.uint64)
+        self._order, self._hashes, at = empty(len(ids), np.int32), empty(len(ids), np.uint64), 0
+        for rows in buckets(hashes):
+            place, at = slice(at, at + len(rows)), at + len(rows)
+            self._order[place] = rows[np.argsort(hashes[rows], kind="stable")]
+            self._hashes[place] = hashes[self._order[place]]
+        found = self._hashes
+        again = rows_where(lambda at: found[at] == found[at.start + 1 : at.stop + 1], len(ids) - 1)
+        later = (int(self._order[i + 1]) for i in each(again))
         self.repeated = next((ids[row] for row in later if self[ids[row]] != row), None)
 
     def __reduce__(self) -> tuple[type[Rows], tuple[Sequence[str]]]:
@@ -289,7 +234,7 @@ class Rows:
         """Those of ``names`` that are no id."""
         rest, found = iter(names), []
         while part := list(islice(rest, BLOCK)):
-            hashes = np.fromiter(map(hash, part), dtype=np.int64, count=len(part))
+            hashes = _hashes(part)
             at = np.searchsorted(self._hashes[:-1], hashes)
             known = self._hashes[at] == hashes if len(self._hashes) else np.zeros(len(part), dtype=bool)
             found += [part[i] for i in np.flatnonzero(~known)]
@@ -297,7 +242,7 @@ class Rows:
 
     def of(self, names: Sequence[str]) -> list[int | None]:
         """The row of each name, None where there is no such id."""
-        hashes = np.fromiter(map(hash, names), dtype=np.int64, count=len(names))
+        hashes = _hashes(names)
         places = np.searchsorted(self._hashes, hashes).tolist()
         return [self._at(name, *first) for name, *first in zip(names, hashes.tolist(), places, strict=True)]
 

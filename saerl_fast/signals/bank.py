@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from saerl_fast.errors import SaerlError
+from saerl_fast.records.spilled import full, permutation, rows_where
 from saerl_fast.signals.features import Features, block, blocks
 from saerl_fast.signals.ridge import Block, Fit
 from saerl_fast.signals.text import Tfidf, plain, surface
@@ -77,9 +78,14 @@ class Bank:
 
     def fitted(self, labelled: np.ndarray, seed: int) -> np.ndarray:
         """The rows to make blocks of: at most MOST of those ``labelled`` [bool, n], others up to SAMPLE."""
-        order = np.random.default_rng([seed, 3]).permutation(self.n_rows)
-        known = order[labelled[order]][:MOST]
-        return np.sort(np.r_[known, order[~labelled[order]][: max(SAMPLE - len(known), 0)]])
+        order = permutation(np.random.default_rng([seed, 3]), self.n_rows)
+
+        def first(wanted: bool, most: int) -> np.ndarray:
+            places = rows_where(lambda part: labelled[order[part]] == wanted, len(order))
+            return order[places[: max(most, 0)]]
+
+        known = first(True, MOST)
+        return np.sort(np.r_[known, first(False, SAMPLE - len(known))])
 
     def blocks(self, names: Sequence[str], rows: np.ndarray) -> dict[str, Block]:
         """A block by name of ``rows``; TF-IDF keeps its proportions, other columns are standardised."""
@@ -88,7 +94,7 @@ class Bank:
     def predict(self, fit: Fit, made: Mapping[str, Block]) -> np.ndarray:
         """What ``fit``, to the blocks ``made``, expects of every row, float64 [n], a part at a time."""
         linear = {name: made[name].linear(fit.rows, dual) for name, dual in fit.dual.items()}
-        found = np.full(self.n_rows, fit.mean)
+        found = full(self.n_rows, fit.mean)
         for part in blocks(self.n_rows):
             for name, (weights, offset) in linear.items():
                 found[part] += self.kinds[name](part) @ weights + offset
@@ -104,8 +110,8 @@ class Bank:
 
     @cached_property
     def _tfidf(self) -> Tfidf:
-        order = np.random.default_rng(4).permutation(self.n_rows)[:SAMPLE]
-        return Tfidf(self.texts(np.sort(order)))
+        order = permutation(np.random.default_rng(4), self.n_rows)
+        return Tfidf(self.texts(np.sort(order[:SAMPLE])))
 
 
 def cells(columns: Sequence[Sequence[Any]]) -> Callable[[Rows], csr_matrix]:

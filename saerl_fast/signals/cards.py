@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from saerl_fast.records.spilled import counted, slices
 from saerl_fast.signals.features import Features, block, blocks, weighted
 
 CARDS = 32  # the largest clusters
@@ -31,7 +32,7 @@ def cards(
     than in all rows (``lift``: by how much, in rows of norm 1), each with the prompts that have most of it;
     ``prompts`` are nearest to the cluster's centre.
     """
-    sizes = np.bincount(labels)
+    sizes = counted(labels)
     largest = np.argsort(-sizes, kind="stable")[:CARDS]
     sums = np.zeros((len(sizes), X.n_cols))
     for part in blocks(X.n_rows):
@@ -54,7 +55,7 @@ def cards(
         {
             "cluster": c,
             "size": int(sizes[c]),
-            **{name: _mean(values[labels == c]) for name, values in signals.items()},
+            **{name: _mean(values, labels, c) for name, values in signals.items()},
             "features": [
                 {"feature": int(f), "lift": float(lift[c, f]), "prompts": prompts(most[int(f)])}
                 for f in chosen[c]
@@ -112,6 +113,11 @@ class _Top:
         self.rows, self.values = rows[order], values[order]
 
 
-def _mean(values: np.ndarray) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else None
+def _mean(values: np.ndarray, labels: np.ndarray, label: int) -> float | None:
+    """The mean of those that are known of one label."""
+    total, count = 0.0, 0
+    for part in slices(len(values)):
+        some = values[part][labels[part] == label]
+        known = some[np.isfinite(some)]
+        total, count = total + known.sum(), count + len(known)
+    return float(total / count) if count else None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from saerl_fast.records.spilled import permutation
 from saerl_fast.signals.bank import Bank
 from saerl_fast.signals.ridge import NOISE, SIGNAL, Block
 
@@ -14,7 +15,7 @@ CANDIDATES = 2000  # prompts that `spread` chooses among: its cost is quadratic 
 
 def spread_rows(bank: Bank, count: int, features: Sequence[str] | None, seed: int) -> np.ndarray:
     """``count`` rows (all of a smaller pool) by `spread` among a seeded sample, the most telling first."""
-    some = np.random.default_rng([seed, 1]).permutation(bank.n_rows)[: max(CANDIDATES, 2 * count)]
+    some = permutation(np.random.default_rng([seed, 1]), bank.n_rows)[: max(CANDIDATES, 2 * count)]
     blocks = bank.blocks(bank.names(features, "difficulty.features"), some)
     return some[spread(blocks, np.arange(len(some)), count)]
 

@@ -19,6 +19,7 @@ import torch
 
 from saerl_fast.config import DiversityConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.records.spilled import by_block, counted, empty, from_iter, permutation, slices
 from saerl_fast.signals.features import SAMPLE, Features, block, blocks, rows_with, svd_reduce, weighted
 from saerl_fast.signals.text import look
 from saerl_kernels import CSR, csr, kmeans_assign, kmeans_update, spherical_kmeans
@@ -82,9 +83,13 @@ def cluster_prompts(
     wanted = cfg.n_clusters if cfg.n_clusters != "auto" else _choose(rows, cfg, backend, tried)
     labels, centroids = _cluster(rows, wanted, cfg, backend)
     if n_rows > SAMPLE:
-        every = [_assign(weighted(block(X, at), weights), centroids, backend) for at in blocks(n_rows)]
-        labels = np.unique(np.concatenate(every), return_inverse=True)[1]
-    sizes = np.bincount(labels)
+        labels = empty(n_rows, np.int32)
+        for at in blocks(n_rows):
+            labels[at] = _assign(weighted(block(X, at), weights), centroids, backend)
+        number = np.cumsum(counted(labels) > 0) - 1  # without gaps
+        for at in slices(n_rows):
+            labels[at] = number[labels[at]]
+    sizes = counted(labels)
     metrics: dict[str, Any] = {
         "n_clusters": len(sizes),
         "sizes": sizes.tolist(),
@@ -119,10 +124,11 @@ def cluster_prompts(
     if tasks is not None:
         codes: dict[str, int] = {}
         named = (codes.setdefault(str(task), len(codes)) for task in tasks)
-        names = np.fromiter(named, dtype=np.int64, count=n_rows)
-        chance = np.random.default_rng(cfg.seed).permutation(labels)
+        names = from_iter(named, n_rows, np.int32)
+        chance = by_block(labels.__getitem__, n_rows, np.int32)
+        np.random.default_rng(cfg.seed).shuffle(chance)
         metrics.update(purity=purity(labels, names), purity_chance=purity(chance, names))
-    return ClusterResult(labels.astype(np.int32), metrics, weights)
+    return ClusterResult(labels.astype(np.int32, copy=False), metrics, weights)
 
 
 def _sample(X: Any, most: int, seed: int) -> Any:
@@ -151,7 +157,7 @@ def _choose(rows: CSR, cfg: DiversityConfig, backend: str, tried: list[list[floa
 
 def _plain(X: Features, idf: torch.Tensor, texts: Texts, cfg: DiversityConfig) -> torch.Tensor:
     """Factors float32 [n_cols] by which features that the look of the texts explains weigh less."""
-    some = np.sort(np.random.default_rng([cfg.seed, 7]).permutation(X.n_rows)[:LOOK_ROWS])
+    some = np.sort(permutation(np.random.default_rng([cfg.seed, 7]), X.n_rows)[:LOOK_ROWS])
     marks = look(texts(some))
     marks = marks[:, np.ptp(marks, axis=0) > 0]
     if len(some) < 10 * marks.shape[1]:  # too few rows to tell

@@ -11,7 +11,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saerl_fast.records.packed import first_equal
+from saerl_fast.records.spilled import (
+    by_block,
+    each,
+    first_equal,
+    firsts,
+    flattened,
+    rows_where,
+    slices,
+    taken,
+)
 from saerl_fast.signals.features import Features
 from saerl_fast.signals.near import NearCopies
 from saerl_fast.signals.text import NUMBER
@@ -48,23 +57,24 @@ def find_copies(
     neighbours than were looked at; ``recall``, in large pools: the share of the near-copies of some rows that
     were found by hashes (see `near`), else None.
     """
-    same = same_text(texts)
-    own = np.flatnonzero(same == np.arange(len(same)))
-    found: dict[str, Any] = {"rows": len(same) - len(own)} | _conflicts(same, answers, ids)
-    shapes = first_equal(NUMBER.sub("0", _folded(texts[i])) for i in own.tolist())
-    kept = np.flatnonzero(shapes == np.arange(len(own)))
+    of = same_text(texts)
+    own = firsts(of)
+    found: dict[str, Any] = {"rows": len(of) - len(own)} | _conflicts(of, answers, ids)
+    shapes = first_equal(NUMBER.sub("0", _folded(texts[i])) for i in each(own))
+    kept = firsts(shapes)
     found["renumbered"] = len(own) - len(kept)
-    rows, shape_of = own[kept], np.searchsorted(kept, shapes)
+    for part in slices(len(own)):
+        of[own[part]] = own[shapes[part]]
     found |= {"near": 0, "examples": None, "unsure": 0, "recall": None}
     if near < 1:
+        rows = taken(own, kept)
         copies = NearCopies(X, rows, texts, near, seed)
-        shape_of = copies.groups.flat()[shape_of]
+        root = copies.groups.flat()
+        for part in slices(len(rows)):
+            of[rows[part]] = rows[root[part]]
         found |= {"near": len(copies.pairs), "unsure": copies.unsure, "recall": copies.recall}
         found["examples"] = ", ".join(f"{ids[a]} ~ {ids[b]}" for a, b in copies.pairs[:NAMED]) or None
-    of = np.empty(len(same), dtype=np.int64)
-    of[own] = rows[shape_of]
-    of = of[same]
-    of[of == np.arange(len(of))] = -1
+    of = flattened(of)
     if found["rows"]:
         log.warning("%d of %d prompts repeat an earlier prompt's text", found["rows"], len(texts))
     if found["conflicting"]:
@@ -73,7 +83,11 @@ def find_copies(
             found["conflicting"],
             found["conflicts"],
         )
-    return Copies(of.astype(np.int32), found)
+
+    def repeated(part: slice) -> np.ndarray:
+        return np.where(of[part] == np.arange(part.start, part.stop), -1, of[part])
+
+    return Copies(by_block(repeated, len(of), np.int32), found)
 
 
 def same_text(texts: Iterable[str]) -> np.ndarray:
@@ -102,10 +116,15 @@ def _meant(answer: Any) -> Fraction | str | None:
 
 def _conflicts(same: np.ndarray, answers: Sequence[Any], ids: Sequence[str]) -> dict[str, Any]:
     """How many texts have several answers, and whose they are."""
-    repeated = np.flatnonzero(np.bincount(same, minlength=len(same)) > 1)
-    rows: dict[int, list[int]] = {int(i): [] for i in repeated}
-    for i in np.flatnonzero(np.isin(same, repeated)).tolist():
-        rows[int(same[i])].append(i)
-    apart = [of for of in rows.values() if len({_meant(answers[i]) for i in of} - {None}) > 1]
-    named = "; ".join(", ".join(str(ids[i]) for i in of[:NAMED]) for of in apart[:NAMED])
-    return {"conflicting": len(apart), "conflicts": named or None}
+    later = rows_where(lambda part: same[part] != np.arange(part.start, part.stop), len(same))
+    apart, known = np.zeros(len(same), dtype=bool), dict[int, Any]()
+    for row, first in zip(each(later), each(taken(same, later)), strict=True):
+        one, other = _meant(answers[first]), _meant(answers[row])
+        if one is None and other is not None:  # the first answer that is known stands for it
+            one = known.setdefault(first, other)
+        apart[first] |= None not in (one, other) and one != other
+    named = []
+    for first in np.flatnonzero(apart)[:NAMED].tolist():
+        rows = rows_where(lambda part: same[part] == first, len(same))[:NAMED]  # noqa: B023
+        named.append(", ".join(str(ids[i]) for i in rows.tolist()))
+    return {"conflicting": int(apart.sum()), "conflicts": "; ".join(named) or None}

@@ -15,6 +15,7 @@ import numpy as np
 
 from saerl_fast.config import DifficultyConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.records.spilled import Growing, by_block, full, rows_where, taken
 from saerl_fast.signals import ridge
 from saerl_fast.signals.bank import Bank, spearman
 from saerl_fast.signals.features import ProbeMatrix, blocks
@@ -58,21 +59,23 @@ def fit_difficulty(bank: Bank, pass_rates: Any, cfg: DifficultyConfig, *, seed: 
     labels, or all alike, every score is 0.5 and ``note`` says so.
     """
     rates = np.asarray(pass_rates, dtype=np.float64)
+    count = len(rates)
     if rates.shape != (bank.n_rows,):
-        raise SaerlError(f"{len(rates)} pass rates cannot belong to {bank.n_rows} prompts")
+        raise SaerlError(f"{count} pass rates cannot belong to {bank.n_rows} prompts")
     check_rates(rates)
     known = ~np.isnan(rates)
-    total = int(known.sum())
+    told = taken(rates, rows_where(known.__getitem__, count))
+    total = len(told)
     metrics: dict[str, Any] = {"n_labels": total, "spearman": None, "r2": None, "note": None}
     if not total:
         metrics["note"] = "no pass rates are known: difficulty was not scored"
-        return DifficultyResult(np.full(len(rates), np.nan, dtype=np.float32), metrics)
-    metrics["mean_label"] = float(1.0 - rates[known].mean())
-    if total < MIN_LABELS or ridge.alike(1.0 - rates[known]):
+        return DifficultyResult(full(count, np.nan, np.float32), metrics)
+    metrics["mean_label"] = float(1.0 - told.mean())
+    if total < MIN_LABELS or ridge.alike(by_block(lambda part: 1.0 - told[part], total, told.dtype)):
         why = f"only {total} pass rates are known" if total < MIN_LABELS else "all pass rates are equal"
         metrics["note"] = f"{why}: every prompt has the neutral difficulty 0.5"
         log.warning(metrics["note"])
-        return DifficultyResult(np.full(len(rates), 0.5, dtype=np.float32), metrics)
+        return DifficultyResult(full(count, 0.5, np.float32), metrics)
 
     from sklearn.model_selection import KFold
 
@@ -119,7 +122,8 @@ def fit_difficulty(bank: Bank, pass_rates: Any, cfg: DifficultyConfig, *, seed: 
             f"difficulty.features={best}"
         )
         log.warning(metrics["note"])
-    return DifficultyResult(np.clip(scores, 0.0, 1.0).astype(np.float32), metrics, effects)
+    clipped = by_block(lambda part: np.clip(scores[part], 0.0, 1.0), count, np.float32)
+    return DifficultyResult(clipped, metrics, effects)
 
 
 def _error(scores: np.ndarray, others: np.ndarray, labels: np.ndarray, seed: int, draws: int = 200) -> float:
@@ -158,11 +162,13 @@ def _fit_predict(
     # same alpha suits features of any scale and number.
     correlation = np.abs(X.T @ (labels - mean)).max(initial=0.0) / len(labels)
     if correlation < 1e-12:
-        return np.full(sum(part.shape[0] for part in target), mean), 0
+        return full(sum(part.shape[0] for part in target), mean), 0
     alpha = cfg.alpha * correlation / cfg.l1_ratio
     model = ElasticNet(alpha=alpha, l1_ratio=cfg.l1_ratio, max_iter=500, tol=1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the held-out figures judge the fit
         model.fit(X, labels)
-    predicted = np.concatenate([model.predict(part) for part in target])
-    return predicted, int(np.count_nonzero(model.coef_))
+    predicted = Growing(np.float64)
+    for part in target:
+        predicted.add(model.predict(part))
+    return predicted.done(), int(np.count_nonzero(model.coef_))

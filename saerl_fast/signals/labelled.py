@@ -9,6 +9,7 @@ import numpy as np
 
 from saerl_fast.config import Config, QualityConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.records.spilled import full
 from saerl_fast.signals.bank import OF_ANSWER
 from saerl_fast.signals.difficulty import check_rates
 from saerl_fast.signals.quality import check_labels
@@ -24,7 +25,7 @@ def label_columns(pool: Pool, config: Config) -> tuple[np.ndarray, np.ndarray]:
     and for features of answers where the pool has none.
     """
     quality, difficulty = config.quality.label_column, config.difficulty.label_column
-    unknown = np.full(len(pool), np.nan)
+    unknown = full(len(pool), np.nan)
     labels, rates = unknown, unknown
     if quality is not None and (quality in pool.columns or quality != QualityConfig.label_column):
         labels = _numbers(pool.column(quality), "quality.label_column")
@@ -48,7 +49,7 @@ def label_columns(pool: Pool, config: Config) -> tuple[np.ndarray, np.ndarray]:
 
 def _numbers(column: Sequence[Any], setting: str) -> np.ndarray:
     """A label column as float64 [n], NaN for null."""
-    numbers = np.full(len(column), np.nan)
+    numbers = full(len(column), np.nan)
     for i, value in enumerate(column):
         try:
             if isinstance(value, str) and "_" in value:  # which Python takes for one number, 0_5 for 5

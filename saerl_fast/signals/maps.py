@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from saerl_fast.records.spilled import permutation
 from saerl_fast.signals.features import Features, weighted
 
 POINTS = 2000  # prompts on the map
@@ -24,7 +25,7 @@ def prompt_map(
     each explains, or, where umap-learn is installed, what UMAP (McInnes et al., arXiv 1802.03426) makes of
     cosine distances. None where fewer than four rows or columns leave nothing to draw, or all are alike.
     """
-    at = np.sort(np.random.default_rng([seed, 7]).permutation(X.n_rows)[:POINTS])
+    at = np.sort(permutation(np.random.default_rng([seed, 7]), X.n_rows)[:POINTS])
     rows = weighted(X.select_rows(torch.from_numpy(at)), weights).to_scipy()
     if min(rows.shape) < 4 or (rows - rows[0].multiply(np.ones((len(at), 1)))).nnz == 0:
         return None

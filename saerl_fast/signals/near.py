@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from saerl_fast.records.spilled import each, permutation
 from saerl_fast.signals.features import SAMPLE, Features, block, blocks, rows_with, svd_reduce, weighted
 from saerl_fast.signals.sketch import BANDS, Groups, Sketches, agreeing
 from saerl_fast.signals.text import NUMBER, TOKEN
@@ -32,6 +33,8 @@ MOST = 64  # neighbours of a row that are looked at; further ones are counted (`
 STEP = 2048  # rows compared at a time, or fewer
 BOUNDS = 1 << 24  # pairs whose bound is held
 EXACT = 1 << 17  # rows up to which all are compared
+MANY = 1 << 20  # pairs that are held
+PRODUCTS = 1 << 16  # pairs whose products are taken at a time
 CHECKED = 512  # rows of a larger pool that are compared with all
 DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)  # says little of the problem, in many words
 
@@ -78,18 +81,20 @@ class NearCopies:
             self._join(i, j)
 
     def _by_hashes(self) -> None:
-        words = Sketches(long or terms for terms, long in (_words(self.texts[i]) for i in self.rows.tolist()))
+        words = Sketches(long or terms for terms, long in (_words(self.texts[i]) for i in each(self.rows)))
         self._idf = csr.idf(self.X, 0.0, rows_with(self.X))
         crowded = np.zeros(len(self.rows), dtype=bool)
         for band in range(BANDS):
-            root, pairs = self.groups.flat(), []
+            root, pairs, count = self.groups.flat(), [], 0
             for i, j, more in agreeing(words.keys(band), MOST):
                 crowded[more] = True
                 apart = root[i] != root[j]
                 pairs.append(words.alike(i[apart], j[apart], ALIKE))
-            i, j = _joined(pairs)
-            near = np.asarray(self._weighted(i).multiply(self._weighted(j)).sum(axis=1)).ravel() >= self.least
-            self._join(i[near], j[near])
+                count += len(pairs[-1][0])
+                if count > MANY:
+                    self._join_near(*_joined(pairs))
+                    root, pairs, count = self.groups.flat(), [], 0
+            self._join_near(*_joined(pairs))
         self.unsure = int(crowded.sum())
         i, j = _joined(self._of_some(words))
         alike = np.array([self._alike(a, b) for a, b in zip(i.tolist(), j.tolist(), strict=True)], dtype=bool)
@@ -97,9 +102,18 @@ class NearCopies:
         self.recall = float((root[i] == root[j]).mean()) if len(i) else None
         self._join(i, j)
 
+    def _join_near(self, i: np.ndarray, j: np.ndarray) -> None:
+        """Those of the pairs whose features are near; in the order of their rows, which lie in files."""
+        order = np.lexsort((j, i))
+        for at in range(0, len(order), PRODUCTS):
+            a, b = i[order[at : at + PRODUCTS]], j[order[at : at + PRODUCTS]]
+            products = self._weighted(a).multiply(self._weighted(b)).sum(axis=1)
+            near = np.asarray(products).ravel() >= self.least
+            self._join(a[near], b[near])
+
     def _of_some(self, words: Sketches) -> Iterator[Pairs]:
         """The pairs of CHECKED rows with any other."""
-        some = np.sort(np.random.default_rng([self.seed, 9]).permutation(len(self.rows))[:CHECKED])
+        some = np.sort(permutation(np.random.default_rng([self.seed, 9]), len(self.rows))[:CHECKED])
         mine = self._weighted(some)
         for part in blocks(len(self.rows)):
             products = (self._weighted(np.arange(part.start, part.stop)) @ mine.T).tocoo()
@@ -151,8 +165,9 @@ def neighbours(
         yield i, j, len(crowded)
 
 
-def _joined(parts: Iterator[Pairs] | list[Pairs]) -> Pairs:
-    i, j = zip(*parts, strict=True)
+def _joined(parts: Iterable[Pairs]) -> Pairs:
+    none = np.empty(0, dtype=np.int64)
+    i, j = zip((none, none), *parts, strict=True)
     return np.concatenate(i), np.concatenate(j)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from saerl_fast.config import QualityConfig
 from saerl_fast.errors import SaerlError
+from saerl_fast.records.spilled import by_block, full
 from saerl_fast.signals import ridge
 from saerl_fast.signals.bank import OF_ANSWER, Bank, spearman
 
@@ -89,7 +90,7 @@ def fit_quality(
     if metrics["note"]:
         if known.any():
             log.warning(metrics["note"])
-        return QualityResult(np.full(bank.n_rows, np.nan, dtype=np.float32), metrics)
+        return QualityResult(full(bank.n_rows, np.nan, np.float32), metrics)
 
     rows = np.flatnonzero(known[at])
     y = values[at[rows]]
@@ -122,7 +123,7 @@ def fit_quality(
         metrics["baselines"] = {name: spearman(found, y) for name, found in alone.items()}
     metrics |= {"share": fit.share, "folds": len(splits)}
     effects = made["sae"].effects(fit.rows, fit.dual["sae"]) if "sae" in chosen else None
-    return QualityResult(scores.astype(np.float32), metrics, effects)
+    return QualityResult(by_block(scores.__getitem__, bank.n_rows, np.float32), metrics, effects)
 
 
 def why_not(cfg: QualityConfig, labels: np.ndarray) -> str | None:
@@ -158,5 +159,7 @@ def _calibrate(held_out: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> 
     scale = held_out.std() or 1.0
     model = LogisticRegression(C=1e3, max_iter=500).fit(held_out[:, None] / scale, labels)
     if model.coef_[0, 0] <= 0:
-        return np.full(len(scores), labels.mean())
-    return np.asarray(model.predict_proba(scores[:, None] / scale)[:, 1])
+        return full(len(scores), labels.mean())
+    return by_block(
+        lambda part: model.predict_proba(scores[part, None] / scale)[:, 1], len(scores), np.float64
+    )

@@ -17,6 +17,7 @@ from saerl_fast.errors import SaerlError
 from saerl_fast.fileio import read_json
 from saerl_fast.records import manifest
 from saerl_fast.records.packed import Packed, Tokens
+from saerl_fast.records.spilled import by_block
 from saerl_fast.signals.bank import Bank
 from saerl_fast.signals.cards import cards, carriers
 from saerl_fast.signals.clusters import cluster_prompts
@@ -237,7 +238,7 @@ def score_features(
         "saerl_cluster": clusters.labels,
         "saerl_difficulty": difficulty.scores,
         "saerl_quality": quality.scores,
-        "saerl_pass_rate": rates.astype(np.float32),
+        "saerl_pass_rate": by_block(rates.__getitem__, count, np.float32),
         "saerl_copy_of": copies.of,
     }
     kept.pop("answer", None)  # of no use but to the quality probe

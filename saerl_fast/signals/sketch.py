@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from saerl_fast.records.packed import Tokens
+from saerl_fast.records.spilled import arange, buckets, flattened, full
 
 BANDS, ROWS = 48, 6
 NEXT = 0x9E3779B1  # between the numbers of a word's occurrences
@@ -28,7 +29,7 @@ class Groups:
     """Rows joined into groups, each known by its first row: int64 [n]."""
 
     def __init__(self, count: int) -> None:
-        self.root = np.arange(count)
+        self.root = arange(count)
 
     def top(self, row: int) -> int:
         """The first row of the group."""
@@ -44,9 +45,7 @@ class Groups:
 
     def flat(self) -> np.ndarray:
         """The first row of every row's group."""
-        while not np.array_equal(self.root, further := self.root[self.root]):
-            self.root = further
-        return self.root
+        return flattened(self.root)
 
 
 class Sketches:
@@ -57,7 +56,7 @@ class Sketches:
 
     def keys(self, band: int) -> np.ndarray:
         """uint64 [n]: equal for rows that agree in this band."""
-        found = np.zeros(len(self.words), dtype=np.uint64)
+        found = full(len(self.words), 0, np.uint64)
         seeds = np.random.default_rng([band, 8]).integers(0, 2**63, ROWS, dtype=np.uint64)
         for at in range(0, len(self.words), CACHED):
             ends = self.words.ends[at : at + CACHED + 1]
@@ -69,9 +68,10 @@ class Sketches:
 
     def alike(self, i: np.ndarray, j: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
         """Those of the pairs of rows that have so much in common (Dice), as far as hashes tell."""
-        sizes = self.words.sizes
-        both_sizes = sizes[i] + sizes[j]
-        found = 2 * np.minimum(sizes[i], sizes[j]) >= least * both_sizes
+        ends = self.words.ends
+        sizes = [ends[side + 1] - ends[side] for side in (i, j)]
+        both_sizes = sizes[0] + sizes[1]
+        found = 2 * np.minimum(*sizes) >= least * both_sizes
         close = np.flatnonzero(found)
         for at in range(0, len(close), PAIRS):
             part = close[at : at + PAIRS]
@@ -89,14 +89,15 @@ def agreeing(keys: np.ndarray, most: int) -> Iterator[tuple[np.ndarray, np.ndarr
 
     Also the rows that have more of them. Each row of such pairs comes once in ``i``.
     """
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    at = np.flatnonzero(ordered[1:] == ordered[:-1])
-    for step in range(1, most + 1):
-        yield order[at], order[at + step], order[:0]
-        at = at[at + step + 1 < len(order)]
-        at = at[ordered[at] == ordered[at + step + 1]]
-    yield order[:0], order[:0], order[at]
+    for rows in buckets(keys):
+        order = rows[np.argsort(keys[rows], kind="stable")]
+        ordered = keys[order]
+        at = np.flatnonzero(ordered[1:] == ordered[:-1])
+        for step in range(1, most + 1):
+            yield order[at], order[at + step], order[:0]
+            at = at[at + step + 1 < len(order)]
+            at = at[ordered[at] == ordered[at + step + 1]]
+        yield order[:0], order[:0], order[at]
 
 
 def _hashes(bag: Counter[str]) -> list[int]:

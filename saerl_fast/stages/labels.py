@@ -15,6 +15,7 @@ import numpy as np
 from saerl_fast.config import Config
 from saerl_fast.fileio import read_json
 from saerl_fast.records import manifest
+from saerl_fast.records.spilled import full, permutation
 from saerl_fast.session import Session
 from saerl_fast.signals.bank import Bank
 from saerl_fast.signals.choose import spread_rows
@@ -48,7 +49,7 @@ def difficulty_labels(
     from saerl_fast.rl.rewards import get_reward, with_timeout
 
     if bank is None:
-        chosen = np.random.default_rng([config.seed, 1]).permutation(len(pool))[: settings.n_labels]
+        chosen = permutation(np.random.default_rng([config.seed, 1]), len(pool))[: settings.n_labels]
     else:
         chosen = spread_rows(bank, settings.n_labels, settings.features, config.seed)
     file = Path(config.run_dir) / "labels.json"
@@ -89,7 +90,7 @@ def difficulty_labels(
             with manifest.publish(config.run_dir, "labels", about) as new:
                 new(file.name).write_text(json.dumps(record, indent=1) + "\n")
         bar(min(start + width, len(chosen)), len(chosen))
-    rates = np.full(len(pool), np.nan)
+    rates = full(len(pool), np.nan)
     rates[chosen] = np.array([record["rates"][ids[i]] for i in chosen], dtype=float)  # None: not judged
     costs = {"labelled": len(chosen), "rollouts": len(chosen) * settings.rollouts, "tokens": record["tokens"]}
     return rates, {key: float(value) for key, value in costs.items()} | {"seconds": record["seconds"]}
