@@ -107,6 +107,30 @@ def test_a_full_disk_is_said_before_anything_is_written(monkeypatch: pytest.Monk
         spilled.arange(10)
 
 
+@pytest.mark.parametrize("make", [lambda: spilled.arange(10), lambda: spilled.first_equal("abcdef")])
+def test_no_folder_and_no_room_to_map_are_said(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spilled, "SPILL", 8)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "memmap", refuse)
+        with pytest.raises(SaerlError, match="do not fit into .*Too many open files"):
+            make()
+    monkeypatch.setattr(spilled.tempfile, "tempdir", None)
+    monkeypatch.setattr(spilled.tempfile, "_candidate_tempdir_list", lambda: ["/proc/none"])
+    with pytest.raises(SaerlError, match="do not fit into a temporary folder .*set TMPDIR"):
+        make()
+
+
+def test_too_few_values_are_an_error(places: str) -> None:
+    with pytest.raises(ValueError):
+        spilled.from_iter(iter([7]), 5, np.int64)
+
+
 def test_answers_that_differ(places: str) -> None:
     """Against all answers of each text, side by side."""
     rng = np.random.default_rng(3)
@@ -130,6 +154,8 @@ def test_means_of_labels(places: str) -> None:
     values = np.array([1.0, np.nan, 3.0, 5.0, np.inf, 7.0, np.nan], dtype=np.float32)
     labels = np.array([0, 0, 0, 1, 1, 1, 2])
     assert [cards._mean(values, labels, c) for c in range(3)] == [2.0, 6.0, None]
+    many = np.full(1 << 16, 0.1, dtype=np.float32)
+    assert cards._mean(many, np.zeros(len(many), np.int32), 0) == pytest.approx(float(many[0]), rel=1e-12)
 
 
 @pytest.mark.parametrize("known", [0, 5, 40, 90])

@@ -22,7 +22,7 @@ from saerl_fast.errors import SaerlError, halved
 from saerl_fast.prompts import chats, files, layouts, sources
 from saerl_fast.prompts.chats import Messages
 from saerl_fast.records.packed import Column, Ragged, Rows, chosen, kept, strings
-from saerl_fast.records.spilled import BLOCK, arange, first_equal, firsts, rows_where, taken
+from saerl_fast.records.spilled import BLOCK, arange, first_equal, firsts, from_iter, rows_where, taken
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def _limited(pool: Pool, limit: int | None, name: str, what: str) -> Pool:
     if limit is None or len(pool) <= limit:
         return pool
     log.info("data.%s=%d leaves out %d of %d %s rows", name, limit, len(pool) - limit, len(pool), what)
-    return pool.select(range(limit))
+    return pool.select(arange(limit))
 
 
 def _canonical(columns: files.Columns, spec: str, cfg: DataConfig, role: Role) -> files.Columns:
@@ -228,25 +228,25 @@ def _texts(cells: Sequence[Any], name: str, spec: str, what: str) -> Sequence[st
 
 def _without_nulls(columns: files.Columns, spec: str, cfg: DataConfig) -> files.Columns:
     """Rows with a prompt, an answer and an id; SaerlError for any other, unless cfg.drop_null drops them."""
-    drop: set[int] = set()
     count = len(columns["prompt"])
+    drop = np.zeros(count, dtype=bool)
     for name, what in (("prompt", "prompt"), ("answer", "answer"), ("prompt_id", "id")):
-        null = [i for i, cell in enumerate(columns[name]) if cell is None]
-        if not null:
+        null = from_iter((cell is None for cell in columns[name]), count, bool)
+        if not (total := int(null.sum())):
             continue
-        found = f"{len(null)} of {count} rows have no {what} (null, NaN or an empty cell)"
+        found = f"{total} of {count} rows have no {what} (null, NaN or an empty cell)"
         if not cfg.drop_null:
             raise SaerlError(
-                f"{spec}: {found}, the first is row {null[0]}; fill them in, or drop them with "
+                f"{spec}: {found}, the first is row {null.argmax()}; fill them in, or drop them with "
                 "data.drop_null=true"
             )
         log.warning("dropped rows: %s: %s", spec, found)
-        drop.update(null)
-    if len(drop) == count:
+        drop |= null
+    if drop.all():
         raise SaerlError(f"{spec}: data.drop_null leaves none of {count} rows; give it prompts with answers")
-    if not drop:
+    if not drop.any():
         return columns
-    keep = np.setdiff1d(np.arange(count), sorted(drop))
+    keep = rows_where(lambda part: ~drop[part], count)
     return {name: chosen(column, keep) for name, column in columns.items()}
 
 
@@ -254,9 +254,8 @@ def _pick_eval(pool: Pool, cfg: DataConfig, seed: int) -> list[int]:
     """Rows to hold out: `eval_size` distinct prompts, drawn by ``seed`` from those `eval_filter` allows."""
     allowed = arange(len(pool))
     if cfg.eval_filter is not None:
-        allowed = np.array(
-            [i for i, v in enumerate(pool.column(cfg.eval_filter)) if _true(v)], dtype=np.int64
-        )
+        wanted = pool.column(cfg.eval_filter)
+        allowed = rows_where(lambda part: np.array([*map(_true, wanted[part])], dtype=bool), len(pool))
     prompts = pool.columns["prompt"]
     first = first_equal(map(_key, prompts if len(allowed) == len(pool) else chosen(prompts, allowed)))
     distinct = taken(allowed, firsts(first))

@@ -67,12 +67,10 @@ class Ragged(Sequence[Row]):
         total = 0
         for at in range(0, len(rows), BLOCK):
             part = rows[at : at + BLOCK]
-            first = self.ends[part]
-            sizes = self.ends[part + 1] - first
-            new = np.cumsum(sizes)
-            array.add(self.array[np.arange(new[-1]) + np.repeat(first - (new - sizes), sizes)])
-            ends.add(new + total)
-            total += int(new[-1])
+            first, last = self.ends[part], self.ends[part + 1]
+            array.add(np.concatenate([self.array[a:b] for a, b in zip(each(first), each(last), strict=True)]))
+            ends.add(total + np.cumsum(last - first))
+            total = array.size
         return type(self)(array.done(), ends.done())
 
     @classmethod
@@ -223,7 +221,7 @@ class Rows:
             self._order[place] = rows[np.argsort(hashes[rows], kind="stable")]
             self._hashes[place] = hashes[self._order[place]]
         found = self._hashes
-        again = rows_where(lambda at: found[at] == found[at.start + 1 : at.stop + 1], len(ids) - 1)
+        again = rows_where(lambda part: found[part] == found[part.start + 1 : part.stop + 1], len(ids) - 1)
         later = (int(self._order[i + 1]) for i in each(again))
         self.repeated = next((ids[row] for row in later if self[ids[row]] != row), None)
 

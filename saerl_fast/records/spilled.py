@@ -20,6 +20,7 @@ from saerl_fast.errors import SaerlError
 BLOCK = 1 << 16  # rows
 SPILL = 1 << 24  # bytes of an array from which it lies in a file
 BUCKET = 1 << 19  # rows that are sorted at a time
+ZEROS = 1 << 20  # bytes written at a time
 
 
 class Growing:
@@ -38,9 +39,9 @@ class Growing:
             return
         with _room():
             if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="saerl-")  # noqa: SIM115
+                self._file = _file()
             for held in self._parts:
-                self._file.write(np.ascontiguousarray(held, self._dtype).data)
+                _write(self._file, np.ascontiguousarray(held, self._dtype))
             self._parts = [self._parts[0][:0]]
 
     def done(self) -> np.ndarray:
@@ -48,8 +49,18 @@ class Growing:
         if self._file is None:
             return np.concatenate(self._parts)
         with _room():
-            self._file.flush()
-        return np.asarray(np.memmap(self._file, self._dtype, "c"))
+            return np.asarray(np.memmap(self._file, self._dtype, "c"))
+
+
+def _file() -> IO[bytes]:
+    """Without a buffer, which would be written again, to the same full disk, when it is collected."""
+    return tempfile.TemporaryFile(buffering=0, prefix="saerl-")
+
+
+def _write(file: IO[bytes], array: np.ndarray) -> None:
+    left = array.view(np.uint8).data
+    while len(left):
+        left = left[file.write(left) :]
 
 
 @contextmanager
@@ -58,8 +69,8 @@ def _room() -> Iterator[None]:
         yield
     except OSError as err:
         raise SaerlError(
-            f"the columns of a large pool do not fit into {tempfile.gettempdir()} ({err.strerror}); set "
-            "TMPDIR to a folder with more room"
+            f"the arrays of a large pool do not fit into {tempfile.tempdir or 'a temporary folder'} "
+            f"({err.strerror}); set TMPDIR to a folder with more room"
         ) from None
 
 
@@ -69,16 +80,15 @@ def slices(count: int) -> Iterator[slice]:
 
 
 def empty(count: int, dtype: Any) -> np.ndarray:
-    """An array [count] to be filled; SaerlError where the disk has no room, which it takes at once."""
+    """An array [count] to be filled, which forks may share; SaerlError where the disk has no room for it."""
     size = count * np.dtype(dtype).itemsize
     if size <= SPILL:
         return np.empty(count, dtype)
     with _room():
-        file = tempfile.TemporaryFile(prefix="saerl-")  # noqa: SIM115
-        for at in range(0, size, SPILL):
-            file.write(bytes(min(SPILL, size - at)))
-        file.flush()
-    return np.asarray(np.memmap(file, dtype, "r+", shape=(count,)))
+        file = _file()
+        for at in range(0, size, ZEROS):
+            _write(file, np.zeros(min(ZEROS, size - at), np.uint8))
+        return np.asarray(np.memmap(file, dtype, "r+", shape=(count,)))
 
 
 def by_block(call: Callable[[slice], Any], count: int, dtype: Any) -> np.ndarray:
@@ -92,7 +102,7 @@ def by_block(call: Callable[[slice], Any], count: int, dtype: Any) -> np.ndarray
 def from_iter(values: Iterable[Any], count: int, dtype: Any) -> np.ndarray:
     """An array [count] of so many values."""
     rest = iter(values)
-    return by_block(lambda part: np.fromiter(islice(rest, part.stop - part.start), dtype), count, dtype)
+    return by_block(lambda part: np.fromiter(rest, dtype, part.stop - part.start), count, dtype)
 
 
 def full(count: int, value: float, dtype: Any = np.float64) -> np.ndarray:
@@ -158,8 +168,8 @@ def flattened(root: np.ndarray) -> np.ndarray:
 def buckets(keys: np.ndarray) -> Iterator[np.ndarray]:
     """The rows int64 of some ``keys`` uint64 at a time, by their highest bits.
 
-    Rows of equal keys come together, each bucket's in order. Of keys that are hashes a bucket has some BUCKET
-    rows at most.
+    Rows of equal keys come together, each bucket's in order. Of hashes, but for equal ones, a bucket has some
+    BUCKET rows at most.
     """
     bits = (len(keys) // BUCKET).bit_length()
     for bucket in range(1 << bits):

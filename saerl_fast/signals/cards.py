@@ -119,5 +119,5 @@ def _mean(values: np.ndarray, labels: np.ndarray, label: int) -> float | None:
     for part in slices(len(values)):
         some = values[part][labels[part] == label]
         known = some[np.isfinite(some)]
-        total, count = total + known.sum(), count + len(known)
-    return float(total / count) if count else None
+        total, count = total + float(known.sum(dtype=np.float64)), count + len(known)
+    return total / count if count else None

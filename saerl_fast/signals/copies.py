@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from saerl_fast.records.spilled import (
+    arange,
     by_block,
     each,
     first_equal,
@@ -83,11 +84,9 @@ def find_copies(
             found["conflicting"],
             found["conflicts"],
         )
-
-    def repeated(part: slice) -> np.ndarray:
-        return np.where(of[part] == np.arange(part.start, part.stop), -1, of[part])
-
-    return Copies(by_block(repeated, len(of), np.int32), found)
+    first = by_block(of.__getitem__, len(of), np.int32)
+    first[firsts(of)] = -1
+    return Copies(first, found)
 
 
 def same_text(texts: Iterable[str]) -> np.ndarray:
@@ -117,11 +116,11 @@ def _meant(answer: Any) -> Fraction | str | None:
 def _conflicts(same: np.ndarray, answers: Sequence[Any], ids: Sequence[str]) -> dict[str, Any]:
     """How many texts have several answers, and whose they are."""
     later = rows_where(lambda part: same[part] != np.arange(part.start, part.stop), len(same))
-    apart, known = np.zeros(len(same), dtype=bool), dict[int, Any]()
+    apart, stands = np.zeros(len(same), dtype=bool), arange(len(same))
     for row, first in zip(each(later), each(taken(same, later)), strict=True):
-        one, other = _meant(answers[first]), _meant(answers[row])
-        if one is None and other is not None:  # the first answer that is known stands for it
-            one = known.setdefault(first, other)
+        one, other = _meant(answers[int(stands[first])]), _meant(answers[row])
+        if one is None:  # the first answer that is known stands for all
+            stands[first] = row
         apart[first] |= None not in (one, other) and one != other
     named = []
     for first in np.flatnonzero(apart)[:NAMED].tolist():

@@ -15,7 +15,7 @@ import numpy as np
 
 from saerl_fast.config import DifficultyConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.records.spilled import Growing, by_block, full, rows_where, taken
+from saerl_fast.records.spilled import Growing, by_block, full, rows_where, slices, taken
 from saerl_fast.signals import ridge
 from saerl_fast.signals.bank import Bank, spearman
 from saerl_fast.signals.features import ProbeMatrix, blocks
@@ -39,11 +39,13 @@ class DifficultyResult(NamedTuple):
 
 def check_rates(rates: np.ndarray) -> None:
     """SaerlError unless all that are known (not NaN) are in [0, 1]."""
-    outside = ~np.isnan(rates) & ~((rates >= 0) & (rates <= 1))
-    if outside.any():
-        raise SaerlError(
-            f"pass rate {rates[outside][0]} is not in [0, 1]; difficulty.label_column takes shares of passes"
-        )
+    for part in slices(len(rates)):
+        some = rates[part]
+        outside = some[~np.isnan(some) & ~((some >= 0) & (some <= 1))]
+        if len(outside):
+            raise SaerlError(
+                f"pass rate {outside[0]} is not in [0, 1]; difficulty.label_column takes shares of passes"
+            )
 
 
 def fit_difficulty(bank: Bank, pass_rates: Any, cfg: DifficultyConfig, *, seed: int = 0) -> DifficultyResult:

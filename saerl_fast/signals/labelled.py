@@ -29,7 +29,7 @@ def label_columns(pool: Pool, config: Config) -> tuple[np.ndarray, np.ndarray]:
     labels, rates = unknown, unknown
     if quality is not None and (quality in pool.columns or quality != QualityConfig.label_column):
         labels = _numbers(pool.column(quality), "quality.label_column")
-        check_labels(config.quality, labels[~np.isnan(labels)])
+        check_labels(config.quality, labels)
     if difficulty is not None:
         rates = _numbers(pool.column(difficulty), "difficulty.label_column")
         check_rates(rates)

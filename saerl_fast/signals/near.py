@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from saerl_fast.records.spilled import each, permutation
+from saerl_fast.records.spilled import Growing, each, permutation
 from saerl_fast.signals.features import SAMPLE, Features, block, blocks, rows_with, svd_reduce, weighted
 from saerl_fast.signals.sketch import BANDS, Groups, Sketches, agreeing
 from saerl_fast.signals.text import NUMBER, TOKEN
@@ -42,16 +42,13 @@ Pairs = tuple[np.ndarray, np.ndarray]  # of rows [m]
 
 
 class NearCopies:
-    """Groups of ``rows`` of the features ``X`` and ``texts`` whose cosine is at least ``least``.
-
-    ``pairs`` int64 [near, 2]: those that made a group of two groups, in the order in which they were found.
-    """
+    """Groups of ``rows`` of the features ``X`` and ``texts`` whose cosine is at least ``least``."""
 
     def __init__(
         self, X: Features, rows: np.ndarray, texts: Sequence[str], least: float, seed: int = 0
     ) -> None:
         self.X, self.rows, self.texts, self.least, self.seed = X, rows, texts, least, seed
-        self.groups, self.pairs = Groups(len(rows)), np.empty((0, 2), dtype=np.int64)
+        self.groups, self._joined = Groups(len(rows)), Growing(np.int64)
         self.unsure = 0
         self.recall: float | None = None
         if len(rows) > EXACT:
@@ -60,12 +57,17 @@ class NearCopies:
             self._by_features()
 
     def _join(self, i: np.ndarray, j: np.ndarray) -> None:
-        new = []
+        new: list[int] = []
         for a, b in zip(i.tolist(), j.tolist(), strict=True):
             if self.groups.top(a) != self.groups.top(b) and self._alike(a, b):
                 self.groups.join(a, b)
-                new.append(sorted((a, b)))
-        self.pairs = np.concatenate([self.pairs, self.rows[np.array(new, dtype=np.int64).reshape(-1, 2)]])
+                new += sorted((a, b))
+        self._joined.add(self.rows[np.array(new, dtype=np.int64)])
+
+    @property
+    def pairs(self) -> np.ndarray:
+        """int64 [near, 2]: the rows that made one group of two, as they were found."""
+        return self._joined.done().reshape(-1, 2)
 
     def _alike(self, a: int, b: int) -> bool:
         one, other = (_words(self.texts[int(self.rows[i])]) for i in (a, b))
@@ -103,7 +105,7 @@ class NearCopies:
         self._join(i, j)
 
     def _join_near(self, i: np.ndarray, j: np.ndarray) -> None:
-        """Those of the pairs whose features are near; in the order of their rows, which lie in files."""
+        """Those of the pairs whose features are near, sorted by row, since features may lie in files."""
         order = np.lexsort((j, i))
         for at in range(0, len(order), PRODUCTS):
             a, b = i[order[at : at + PRODUCTS]], j[order[at : at + PRODUCTS]]

@@ -16,7 +16,7 @@ import numpy as np
 
 from saerl_fast.config import QualityConfig
 from saerl_fast.errors import SaerlError
-from saerl_fast.records.spilled import by_block, full
+from saerl_fast.records.spilled import by_block, full, rows_where, slices, taken
 from saerl_fast.signals import ridge
 from saerl_fast.signals.bank import OF_ANSWER, Bank, spearman
 
@@ -36,14 +36,18 @@ class QualityResult(NamedTuple):
 
 
 def check_labels(cfg: QualityConfig, labels: np.ndarray) -> None:
-    """SaerlError for ``labels``, those that are known, which ``cfg.head`` cannot be fitted to."""
-    huge, other = labels[np.abs(labels) > MOST], labels[(labels != 0) & (labels != 1)]
-    if cfg.head == "ridge" and len(huge):
-        raise SaerlError(
-            f"quality label {huge[0]} is no score; use numbers up to {MOST:g}, or null where unknown"
-        )
-    if cfg.head == "logistic" and len(other):
-        raise SaerlError(f"quality label {other[0]} is neither 0 nor 1; set quality.head=ridge for a score")
+    """SaerlError for ``labels``, NaN where unknown, which ``cfg.head`` cannot be fitted to."""
+    for part in slices(len(labels)):
+        some = labels[part][~np.isnan(labels[part])]
+        huge, other = some[np.abs(some) > MOST], some[(some != 0) & (some != 1)]
+        if cfg.head == "ridge" and len(huge):
+            raise SaerlError(
+                f"quality label {huge[0]} is no score; use numbers up to {MOST:g}, or null where unknown"
+            )
+        if cfg.head == "logistic" and len(other):
+            raise SaerlError(
+                f"quality label {other[0]} is neither 0 nor 1; set quality.head=ridge for a score"
+            )
 
 
 def fit_quality(
@@ -67,10 +71,11 @@ def fit_quality(
     if values.shape != (bank.n_rows,):
         raise SaerlError(f"{len(values)} quality labels cannot belong to {bank.n_rows} prompts")
     known = ~np.isnan(values)
-    check_labels(cfg, values[known])
+    check_labels(cfg, values)
+    told = taken(values, rows_where(known.__getitem__, len(values)))
     metrics: dict[str, Any] = {
         "head": cfg.head,
-        "n_labels": int(known.sum()),
+        "n_labels": len(told),
         "auc": None,
         "spearman": None,
         "note": None,
@@ -82,13 +87,13 @@ def fit_quality(
     names = single if cfg.features is None else bank.names(cfg.features, "quality.features")
     names = [*names, *["answer"] * ("answer" in bank.kinds)]
     at = bank.fitted(known, seed)
-    metrics["note"] = why_not(cfg, values[known])
+    metrics["note"] = why_not(cfg, told)
     if not metrics["note"]:
         made = bank.blocks([*names, *single], at)
         if not any(len(made[name].mean) for name in names):
             metrics["note"] = "no feature is active, and all texts are equal: quality was not scored"
     if metrics["note"]:
-        if known.any():
+        if len(told):
             log.warning(metrics["note"])
         return QualityResult(full(bank.n_rows, np.nan, np.float32), metrics)
 

@@ -83,7 +83,10 @@ class Block:
 
 def alike(labels: np.ndarray) -> bool:
     """Whether labels are equal, or differ by no more than rounding: nothing can be fitted to them."""
-    return float(labels.std()) <= 1e-12 * float(np.abs(labels).max())
+    least, most = float(labels.min()), float(labels.max())
+    spread = most - least
+    none = spread * spread == 0.0  # too small a spread for its square to be a number
+    return none or spread <= 1e-12 * max(abs(least), abs(most))
 
 
 @dataclass

@@ -44,7 +44,7 @@ class Groups:
         return first != other
 
     def flat(self) -> np.ndarray:
-        """The first row of every row's group."""
+        """The first row of every row's group, as long as no more are joined."""
         return flattened(self.root)
 
 

@@ -63,6 +63,8 @@ class Table(Mapping[str, Any]):
     def _reading(self, what: str) -> Iterator[None]:
         try:
             yield
+        except SaerlError:  # the disk has no room for the column
+            raise
         except Exception as err:  # Arrow's own, OSError, and what single values raise
             raise damaged(self._file, err, self._again, what) from err
 
