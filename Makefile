@@ -2,7 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-PYTEST := -m pytest -q -n logical --maxprocesses 8 --dist loadfile
+# Files in their order: xdist would put those of few tests last, and one test alone takes minutes.
+PYTEST := -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 TRITON := 3.6.0
 TORCH := 2.11.0
 
@@ -31,7 +32,7 @@ test-oldest: ## the suite at the lower bounds of pyproject.toml, in an environme
 	$(OLDEST_PYTHON) -m venv --clear $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install --quiet uv
 	$(VENV)-oldest/bin/uv pip install --quiet --python $(VENV)-oldest/bin/python --resolution lowest-direct \
-		-e ".[all,ray]" "hypothesis>=6.100" "pytest-xdist>=3.6"
+		-e ".[all,ray]" "hypothesis>=6.100" "pytest-xdist>=3.8"
 	$(VENV)-oldest/bin/python $(PYTEST) $(TESTS)
 
 test-newest: ## the same at the newest versions that the index serves
